@@ -1,1 +1,1 @@
-
+"""The unified graph and one adapter file per architecture. Nothing here holds or touches tensor data."""
