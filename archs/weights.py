@@ -174,6 +174,11 @@ class Weight:
         return self.shape[0] if len(self.shape) == 3 else None
 
     @property
+    def layer(self) -> int | None:
+        """Index of the layer it belongs to, None for embedding, final norm and head."""
+        return int(self.name.split(".")[1]) if self.name.startswith("blk.") else None
+
+    @property
     def columns(self) -> int:
         return self.shape[-1]
 

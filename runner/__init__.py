@@ -1,1 +1,1 @@
-
+"""Executes a graph in torch, layer by layer, and measures what comes out."""

@@ -1,0 +1,209 @@
+"""llama.cpp's stock mixes as data: which type a tensor gets, by what it does and where it stands.
+
+A recipe has a base type and, for some kinds of tensor, rules of which the first that applies decides. They restate
+what `llama-quantize` of October 2026 does for models with more than 8 experts; tests compare whole-model sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ..archs.errors import BadInput
+from ..archs.weights import Role
+
+
+@dataclass(frozen=True)
+class Position:
+    """What a rule may ask about a tensor.
+
+    Attributes:
+        layer, layers: index of its layer and number of layers (0 of n for tensors outside the layers).
+        ordinal: how many tensors of its kind came before it.
+        heads_per_group: attention heads that share one key-value head.
+        importance: whether an importance matrix is there.
+    """
+
+    layer: int
+    layers: int
+    ordinal: int
+    heads_per_group: int
+    importance: bool
+
+
+Condition = Callable[[Position], bool]
+
+
+def _always(position: Position) -> bool:
+    return True
+
+
+def _more_bits(position: Position) -> bool:
+    """The first and last eighth of the layers and every third one between."""
+    eighth = position.layers // 8
+    return position.layer < eighth or position.layer >= 7 * position.layers // 8 or (position.layer - eighth) % 3 == 2
+
+
+def _early(divisor: int) -> Condition:
+    return lambda position: position.layer < position.layers // divisor
+
+
+def _first(count: int) -> Condition:
+    return lambda position: position.layer < count
+
+
+def _first_eighth_of_kind(position: Position) -> bool:
+    return position.ordinal < position.layers // 8
+
+
+def _grouped(position: Position) -> bool:
+    return position.heads_per_group >= 4
+
+
+def _middle(position: Position) -> bool:
+    return position.layers // 8 <= position.layer < 7 * position.layers // 8
+
+
+def _without_importance(condition: Condition = _always) -> Condition:
+    return lambda position: not position.importance and condition(position)
+
+
+def _with_importance(condition: Condition) -> Condition:
+    return lambda position: position.importance and condition(position)
+
+
+Rules = tuple[tuple[str, Condition], ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Types for a whole model; `file_type` is llama.cpp's number for it, `base` serves where no rule applies."""
+
+    name: str
+    file_type: int
+    base: str
+    rules: Mapping[Role, Rules] = field(default_factory=dict)
+
+    def type_of(self, role: Role, position: Position) -> str:
+        """The type of a tensor of that role, before any fallback for its row length."""
+        return next((name for name, applies in self.rules.get(role, ()) if applies(position)), self.base)
+
+
+def _recipe(
+    name: str,
+    file_type: int,
+    base: str,
+    *,
+    head: str = "Q6_K",
+    embedding: str | None = None,
+    query_key: str | None = None,
+    value: Rules = (),
+    output: str | None = None,
+    gate_up: Rules = (),
+    down: Rules = (),
+) -> Recipe:
+    def fixed(type_name: str | None) -> Rules:
+        return ((type_name, _always),) if type_name else ()
+
+    rules = {
+        Role.HEAD: fixed(head),
+        Role.EMBEDDING: fixed(embedding),
+        Role.ATTENTION_Q: fixed(query_key),
+        Role.ATTENTION_K: fixed(query_key),
+        Role.ATTENTION_V: value,
+        Role.ATTENTION_OUTPUT: fixed(output),
+        Role.EXPERT_GATE: gate_up,
+        Role.EXPERT_UP: gate_up,
+        Role.EXPERT_DOWN: down,
+    }
+    return Recipe(name, file_type, base, rules)
+
+
+def _two_bit(name: str, file_type: int, base: str, low: str, **kinds: str) -> Recipe:
+    """The mixes around 2 bits and below: `low` serves the embedding and the first down projections."""
+    value, down = (("Q4_K", _always),), ((low, _first_eighth_of_kind),)
+    return _recipe(name, file_type, base, head="Q5_K", embedding=low, value=value, down=down, **kinds)
+
+
+_GROUPED_Q4 = (("Q4_K", _grouped),)
+_GROUPED_Q5 = (("Q5_K", _grouped),)
+_EARLY_Q5_UNCALIBRATED = (("Q5_K", _without_importance(_early(8))),)
+
+_ALL = (
+    Recipe("F32", 0, "F32"),
+    Recipe("F16", 1, "F16"),
+    Recipe("BF16", 32, "BF16"),
+    Recipe("Q8_0", 7, "Q8_0"),
+    _recipe("Q6_K", 18, "Q6_K"),
+    _recipe("Q5_K_M", 17, "Q5_K", value=(("Q6_K", _more_bits),), down=(("Q6_K", _more_bits),)),
+    _recipe("Q5_K_S", 16, "Q5_K"),
+    _recipe("Q4_K_M", 15, "Q4_K", value=(("Q6_K", _more_bits),), down=(("Q6_K", _more_bits),)),
+    _recipe("Q4_K_S", 14, "Q4_K", value=(("Q5_K", _first(4)),), down=(("Q5_K", _early(8)),)),
+    _recipe("Q3_K_L", 13, "Q3_K", value=(("Q5_K", _always),), output="Q5_K", down=(("Q5_K", _always),)),
+    _recipe(
+        "Q3_K_M",
+        12,
+        "Q3_K",
+        value=(("Q5_K", _first(2)), ("Q4_K", _always)),
+        output="Q4_K",
+        down=(("Q5_K", _early(16)), ("Q4_K", _always)),
+    ),
+    _recipe("Q3_K_S", 11, "Q3_K"),
+    _recipe("Q2_K", 10, "Q2_K", value=(*_GROUPED_Q4, ("Q3_K", _always)), output="Q3_K", down=(("Q3_K", _always),)),
+    _recipe("Q2_K_S", 21, "Q2_K", value=_GROUPED_Q4, down=(("Q4_K", _early(8)),)),
+    _recipe("Q4_0", 2, "Q4_0", down=(("Q4_1", _with_importance(_early(8))),)),
+    _recipe("Q5_0", 8, "Q5_0", down=(("Q5_1", _with_importance(_early(8))),)),
+    _recipe("IQ4_NL", 25, "IQ4_NL", value=_GROUPED_Q5, down=_EARLY_Q5_UNCALIBRATED),
+    _recipe("IQ4_XS", 30, "IQ4_XS", value=_GROUPED_Q5, down=_EARLY_Q5_UNCALIBRATED),
+    _recipe("IQ3_M", 27, "IQ3_S", value=(("Q4_K", _always),), output="Q4_K", down=(("Q4_K", _early(8)),)),
+    _recipe("IQ3_S", 26, "IQ3_S", value=_GROUPED_Q4),
+    _recipe("IQ3_XS", 22, "IQ3_S", query_key="IQ3_XXS", value=_GROUPED_Q4, gate_up=(("IQ3_XXS", _middle),)),
+    _recipe(
+        "IQ3_XXS",
+        23,
+        "IQ3_XXS",
+        head="Q5_K",
+        embedding="IQ3_S",
+        query_key="IQ2_S",
+        value=(*_GROUPED_Q4, ("IQ3_S", _without_importance())),
+        output="IQ3_S",
+        down=(("Q4_K", _without_importance(_early(8))), ("Q3_K", _without_importance())),
+    ),
+    _two_bit("IQ2_M", 29, "IQ2_S", "IQ3_S", output="IQ3_S"),
+    _two_bit("IQ2_S", 28, "IQ2_XS", "IQ3_S", output="IQ3_S"),
+    _two_bit("IQ2_XS", 20, "IQ2_XS", "Q2_K"),
+    _two_bit("IQ2_XXS", 19, "IQ2_XXS", "Q2_K"),
+    _two_bit("IQ1_M", 31, "IQ1_M", "Q2_K", output="IQ2_XXS"),
+    _two_bit("IQ1_S", 24, "IQ1_S", "Q2_K", output="IQ2_XXS"),
+    _recipe(
+        "MXFP4_MOE",
+        38,
+        "Q8_0",
+        head="Q8_0",
+        gate_up=(("MXFP4", _always),),
+        down=(("MXFP4", _always),),
+    ),
+    _recipe("Q2_0", 41, "Q2_0", embedding="Q4_K"),
+)
+
+RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
+
+# What llama.cpp takes instead when rows are not a multiple of the type's block.
+FALLBACKS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"),
+        "IQ4_NL",
+    ),
+    **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "Q2_0"), "Q4_0"),
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
+LAST_RESORT = "F16"  # any row length
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name, whatever its case. Raises BadInput for an unknown one."""
+    if name.upper() not in RECIPES:
+        raise BadInput(f"--quant is {name!r}, expected one of {', '.join(RECIPES)}")
+    return RECIPES[name.upper()]

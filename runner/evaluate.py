@@ -1,0 +1,232 @@
+"""Perplexity as llama-perplexity defines it, and the divergence between two models on the same text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..archs.errors import BadInput
+from ..sources.model import Model, open_model
+from ..sources.progress import Progress, Silent
+from ..sources.tokenizer import Tokenizer
+from .scores import Divergence, Scores
+from .stream import Stream
+
+DEFAULT_CONTEXT = 512
+_POSITION_BLOCK = 4096  # positions whose logits over one vocabulary block are in memory at a time
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood of `tokens` scored tokens, with its standard error."""
+
+    perplexity: float
+    error: float
+    tokens: int
+    context: int
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a candidate is from its reference on the same text.
+
+    Attributes:
+        mean_kld: mean KL(reference || candidate) in nats; `mean_kld_error` is its standard error.
+        kld_999: its 99.9 % quantile; kld_maximum: its largest value.
+        top1_agreement: share of positions where both find the same token most probable.
+        mean_delta_p, rms_delta_p: change of the correct token's probability, candidate minus reference.
+        layer_errors: after each layer, |candidate - reference| / |reference| of the hidden states.
+        tokens: number of scored positions.
+    """
+
+    perplexity_reference: float
+    perplexity_candidate: float
+    mean_kld: float
+    mean_kld_error: float
+    kld_999: float
+    kld_maximum: float
+    top1_agreement: float
+    mean_delta_p: float
+    rms_delta_p: float
+    layer_errors: tuple[float, ...]
+    tokens: int
+    context: int
+    chunks: int
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return self.perplexity_candidate / self.perplexity_reference
+
+
+def perplexity(
+    model: Model | str | Path,
+    file: str | Path,
+    context: int = DEFAULT_CONTEXT,
+    chunks: int | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of a model on a text file, defined as llama-perplexity does.
+
+    The text is cut into chunks of `context` tokens, each with an empty cache; the second half of each is scored.
+    Raises BadInput for a text shorter than two chunks.
+    """
+    model, progress = _opened(model), progress or Silent()
+    tokens = chunk_tokens(model.tokenizer, Path(file), context, chunks)
+    stream = Stream(model, _with_bos(tokens, model.tokenizer))
+    progress.begin("Perplexity", len(model.graph.layers), "layers")
+    for layer in model.graph.layers:
+        stream.advance(layer)
+        progress.advance(1, f"layer {layer.index}")
+    targets = _targets(tokens)
+    scores = Scores(targets)
+    states = stream.final_states(_scored_positions(context))
+    first_word = 0
+    for block in stream.head_blocks():
+        for part in _parts(len(targets)):
+            scores.update(part, first_word, states[part] @ block.T)
+        first_word += len(block)
+    value, error = _perplexity_of(scores)
+    return Perplexity(value, error, len(targets), context, len(tokens))
+
+
+def parity(
+    reference: Model | str | Path,
+    candidate: Model | str | Path,
+    file: str | Path,
+    context: int = DEFAULT_CONTEXT,
+    chunks: int | None = None,
+    progress: Progress | None = None,
+) -> Parity:
+    """Compare two models on a text file. They advance together, layer by layer, so that neither is ever in memory.
+
+    Raises BadInput when the two do not split the text into the same tokens.
+    """
+    reference, candidate, progress = _opened(reference), _opened(candidate), progress or Silent()
+    tokens = chunk_tokens(reference.tokenizer, Path(file), context, chunks)
+    _check_same_tokens(reference, candidate, tokens, Path(file))
+    streams = [Stream(model, _with_bos(tokens, model.tokenizer)) for model in (reference, candidate)]
+    layer_errors = _advance_together(streams[0], streams[1], progress)
+    divergence = _compare_heads(streams[0], streams[1], _targets(tokens), context)
+    return _summarise(divergence, layer_errors, context, len(tokens))
+
+
+def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | None) -> Tensor:
+    """The text as int64 [chunks, context]. Raises BadInput when it is too short or the context too small."""
+    if context < 4:
+        raise BadInput(f"--context is {context}, expected at least 4 tokens")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file} cannot be read as UTF-8 text: {error}") from None
+    ids = tokenizer.encode(text.removesuffix("\n"))
+    if len(ids) < 2 * context:
+        raise BadInput(
+            f"{file} holds {len(ids)} tokens, expected at least {2 * context}: use more text or less --context"
+        )
+    count = len(ids) // context if chunks is None else min(chunks, len(ids) // context)
+    if count < 1:
+        raise BadInput(f"--chunks is {chunks}, expected at least 1")
+    return torch.tensor(ids[: count * context], dtype=torch.int64).view(count, context)
+
+
+def _opened(model: Model | str | Path) -> Model:
+    return model if isinstance(model, Model) else open_model(model)
+
+
+def _with_bos(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """llama-perplexity puts the BOS token in place of each chunk's first token, where the model has one."""
+    if not tokenizer.add_bos:
+        return tokens
+    tokens = tokens.clone()
+    tokens[:, 0] = tokenizer.bos
+    return tokens
+
+
+def _scored_positions(context: int) -> slice:
+    return slice(context // 2, context - 1)
+
+
+def _targets(tokens: Tensor) -> Tensor:
+    context = tokens.shape[1]
+    return tokens[:, context // 2 + 1 :].flatten()
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(start, min(start + _POSITION_BLOCK, count)) for start in range(0, count, _POSITION_BLOCK)]
+
+
+def _check_same_tokens(reference: Model, candidate: Model, tokens: Tensor, file: Path) -> None:
+    if reference.graph.vocabulary_size != candidate.graph.vocabulary_size:
+        raise BadInput(
+            f"{candidate.path} has a vocabulary of {candidate.graph.vocabulary_size}, expected "
+            f"{reference.graph.vocabulary_size} as in {reference.path}"
+        )
+    other = chunk_tokens(candidate.tokenizer, file, tokens.shape[1], len(tokens))
+    if not torch.equal(tokens, other):
+        raise BadInput(
+            f"{candidate.path} splits {file} into other tokens than {reference.path}: not the same tokenizer"
+        )
+
+
+def _advance_together(reference: Stream, candidate: Stream, progress: Progress) -> tuple[float, ...]:
+    layers = list(zip_longest(reference.model.graph.layers, candidate.model.graph.layers))
+    progress.begin("Parity", len(layers), "layers")
+    errors = []
+    for index, (reference_layer, candidate_layer) in enumerate(layers):
+        if reference_layer:
+            reference.advance(reference_layer)
+        if candidate_layer:
+            candidate.advance(candidate_layer)
+        difference = torch.linalg.vector_norm(candidate.hidden - reference.hidden)
+        errors.append(float(difference / torch.linalg.vector_norm(reference.hidden)))
+        progress.advance(1, f"layer {index}: relative error {errors[-1]:.2e}")
+    return tuple(errors)
+
+
+def _compare_heads(reference: Stream, candidate: Stream, targets: Tensor, context: int) -> Divergence:
+    divergence = Divergence(targets)
+    states = [stream.final_states(_scored_positions(context)) for stream in (reference, candidate)]
+    first_word = 0
+    for blocks in zip(reference.head_blocks(), candidate.head_blocks(), strict=True):
+        for part in _parts(len(targets)):
+            divergence.update(part, first_word, *(s[part] @ block.T for s, block in zip(states, blocks, strict=True)))
+        first_word += len(blocks[0])
+    return divergence
+
+
+def _perplexity_of(scores: Scores) -> tuple[float, float]:
+    """Perplexity and its standard error, which follows from that of the mean log-likelihood."""
+    losses = -scores.log_probability
+    value = math.exp(losses.mean())
+    return value, value * _standard_error(losses)
+
+
+def _standard_error(values: Tensor) -> float:
+    return math.sqrt(float(values.var(correction=0)) / max(len(values) - 1, 1))
+
+
+def _summarise(divergence: Divergence, layer_errors: tuple[float, ...], context: int, chunks: int) -> Parity:
+    kld = divergence.kld
+    reference, candidate = divergence.reference, divergence.candidate
+    delta = candidate.log_probability.exp() - reference.log_probability.exp()
+    return Parity(
+        perplexity_reference=_perplexity_of(reference)[0],
+        perplexity_candidate=_perplexity_of(candidate)[0],
+        mean_kld=float(kld.mean()),
+        mean_kld_error=_standard_error(kld),
+        kld_999=float(kld.quantile(0.999)),
+        kld_maximum=float(kld.max()),
+        top1_agreement=float((reference.best == candidate.best).double().mean()),
+        mean_delta_p=float(delta.mean()),
+        rms_delta_p=float(delta.square().mean().sqrt()),
+        layer_errors=layer_errors,
+        tokens=len(kld),
+        context=context,
+        chunks=chunks,
+    )

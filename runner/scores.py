@@ -1,0 +1,73 @@
+"""Next-token statistics without the logits: everything is accumulated block by block over the vocabulary.
+
+A 200,064-word vocabulary makes 100 MB of logits for every 128 positions; here a block of words is enough.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Scores:
+    """Running softmax statistics of one model at `targets` [positions]; feed it all vocabulary blocks in order.
+
+    The running maximum and rescaled sum are those of online softmax (Milakov & Gimelshein 2018).
+    """
+
+    def __init__(self, targets: Tensor) -> None:
+        count = len(targets)
+        self.targets = targets
+        self.maximum = torch.full((count,), -torch.inf, dtype=torch.float64)
+        self.total = torch.zeros(count, dtype=torch.float64)
+        self.best = torch.zeros(count, dtype=torch.int64)
+        self.target_logit = torch.zeros(count, dtype=torch.float64)
+
+    def update(self, part: slice, first_word: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in `logits` [positions of part, words]; return exp(logits - maximum) and the old sums' rescaling."""
+        block_maximum, block_best = logits.max(dim=1)
+        old = self.maximum[part].clone()
+        better = block_maximum > old
+        self.best[part] = torch.where(better, first_word + block_best, self.best[part])
+        self.maximum[part] = torch.where(better, block_maximum.double(), old)
+        rescale = torch.exp(old - self.maximum[part])
+        exponentials = torch.exp(logits - self.maximum[part, None].float())
+        self.total[part] = self.total[part] * rescale + exponentials.sum(dim=1).double()
+        local = self.targets[part] - first_word
+        rows = torch.where((local >= 0) & (local < logits.shape[1]))[0]
+        self.target_logit[part][rows] = logits[rows, local[rows]].double()
+        return exponentials, rescale
+
+    @property
+    def log_normaliser(self) -> Tensor:
+        """log(sum(exp(logits))), float64 [positions]."""
+        return self.maximum + self.total.log()
+
+    @property
+    def log_probability(self) -> Tensor:
+        """log p(target), float64 [positions]."""
+        return self.target_logit - self.log_normaliser
+
+
+class Divergence:
+    """KL(reference || candidate) at every position, from the same vocabulary blocks of both models.
+
+    With l, m the two models' logits: KL = sum(p_l * (l - m)) - log_normaliser(l) + log_normaliser(m).
+    """
+
+    def __init__(self, targets: Tensor) -> None:
+        self.reference = Scores(targets)
+        self.candidate = Scores(targets)
+        self._difference = torch.zeros(len(targets), dtype=torch.float64)
+
+    def update(self, part: slice, first_word: int, reference: Tensor, candidate: Tensor) -> None:
+        exponentials, rescale = self.reference.update(part, first_word, reference)
+        self.candidate.update(part, first_word, candidate)
+        difference = (exponentials * (reference - candidate)).sum(dim=1).double()
+        self._difference[part] = self._difference[part] * rescale + difference
+
+    @property
+    def kld(self) -> Tensor:
+        """KL divergence in nats, float64 [positions]."""
+        expected = self._difference / self.reference.total
+        return expected - self.reference.log_normaliser + self.candidate.log_normaliser

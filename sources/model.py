@@ -1,0 +1,78 @@
+"""One handle for every kind of model: a graph, and its weights on request."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..archs.config import Config
+from ..archs.errors import BadInput
+from ..archs.graph import Graph
+from ..archs.registry import Architecture, architecture_named, architecture_of
+from ..archs.weights import TensorInfo, Weight
+from .checkpoint import read_config, read_tensors
+from .decode import evaluate
+from .gguf import read_gguf
+from .storage import Storage
+from .tokenizer import Tokenizer
+
+
+class Model:
+    """A model whose tensors stay on disk.
+
+    Attributes:
+        path: checkpoint folder or GGUF file.
+        architecture: the adapter that read it.
+        graph: its blocks and weights.
+        tensors: every stored tensor.
+        metadata: GGUF metadata; empty for a checkpoint.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        architecture: Architecture,
+        graph: Graph,
+        tensors: tuple[TensorInfo, ...],
+        metadata: dict[str, Any],
+    ) -> None:
+        self.path = path
+        self.architecture = architecture
+        self.graph = graph
+        self.tensors = tensors
+        self.metadata = metadata
+        self._storage = Storage()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises BadInput when the model has none."""
+        return Tokenizer.from_gguf(self.metadata) if self.metadata else Tokenizer.from_folder(self.path)
+
+    def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """A weight's numbers in float32: one expert of a stack, some rows, or all of it. See `decode.evaluate`."""
+        return evaluate(weight.source, self._storage, expert, rows)
+
+    def close(self) -> None:
+        self._storage.close()
+
+
+def open_model(path: str | Path) -> Model:
+    """Open a checkpoint folder or a GGUF file (the first one of a split) that is on this machine.
+
+    Raises BadInput when it is not there, or when anything about it is not as its architecture demands.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config = read_config(path)
+        architecture = architecture_of(config)
+        tensors = read_tensors(path)
+        return Model(path, architecture, architecture.from_checkpoint(config, tensors), tensors, {})
+    if path.suffix != ".gguf" or not path.is_file():
+        raise BadInput(f"{path}: no such model, expected a checkpoint folder or a .gguf file")
+    metadata, tensors = read_gguf(path)
+    values = Config(metadata, str(path))
+    architecture = architecture_named(values.text("general.architecture"), str(path))
+    return Model(path, architecture, architecture.from_gguf(values, tensors), tensors, metadata)

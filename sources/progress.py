@@ -1,0 +1,28 @@
+"""How long work tells whoever watches what it is doing; the command line draws it, libraries may ignore it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Receives what happens, in order: `begin` one task, `advance` it until its total, `note` a line at any time."""
+
+    def begin(self, task: str, total: int, unit: str) -> None:
+        """A task of `total` units starts; it replaces the one before."""
+
+    def advance(self, amount: int, detail: str = "") -> None:
+        """`amount` more units are done; `detail` says what was done last."""
+
+    def note(self, line: str) -> None:
+        """A line worth keeping: one layer's result, a warning."""
+
+
+class Silent:
+    """The progress of somebody who does not watch."""
+
+    def begin(self, task: str, total: int, unit: str) -> None: ...
+
+    def advance(self, amount: int, detail: str = "") -> None: ...
+
+    def note(self, line: str) -> None: ...

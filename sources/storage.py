@@ -1,0 +1,53 @@
+"""Byte ranges of tensors, read by position so that memory holds only what was asked for."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+
+import torch
+
+from ..archs.errors import BadInput
+from ..archs.weights import TensorInfo
+
+_OPEN_FILES = 32
+
+
+class Storage:
+    """Reads tensor rows from files; keeps a few of them open. Not thread-safe.
+
+    Plain reads rather than memory maps: mapped pages would count as this process's memory.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Stored bytes of rows `start` to `stop` (all by default), as uint8 [rows, bytes per row].
+
+        Rows count over all leading dimensions. Raises BadInput when the file ends early.
+        """
+        stop = tensor.rows if stop is None else stop
+        row_bytes = tensor.length // tensor.rows
+        data = torch.empty((stop - start, row_bytes), dtype=torch.uint8)
+        view = memoryview(data.numpy()).cast("B")
+        position, done = tensor.offset + start * row_bytes, 0
+        while done < len(view):
+            count = os.preadv(self._descriptor(tensor.file), [view[done:]], position + done)
+            if count == 0:
+                raise BadInput(f"{tensor.file} ends inside tensor {tensor.name}: truncated, fetch the file again")
+            done += count
+        return data
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def _descriptor(self, file: str) -> int:
+        if file in self._descriptors:
+            self._descriptors.move_to_end(file)
+            return self._descriptors[file]
+        if len(self._descriptors) >= _OPEN_FILES:
+            os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors[file] = os.open(file, os.O_RDONLY)
+        return self._descriptors[file]
