@@ -18,6 +18,7 @@ from .scores import Divergence, Scores
 from .stream import Stream
 
 DEFAULT_CONTEXT = 512
+EVALUATION_TEXT = Path(__file__).parent.parent / "examples" / "text" / "evaluation.txt"
 _POSITION_BLOCK = 4096  # positions whose logits over one vocabulary block are in memory at a time
 
 

@@ -1,0 +1,118 @@
+"""What the commands show: progress on standard error, results as tables or JSON on standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_PLAIN_INTERVAL = 5.0  # seconds between lines when nobody watches a terminal
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Two columns: what, and its value."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'"""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def human_count(count: float) -> str:
+    """228689764864 -> '228.7 B'"""
+    for unit in ("", "K", "M", "B"):
+        if count < 1000:
+            return f"{count:.0f}" if unit == "" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} T"
+
+
+class TerminalProgress:
+    """A bar for whoever watches a terminal; noted lines scroll by above it."""
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+        )
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> TerminalProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def begin(self, task: str, total: int, unit: str) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(task, total=total, detail="")
+
+    def advance(self, amount: int, detail: str = "") -> None:
+        if self._task is not None:
+            self._progress.update(self._task, advance=amount, detail=detail)
+
+    def note(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False)
+
+
+class PlainProgress:
+    """Lines for logs: one when a task begins and ends, and one every few seconds between."""
+
+    def __init__(self) -> None:
+        self._task, self._unit, self._total, self._done, self._printed = "", "", 0, 0, 0.0
+
+    def __enter__(self) -> PlainProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def begin(self, task: str, total: int, unit: str) -> None:
+        self._task, self._unit, self._total, self._done = task, unit, total, 0
+        self.note(f"{task}: {human_count(total)} {unit}")
+
+    def advance(self, amount: int, detail: str = "") -> None:
+        self._done += amount
+        if self._done >= self._total or time.monotonic() - self._printed > _PLAIN_INTERVAL:
+            self.note(f"{self._task}: {self._done / max(self._total, 1):.0%} {detail}")
+
+    def note(self, line: str) -> None:
+        self._printed = time.monotonic()
+        print(line, file=sys.stderr, flush=True)
+
+
+def watch() -> TerminalProgress | PlainProgress:
+    """The progress that suits standard error."""
+    return TerminalProgress() if sys.stderr.isatty() else PlainProgress()

@@ -1,0 +1,195 @@
+"""Writes GGUF files piece by piece: the header first, then any rows of any tensor into their slot.
+
+Nothing appears under its final name before it is complete and on disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import gguf
+from torch import Tensor
+
+from ..archs.errors import BadInput
+from ..quant.plan import ALIGNMENT, PlannedTensor
+from ..sources.gguf import SPLIT_NAME
+
+
+@dataclass(frozen=True)
+class _Slot:
+    descriptor: int
+    offset: int
+    row_bytes: int
+
+
+class GGUFWriter:
+    """One GGUF file, or several when a split size is given. Use it as a context manager.
+
+    Leaving the context normally makes the files durable and gives them their names; leaving it by an exception
+    removes everything that was written.
+
+    Args:
+        path: the file; splits are named `<stem>-00001-of-00003.gguf`.
+        metadata: keys and values: int is stored as u32, float as f32, lists by their elements (i32, f32, str).
+        tensors: what will be written, in file order.
+        split_max_bytes: largest data section of one file; a single tensor may exceed it.
+        overwrite: replace files of these names, once the new ones are complete.
+
+    Raises BadInput when a file exists already, when the disk is full or the files cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        metadata: Mapping[str, Any],
+        tensors: Sequence[PlannedTensor],
+        split_max_bytes: int | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        parts = _split(tensors, split_max_bytes)
+        self.paths = _names(path, len(parts))
+        existing = next((file for file in self.paths if file.exists()), None)
+        if existing and not overwrite:
+            raise BadInput(f"{existing} exists: use --overwrite to replace it, or another --output")
+        self._temporary = [file.with_name(f".{file.name}.part") for file in self.paths]
+        self._descriptors: list[int] = []
+        self._slots: dict[str, _Slot] = {}
+        try:
+            for number, part in enumerate(parts):
+                self._begin(number, part, _split_metadata(metadata, number, len(parts), len(tensors)))
+        except OSError as error:
+            self._discard()
+            raise self._failure(error) from None
+
+    def write(self, name: str, first_row: int, rows: Tensor) -> None:
+        """Put stored rows, uint8 [rows, row bytes], into a tensor's slot; rows count over all leading dimensions."""
+        slot = self._slots[name]
+        data = memoryview(rows.contiguous().numpy()).cast("B")
+        position, done = slot.offset + first_row * slot.row_bytes, 0
+        try:
+            while done < len(data):
+                done += os.pwrite(slot.descriptor, data[done:], position + done)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def __enter__(self) -> GGUFWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._discard()
+            return
+        try:
+            for descriptor in self._descriptors:
+                os.fsync(descriptor)
+                os.close(descriptor)
+            for temporary, final in zip(self._temporary, self.paths, strict=True):
+                os.replace(temporary, final)
+            _sync_folder(self.paths[0].parent)
+        except OSError as failure:
+            self._discard()
+            raise self._failure(failure) from None
+
+    def _begin(self, number: int, tensors: Sequence[PlannedTensor], metadata: Mapping[str, Any]) -> None:
+        """Write one file's header and reserve the space of its data."""
+        path = self._temporary[number]
+        _write_header(path, metadata, tensors)
+        offset = -(-path.stat().st_size // ALIGNMENT) * ALIGNMENT
+        descriptor = os.open(path, os.O_RDWR)
+        self._descriptors.append(descriptor)
+        for tensor in tensors:
+            self._slots[tensor.weight.name] = _Slot(descriptor, offset, tensor.row_bytes)
+            offset += tensor.aligned_bytes
+        os.posix_fallocate(descriptor, 0, offset)
+
+    def _discard(self) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+        for path in self._temporary:
+            path.unlink(missing_ok=True)
+
+    def _failure(self, error: OSError) -> BadInput:
+        return BadInput(f"{self.paths[0]} cannot be written: {error.strerror}; free space or choose another --output")
+
+
+def _split(tensors: Sequence[PlannedTensor], most: int | None) -> list[list[PlannedTensor]]:
+    """Consecutive tensors grouped so that no group exceeds `most` bytes, unless one tensor alone does."""
+    parts: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if most is not None and parts[-1] and size + tensor.aligned_bytes > most:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += tensor.aligned_bytes
+    return parts
+
+
+def _names(path: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [path]
+    return [path.with_name(SPLIT_NAME.format(prefix=path.stem, number=n + 1, count=count)) for n in range(count)]
+
+
+def _split_metadata(metadata: Mapping[str, Any], number: int, count: int, tensors: int) -> Mapping[str, Any]:
+    """All keys go into the first file; every file of a split says which one it is."""
+    if count == 1:
+        return metadata
+    split = {"split.no": _U16(number), "split.count": _U16(count), "split.tensors.count": _I32(tensors)}
+    return {**(metadata if number == 0 else {}), **split}
+
+
+class _U16(int):
+    """Stored as u16, the type that llama.cpp demands for split numbers."""
+
+
+class _I32(int):
+    """Stored as i32, the type that llama.cpp demands for the tensor count of a split."""
+
+
+def _write_header(path: Path, metadata: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> None:
+    writer = gguf.GGUFWriter(path, arch="")
+    writer.kv_data[0].clear()  # the architecture is among our keys, and only the first file of a split has it
+    for key, value in metadata.items():
+        _add(writer, key, value)
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.weight.name, tensor.weight.shape, None, tensor.bytes, raw_dtype=tensor.type.id)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case _U16():
+            writer.add_uint16(key, value)
+        case _I32():
+            writer.add_int32(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new names durable too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
