@@ -1,0 +1,46 @@
+"""Checkpoints that many tests share; built once a session, never changed (copy before damaging one)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+from transformers import MiniMaxM2ForCausalLM
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder, and the transformers model that holds exactly its weights."""
+
+    folder: Path
+    oracle: MiniMaxM2ForCausalLM
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def minimax(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Float32, as transformers saves it."""
+    model = checkpoints.minimax_model()
+    return Checkpoint(checkpoints.save_minimax(tmp_path_factory.mktemp("checkpoint") / "minimax", model), model)
+
+
+@pytest.fixture(scope="session")
+def minimax_fp8(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """FP8 in 128x128 blocks, sharded, as the Hub has it."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "minimax-fp8"
+    return Checkpoint(folder, checkpoints.save_minimax_fp8(folder, checkpoints.minimax_model(seed=1)))
+
+
+@pytest.fixture(scope="session")
+def minimax_odd(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """FP8 with blocks cut off at the edges; rows that no 256-element block divides."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "minimax-odd"
+    model = checkpoints.minimax_model(seed=2, **checkpoints.MINIMAX_ODD)
+    return Checkpoint(folder, checkpoints.save_minimax_fp8(folder, model, shards=2))
