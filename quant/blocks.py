@@ -1,0 +1,152 @@
+"""Rows in, blocks out, and back: `quantize` and `dequantize` for every format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..archs.errors import BadInput
+from . import affine, codebook, lattice, symmetric, ternary
+from .formats import Format, format_named
+from .lanes import Codec, unit_of
+
+Array = TypeVar("Array", Tensor, NDArray[np.generic])
+
+CODECS: Final[dict[str, Codec]] = {
+    **affine.CODECS,
+    **symmetric.CODECS,
+    **codebook.CODECS,
+    **lattice.CODECS,
+    **ternary.CODECS,
+}
+FLOATS: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+LEAST_WEIGHT: Final = 1e-3  # of the mean: no channel is worthless, however rarely the calibration text stirred it
+CHUNK: Final = {"cpu": 1 << 18}  # values worked on at once: what a core's cache holds
+LARGE_CHUNK: Final = 1 << 24  # on an accelerator, to keep it busy
+
+
+def quantize(x: Array, name: str, importance: Array | None = None, threads: int | None = None) -> Array:
+    """Quantise rows to a ggml format, minimising the squared error weighted by importance.
+
+    x: [rows, columns], any float type, tensor or numpy array. importance: [columns], not negative, the mean square
+    of what each column is multiplied with; None weights all alike. threads: how many CPU threads to use.
+    Returns uint8 [rows, row bytes], of x's kind, on x's device. What no float16 scale can reach saturates.
+    Raises BadInput for an unknown or read-only format, a row length that does not divide into blocks, values that are
+    not finite (naming the first such row), and an importance of the wrong length or with values below 0 or not finite.
+    """
+    format = format_named(name)
+    codec = CODECS.get(name)
+    if name not in FLOATS and (codec is None or codec.encode is None):
+        writable = ", ".join((*FLOATS, *(key for key, value in CODECS.items() if value.encode)))
+        raise BadInput(f"cannot quantise to {name}; choose one of {writable}")
+    rows = _matrix(x)
+    row_bytes = format.row_bytes(rows.shape[1])
+    weights = _weights(importance, rows.shape[1], rows.device)
+    result = torch.empty((len(rows), row_bytes), dtype=torch.uint8, device=rows.device)
+    with _threads(threads):
+        for start, chunk in _chunks(rows, rows.shape[1]):
+            values = chunk.to(torch.float32)
+            _check_finite(values, start)
+            if name in FLOATS:
+                result[start : start + len(chunk)] = _to_float(values, FLOATS[name])
+            else:
+                result[start : start + len(chunk)] = _encode(values, weights, codec, format)
+    return _like(x, result)
+
+
+def dequantize(data: Array, name: str, threads: int | None = None) -> Array:
+    """Read rows of a ggml format: uint8 [rows, row bytes] -> float32 [rows, columns], of data's kind, on its device.
+
+    Raises BadInput for an unknown format, one that holds no weights (whole numbers), and rows of broken blocks.
+    """
+    format = format_named(name)
+    if name not in FLOATS and name not in CODECS:
+        raise BadInput(f"{name} holds no weights to dequantise")
+    rows = _matrix(data)
+    if rows.dtype != torch.uint8 or rows.shape[1] % format.block_bytes:
+        raise BadInput(
+            f"{name} rows are uint8 in multiples of {format.block_bytes} bytes, not {rows.shape[1]} of {rows.dtype}"
+        )
+    columns = rows.shape[1] // format.block_bytes * format.block_size
+    result = torch.empty((len(rows), columns), dtype=torch.float32, device=rows.device)
+    with _threads(threads):
+        for start, chunk in _chunks(rows, columns):
+            if name in FLOATS:
+                result[start : start + len(chunk)] = chunk.contiguous().view(FLOATS[name])
+            else:
+                lanes = chunk.reshape(-1, format.block_bytes).T.contiguous()
+                result[start : start + len(chunk)] = CODECS[name].decode(lanes).T.reshape(len(chunk), columns)
+    return _like(data, result)
+
+
+def _encode(values: Tensor, weights: Tensor, codec: Codec, format: Format) -> Tensor:
+    """float32 [rows, columns] and weights [columns] -> uint8 [rows, row bytes]."""
+    lanes = _to_lanes(values, format.block_size)
+    unit = unit_of(lanes)
+    data = codec.encode(lanes * (1 / unit), unit, _to_lanes(weights.expand_as(values), format.block_size))
+    return data.T.reshape(len(values), -1)
+
+
+def _to_lanes(rows: Tensor, block_size: int) -> Tensor:
+    return rows.reshape(-1, block_size).T.contiguous()
+
+
+def _to_float(values: Tensor, type: torch.dtype) -> Tensor:
+    largest = torch.finfo(type).max
+    return values.clamp(-largest, largest).to(type).view(torch.uint8)
+
+
+def _matrix(x: Array) -> Tensor:
+    rows = x if isinstance(x, Tensor) else torch.from_numpy(x)
+    if rows.ndim != 2:
+        raise BadInput(f"expected rows and columns, got an array of shape {tuple(rows.shape)}; reshape it")
+    return rows
+
+
+def _like(x: Array, result: Tensor) -> Array:
+    return result if isinstance(x, Tensor) else result.numpy()
+
+
+def _chunks(rows: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:
+    count = max(1, CHUNK.get(rows.device.type, LARGE_CHUNK) // max(columns, 1))
+    for start in range(0, len(rows), count):
+        yield start, rows[start : start + count]
+
+
+def _check_finite(values: Tensor, start: int) -> None:
+    finite = torch.isfinite(values).all(dim=1)
+    if not finite.all():
+        raise BadInput(f"row {start + int(finite.long().argmin())} holds a value that is not finite")
+
+
+def _weights(importance: Array | None, columns: int, device: torch.device) -> Tensor:
+    """Importance relative to its mean, floored: float32 [columns]."""
+    if importance is None:
+        return torch.ones(columns, device=device)
+    weights = torch.as_tensor(importance, dtype=torch.float64)
+    if tuple(weights.shape) != (columns,):
+        raise BadInput(f"importance has shape {tuple(weights.shape)}, expected one value for each of {columns} columns")
+    if not torch.isfinite(weights).all() or (weights < 0).any():
+        raise BadInput("importance has a value that is negative or not finite")
+    mean = weights.mean()
+    if mean == 0:
+        return torch.ones(columns, device=device)
+    return (weights / mean).clamp(min=LEAST_WEIGHT).to(device, torch.float32)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """torch with so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

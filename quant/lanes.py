@@ -1,0 +1,120 @@
+"""The arithmetic and the bit packing that every quantiser is written in.
+
+Blocks lie side by side along the last dimension, one to a lane, and their values along the dimensions before it:
+256-value blocks with sub-blocks of 32 are a tensor [8, 32, lanes], their bytes a uint8 tensor [block_bytes, lanes].
+Every lane does the same work without looking at another, so one search fits torch on any device and the SIMD
+registers of a CPU.
+
+Results are the same bits everywhere, because only operations are used that IEEE 754 defines to the last bit:
+float32, no fused multiply-add, rounding half to even, and sums in the one order that `ordered_sum` fixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Final
+
+import torch
+from torch import Tensor
+
+LARGEST_HALF: Final = 65504.0
+TINY: Final = 2.0**-116  # smaller numbers count as zero, so that no reciprocal overflows
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How one format turns lanes into bytes and back.
+
+    decode: uint8 [block_bytes, lanes] -> float32 [block_size, lanes].
+    encode: float32 values [block_size, lanes], the unit [lanes] that they were divided by (see `unit_of`) and their
+    weights [block_size, lanes] -> uint8 [block_bytes, lanes]. It minimises sum(weight * (value - decoded value)²).
+    """
+
+    decode: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+def ordered_sum(terms: Tensor) -> Tensor:
+    """Sum over the last dimension but one, whose length is a multiple of 8: [..., n, lanes] -> [..., lanes].
+
+    Each run of eight is added pairwise, ((0+1)+(2+3))+((4+5)+(6+7)), then the runs one after another.
+    """
+    runs = terms.unflatten(-2, (-1, 8))
+    while runs.shape[-2] > 1:
+        runs = runs[..., 0::2, :] + runs[..., 1::2, :]
+    total = runs[..., 0, 0, :]
+    for run in range(1, runs.shape[-3]):
+        total = total + runs[..., run, 0, :]
+    return total
+
+
+def reciprocal(value: Tensor) -> Tensor:
+    """1 / value, and 0 where the value is too small for it."""
+    usable = value.abs() > TINY
+    return torch.where(usable, 1 / torch.where(usable, value, 1.0), 0.0)
+
+
+def best_of(trials: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The trial with the largest first member, lane by lane; the first of equals. Members broadcast against it."""
+    return reduce(_better_of, trials)
+
+
+def _better_of(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    better = new[0] > old[0]
+    return tuple(torch.where(better, new_part, old_part) for new_part, old_part in zip(new, old, strict=True))
+
+
+def spread(value: Tensor) -> Tensor:
+    """One number for each sub-block, [..., lanes], ready to meet that sub-block's values [..., n, lanes]."""
+    return value.unsqueeze(-2)
+
+
+def unit_of(values: Tensor) -> Tensor:
+    """A power of two near each lane's largest magnitude: [n, lanes] -> [lanes].
+
+    Divided by it, which is exact, any block lies within (-4, 4), so that squares neither overflow nor vanish.
+    """
+    largest = values.abs().amax(0) if len(values) else values.new_zeros(values.shape[1:])
+    return (largest.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(2.0**-126, 2.0**126)
+
+
+def half(value: Tensor, unit: Tensor) -> Tensor:
+    """The nearest float16 to value * unit, again divided by the unit. Magnitudes beyond float16 saturate."""
+    stored = (value * unit).clamp(-LARGEST_HALF, LARGEST_HALF).to(torch.float16).to(torch.float32)
+    return stored * (1 / unit) + 0.0  # + 0.0 turns -0 into 0
+
+
+def half_to_bytes(value: Tensor, unit: Tensor) -> Tensor:
+    """The two bytes of a result of `half`, [lanes] -> [2, lanes]."""
+    bits = (value * unit).to(torch.float16).view(torch.int16).to(torch.int32)
+    return torch.stack([bits & 0xFF, bits >> 8 & 0xFF]).to(torch.uint8)
+
+
+def half_from_bytes(data: Tensor) -> Tensor:
+    """float16 in two bytes to float32, [2, lanes] -> [lanes]."""
+    return from_bytes(data, 2)[0].to(torch.int16).view(torch.float16).to(torch.float32)
+
+
+def from_bytes(data: Tensor, count: int) -> Tensor:
+    """Little-endian unsigned numbers of `count` bytes, at most 4: uint8 [n * count, lanes] -> int64 [n, lanes]."""
+    parts = data.unflatten(0, (-1, count)).to(torch.int64)
+    numbers = parts[:, 0]
+    for place in range(1, count):
+        numbers = numbers | parts[:, place] << 8 * place
+    return numbers
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes of `bits` bits into bytes, the first in the lowest bits: [..., 8 / bits, n, lanes] -> [..., n, lanes]."""
+    codes = codes.to(torch.uint8)
+    packed = codes[..., 0, :, :]
+    for place in range(1, 8 // bits):
+        packed = packed | codes[..., place, :, :] << bits * place
+    return packed
+
+
+def unpack(data: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`: uint8 [..., n, lanes] -> uint8 [..., 8 / bits, n, lanes]."""
+    return torch.stack([data >> place & (1 << bits) - 1 for place in range(0, 8, bits)], dim=-3)

@@ -1,0 +1,114 @@
+"""Formats with whole-number levels around zero: Q8_0, Q5_0, Q4_0, Q6_K and Q3_K."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from .lanes import Codec, half_from_bytes, half_to_bytes, pack, reciprocal, spread, unpack
+from .scaled import Uniform, search_multiples, search_scale
+
+_LEVELS_8_0: Final = Uniform(-127, 127)
+_LEVELS_5_0: Final = Uniform(-16, 15)
+_LEVELS_4_0: Final = Uniform(-8, 7)
+_LEVELS_6_K: Final = Uniform(-32, 31)
+_LEVELS_3_K: Final = Uniform(-4, 3)
+
+
+def _block_codes(values: Tensor, weights: Tensor, unit: Tensor, levels: Uniform) -> tuple[Tensor, Tensor]:
+    """The bytes of the scale [2, lanes] and the codes [32, lanes]."""
+    scale = search_scale(values, weights, unit, levels)
+    return half_to_bytes(scale, unit), levels.codes(values * spread(reciprocal(scale)))
+
+
+def _encode_8_0(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    scale, codes = _block_codes(values, weights, unit, _LEVELS_8_0)
+    return torch.cat([scale, codes - 127])  # uint8 wraps to two's complement
+
+
+def _decode_8_0(data: Tensor) -> Tensor:
+    return data[2:].view(torch.int8).to(torch.float32) * half_from_bytes(data[:2])
+
+
+def _encode_4_0(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    scale, codes = _block_codes(values, weights, unit, _LEVELS_4_0)
+    return torch.cat([scale, pack(codes.unflatten(0, (2, 16)), 4)])
+
+
+def _decode_4_0(data: Tensor) -> Tensor:
+    codes = unpack(data[2:], 4).flatten(0, 1)
+    return half_from_bytes(data[:2]) * (codes.to(torch.float32) - 8)
+
+
+def _encode_5_0(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    scale, codes = _block_codes(values, weights, unit, _LEVELS_5_0)
+    return torch.cat([scale, pack_5_bits(codes)])
+
+
+def _decode_5_0(data: Tensor) -> Tensor:
+    return half_from_bytes(data[:2]) * (unpack_5_bits(data[2:]).to(torch.float32) - 16)
+
+
+def pack_5_bits(codes: Tensor) -> Tensor:
+    """The fifth bits of 32 codes, then the lower four: uint8 [32, lanes] -> [20, lanes]."""
+    fifth = pack((codes >> 4).unflatten(0, (4, 8, 1)), 1).flatten(0, 1)
+    return torch.cat([fifth, pack((codes & 15).unflatten(0, (2, 16)), 4)])
+
+
+def unpack_5_bits(data: Tensor) -> Tensor:
+    """The inverse of `pack_5_bits`."""
+    fifth = unpack(data[:4].unsqueeze(1), 1).flatten(0, 2)
+    return unpack(data[4:], 4).flatten(0, 1) | fifth << 4
+
+
+def _super_block_codes(
+    values: Tensor, weights: Tensor, unit: Tensor, levels: Uniform, lowest: int, highest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The bytes of the step [2, lanes], the multiples [16, lanes] and the codes [16, 16, lanes]."""
+    values, weights = values.unflatten(0, (16, 16)), weights.unflatten(0, (16, 16))
+    step, multiples = search_multiples(values, weights, unit, levels, lowest, highest)
+    codes = levels.codes(values * spread(reciprocal(step * multiples)))
+    return half_to_bytes(step, unit), multiples.to(torch.int8), codes
+
+
+def _encode_6_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    step, multiples, codes = _super_block_codes(values, weights, unit, _LEVELS_6_K, -128, 127)
+    low = pack((codes & 15).reshape(2, 2, 64, -1), 4).flatten(0, 1)
+    high = pack((codes >> 4).reshape(2, 4, 32, -1), 2).flatten(0, 1)
+    return torch.cat([low, high, multiples.view(torch.uint8), step])
+
+
+def _decode_6_k(data: Tensor) -> Tensor:
+    low, high, multiples, step = data.split([128, 64, 16, 2])
+    high = unpack(high.unflatten(0, (2, 32)), 2).flatten(0, 2)
+    codes = unpack(low.unflatten(0, (2, 64)), 4).flatten(0, 2) | high << 4
+    scale = half_from_bytes(step) * multiples.view(torch.int8).to(torch.float32)
+    return (spread(scale) * (codes.unflatten(0, (16, 16)).to(torch.float32) - 32)).flatten(0, 1)
+
+
+def _encode_3_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    step, multiples, codes = _super_block_codes(values, weights, unit, _LEVELS_3_K, -32, 31)
+    third = pack((codes >> 2).reshape(8, 32, -1), 1)
+    low = pack((codes & 3).reshape(2, 4, 32, -1), 2).flatten(0, 1)
+    scales = (multiples + 32).view(torch.uint8)
+    scales = torch.cat([pack((scales & 15).unflatten(0, (2, 8)), 4), pack((scales >> 4).unflatten(0, (4, 4)), 2)])
+    return torch.cat([third, low, scales, step])
+
+
+def _decode_3_k(data: Tensor) -> Tensor:
+    third, low, scales, step = data.split([32, 64, 12, 2])
+    codes = unpack(low.unflatten(0, (2, 32)), 2).flatten(0, 2) | unpack(third, 1).flatten(0, 1) << 2
+    multiples = unpack(scales[:8], 4).flatten(0, 1) | unpack(scales[8:], 2).flatten(0, 1) << 4
+    scale = half_from_bytes(step) * (multiples.to(torch.float32) - 32)
+    return (spread(scale) * (codes.unflatten(0, (16, 16)).to(torch.float32) - 4)).flatten(0, 1)
+
+
+CODECS: Final = {
+    "Q8_0": Codec(_decode_8_0, _encode_8_0),
+    "Q5_0": Codec(_decode_5_0, _encode_5_0),
+    "Q4_0": Codec(_decode_4_0, _encode_4_0),
+    "Q6_K": Codec(_decode_6_k, _encode_6_k),
+    "Q3_K": Codec(_decode_3_k, _encode_3_k),
+}
