@@ -35,9 +35,9 @@ class Architecture:
 
 def architectures() -> tuple[Architecture, ...]:
     """Every architecture that moecast knows."""
-    from . import minimax_m2
+    from . import deepseek_v4, minimax_m2
 
-    return (minimax_m2.ARCHITECTURE,)
+    return (minimax_m2.ARCHITECTURE, deepseek_v4.ARCHITECTURE)
 
 
 def architecture_named(name: str, origin: str) -> Architecture:

@@ -1,4 +1,4 @@
-"""The blocks of a graph in torch: hidden states in, hidden states out, all in float32.
+"""The blocks of a graph in torch: normed hidden states in, what they add out, all in float32.
 
 Formulas are those of the original models; the tests compare every block against transformers.
 """
@@ -6,13 +6,13 @@ Formulas are those of the original models; the tests compare every block against
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..archs.graph import Activation, Attention, MoE, Norm, Rope, Router, Score
+from ..archs.graph import MLP, Activation, Attention, HashRouter, MoE, Norm, Router, Score
+from .rotary import rotate
 
 Load = Callable[..., Tensor]  # Model.load: (weight, expert=None, rows=None) -> float32
 
@@ -23,83 +23,90 @@ def normaliser(norm: Norm, load: Load) -> Callable[[Tensor], Tensor]:
     return lambda hidden: functional.rms_norm(hidden, weight.shape, weight, norm.epsilon)
 
 
-def attention(operation: Attention, hidden: Tensor, norm: Norm, load: Load) -> None:
-    """Adds causal self-attention of `norm(hidden)` to `hidden` [chunks, tokens, hidden size], in place."""
-    normalise = normaliser(norm, load)
+def attention(operation: Attention, normed: Tensor, load: Load) -> Tensor:
+    """Causal self-attention of `normed` [chunks, tokens, hidden size]; returns the same shape."""
     normalise_query, normalise_key = normaliser(operation.query_norm, load), normaliser(operation.key_norm, load)
     query_weight, key_weight = load(operation.query), load(operation.key)
     value_weight, output_weight = load(operation.value), load(operation.output)
-    for chunk in hidden:  # one at a time: the scores of a chunk are [heads, tokens, tokens]
-        normed = normalise(chunk)
-        query = _split_heads(normalise_query(normed @ query_weight.T), operation.heads)
-        key = _split_heads(normalise_key(normed @ key_weight.T), operation.key_value_heads)
-        value = _split_heads(normed @ value_weight.T, operation.key_value_heads)
+    positions = torch.arange(normed.shape[1])
+
+    def attend(states: Tensor) -> Tensor:
+        query = split_heads(normalise_query(states @ query_weight.T), operation.heads)
+        key = split_heads(normalise_key(states @ key_weight.T), operation.key_value_heads)
+        value = split_heads(states @ value_weight.T, operation.key_value_heads)
         mixed = functional.scaled_dot_product_attention(
-            rotate(query, operation.rope)[None],
-            rotate(key, operation.rope)[None],
+            rotate(query, operation.rope, positions)[None],
+            rotate(key, operation.rope, positions)[None],
             value[None],
             is_causal=True,
             enable_gqa=True,
         )  # [1, heads, tokens, head size]
-        chunk += mixed[0].transpose(0, 1).flatten(1) @ output_weight.T
+        return mixed[0].transpose(0, 1).flatten(1) @ output_weight.T
+
+    return torch.stack([attend(chunk) for chunk in normed])  # one at a time: scores are [heads, tokens, tokens]
 
 
-def _split_heads(states: Tensor, heads: int) -> Tensor:
+def split_heads(states: Tensor, heads: int) -> Tensor:
     """[tokens, heads * head size] -> [heads, tokens, head size]"""
     return states.unflatten(-1, (heads, -1)).transpose(0, 1)
 
 
-def rotate(states: Tensor, rope: Rope) -> Tensor:
-    """Rotates the first `rope.size` dimensions of [heads, tokens, head size] by each token's position."""
-    cosine, sine = _rotation(rope, states.shape[1])
-    half = rope.size // 2
-    first, second, rest = states[..., :half], states[..., half : rope.size], states[..., rope.size :]
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine, rest), dim=-1)
-
-
-@cache
-def _rotation(rope: Rope, tokens: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2i/size), each [tokens, size / 2]."""
-    frequencies = 1.0 / rope.base ** (torch.arange(0, rope.size, 2, dtype=torch.float32) / rope.size)
-    angles = torch.arange(tokens, dtype=torch.float32)[:, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def moe(operation: MoE, hidden: Tensor, norm: Norm, load: Load) -> None:
-    """Adds the routed experts' answer to `norm(hidden)` to `hidden` [chunks, tokens, hidden size], in place.
+def moe(operation: MoE, normed: Tensor, tokens: Tensor, load: Load) -> Tensor:
+    """The experts' answer to `normed` [chunks, tokens, hidden size], of the same shape; `tokens` are their ids.
 
     Experts are loaded one after another; each sees only the tokens that were routed to it.
     """
-    rows = hidden.flatten(0, 1)
-    normed = normaliser(norm, load)(rows)
-    chosen, shares = route(operation.router, normed, load)
+    states = normed.flatten(0, 1)
+    chosen, shares = route(operation.router, states, tokens.flatten(), load)
+    answer = mlp(operation.shared, states, load) if operation.shared else torch.zeros_like(states)
     for expert in range(operation.experts):
-        tokens, choice = torch.where(chosen == expert)
-        if len(tokens):
-            output = expert_output(operation, expert, normed[tokens], load)
-            rows.index_add_(0, tokens, output * shares[tokens, choice, None])
+        rows, choice = torch.where(chosen == expert)
+        if len(rows):
+            output = expert_output(operation, expert, states[rows], load)
+            answer.index_add_(0, rows, output * shares[rows, choice, None])
+    return answer.view_as(normed)
 
 
-def route(router: Router, normed: Tensor, load: Load) -> tuple[Tensor, Tensor]:
-    """normed [tokens, hidden size] -> chosen experts and their shares, both [tokens, top_k].
+def mlp(operation: MLP, states: Tensor, load: Load) -> Tensor:
+    """[..., width] -> [..., width] through a dense layer."""
+    gate = states @ load(operation.gate).T if operation.gate else None
+    inner = _activate(operation.activation, operation.clamp, gate, states @ load(operation.up).T)
+    return inner @ load(operation.down).T
 
-    The bias moves the choice only; the shares are the chosen experts' own scores, scaled to sum to one.
+
+def route(router: Router | HashRouter, states: Tensor, tokens: Tensor, load: Load) -> tuple[Tensor, Tensor]:
+    """states [tokens, hidden size], token ids [tokens] -> chosen experts and their shares, both [tokens, top_k].
+
+    Shares are the chosen experts' own scores, scaled to a fixed sum: a bias moves the choice only.
     """
-    scores = _SCORES[router.score](normed @ load(router.weight).T)
-    chosen = torch.topk(scores + load(router.bias), router.top_k, dim=-1, sorted=False).indices
+    scores = _SCORES[router.score](states @ load(router.weight).T)
+    if isinstance(router, HashRouter):
+        chosen = load(router.table)[tokens].long()
+    else:
+        chosen = torch.topk(scores + load(router.bias), router.top_k, dim=-1, sorted=False).indices
     shares = scores.gather(1, chosen)
-    return chosen, shares / shares.sum(dim=-1, keepdim=True)
+    return chosen, shares / (shares.sum(dim=-1, keepdim=True) + router.epsilon) * router.scale
 
 
 def expert_output(operation: MoE, expert: int, states: Tensor, load: Load) -> Tensor:
     """states [tokens, hidden size] -> [tokens, hidden size] through one expert."""
-    inner = _ACTIVATIONS[operation.activation](
-        states @ load(operation.gate, expert).T, states @ load(operation.up, expert).T
-    )
+    gate = states @ load(operation.gate, expert).T if operation.gate else None
+    inner = _activate(operation.activation, operation.clamp, gate, states @ load(operation.up, expert).T)
     return inner @ load(operation.down, expert).T
 
 
-_SCORES: dict[Score, Callable[[Tensor], Tensor]] = {Score.SIGMOID: torch.sigmoid}
-_ACTIVATIONS: dict[Activation, Callable[[Tensor, Tensor], Tensor]] = {
-    Activation.SWIGLU: lambda gate, up: functional.silu(gate) * up,
+def _activate(activation: Activation, clamp: float | None, gate: Tensor | None, up: Tensor) -> Tensor:
+    match activation:
+        case Activation.SWIGLU:
+            assert gate is not None
+            if clamp is not None:
+                gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
+            return functional.silu(gate) * up
+        case Activation.RELU_SQUARED:
+            return functional.relu(up).square()
+
+
+_SCORES: dict[Score, Callable[[Tensor], Tensor]] = {
+    Score.SIGMOID: torch.sigmoid,
+    Score.SQRT_SOFTPLUS: lambda logits: functional.softplus(logits).sqrt(),
 }
