@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..archs.graph import MLP, Activation, Attention, HashRouter, MoE, Norm, Router, Score
-from .rotary import rotate
+from ..archs.graph import MLP, Activation, HashRouter, MoE, Norm, Router, Score
 
 Load = Callable[..., Tensor]  # Model.load: (weight, expert=None, rows=None) -> float32
 
@@ -21,29 +20,6 @@ def normaliser(norm: Norm, load: Load) -> Callable[[Tensor], Tensor]:
     """RMSNorm with its weight loaded: divides every row [..., size] by its root mean square, times the weight."""
     weight = load(norm.weight)
     return lambda hidden: functional.rms_norm(hidden, weight.shape, weight, norm.epsilon)
-
-
-def attention(operation: Attention, normed: Tensor, load: Load) -> Tensor:
-    """Causal self-attention of `normed` [chunks, tokens, hidden size]; returns the same shape."""
-    normalise_query, normalise_key = normaliser(operation.query_norm, load), normaliser(operation.key_norm, load)
-    query_weight, key_weight = load(operation.query), load(operation.key)
-    value_weight, output_weight = load(operation.value), load(operation.output)
-    positions = torch.arange(normed.shape[1])
-
-    def attend(states: Tensor) -> Tensor:
-        query = split_heads(normalise_query(states @ query_weight.T), operation.heads)
-        key = split_heads(normalise_key(states @ key_weight.T), operation.key_value_heads)
-        value = split_heads(states @ value_weight.T, operation.key_value_heads)
-        mixed = functional.scaled_dot_product_attention(
-            rotate(query, operation.rope, positions)[None],
-            rotate(key, operation.rope, positions)[None],
-            value[None],
-            is_causal=True,
-            enable_gqa=True,
-        )  # [1, heads, tokens, head size]
-        return mixed[0].transpose(0, 1).flatten(1) @ output_weight.T
-
-    return torch.stack([attend(chunk) for chunk in normed])  # one at a time: scores are [heads, tokens, tokens]
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:
