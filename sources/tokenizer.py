@@ -27,7 +27,7 @@ class Tokenizer:
     add_bos: bool
     end_of_generation: frozenset[int]
     """Every id that ends generation, `eos` among them."""
-    chat_templates: Mapping[str, str]
+    chat_templates: Mapping[str, str] = field(repr=False)
     """Jinja sources by name; `chat_template` is the one named "default"."""
 
     @classmethod
