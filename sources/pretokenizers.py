@@ -1,0 +1,176 @@
+"""How llama.cpp splits text before byte-pair merging: one table, read in both directions.
+
+A GGUF file names its splitter in `tokenizer.ggml.pre`; tokenizer.json writes it out as regular expressions. The table
+rebuilds a tokenizer from the name and finds the name from the expressions.
+
+llama.cpp's expressions only approximate those of some tokenizers: it has no upper and lower case beyond ASCII and keeps
+combining marks out of words. `splits` is what llama.cpp runs, because that is what a file's ids mean; `sources` holds
+the spellings in tokenizer.json that llama.cpp's own converter gives this name to.
+Facts from llama.cpp's src/llama-vocab.cpp and src/unicode.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..archs.errors import BadInput
+
+# The parts that the expressions share. llama.cpp's engine has no inline flags, so it spells case out.
+_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_CONTRACTION_SPELLED = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_NEWLINES_AND_SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+"
+
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_UPPER_ASCII, _LOWER_ASCII = r"((?=[\p{L}])([^a-z]))", r"((?=[\p{L}])([^A-Z]))"
+
+
+def _llama3(contraction: str, digits: str) -> str:
+    return contraction + "|" + _WORD + "|" + digits + _PUNCTUATION + r"[\r\n]*" + _NEWLINES_AND_SPACES
+
+
+def _cased(upper: str, lower: str, contraction: str, digits: str) -> str:
+    """Words split where lower case turns to upper case, as GPT-4o and Tekken do."""
+    lead = r"[^\r\n\p{L}\p{N}]?"
+    words = f"{lead}{upper}*{lower}+{contraction}|{lead}{upper}+{lower}*{contraction}|"
+    return words + digits + _PUNCTUATION + r"[\r\n/]*" + _NEWLINES_AND_SPACES
+
+
+_GPT2_ENGINE = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_GPT2 = _GPT2_ENGINE + r"|\s+"
+_LLAMA3_ENGINE = _llama3(_CONTRACTION_SPELLED, r"\p{N}{1,3}")
+_LLAMA3 = _llama3(_CONTRACTION, r"\p{N}{1,3}")
+_TEKKEN = _cased(_UPPER, _LOWER, "", r"\p{N}")
+_DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
+    + _NEWLINES_AND_SPACES,
+)
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """One splitter of llama.cpp under all its names, the usual one first."""
+
+    names: tuple[str, ...]
+    splits: tuple[str, ...]
+    """The expressions llama.cpp applies one after another; a match is a piece, and so is the text between matches."""
+    sources: tuple[tuple[str, ...], ...] = ()
+    """Spellings of this splitter in tokenizer.json, each a sequence of expressions."""
+    ignore_merges: bool = False
+    """A piece that is a token as a whole is taken without merging."""
+    add_bos: bool = False
+    """Whether text begins with BOS when the file has no `tokenizer.ggml.add_bos_token`."""
+
+
+PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
+    PreTokenizer(
+        names=("gpt-4o", "minimax-m2", "llama4", "kanana2"),
+        splits=(_cased(_UPPER_ASCII, _LOWER_ASCII, _CONTRACTION_SPELLED + "?", r"\p{N}{1,3}"),),
+        sources=((_cased(_UPPER, _LOWER, _CONTRACTION + "?", r"\p{N}{1,3}"),),),
+    ),
+    PreTokenizer(
+        names=("tekken",),
+        splits=(_cased(_UPPER_ASCII, _LOWER_ASCII, "", r"\p{N}"),),
+        sources=((_TEKKEN,),),
+        ignore_merges=True,
+        add_bos=True,
+    ),
+    PreTokenizer(
+        names=("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "midm-2.0", "lfm2"),
+        splits=(_LLAMA3_ENGINE,),
+        sources=((_LLAMA3,),),
+        ignore_merges=True,
+        add_bos=True,
+    ),
+    PreTokenizer(
+        # The tokenizers that carry this name split like Tekken; llama.cpp runs the Llama 3 expression on them.
+        names=("pixtral",),
+        splits=(_LLAMA3_ENGINE,),
+        sources=((_TEKKEN,), (_LLAMA3,)),
+        ignore_merges=True,
+        add_bos=True,
+    ),
+    PreTokenizer(names=("deepseek-v3", "joyai-llm", "hunyuan-dense"), splits=_DEEPSEEK_V3, sources=(_DEEPSEEK_V3,)),
+    PreTokenizer(
+        names=("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open"),
+        splits=(_llama3(_CONTRACTION_SPELLED, r"\p{N}"),),
+        sources=((_llama3(_CONTRACTION, r"\p{N}"),),),
+    ),
+    PreTokenizer(
+        names=("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "modern-bert", "exaone4"),
+        splits=(_GPT2_ENGINE,),
+        sources=((_GPT2,),),
+    ),
+    PreTokenizer(names=("default",), splits=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2_ENGINE, r"\p{N}+", "[0-9][0-9][0-9]")),
+)
+
+
+def find_pre_tokenizer(name: str) -> PreTokenizer | None:
+    """The row that carries this `tokenizer.ggml.pre` name, or None."""
+    return next((row for row in PRE_TOKENIZERS if name in row.names), None)
+
+
+def recognise(tokenizer_json: Mapping[str, Any]) -> PreTokenizer | None:
+    """The row whose splitter and merge rule tokenizer.json (parsed) has, or None when the table lacks it."""
+    splitter = splitter_of(tokenizer_json)
+    ignore_merges = bool(tokenizer_json["model"].get("ignore_merges", False))
+    rows = [row for row in PRE_TOKENIZERS if splitter in row.sources]
+    return next((row for row in rows if row.ignore_merges == ignore_merges), rows[0] if rows else None)
+
+
+def splitter_of(tokenizer_json: Mapping[str, Any]) -> tuple[str, ...]:
+    """The splitting expressions of tokenizer.json (parsed) in order; a step without one gives its name."""
+    steps = [_expression(step) for step in pre_tokenizer_steps(tokenizer_json)]
+    return tuple(expression for expression in steps if expression)
+
+
+def pre_tokenizer_steps(tokenizer_json: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The pre-tokenizer of tokenizer.json (parsed) as a flat list of its steps."""
+    pending, steps = [tokenizer_json.get("pre_tokenizer")], []
+    while pending:
+        step = pending.pop(0)
+        if step and step["type"] == "Sequence":
+            pending = [*step["pretokenizers"], *pending]
+        elif step:
+            steps.append(step)
+    return steps
+
+
+def _expression(step: Mapping[str, Any]) -> str:
+    if step["type"] == "ByteLevel":
+        return _GPT2 if step.get("use_regex", True) else ""
+    # "Removed" and inverted keeps the matches: the same pieces, as the table's expressions match every character.
+    kept = (step.get("behavior"), step.get("invert")) in {("Isolated", False), ("Removed", True)}
+    if step["type"] == "Split" and kept and "Regex" in step["pattern"]:
+        return str(step["pattern"]["Regex"]).replace("\r", r"\r").replace("\n", r"\n")
+    return f"<{step['type']}>"
+
+
+def choose_pre(
+    explicit: str | None, architecture_default: str | None, tokenizer_json: Mapping[str, Any]
+) -> tuple[str, str | None]:
+    """The `tokenizer.ggml.pre` name to write, and a warning line when tokenizer.json contradicts it.
+
+    The explicit choice wins, then the architecture's name, then what tokenizer.json's splitter says (parsed
+    tokenizer.json). Raises BadInput only when none of the three gives a name.
+    """
+    recognised = recognise(tokenizer_json)
+    name = explicit or architecture_default or (recognised.names[0] if recognised else None)
+    if name is None:
+        known = ", ".join(row.names[0] for row in PRE_TOKENIZERS)
+        raise BadInput(
+            f"tokenizer.json splits text with {splitter_of(tokenizer_json)!r}, which has no llama.cpp name here; "
+            f"name the pre-tokenizer explicitly (one of {known}, or another that llama.cpp knows)"
+        )
+    row = find_pre_tokenizer(name)
+    if row is None:
+        return name, f"pre-tokenizer '{name}' is not in moecast's table: its token ids cannot be checked"
+    if splitter_of(tokenizer_json) in row.sources:
+        return name, None
+    finding = f"as llama.cpp's '{recognised.names[0]}' does" if recognised else "in a way of its own"
+    return name, f"tokenizer.json splits text {finding}, but the file will say '{name}': token ids may differ"

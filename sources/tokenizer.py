@@ -1,0 +1,63 @@
+"""One tokenizer for both kinds of model: read from a checkpoint folder, or rebuilt from the metadata of a GGUF file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import tokenizers
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back, with the ids that mean something to a model.
+
+    `encode` gives the ids that llama.cpp gives: BOS in front iff `add_bos`, never EOS, and the text of a control token
+    inside the user's text stays text unless `parse_special` asks otherwise.
+    """
+
+    backend: tokenizers.Tokenizer = field(repr=False, compare=False)
+    vocabulary_size: int
+    """Highest id + 1; the model's embedding may have more rows."""
+    bos: int | None
+    eos: int | None
+    unknown: int | None
+    padding: int | None
+    add_bos: bool
+    end_of_generation: frozenset[int]
+    """Every id that ends generation, `eos` among them."""
+    chat_templates: Mapping[str, str] = field(repr=False)
+    """Jinja sources by name; `chat_template` is the one named "default"."""
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Reads the tokenizer files of a checkpoint folder. Raises BadInput when there is no usable tokenizer.json."""
+        from .tokenizer_folder import read_tokenizer_folder
+
+        return read_tokenizer_folder(path)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:
+        """Rebuilds the byte-level BPE tokenizer that llama.cpp builds from the same `tokenizer.*` keys.
+
+        Raises BadInput for another kind of tokenizer, an unknown `tokenizer.ggml.pre`, or inconsistent lists.
+        """
+        from .tokenizer_gguf import read_tokenizer_metadata
+
+        return read_tokenizer_metadata(metadata)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the default chat template."""
+        return self.chat_templates.get("default")
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of `text`; BOS first when `add_special` and the model wants one."""
+        self.backend.encode_special_tokens = not parse_special
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [self.bos, *ids] if add_special and self.add_bos and self.bos is not None else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids, control tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode(ids, skip_special_tokens=False)
