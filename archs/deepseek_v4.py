@@ -476,6 +476,7 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
 ARCHITECTURE = Architecture(
     name="deepseek4",
     model_types=("deepseek_v4",),
+    example="deepseek-v4-tiny",
     pre_tokenizer="deepseek-v3",
     from_checkpoint=_from_checkpoint,
     from_gguf=_from_gguf,
