@@ -1,0 +1,42 @@
+"""NVIDIA's 4-bit floats: decoding, and repacking into ggml's blocks without touching a code or a scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROUP = 16  # columns that share one E4M3 scale
+# Value of every E2M1 code (OCP Microscaling Formats 1.0, 5.3.3): sign, two bits of exponent, one of mantissa.
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1 = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)])
+
+
+def unpack_nibbles(codes: Tensor) -> Tensor:
+    """uint8 [rows, columns / 2], even columns in the low nibbles -> uint8 [rows, columns]."""
+    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+
+
+def decode_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:
+    """`e2m1(code) * e4m3(scale)`, exact in float32.
+
+    Args:
+        codes: uint8 [rows, columns / 2], even columns in the low nibbles.
+        scales: uint8 [rows, columns / 16], bits of E4M3 numbers.
+
+    Returns:
+        float32 [rows, columns].
+    """
+    values = _E2M1[unpack_nibbles(codes).int()]
+    factors = scales.view(torch.float8_e4m3fn).float()
+    return (values.unflatten(-1, (-1, GROUP)) * factors[..., None]).flatten(-2)
+
+
+def repack_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:
+    """The same codes and scales in ggml's NVFP4 layout, uint8 [rows, columns / 64 * 36].
+
+    A block of 64 columns holds its four scales, then four groups of eight bytes; byte j of a group holds column j
+    in its low and column j + 8 in its high nibble. Arguments are those of `decode_nvfp4`; columns divide by 64.
+    """
+    groups = unpack_nibbles(codes).unflatten(-1, (-1, 4, 2, GROUP // 2))  # [rows, blocks, 4, halves, 8]
+    packed = (groups[..., 0, :] | groups[..., 1, :] << 4).flatten(-2)
+    return torch.cat((scales.unflatten(-1, (-1, 4)), packed), dim=-1).flatten(-2)
