@@ -37,9 +37,9 @@ class Architecture:
 
 def architectures() -> tuple[Architecture, ...]:
     """Every architecture that moecast knows."""
-    from . import deepseek_v4, minimax_m2
+    from . import deepseek_v4, minimax_m2, nemotron_h
 
-    return (minimax_m2.ARCHITECTURE, deepseek_v4.ARCHITECTURE)
+    return (minimax_m2.ARCHITECTURE, nemotron_h.MIXTURE, nemotron_h.DENSE, deepseek_v4.ARCHITECTURE)
 
 
 def architecture_named(name: str, origin: str) -> Architecture:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..archs.graph import Attention
+from ..archs.graph import Attention, Norm, Rope
 from .blocks import Load, normaliser, split_heads
 from .rotary import rotate
 
@@ -28,8 +29,8 @@ class AttentionMixer:
         self._operation = operation
         self._query, self._key, self._value = load(operation.query), load(operation.key), load(operation.value)
         self._output = load(operation.output)
-        self._normalise_query = normaliser(operation.query_norm, load)
-        self._normalise_key = normaliser(operation.key_norm, load)
+        self._prepare_query = _preparation(operation.query_norm, operation.heads, operation.rope, load)
+        self._prepare_key = _preparation(operation.key_norm, operation.key_value_heads, operation.rope, load)
 
     def initial_state(self) -> AttentionState:
         """The state before the first token."""
@@ -40,16 +41,24 @@ class AttentionMixer:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         o, past = self._operation, memory.keys.shape[1]
         positions = past + torch.arange(len(states))
-        query = split_heads(self._normalise_query(states @ self._query.T), o.heads)
-        key = split_heads(self._normalise_key(states @ self._key.T), o.key_value_heads)
-        value = split_heads(states @ self._value.T, o.key_value_heads)
-        keys = torch.cat((memory.keys, rotate(key, o.rope, positions)), dim=1)
-        values = torch.cat((memory.values, value), dim=1)
+        keys = torch.cat((memory.keys, self._prepare_key(states @ self._key.T, positions)), dim=1)
+        values = torch.cat((memory.values, split_heads(states @ self._value.T, o.key_value_heads)), dim=1)
         mixed = functional.scaled_dot_product_attention(
-            rotate(query, o.rope, positions)[None],
+            self._prepare_query(states @ self._query.T, positions)[None],
             keys[None],
             values[None],
             attn_mask=torch.ones(len(states), keys.shape[1], dtype=torch.bool).tril(past),
             enable_gqa=True,
         )  # [1, heads, tokens, head size]
         return mixed[0].transpose(0, 1).flatten(1) @ self._output.T, AttentionState(keys, values)
+
+
+def _preparation(norm: Norm | None, heads: int, rope: Rope | None, load: Load) -> Callable[[Tensor, Tensor], Tensor]:
+    """What happens to projected queries or keys [tokens, width] before they meet: norm, head split, rotation."""
+    normalise = normaliser(norm, load) if norm else None
+
+    def prepare(states: Tensor, positions: Tensor) -> Tensor:
+        heads_apart = split_heads(normalise(states) if normalise else states, heads)
+        return rotate(heads_apart, rope, positions) if rope else heads_apart
+
+    return prepare

@@ -19,7 +19,7 @@ Load = Callable[..., Tensor]  # Model.load: (weight, expert=None, rows=None) -> 
 def normaliser(norm: Norm, load: Load) -> Callable[[Tensor], Tensor]:
     """RMSNorm with its weight loaded: divides every row [..., size] by its root mean square, times the weight."""
     weight = load(norm.weight)
-    return lambda hidden: functional.rms_norm(hidden, weight.shape, weight, norm.epsilon)
+    return lambda hidden: functional.rms_norm(hidden, weight.shape[-1:], None, norm.epsilon) * weight
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:
@@ -34,12 +34,17 @@ def moe(operation: MoE, normed: Tensor, tokens: Tensor, load: Load) -> Tensor:
     """
     states = normed.flatten(0, 1)
     chosen, shares = route(operation.router, states, tokens.flatten(), load)
-    answer = mlp(operation.shared, states, load) if operation.shared else torch.zeros_like(states)
+    inner = states @ load(operation.latent_down).T if operation.latent_down else states
+    answer = torch.zeros_like(inner)
     for expert in range(operation.experts):
         rows, choice = torch.where(chosen == expert)
         if len(rows):
-            output = expert_output(operation, expert, states[rows], load)
+            output = expert_output(operation, expert, inner[rows], load)
             answer.index_add_(0, rows, output * shares[rows, choice, None])
+    if operation.latent_up:
+        answer = answer @ load(operation.latent_up).T
+    if operation.shared:
+        answer += mlp(operation.shared, states, load)
     return answer.view_as(normed)
 
 
@@ -59,13 +64,25 @@ def route(router: Router | HashRouter, states: Tensor, tokens: Tensor, load: Loa
     if isinstance(router, HashRouter):
         chosen = load(router.table)[tokens].long()
     else:
-        chosen = torch.topk(scores + load(router.bias), router.top_k, dim=-1, sorted=False).indices
+        candidates = _best_groups(router, scores + load(router.bias))
+        chosen = torch.topk(candidates, router.top_k, dim=-1, sorted=False).indices
     shares = scores.gather(1, chosen)
     return chosen, shares / (shares.sum(dim=-1, keepdim=True) + router.epsilon) * router.scale
 
 
+def _best_groups(router: Router, scores: Tensor) -> Tensor:
+    """Scores [tokens, experts] with minus infinity wherever an expert's group is not among the best."""
+    if router.groups_used == router.groups:
+        return scores
+    grouped = scores.unflatten(1, (router.groups, -1))
+    ranking = grouped.topk(2, dim=-1).values.sum(dim=-1)
+    best = ranking.topk(router.groups_used, dim=-1, sorted=False).indices
+    excluded = torch.ones_like(ranking, dtype=torch.bool).scatter_(1, best, False)
+    return grouped.masked_fill(excluded[..., None], -torch.inf).flatten(1)
+
+
 def expert_output(operation: MoE, expert: int, states: Tensor, load: Load) -> Tensor:
-    """states [tokens, hidden size] -> [tokens, hidden size] through one expert."""
+    """states [tokens, width] -> [tokens, width] through one expert."""
     gate = states @ load(operation.gate, expert).T if operation.gate else None
     inner = _activate(operation.activation, operation.clamp, gate, states @ load(operation.up, expert).T)
     return inner @ load(operation.down, expert).T

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput
-from ..archs.graph import MLP, Attention, CompressedAttention, Layer, MoE, Operation
+from ..archs.graph import MLP, Attention, CompressedAttention, Layer, Mamba2, MoE, Operation
 from ..sources.model import Model
 from .attention import AttentionMixer
 from .blocks import mlp, moe, normaliser
 from .compressed_attention import CompressedAttentionMixer
+from .mamba import MambaMixer
 from .residual import residual_of
 
 _BLOCK_ROWS = 4096  # vocabulary rows of the embedding or the head in memory at a time
@@ -68,11 +69,12 @@ class Stream:
                 return self._mix(AttentionMixer(operation, load), normed, place)
             case CompressedAttention():
                 return self._mix(CompressedAttentionMixer(operation, load), normed, place)
+            case Mamba2():
+                return self._mix(MambaMixer(operation, load), normed, place)
             case MoE():
                 return moe(operation, normed, self.tokens, load)
             case MLP():
                 return mlp(operation, normed, load)
-        raise AssertionError(operation)
 
     def _mix(self, mixer: Mixer, normed: Tensor, place: tuple[int, int]) -> Tensor:
         """One chunk at a time, because the scores of a chunk are [heads, tokens, keys]."""
