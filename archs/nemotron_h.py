@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -146,11 +145,7 @@ def _expect_implemented(config: Config) -> None:
     config.expect("sliding_window")
     for bias in ("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias"):
         config.expect(bias, False)
-    limit = config.get("time_step_limit") or [0.0, math.inf]
-    if isinstance(limit, list) and limit[-1] == {"__float__": "Infinity"}:  # how transformers writes it
-        limit = [*limit[:-1], math.inf]
-    if not (isinstance(limit, list) and limit[0] == 0 and isinstance(limit[-1], int | float) and limit[-1] >= 1e38):
-        raise BadInput(f"{config.origin}: time_step_limit is {limit!r}, expected [0.0, Infinity]: no limit at all")
+    config.expect("time_step_limit", [0.0, float("inf")], [0.0, 1e308], [0.0, {"__float__": "Infinity"}])  # no limit
 
 
 def _layer_kinds(config: Config, *keys: str) -> str:
@@ -189,7 +184,7 @@ def _check(d: Dimensions, origin: str) -> None:
 
 def _checkpoint_source(catalogue: Catalogue, d: Dimensions, tied: bool) -> Source:
     """Finds a weight under the Hub's names (also what transformers saves) or under its in-memory, fused names."""
-    root = "backbone" if "backbone.embeddings.weight" in catalogue else "model"
+    root = "model" if "model.embeddings.weight" in catalogue else "backbone"
 
     @cache
     def embedding() -> Expression:

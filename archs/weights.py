@@ -142,6 +142,13 @@ class Reshape:
     tensor: TensorInfo
     shape: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if prod(self.tensor.shape) != prod(self.shape):
+            raise BadInput(
+                f"{self.tensor.name} in {self.tensor.file} has shape {list(self.tensor.shape)}, expected as many "
+                f"numbers as {list(self.shape)} holds"
+            )
+
 
 @dataclass(frozen=True)
 class NegativeExponential:

@@ -9,7 +9,7 @@ from math import prod
 from ..archs.graph import Attention, Graph
 from ..archs.weights import Role, Weight
 from .formats import Format, format_named
-from .recipes import FALLBACKS, LAST_RESORT, Position, Recipe
+from .recipes import DOWN_PROJECTIONS, FALLBACKS, LAST_RESORT, Position, Recipe
 
 ALIGNMENT = 32  # bytes; GGUF's default, every tensor starts at a multiple of it
 
@@ -77,15 +77,26 @@ def plan_tensors(graph: Graph, recipe: Recipe, importance: bool = False) -> Plan
     Args:
         importance: whether an importance matrix will be used; llama.cpp's mixes depend on it.
     """
-    attention = next((op for op in graph.operations() if isinstance(op, Attention)), None)
-    heads_per_group = attention.heads // attention.key_value_heads if attention else 0
+    layers = len(graph.layers) + len(graph.predictions)
+    heads_per_group = _heads_per_group(graph)
+    values = sum(weight.role is Role.ATTENTION_V for weight in graph.weights())
     seen: Counter[Role] = Counter()
     tensors = []
     for weight in graph.weights():
-        position = Position(weight.layer or 0, len(graph.layers), seen[weight.role], heads_per_group, importance)
-        seen[weight.role] += 1
+        kind = Role.EXPERT_DOWN if weight.role in DOWN_PROJECTIONS else weight.role
+        if kind is Role.ATTENTION_V:  # where only some layers have attention, llama.cpp counts these alone
+            position = Position(seen[kind], values, seen[kind], heads_per_group, importance)
+        else:
+            position = Position(weight.layer or 0, layers, seen[kind], heads_per_group, importance)
+        seen[kind] += 1
         tensors.append(_plan_tensor(weight, recipe, position))
     return Plan(recipe, tuple(tensors))
+
+
+def _heads_per_group(graph: Graph) -> int:
+    """What llama.cpp's mixes call grouped-query attention: that of the first layer alone, 0 if it has none."""
+    operations = (sublayer.operation for sublayer in graph.layers[0].sublayers)
+    return next((op.heads // op.key_value_heads for op in operations if isinstance(op, Attention)), 0)
 
 
 def _plan_tensor(weight: Weight, recipe: Recipe, position: Position) -> PlannedTensor:

@@ -89,6 +89,11 @@ class Recipe:
         return next((name for name, applies in self.rules.get(role, ()) if applies(position)), self.base)
 
 
+# Routed experts, the shared expert and dense layers are alike to llama.cpp's rules, and counted together.
+GATE_UP_PROJECTIONS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.SHARED_UP, Role.DENSE_UP)
+DOWN_PROJECTIONS = (Role.EXPERT_DOWN, Role.SHARED_DOWN, Role.DENSE_DOWN)
+
+
 def _recipe(
     name: str,
     file_type: int,
@@ -112,9 +117,8 @@ def _recipe(
         Role.ATTENTION_K: fixed(query_key),
         Role.ATTENTION_V: value,
         Role.ATTENTION_OUTPUT: fixed(output),
-        Role.EXPERT_GATE: gate_up,
-        Role.EXPERT_UP: gate_up,
-        Role.EXPERT_DOWN: down,
+        **dict.fromkeys(GATE_UP_PROJECTIONS, gate_up),
+        **dict.fromkeys(DOWN_PROJECTIONS, down),
     }
     return Recipe(name, file_type, base, rules)
 
@@ -175,13 +179,11 @@ _ALL = (
     _two_bit("IQ2_XXS", 19, "IQ2_XXS", "Q2_K"),
     _two_bit("IQ1_M", 31, "IQ1_M", "Q2_K", output="IQ2_XXS"),
     _two_bit("IQ1_S", 24, "IQ1_S", "Q2_K", output="IQ2_XXS"),
-    _recipe(
+    Recipe(
         "MXFP4_MOE",
         38,
         "Q8_0",
-        head="Q8_0",
-        gate_up=(("MXFP4", _always),),
-        down=(("MXFP4", _always),),
+        dict.fromkeys((Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN), (("MXFP4", _always),)),
     ),
     _recipe("Q2_0", 41, "Q2_0", embedding="Q4_K"),
 )
