@@ -9,6 +9,7 @@ from math import prod
 from ..archs.graph import Attention, Graph
 from ..archs.weights import Role, Weight
 from .formats import Format, format_named
+from .native import native_format
 from .recipes import DOWN_PROJECTIONS, FALLBACKS, LAST_RESORT, Position, Recipe
 
 ALIGNMENT = 32  # bytes; GGUF's default, every tensor starts at a multiple of it
@@ -102,7 +103,12 @@ def _heads_per_group(graph: Graph) -> int:
 def _plan_tensor(weight: Weight, recipe: Recipe, position: Position) -> PlannedTensor:
     if weight.role.protected or len(weight.shape) == 1:
         return PlannedTensor(weight, format_named("F32"), format_named("F32"))
+    native = native_format(weight.source)
+    if weight.role is Role.HASH_TABLE:
+        return PlannedTensor(weight, format_named("I32"), format_named("I32"))
     wanted = format_named(recipe.type_of(weight.role, position))
+    if recipe.quantised and native.bits_per_weight < wanted.bits_per_weight:
+        return PlannedTensor(weight, native, native)  # more bits than the source has would buy nothing
     if weight.role is Role.HEAD and weight.columns % format_named(recipe.base).block_size:
         return PlannedTensor(weight, _fitting("Q8_0", weight.columns), wanted)
     return PlannedTensor(weight, _fitting(wanted.name, weight.columns), wanted)

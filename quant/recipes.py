@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ..archs.errors import BadInput
 from ..archs.weights import Role
+from .formats import format_named
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,35 @@ class Recipe:
     base: str
     rules: Mapping[Role, Rules] = field(default_factory=dict)
 
+    @property
+    def quantised(self) -> bool:
+        return format_named(self.base).block_size > 1
+
     def type_of(self, role: Role, position: Position) -> str:
         """The type of a tensor of that role, before any fallback for its row length."""
-        return next((name for name, applies in self.rules.get(role, ()) if applies(position)), self.base)
+        name = next((name for name, applies in self.rules.get(role, ()) if applies(position)), self.base)
+        if role in SENSITIVE and format_named(name).bits_per_weight < format_named(LEAST_SENSITIVE).bits_per_weight:
+            return LEAST_SENSITIVE
+        return UNREPACKED.get(name, name) if role is Role.ATTENTION_OUTPUT_DOWN else name
 
+
+# What decides where attention looks is small, and its errors are not averaged out.
+SENSITIVE = (Role.COMPRESSOR, Role.INDEXER)
+LEAST_SENSITIVE = "Q8_0"
+
+# llama.cpp aborts on machines with AMX when the grouped output projection, which it reshapes to three dimensions, has a
+# type that it repacks for them; these take their place, none with fewer bits.
+UNREPACKED: Mapping[str, str] = {
+    "Q4_0": "IQ4_NL",
+    "IQ4_XS": "IQ4_NL",
+    "Q4_1": "Q5_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    **dict.fromkeys(("Q6_K", "Q8_0", "F16"), "BF16"),
+}
 
 # Routed experts, the shared expert and dense layers are alike to llama.cpp's rules, and counted together.
-GATE_UP_PROJECTIONS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.SHARED_UP, Role.DENSE_UP)
+GATE_UP_PROJECTIONS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.SHARED_GATE, Role.SHARED_UP, Role.DENSE_UP)
 DOWN_PROJECTIONS = (Role.EXPERT_DOWN, Role.SHARED_DOWN, Role.DENSE_DOWN)
 
 

@@ -1,0 +1,135 @@
+"""The adapter: real tensor lists are consumed exactly once, sizes are those of llama.cpp, configs are asserted."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import pytest
+import real_deepseek
+import real_models
+from moecast.archs.config import Config
+from moecast.archs.deepseek_v4 import ARCHITECTURE
+from moecast.archs.errors import BadInput
+from moecast.archs.graph import CompressedAttention, Graph, HashRouter, MoE
+from moecast.archs.weights import Role
+from moecast.quant.formats import format_named
+from moecast.quant.plan import ALIGNMENT, Plan, plan_tensors
+from moecast.quant.recipes import recipe_named
+
+GIB = 2**30
+
+
+@cache
+def graph(name: str) -> Graph:
+    return ARCHITECTURE.from_checkpoint(
+        real_models.config(real_deepseek.CONFIGS[name]), real_deepseek.tensors(name)
+    )
+
+
+@cache
+def wide_graph(name: str) -> Graph:
+    """Experts of 16 bits, as `llama-quantize` would find them: no recipe is capped by what the source has."""
+    model = dataclasses.replace(real_deepseek.MODELS[name], experts_dtype="BF16")
+    return ARCHITECTURE.from_checkpoint(
+        real_models.config(real_deepseek.CONFIGS[name]), real_deepseek.listed(model)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "size"),
+    [("flash", 69_187, 159_609_485_896), ("flash-0731", 72_317, 166_878_536_440), ("pro", 145_116, 864_704_792_696)],
+)
+def test_list_has_the_published_totals(name: str, count: int, size: int) -> None:
+    tensors = real_deepseek.tensors(name)
+    assert len(tensors) == count
+    assert sum(tensor.length for tensor in tensors) == size
+
+
+def test_generated_list_is_that_of_the_shard_headers() -> None:
+    """The headers are data of a real upload; the generator, told of 160 experts, gives the same tensors."""
+    real = real_deepseek.pruned_0731()
+    assert len(real) == 45_821 and sum(tensor.length for tensor in real) == 107_803_320_952
+    generated = real_deepseek.listed(dataclasses.replace(real_deepseek.MODELS["flash-0731"], experts=160))
+    assert {(t.name, t.dtype, t.shape) for t in real} == {(t.name, t.dtype, t.shape) for t in generated}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "active"),
+    [("flash", 284_332_240_471, 13e9), ("flash-0731", 284_332_240_471, 13e9), ("flash-base", 284_332_240_471, 13e9),
+     ("pro", 1_572_997_201_763, 49e9), ("pro-base", 1_572_997_201_763, 49e9)],
+)  # fmt: skip
+def test_real_model(name: str, parameters: int, active: float) -> None:
+    """Parameters as published, drafts left out, the cards' active parameters."""
+    assert graph(name).parameters() == parameters
+    assert graph(name).active_parameters() == pytest.approx(active, rel=0.05)
+    plan = plan_tensors(graph(name), recipe_named("IQ2_XXS"))
+    assert plan.problems == ()
+    assert [weight.name for weight in graph(name).weights()] == [tensor.weight.name for tensor in plan.tensors]
+
+
+def test_geometry() -> None:
+    """Of the model card: two sliding layers, then both compressors in turn; three hash-routed layers."""
+    attentions = [op for op in graph("flash").operations() if isinstance(op, CompressedAttention)]
+    ratios = [attention.compressor.ratio if attention.compressor else 0 for attention in attentions]
+    assert ratios == [0, 0, *20 * [4, 128], 4]
+    assert all((attention.indexer is not None) == (ratio == 4) for attention, ratio in zip(attentions, ratios))
+    assert attentions[1].rope.base == 10000 and attentions[1].rope.yarn is None
+    assert attentions[2].rope.base == 160000 and attentions[2].rope.yarn and attentions[2].rope.yarn.factor == 16
+    hashed = [isinstance(op.router, HashRouter) for op in graph("pro").operations() if isinstance(op, MoE)]
+    assert hashed == [True] * 3 + [False] * 58
+
+
+def test_pruned_derivative() -> None:
+    tensors = real_deepseek.pruned_0731()
+    pruned = ARCHITECTURE.from_checkpoint(real_models.config("deepseek-v4-flash-0731-reap"), tensors)
+    experts = next(op for op in pruned.operations() if isinstance(op, MoE))
+    assert experts.experts == 160
+    assert plan_tensors(pruned, recipe_named("Q4_K_M")).problems == ()
+    assert len(pruned.notes) == 1 and "3 draft blocks" in pruned.notes[0]
+
+
+STOCK_SIZES = {  # GiB, as `llama-quantize --dry-run` prints them; the last digit is rounded
+    "flash": {
+        "Q8_0": 281.4, "Q6_K": 217.3, "Q5_K_M": 187.8, "Q4_K_M": 160.0, "Q4_K_S": 150.4, "IQ4_XS": 142.5,
+        "Q3_K_M": 126.0, "IQ3_M": 115.4, "IQ3_XXS": 107.0, "Q2_K": 96.0, "IQ2_M": 85.8, "IQ2_XXS": 69.0,
+        "MXFP4_MOE": 144.3, "Q2_0": 75.0,
+    },
+    "pro": {
+        "Q8_0": 1556.7, "Q6_K": 1201.9, "Q5_K_M": 1039.0, "Q4_K_M": 885.6, "Q4_K_S": 831.4, "IQ4_XS": 787.4,
+        "Q3_K_M": 697.0, "IQ3_M": 637.4, "IQ3_XXS": 591.3, "Q2_K": 530.3, "IQ2_M": 473.4, "IQ2_XXS": 380.6,
+        "MXFP4_MOE": 791.1, "Q2_0": 413.0,
+    },
+}  # fmt: skip
+SPARED = (Role.HYPER_CONNECTION, Role.COMPRESSOR, Role.COMPRESSOR_POSITION, Role.INDEXER, Role.ATTENTION_OUTPUT_DOWN)
+
+
+def stock_bytes(plan: Plan) -> int:
+    """Size with the recipe's base type where we spare what stock llama-quantize does not."""
+    base = format_named(plan.recipe.base)
+    total = 0
+    for tensor in plan.tensors:
+        weight = tensor.weight
+        if weight.role in SPARED and len(weight.shape) > 1 and weight.columns % base.block_size == 0:
+            size = weight.elements // base.block_size * base.block_bytes
+            total += -(-size // ALIGNMENT) * ALIGNMENT
+        else:
+            total += tensor.aligned_bytes
+    return total
+
+
+@pytest.mark.parametrize(("name", "quant"), [(name, quant) for name in STOCK_SIZES for quant in STOCK_SIZES[name]])
+def test_planned_size_is_that_of_llama_quantize(name: str, quant: str) -> None:
+    """To 0.5 %, and within 1.1 % for all that we spare."""
+    plan = plan_tensors(wide_graph(name), recipe_named(quant))
+    assert stock_bytes(plan) / GIB == pytest.approx(STOCK_SIZES[name][quant], rel=0.005)
+    assert plan.bytes / GIB == pytest.approx(STOCK_SIZES[name][quant], rel=0.011)
+    assert plan.problems == ()
+
+
+def test_no_tensor_gets_more_bits_than_its_source_has() -> None:
+    """Q8_0 keeps experts of 4.25 bits as they are."""
+    plan = plan_tensors(graph("flash"), recipe_named("Q8_0"))
+    assert {t.type.name for t in plan.tensors if t.weight.experts} == {"MXFP4"}
+    assert plan.bytes < 160e9
