@@ -41,7 +41,8 @@ from huggingface_hub.utils.sha import git_hash
 
 from ..archs.errors import BadInput
 from .checkpoint import INDEX_FILE, SINGLE_FILE, read_index
-from .hub_transfer import Bar, Meter, Progress, retried
+from .hub_transfer import Bar, Meter, retried
+from .progress import Progress
 
 PARALLEL_FILES = 4
 TIMEOUT = 10.0  # seconds
