@@ -46,7 +46,7 @@ def attention(operation: Attention, hidden: Tensor, norm: Norm, load: Load) -> N
 
 def _split_heads(states: Tensor, heads: int) -> Tensor:
     """[tokens, heads * head size] -> [heads, tokens, head size]"""
-    return states.unflatten(-1, (heads, -1)).transpose(0, 1)
+    return states.view(len(states), heads, -1).transpose(0, 1)
 
 
 def rotate(states: Tensor, rope: Rope) -> Tensor:
