@@ -81,9 +81,9 @@ def main() -> None:
 
     \b
     Examples:
-      moecast inspect examples/minimax-m2-tiny
-      moecast convert MiniMaxAI/MiniMax-M2 --quant Q4_K_M
-      moecast parity examples/minimax-m2-tiny out/model.gguf --max-kld 0.05
+      moecast inspect CHECKPOINT
+      moecast convert OWNER/NAME --quant Q4_K_M
+      moecast parity CHECKPOINT out/model.gguf --max-kld 0.05
     """
 
 
@@ -96,7 +96,7 @@ def inspect(source: str, revision: str | None, token: str | None, as_json: bool)
 
     \b
     Examples:
-      moecast inspect examples/minimax-m2-tiny
+      moecast inspect CHECKPOINT
       moecast inspect model.gguf --json
     """
     from .report import show_model
@@ -114,8 +114,8 @@ def plan(source: str, quant: str, revision: str | None, token: str | None, as_js
 
     \b
     Examples:
-      moecast plan examples/minimax-m2-tiny --quant Q3_K_M
-      moecast plan MiniMaxAI/MiniMax-M2 --quant IQ4_XS --json
+      moecast plan CHECKPOINT --quant Q3_K_M
+      moecast plan OWNER/NAME --quant IQ4_XS --json
     """
     from .quant.plan import plan_tensors
     from .quant.recipes import recipe_named
@@ -164,8 +164,8 @@ def convert(
 
     \b
     Examples:
-      moecast convert examples/minimax-m2-tiny -o out/ --quant Q4_K_M
-      moecast convert MiniMaxAI/MiniMax-M2 --quant Q4_K_M --revision main --split-max-size 40G
+      moecast convert CHECKPOINT -o out/ --quant Q4_K_M
+      moecast convert OWNER/NAME --quant Q4_K_M --revision main --split-max-size 40G
     """
     from .console import watch
     from .convert.pipeline import convert as run
@@ -217,7 +217,7 @@ def perplexity(
 
     \b
     Examples:
-      moecast perplexity examples/minimax-m2-tiny -f text.txt
+      moecast perplexity CHECKPOINT -f text.txt
       moecast perplexity model.gguf -f text.txt --chunks 20 --json
     """
     from .console import watch
@@ -253,7 +253,7 @@ def parity(
 
     \b
     Examples:
-      moecast parity examples/minimax-m2-tiny out/minimax-m2-tiny-Q4_K_M.gguf --max-kld 0.05
+      moecast parity CHECKPOINT model.gguf --max-kld 0.05
       moecast parity a.gguf b.gguf -f text.txt --json
     """
     from .console import watch
@@ -281,8 +281,8 @@ def download(
 
     \b
     Examples:
-      moecast download MiniMaxAI/MiniMax-M2
-      moecast download MiniMaxAI/MiniMax-M2 --revision main -o MiniMax-M2/ --dry-run
+      moecast download OWNER/NAME
+      moecast download OWNER/NAME --revision main -o NAME/ --dry-run
     """
     from .console import human_bytes, print_columns, print_json, watch
     from .sources.hub import HubSource, fetch, list_files, parse_source
@@ -316,9 +316,10 @@ def demo(ctx: click.Context, output: Path) -> None:
     Examples:
       moecast demo
     """
+    from .archs.registry import architectures
     from .report import show_model
 
-    source = Path(__file__).parent / "examples" / "minimax-m2-tiny"
+    source = Path(__file__).parent / "examples" / architectures()[0].example
     show_model(_open(str(source), None, None), as_json=False)
     ctx.invoke(convert, source=str(source), output=output, overwrite=True, chunks=32)
 
@@ -351,3 +352,7 @@ def _judge(result: Parity | None, max_kld: float | None) -> None:
     if result and max_kld is not None and not result.mean_kld <= max_kld:
         click.echo(f"Failed: mean KL divergence {result.mean_kld:.6f} is above {max_kld}", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

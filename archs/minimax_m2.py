@@ -256,6 +256,7 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
 ARCHITECTURE = Architecture(
     name="minimax-m2",
     model_types=("minimax_m2",),
+    example="minimax-m2-tiny",
     pre_tokenizer="minimax-m2",
     from_checkpoint=_from_checkpoint,
     from_gguf=_from_gguf,

@@ -19,6 +19,7 @@ class Architecture:
     Attributes:
         name: `general.architecture` of its GGUF files.
         model_types: values of `model_type` in config.json that it reads.
+        example: folder of its tiny trained checkpoint in `examples/`.
         pre_tokenizer: llama.cpp's name of its text splitter (`tokenizer.ggml.pre`).
         from_checkpoint: config.json and the stored tensors to a graph.
         from_gguf: GGUF metadata and the stored tensors to a graph.
@@ -27,6 +28,7 @@ class Architecture:
 
     name: str
     model_types: tuple[str, ...]
+    example: str
     pre_tokenizer: str
     from_checkpoint: Callable[[Config, Sequence[TensorInfo]], Graph]
     from_gguf: Callable[[Config, Sequence[TensorInfo]], Graph]

@@ -55,7 +55,7 @@ def _preparation(norm: Norm | None, heads: int, rope: Rope | None, load: Load) -
 
 def _split_heads(states: Tensor, heads: int) -> Tensor:
     """[tokens, heads * head size] -> [heads, tokens, head size]"""
-    return states.unflatten(-1, (heads, -1)).transpose(0, 1)
+    return states.view(len(states), heads, -1).transpose(0, 1)
 
 
 def rotate(states: Tensor, rope: Rope) -> Tensor:

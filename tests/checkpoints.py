@@ -37,7 +37,11 @@ MINIMAX_ODD = MINIMAX | {"hidden_size": 160, "intermediate_size": 96, "num_hidde
 
 
 def minimax_model(seed: int = 0, **overrides: Any) -> MiniMaxM2ForCausalLM:
-    """A random model whose experts matter: matrices have standard deviation 1/sqrt(fan in), biases differ."""
+    """A random model whose experts matter: matrices have standard deviation 1/sqrt(fan in), biases differ.
+
+    As in trained models the residual is larger than what one block adds to it. Otherwise rounding of activations,
+    which llama.cpp does, flips near ties in the router and says nothing about the file.
+    """
     torch.manual_seed(seed)
     model = MiniMaxM2ForCausalLM(MiniMaxM2Config(**(MINIMAX | overrides))).float().eval()
     with torch.no_grad():
@@ -46,6 +50,10 @@ def minimax_model(seed: int = 0, **overrides: Any) -> MiniMaxM2ForCausalLM:
                 tensor.normal_(0, 0.1)
             elif "norm" in name:
                 tensor.uniform_(0.5, 1.5)
+            elif "embed_tokens" in name:
+                tensor.normal_()
+            elif "o_proj" in name or "down_proj" in name:
+                tensor.normal_(0, 0.25 * tensor.shape[-1] ** -0.5)
             elif "inv_freq" not in name:
                 tensor.normal_(0, tensor.shape[-1] ** -0.5)
     return model

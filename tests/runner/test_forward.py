@@ -9,18 +9,8 @@ import checkpoints
 import pytest
 import torch
 from conftest import Checkpoint
-from moecast.runner.stream import Stream
+from forward import runner_logits
 from moecast.sources.model import Model, open_model
-from torch import Tensor
-
-
-def runner_logits(model: Model, tokens: Tensor) -> Tensor:
-    """[chunks, context] -> [chunks, context, vocabulary]"""
-    stream = Stream(model, tokens)
-    for layer in model.graph.layers:
-        stream.advance(layer)
-    states = stream.final_states(slice(None))
-    return torch.cat([states @ block.T for block in stream.head_blocks()], dim=1).view(*tokens.shape, -1)
 
 
 def assert_same_logits(model: Model, oracle: torch.nn.Module, seed: int = 0) -> None:
