@@ -1,7 +1,8 @@
 # `make demo` and `make test` do everything on a fresh machine; the rest is for development.
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := moecast moecast.archs moecast.quant moecast.sources moecast.runner moecast.convert
+PACKAGES := archs quant sources runner convert
+MODULES := cli console report
 
 .PHONY: demo test lint types clean
 
@@ -19,7 +20,8 @@ lint: .venv/development
 # mypy does not follow the editable install, so it looks at the checkout under the package's name.
 types: .venv/development
 	mkdir -p build/types && ln -sfn ../.. build/types/moecast
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml $(foreach name,$(PACKAGES),-p $(name))
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+		$(PACKAGES:%=-p moecast.%) $(MODULES:%=-m moecast.%)
 
 .venv/runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

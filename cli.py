@@ -352,3 +352,7 @@ def _judge(result: Parity | None, max_kld: float | None) -> None:
     if result and max_kld is not None and not result.mean_kld <= max_kld:
         click.echo(f"Failed: mean KL divergence {result.mean_kld:.6f} is above {max_kld}", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

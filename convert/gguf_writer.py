@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import gguf
+import numpy as np
 from torch import Tensor
 
 from ..archs.errors import BadInput
@@ -69,7 +70,7 @@ class GGUFWriter:
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
         """Put stored rows, uint8 [rows, row bytes], into a tensor's slot; rows count over all leading dimensions."""
         slot = self._slots[name]
-        data = memoryview(rows.contiguous().numpy()).cast("B")
+        data = memoryview(rows.contiguous().numpy().data).cast("B")
         position, done = slot.offset + first_row * slot.row_bytes, 0
         try:
             while done < len(data):
@@ -147,6 +148,9 @@ def _split_metadata(metadata: Mapping[str, Any], number: int, count: int, tensor
     return {**(metadata if number == 0 else {}), **split}
 
 
+_UNUSED = np.dtype(np.float32)  # the package asks for a numpy dtype and then takes the type id
+
+
 class _U16(int):
     """Stored as u16, the type that llama.cpp demands for split numbers."""
 
@@ -161,7 +165,8 @@ def _write_header(path: Path, metadata: Mapping[str, Any], tensors: Sequence[Pla
     for key, value in metadata.items():
         _add(writer, key, value)
     for tensor in tensors:
-        writer.add_tensor_info(tensor.weight.name, tensor.weight.shape, None, tensor.bytes, raw_dtype=tensor.type.id)
+        type_id: Any = tensor.type.id  # a plain number, because the package does not know the newest types
+        writer.add_tensor_info(tensor.weight.name, tensor.weight.shape, _UNUSED, tensor.bytes, raw_dtype=type_id)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -12,10 +12,21 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from .lanes import Codec, best_of, half, half_from_bytes, half_to_bytes, ordered_sum, pack, reciprocal, spread, unpack
+from .lanes import (
+    REFINEMENTS,
+    Codec,
+    best_of,
+    half,
+    half_from_bytes,
+    half_to_bytes,
+    ordered_sum,
+    pack,
+    reciprocal,
+    spread,
+    unpack,
+)
 from .symmetric import pack_5_bits, unpack_5_bits
 
-REFINEMENTS: Final = 1  # rounds of least squares against stored scales
 SINGULAR: Final = 1e-6  # a determinant this small, relative to its terms, has lost its digits
 
 # Ranges to try: by how many levels the lowest and the highest value lie outside the codes (negative: inside). Chosen
@@ -146,7 +157,8 @@ def search_multiples(block: Block, unit: Tensor, largest: int) -> tuple[Tensor, 
 
     _, scale_step, minimum_step, scales, minima = best_of(map(trial, STEPS))
     for _ in range(REFINEMENTS):
-        scale, minimum = half(scale_step, unit) * scales, half(minimum_step, unit) * minima
+        scale_step, minimum_step = half(scale_step, unit), half(minimum_step, unit)
+        scale, minimum = scale_step * scales, minimum_step * minima
         fit = block.fit(scale, minimum)
         scale, _ = fit.solve(scale, minimum, signed=False)
         scales, minima = _nearest_multiples(fit, scale, scale_step, minimum_step, largest)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Final, TypeVar
 
 import numpy as np
@@ -42,22 +43,15 @@ def quantize(x: Array, name: str, importance: Array | None = None, threads: int 
     not finite (naming the first such row), and an importance of the wrong length or with values below 0 or not finite.
     """
     format = format_named(name)
-    codec = CODECS.get(name)
-    if name not in FLOATS and (codec is None or codec.encode is None):
-        writable = ", ".join((*FLOATS, *(key for key, value in CODECS.items() if value.encode)))
-        raise BadInput(f"cannot quantise to {name}; choose one of {writable}")
+    encode = _encoder(format)
     rows = _matrix(x)
-    row_bytes = format.row_bytes(rows.shape[1])
     weights = _weights(importance, rows.shape[1], rows.device)
-    result = torch.empty((len(rows), row_bytes), dtype=torch.uint8, device=rows.device)
+    result = torch.empty((len(rows), format.row_bytes(rows.shape[1])), dtype=torch.uint8, device=rows.device)
     with _threads(threads):
         for start, chunk in _chunks(rows, rows.shape[1]):
             values = chunk.to(torch.float32)
             _check_finite(values, start)
-            if name in FLOATS:
-                result[start : start + len(chunk)] = _to_float(values, FLOATS[name])
-            else:
-                result[start : start + len(chunk)] = _encode(values, weights, codec, format)
+            result[start : start + len(chunk)] = encode(values, weights)
     return _like(x, result)
 
 
@@ -81,17 +75,29 @@ def dequantize(data: Array, name: str, threads: int | None = None) -> Array:
             if name in FLOATS:
                 result[start : start + len(chunk)] = chunk.contiguous().view(FLOATS[name])
             else:
-                lanes = chunk.reshape(-1, format.block_bytes).T.contiguous()
+                lanes = _to_lanes(chunk, format.block_bytes)
                 result[start : start + len(chunk)] = CODECS[name].decode(lanes).T.reshape(len(chunk), columns)
     return _like(data, result)
 
 
-def _encode(values: Tensor, weights: Tensor, codec: Codec, format: Format) -> Tensor:
-    """float32 [rows, columns] and weights [columns] -> uint8 [rows, row bytes]."""
+def _encoder(format: Format) -> Callable[[Tensor, Tensor], Tensor]:
+    """What turns float32 [rows, columns] with weights [columns] into bytes [rows, row bytes]."""
+    if format.name in FLOATS:
+        return lambda values, _: _to_float(values, FLOATS[format.name])
+    codec = CODECS.get(format.name)
+    if codec is None or codec.encode is None:
+        writable = ", ".join((*FLOATS, *(name for name, codec in CODECS.items() if codec.encode)))
+        raise BadInput(f"cannot quantise to {format.name}; choose one of {writable}")
+    return partial(_encode, codec.encode, format)
+
+
+def _encode(
+    encode: Callable[[Tensor, Tensor, Tensor], Tensor], format: Format, values: Tensor, weights: Tensor
+) -> Tensor:
     lanes = _to_lanes(values, format.block_size)
     unit = unit_of(lanes)
-    data = codec.encode(lanes * (1 / unit), unit, _to_lanes(weights.expand_as(values), format.block_size))
-    return data.T.reshape(len(values), -1)
+    data = encode(lanes * (1 / unit), unit, _to_lanes(weights.expand_as(values), format.block_size))
+    return data.T.reshape(len(values), format.row_bytes(values.shape[1]))
 
 
 def _to_lanes(rows: Tensor, block_size: int) -> Tensor:
@@ -104,7 +110,7 @@ def _to_float(values: Tensor, type: torch.dtype) -> Tensor:
 
 
 def _matrix(x: Array) -> Tensor:
-    rows = x if isinstance(x, Tensor) else torch.from_numpy(x)
+    rows = x if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
     if rows.ndim != 2:
         raise BadInput(f"expected rows and columns, got an array of shape {tuple(rows.shape)}; reshape it")
     return rows

@@ -29,7 +29,7 @@ def _encode_iq4_nl(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
 
 
 def _decode_iq4_nl(data: Tensor) -> Tensor:
-    return half_from_bytes(data[:2]) * _levels(_NON_LINEAR, unpack(data[2:], 4).flatten(0, 1))
+    return half_from_bytes(data[:2]) * _NON_LINEAR.decoded(unpack(data[2:], 4).flatten(0, 1))
 
 
 def _encode_iq4_xs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def _decode_iq4_xs(data: Tensor) -> Tensor:
     step, high, low, codes = data.split([2, 2, 4, 128])
     scales = unpack(low.unsqueeze(1), 4).flatten(0, 2) | unpack(high.unsqueeze(1), 2).flatten(0, 2) << 4
     scale = half_from_bytes(step) * (scales.to(torch.float32) - 32)
-    return (spread(scale) * _levels(_NON_LINEAR, unpack(codes.unflatten(0, (8, 16)), 4).flatten(1, 2))).flatten(0, 1)
+    return (spread(scale) * _NON_LINEAR.decoded(unpack(codes.unflatten(0, (8, 16)), 4).flatten(1, 2))).flatten(0, 1)
 
 
 def _encode_mxfp4(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def _mxfp4_scale(exponent: Tensor) -> Tensor:
 def _decode_mxfp4(data: Tensor) -> Tensor:
     exponent = data[0].to(torch.int32)  # of the scale of undoubled levels; 2 ** -128 and 2 ** -127 are subnormal
     scale = torch.where(exponent < 2, 0x00200000 << exponent.clamp(max=1), exponent - 1 << 23).view(torch.float32)
-    return scale * _levels(_E2M1, unpack(data[1:], 4).flatten(0, 1))
+    return scale * _E2M1.decoded(unpack(data[1:], 4).flatten(0, 1))
 
 
 def _decode_nvfp4(data: Tensor) -> Tensor:
@@ -80,15 +80,7 @@ def _decode_nvfp4(data: Tensor) -> Tensor:
     exponent, mantissa = scales.to(torch.int32) >> 3 & 15, scales.to(torch.int32) & 7
     scale = torch.where(exponent > 0, (exponent + 120 << 23 | mantissa << 20).view(torch.float32), mantissa * 2.0**-9)
     scale = torch.where(scales == 0x7F, 0.0, scale * 0.5)  # 0x7F would be E4M3's NaN; half, as the levels are doubled
-    return (spread(scale) * _levels(_E2M1, unpack(codes.unflatten(0, (4, 8)), 4).flatten(1, 2))).flatten(0, 1)
-
-
-def _levels(table: Table, codes: Tensor) -> Tensor:
-    """What codes stand for, float32."""
-    levels = [0] * 16
-    for level, code in zip(table.levels, table.code_of, strict=True):
-        levels[code] = level
-    return torch.tensor(levels, dtype=torch.float32, device=codes.device)[codes.to(torch.int32)]
+    return (spread(scale) * _E2M1.decoded(unpack(codes.unflatten(0, (4, 8)), 4).flatten(1, 2))).flatten(0, 1)
 
 
 CODECS: Final = {

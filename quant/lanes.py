@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 LARGEST_HALF: Final = 65504.0
+SMALLEST_HALF: Final = 2.0**-24
+REFINEMENTS: Final = 1  # rounds in which stored scales and codes adapt to each other
 TINY: Final = 2.0**-116  # smaller numbers count as zero, so that no reciprocal overflows
 
 
@@ -41,7 +43,7 @@ def ordered_sum(terms: Tensor) -> Tensor:
 
     Each run of eight is added pairwise, ((0+1)+(2+3))+((4+5)+(6+7)), then the runs one after another.
     """
-    runs = terms.unflatten(-2, (-1, 8))
+    runs: Tensor = terms.unflatten(-2, (-1, 8))
     while runs.shape[-2] > 1:
         runs = runs[..., 0::2, :] + runs[..., 1::2, :]
     total = runs[..., 0, 0, :]
@@ -76,14 +78,17 @@ def unit_of(values: Tensor) -> Tensor:
 
     Divided by it, which is exact, any block lies within (-4, 4), so that squares neither overflow nor vanish.
     """
-    largest = values.abs().amax(0) if len(values) else values.new_zeros(values.shape[1:])
+    largest = values.abs().amax(0)
     return (largest.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(2.0**-126, 2.0**126)
 
 
 def half(value: Tensor, unit: Tensor) -> Tensor:
-    """The nearest float16 to value * unit, again divided by the unit. Magnitudes beyond float16 saturate."""
-    stored = (value * unit).clamp(-LARGEST_HALF, LARGEST_HALF).to(torch.float16).to(torch.float32)
-    return stored * (1 / unit) + 0.0  # + 0.0 turns -0 into 0
+    """The nearest float16 to value * unit, again divided by the unit.
+
+    Magnitudes beyond float16 become its largest, and those below its smallest: a scale of 0 would lose the block.
+    """
+    magnitude = (value * unit).abs().clamp(SMALLEST_HALF, LARGEST_HALF).to(torch.float16).to(torch.float32)
+    return torch.sign(value) * magnitude * (1 / unit)
 
 
 def half_to_bytes(value: Tensor, unit: Tensor) -> Tensor:
@@ -99,7 +104,7 @@ def half_from_bytes(data: Tensor) -> Tensor:
 
 def from_bytes(data: Tensor, count: int) -> Tensor:
     """Little-endian unsigned numbers of `count` bytes, at most 4: uint8 [n * count, lanes] -> int64 [n, lanes]."""
-    parts = data.unflatten(0, (-1, count)).to(torch.int64)
+    parts: Tensor = data.unflatten(0, (-1, count)).to(torch.int64)
     numbers = parts[:, 0]
     for place in range(1, count):
         numbers = numbers | parts[:, place] << 8 * place

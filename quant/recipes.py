@@ -146,10 +146,10 @@ def _recipe(
     return Recipe(name, file_type, base, rules)
 
 
-def _two_bit(name: str, file_type: int, base: str, low: str, **kinds: str) -> Recipe:
+def _two_bit(name: str, file_type: int, base: str, low: str, output: str | None = None) -> Recipe:
     """The mixes around 2 bits and below: `low` serves the embedding and the first down projections."""
     value, down = (("Q4_K", _always),), ((low, _first_eighth_of_kind),)
-    return _recipe(name, file_type, base, head="Q5_K", embedding=low, value=value, down=down, **kinds)
+    return _recipe(name, file_type, base, head="Q5_K", embedding=low, value=value, output=output, down=down)
 
 
 _GROUPED_Q4 = (("Q4_K", _grouped),)

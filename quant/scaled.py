@@ -10,15 +10,15 @@ Where to start was chosen greedily, in the order in which a start lowers the err
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from itertools import pairwise
 from typing import Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .lanes import best_of, half, ordered_sum, reciprocal, spread
+from .lanes import REFINEMENTS, best_of, half, ordered_sum, reciprocal, spread
 
-REFINEMENTS: Final = 1  # rounds of least squares against stored scales
 STEPS: Final = (1.0, 1.02, 0.98)  # super-block steps to try, relative to the one that just spans the scales
 
 
@@ -33,12 +33,16 @@ class Levels(Protocol):
         """The level nearest to each value, float32."""
 
 
+# How many levels beyond the lowest the peak starts (negative: short of it), for whole-number levels.
+_BEYOND: Final = (0.0, 1.0, -1.0, -2.0, 4.5, 0.5, 2.0, -0.5)
+
+
 class Uniform:
     """Whole-number levels from `lowest` (negative) to `highest`; codes count from 0."""
 
     def __init__(self, lowest: int, highest: int) -> None:
         self.lowest, self.highest = lowest, highest
-        self.peaks = tuple(lowest - beyond for beyond in (0.0, 1.0, -1.0, -2.0, 4.5, 0.5, 2.0, -0.5))
+        self.peaks = tuple(lowest - beyond for beyond in _BEYOND)
 
     def nearest(self, values: Tensor) -> Tensor:
         return values.round().clamp(self.lowest, self.highest)
@@ -48,20 +52,37 @@ class Uniform:
 
 
 class Table:
-    """Levels listed in rising order, with the codes that stand for them. A value midway takes the lower level."""
+    """Whole-number levels listed in rising order, and the codes that stand for them.
+
+    A value midway between two levels takes the lower one. The middles are whole halves, so the nearest level is a
+    function of the doubled value rounded up, which indexes a short list.
+    """
 
     def __init__(self, levels: tuple[int, ...], codes: tuple[int, ...], peaks: tuple[float, ...] = ()) -> None:
-        self.levels, self.code_of, self.peaks = levels, codes, peaks
-        self.bounds = tuple((low + high) / 2 for low, high in pairwise(levels))
+        self.peaks = peaks
+        self._first, self._last = 2 * levels[0], 2 * levels[-1]
+        sums = [low + high for low, high in pairwise(levels)]
+        places = [bisect_left(sums, doubled) for doubled in range(self._first, self._last + 1)]
+        self._levels = torch.tensor([levels[place] for place in places], dtype=torch.float32)
+        self._codes = torch.tensor([codes[place] for place in places], dtype=torch.uint8)
+        self._decoded = torch.tensor([dict(zip(codes, levels, strict=True)).get(code, 0) for code in range(16)])
 
     def nearest(self, values: Tensor) -> Tensor:
-        return values.new_tensor(self.levels)[self._places(values)]
+        return _look_up(self._levels, self._places(values))
 
     def codes(self, values: Tensor) -> Tensor:
-        return torch.tensor(self.code_of, dtype=torch.uint8, device=values.device)[self._places(values)]
+        return _look_up(self._codes, self._places(values))
+
+    def decoded(self, codes: Tensor) -> Tensor:
+        """The levels that codes stand for, float32."""
+        return _look_up(self._decoded, codes).to(torch.float32)
 
     def _places(self, values: Tensor) -> Tensor:
-        return torch.bucketize(values, values.new_tensor(self.bounds), out_int32=True)
+        return (values * 2).ceil().clamp(self._first, self._last) - self._first
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    return table.to(index.device).index_select(0, index.flatten().to(torch.int64)).view(index.shape)
 
 
 class Fit(NamedTuple):
@@ -109,7 +130,8 @@ def search_multiples(
 
     _, step, multiples = best_of(map(trial, (*(lowest * step for step in STEPS), float(highest))))
     for _ in range(REFINEMENTS):
-        fit = _fit(values, weights, levels, reciprocal(half(step, unit) * multiples))
+        step = half(step, unit)
+        fit = _fit(values, weights, levels, reciprocal(step * multiples))
         multiples = _nearest_multiples(fit.scale, step, lowest, highest)
         step = fit.with_multiples(multiples).scale
     return half(step, unit), multiples
@@ -134,7 +156,7 @@ def _best_start(values: Tensor, weights: Tensor, levels: Levels) -> Fit:
 
 
 def _nearest_multiples(scale: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
-    """Never 0: a sub-block far smaller than its neighbours is better off with few levels than with none."""
+    """0 for a scale of 0 alone: a sub-block far smaller than its neighbours is better off with few levels than none."""
     ratio = scale * reciprocal(step)
     multiples = ratio.round().clamp(lowest, highest)
-    return torch.where(multiples == 0, torch.where(ratio < 0, -1.0, 1.0), multiples)
+    return torch.where(multiples == 0, torch.sign(ratio), multiples)

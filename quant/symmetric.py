@@ -84,8 +84,7 @@ def _decode_6_k(data: Tensor) -> Tensor:
     low, high, multiples, step = data.split([128, 64, 16, 2])
     high = unpack(high.unflatten(0, (2, 32)), 2).flatten(0, 2)
     codes = unpack(low.unflatten(0, (2, 64)), 4).flatten(0, 2) | high << 4
-    scale = half_from_bytes(step) * multiples.view(torch.int8).to(torch.float32)
-    return (spread(scale) * (codes.unflatten(0, (16, 16)).to(torch.float32) - 32)).flatten(0, 1)
+    return _from_super_block_codes(step, multiples.view(torch.int8).to(torch.float32), codes.to(torch.float32) - 32)
 
 
 def _encode_3_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
@@ -101,8 +100,13 @@ def _decode_3_k(data: Tensor) -> Tensor:
     third, low, scales, step = data.split([32, 64, 12, 2])
     codes = unpack(low.unflatten(0, (2, 32)), 2).flatten(0, 2) | unpack(third, 1).flatten(0, 1) << 2
     multiples = unpack(scales[:8], 4).flatten(0, 1) | unpack(scales[8:], 2).flatten(0, 1) << 4
-    scale = half_from_bytes(step) * (multiples.to(torch.float32) - 32)
-    return (spread(scale) * (codes.unflatten(0, (16, 16)).to(torch.float32) - 4)).flatten(0, 1)
+    return _from_super_block_codes(step, multiples.to(torch.float32) - 32, codes.to(torch.float32) - 4)
+
+
+def _from_super_block_codes(step: Tensor, multiples: Tensor, levels: Tensor) -> Tensor:
+    """Bytes of the step [2, lanes], multiples [16, lanes] and levels [256, lanes] to values [256, lanes]."""
+    scale = half_from_bytes(step) * multiples
+    return (spread(scale) * levels.view(16, 16, -1)).flatten(0, 1)
 
 
 CODECS: Final = {

@@ -24,7 +24,7 @@ def normaliser(norm: Norm, load: Load) -> Callable[[Tensor], Tensor]:
 
 def split_heads(states: Tensor, heads: int) -> Tensor:
     """[tokens, heads * head size] -> [heads, tokens, head size]"""
-    return states.unflatten(-1, (heads, -1)).transpose(0, 1)
+    return states.view(len(states), heads, -1).transpose(0, 1)
 
 
 def moe(operation: MoE, normed: Tensor, tokens: Tensor, load: Load) -> Tensor:

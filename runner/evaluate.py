@@ -142,7 +142,7 @@ def _opened(model: Model | str | Path) -> Model:
 
 def _with_bos(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
     """llama-perplexity puts the BOS token in place of each chunk's first token, where the model has one."""
-    if not tokenizer.add_bos:
+    if not tokenizer.add_bos or tokenizer.bos is None:
         return tokens
     tokens = tokens.clone()
     tokens[:, 0] = tokenizer.bos

@@ -34,7 +34,7 @@ def read_tensors(folder: Path) -> tuple[TensorInfo, ...]:
         if not (folder / SINGLE_FILE).is_file():
             raise BadInput(f"{folder}: neither {INDEX_FILE} nor {SINGLE_FILE} is there, expected safetensors weights")
         return tuple(_read_header(folder / SINGLE_FILE))
-    shard_of = _read_index(folder / INDEX_FILE)
+    shard_of = read_index(folder / INDEX_FILE)
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(shard_of.values())):
         path = folder / shard
@@ -58,7 +58,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name to file name, from a safetensors index. Raises BadInput when it points outside its folder."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"{path}: weight_map is missing or empty, expected tensor names and their files")

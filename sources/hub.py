@@ -40,8 +40,9 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_token_to_s
 from huggingface_hub.utils.sha import git_hash
 
 from ..archs.errors import BadInput
-from .checkpoint import INDEX_FILE, SINGLE_FILE, _read_index
-from .hub_transfer import Bar, Meter, Progress, retried
+from .checkpoint import INDEX_FILE, SINGLE_FILE, read_index
+from .hub_transfer import Bar, Meter, retried
+from .progress import Progress
 
 PARALLEL_FILES = 4
 TIMEOUT = 10.0  # seconds
@@ -194,7 +195,7 @@ class HubCheckpoint:
         names = [name for name in files if "/" not in name and any(fnmatchcase(name, p) for p in COMPANIONS)]
         if INDEX_FILE in files:
             index = self._fetch(files[INDEX_FILE], Meter(None, 0))
-            shards = sorted(set(_read_index(index).values()))
+            shards = sorted(set(read_index(index).values()))
             names.append(INDEX_FILE)
         elif SINGLE_FILE in files:
             shards = [SINGLE_FILE]
@@ -318,7 +319,7 @@ def _fetched_before(source: HubSource, folder: Path | None) -> Path:
             revision = HfApi().resolve_revision(source.repository, revision=source.revision, local_files_only=True)
             folder = _storage(source) / "snapshots" / revision.resolved
         index = folder / INDEX_FILE
-        shards = set(_read_index(index).values()) if index.is_file() else {SINGLE_FILE}
+        shards = set(read_index(index).values()) if index.is_file() else {SINGLE_FILE}
         missing = [name for name in ("config.json", *sorted(shards)) if not (folder / name).is_file()]
     except RevisionResolutionError:
         missing = ["the revision"]

@@ -5,22 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import httpx2
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import silent_tqdm
 
+from .progress import Progress, Silent
+
 ATTEMPTS = 5
 
 Result = TypeVar("Result")
-
-
-class Progress(Protocol):
-    """Told of every chunk, by one thread at a time: bytes of `total` that are here, and the file that grew."""
-
-    def __call__(self, done: int, total: int, file: str) -> None: ...
 
 
 class Stopped(Exception):
@@ -32,17 +28,17 @@ class Meter:
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.stopped = threading.Event()
-        self._progress, self._total = progress, total
+        self._progress = progress or Silent()
         self._done: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._progress.begin("Fetching", total, "bytes")
 
     def set(self, file: str, done: int) -> None:
         if self.stopped.is_set():
             raise Stopped
         with self._lock:
+            self._progress.advance(done - self._done.get(file, 0), file)
             self._done[file] = done
-            if self._progress:
-                self._progress(sum(self._done.values()), self._total, file)
 
 
 class Bar(silent_tqdm):

@@ -30,7 +30,7 @@ class Storage:
         stop = tensor.rows if stop is None else stop
         row_bytes = tensor.length // tensor.rows
         data = torch.empty((stop - start, row_bytes), dtype=torch.uint8)
-        view = memoryview(data.numpy()).cast("B")
+        view = memoryview(data.numpy().data).cast("B")
         position, done = tensor.offset + start * row_bytes, 0
         while done < len(view):
             count = os.preadv(self._descriptor(tensor.file), [view[done:]], position + done)

@@ -119,6 +119,21 @@ def test_what_the_file_says(case: Case) -> None:
     assert types[500:508] == [3, 3, 3, 3, 4, 4, 3, 5] and set(types[:500]) == {1} and set(types[507:]) == {5}
 
 
+def test_the_example_model(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2] / "examples"
+    source = Tokenizer.from_folder(root / "minimax-m2-tiny")
+    notes = Notes()
+    metadata = tokenizer_metadata(source, source.vocabulary_size, None, "minimax-m2", notes)
+    assert notes.lines == []
+    assert source.backend.id_to_token(source.bos or 0) == "]~!b[" and source.chat_template is not None
+    assert {source.backend.id_to_token(id) for id in source.end_of_generation} == {"[e~["}
+    text = (root / "text" / "evaluation.txt").read_text(encoding="utf-8")
+    ids = source.encode(text)
+    assert Tokenizer.from_gguf(metadata).encode(text) == ids
+    with Engine(vocabularies.write_vocabulary(tmp_path / "v.gguf", metadata), vocab_only=True) as engine:
+        assert engine.tokenize(text, add_special=True) == ids
+
+
 def minimax(folder: Path, **options: Any) -> Tokenizer:
     return trained("minimax-m2", folder, **options)
 

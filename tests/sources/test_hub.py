@@ -21,6 +21,7 @@ from moecast.archs.errors import BadInput
 from moecast.sources import hub
 from moecast.sources.checkpoint import read_tensors
 from moecast.sources.hub import HubCheckpoint, HubSource, fetch, list_files, parse_source
+from moecast.sources.progress import Silent
 from safetensors.numpy import save_file
 
 from .hub_server import API, Fault, HubServer
@@ -256,17 +257,31 @@ def test_without_symbolic_links_nothing_is_stored_twice(
     assert not names(folder.parent.parent / "blobs")
 
 
+class Watcher(Silent):
+    """Keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.advances: list[tuple[int, str]] = []
+
+    def begin(self, task: str, total: int, unit: str) -> None:
+        assert unit == "bytes"
+        self.total = total
+
+    def advance(self, amount: int, detail: str = "") -> None:
+        self.advances.append((amount, detail))
+
+
 def test_progress_counts_every_byte_and_the_client_draws_nothing(
     server: HubServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    calls: list[tuple[int, int, str]] = []
-    fetch(source(server), progress=lambda done, total, file: calls.append((done, total, file)))
-    done = [call[0] for call in calls]
-    assert done == sorted(done)
+    watcher = Watcher()
+    fetch(source(server), progress=watcher)
     total = list_files(source(server)).bytes
-    assert calls[-1][:2] == (total, total)
-    assert {file for _, _, file in calls} == NEEDED
-    assert len(calls) > total // CHUNK
+    assert watcher.total == sum(amount for amount, _ in watcher.advances) == total
+    assert all(amount >= 0 for amount, _ in watcher.advances)
+    assert {file for _, file in watcher.advances} == NEEDED
+    assert len(watcher.advances) > total // CHUNK
     assert capfd.readouterr() == ("", "")
 
 
@@ -297,13 +312,15 @@ KILLED = """
 import os, signal
 from huggingface_hub import constants
 from moecast.sources.hub import HubSource, fetch
+from moecast.sources.progress import Silent
 constants.DOWNLOAD_CHUNK_SIZE = {chunk}
 chunks = []
-def progress(done, total, file):
-    chunks.append(file)
-    if chunks.count({shard!r}) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-fetch(HubSource({repository!r}), progress=progress)
+class Killer(Silent):
+    def advance(self, amount, detail=""):
+        chunks.append(detail)
+        if chunks.count({shard!r}) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+fetch(HubSource({repository!r}), progress=Killer())
 """
 
 
@@ -346,16 +363,17 @@ def test_an_interrupt_stops_the_other_downloads_and_keeps_what_arrived(
         started.set()
         interrupted.wait(10)
 
-    def interrupt(done: int, total: int, file: str) -> None:
-        chunks.append(file)
-        if file == SHARDS[0] and chunks.count(file) == 5:
-            threading.Timer(0.5, interrupted.set).start()
-            raise KeyboardInterrupt
+    class Interrupt(Silent):
+        def advance(self, amount: int, detail: str = "") -> None:
+            chunks.append(detail)
+            if detail == SHARDS[0] and chunks.count(detail) == 5:
+                threading.Timer(0.5, interrupted.set).start()
+                raise KeyboardInterrupt
 
     server.fail(SHARDS[0], Fault(before=lambda: started.wait(10)))  # both shards are under way at the interrupt,
     server.fail(SHARDS[1], Fault(before=hold))  # and the bytes of the second come after it
     with pytest.raises(KeyboardInterrupt):
-        fetch(source(server), progress=interrupt, folder=tmp_path / "output")
+        fetch(source(server), progress=Interrupt(), folder=tmp_path / "output")
     assert not names(tmp_path / "output") & {*SHARDS}
     assert same(fetch(source(server), folder=tmp_path / "output"), checkpoint)
     assert server.bodies(SHARDS[0])[-1].range is not None

@@ -1,0 +1,42 @@
+"""Weights and importance that look like those of language models, and how to compare two roundings of them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+def heavy_tailed(seed: int, rows: int, columns: int) -> Floats:
+    """Student-t(5) times a lognormal scale for each column and row, and an eightfold outlier in a thousand."""
+    generator = np.random.default_rng(seed)
+    x = generator.standard_t(5, (rows, columns)) * _scales(generator, rows, columns)
+    return np.where(generator.random(x.shape) < 1e-3, 8 * x, x).astype(np.float32)
+
+
+def normal(seed: int, rows: int, columns: int) -> Floats:
+    """Normal times a lognormal scale for each column and row."""
+    generator = np.random.default_rng(seed)
+    return (generator.standard_normal((rows, columns)) * _scales(generator, rows, columns)).astype(np.float32)
+
+
+def importance(seed: int, columns: int) -> Floats:
+    """Lognormal, twelve channels a hundred times above the rest."""
+    generator = np.random.default_rng([seed, columns])
+    values = np.exp(generator.standard_normal(columns))
+    values[generator.choice(columns, 12, replace=False)] *= 100
+    return values.astype(np.float32)
+
+
+def relative_error(x: Floats, y: Floats, weights: Floats | None = None) -> float:
+    """Weighted root mean square of x - y over that of x."""
+    wide = x.astype(np.float64)
+    error, total = (wide - y) ** 2, wide**2
+    return float(
+        np.sqrt(np.average(error, axis=1, weights=weights).sum() / np.average(total, axis=1, weights=weights).sum())
+    )
+
+
+def _scales(generator: np.random.Generator, rows: int, columns: int) -> NDArray[np.float64]:
+    return 0.02 * np.exp(0.3 * generator.standard_normal(columns)) * np.exp(0.3 * generator.standard_normal((rows, 1)))
