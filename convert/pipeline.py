@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .. import __version__
 from ..archs.errors import BadInput
 from ..archs.weights import Stack, Weight, first_tensor
@@ -168,16 +171,26 @@ def _quantized(
 ) -> tuple[int, Any]:
     """One piece in its stored form: its first row within the whole tensor, and uint8 [rows, row bytes]."""
     weight = tensor.weight
-    values = model.load(weight, expert, rows)
     first_row = expert * weight.shape[-2] if expert is not None else (rows[0] if rows else 0)
     try:
-        return first_row, quantize(values.view(-1, weight.columns), tensor.type.name, threads=threads)
+        stored = model.repack(weight, tensor.type.name, expert, rows)
+        if stored is None:
+            values = model.load(weight, expert, rows).view(-1, weight.columns)
+            stored = _encoded(values, tensor.type.name, threads)
+        return first_row, stored
     except BadInput as error:
         culprit = (
             weight.source.experts[expert] if isinstance(weight.source, Stack) and expert is not None else weight.source
         )
-        stored = first_tensor(culprit)
-        raise BadInput(f"{stored.name} in {stored.file}: {error}; the checkpoint is damaged, fetch it again") from None
+        damaged = first_tensor(culprit)
+        raise BadInput(f"{damaged.name} in {damaged.file}: {error}; the checkpoint is damaged, fetch it again") from None
+
+
+def _encoded(values: Tensor, type_name: str, threads: int | None) -> Tensor:
+    """float32 [rows, columns] -> uint8 [rows, row bytes]; whole numbers, as tables hold them, are exact in float32."""
+    if type_name == "I32":
+        return values.to(torch.int32).view(torch.uint8)
+    return quantize(values, type_name, threads=threads)
 
 
 def peak_rss_bytes() -> int:

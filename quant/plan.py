@@ -104,8 +104,8 @@ def _plan_tensor(weight: Weight, recipe: Recipe, position: Position) -> PlannedT
     if weight.role.protected or len(weight.shape) == 1:
         return PlannedTensor(weight, format_named("F32"), format_named("F32"))
     native = native_format(weight.source)
-    if weight.role is Role.HASH_TABLE:
-        return PlannedTensor(weight, format_named("I32"), format_named("I32"))
+    if weight.role is Role.HASH_TABLE or recipe.lossless:
+        return PlannedTensor(weight, native, native)
     wanted = format_named(recipe.type_of(weight.role, position))
     if recipe.quantised and native.bits_per_weight < wanted.bits_per_weight:
         return PlannedTensor(weight, native, native)  # more bits than the source has would buy nothing

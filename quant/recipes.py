@@ -78,12 +78,16 @@ Rules = tuple[tuple[str, Condition], ...]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Types for a whole model; `file_type` is llama.cpp's number for it, `base` serves where no rule applies."""
+    """Types for a whole model; `file_type` is llama.cpp's number for it, `base` serves where no rule applies.
+
+    A `lossless` recipe has no types of its own: every weight keeps the smallest that holds it exactly.
+    """
 
     name: str
     file_type: int
     base: str
     rules: Mapping[Role, Rules] = field(default_factory=dict)
+    lossless: bool = False
 
     @property
     def quantised(self) -> bool:
@@ -156,7 +160,10 @@ _GROUPED_Q4 = (("Q4_K", _grouped),)
 _GROUPED_Q5 = (("Q5_K", _grouped),)
 _EARLY_Q5_UNCALIBRATED = (("Q5_K", _without_importance(_early(8))),)
 
+GUESSED = 1024  # llama.cpp's file type for "see the tensors"
+
 _ALL = (
+    Recipe("native", GUESSED, "BF16", lossless=True),
     Recipe("F32", 0, "F32"),
     Recipe("F16", 1, "F16"),
     Recipe("BF16", 32, "BF16"),
@@ -212,6 +219,7 @@ _ALL = (
 )
 
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
+_BY_UPPER_CASE_NAME = {name.upper(): recipe for name, recipe in RECIPES.items()}
 
 # What llama.cpp takes instead when rows are not a multiple of the type's block.
 FALLBACKS: Mapping[str, str] = {
@@ -229,6 +237,6 @@ LAST_RESORT = "F16"  # any row length
 
 def recipe_named(name: str) -> Recipe:
     """The recipe of that name, whatever its case. Raises BadInput for an unknown one."""
-    if name.upper() not in RECIPES:
+    if name.upper() not in _BY_UPPER_CASE_NAME:
         raise BadInput(f"--quant is {name!r}, expected one of {', '.join(RECIPES)}")
-    return RECIPES[name.upper()]
+    return _BY_UPPER_CASE_NAME[name.upper()]

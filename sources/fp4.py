@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..archs.errors import BadInput
+
 GROUP = 16  # columns that share one E4M3 scale
 # Value of every E2M1 code (OCP Microscaling Formats 1.0, 5.3.3): sign, two bits of exponent, one of mantissa.
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -51,6 +53,10 @@ def repack_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
     Args:
         codes: uint8 [rows, columns / 2], even columns in the low nibbles.
         scales: uint8 [rows, columns / 32], bits of E8M0 numbers.
+
+    Raises BadInput when a scale is NaN, which ggml would read as 2^128.
     """
+    if (scales == 255).any():
+        raise BadInput("a block's scale is NaN")
     halves = unpack_nibbles(codes).unflatten(-1, (-1, 2, 16))  # [rows, blocks, halves, 16]
     return torch.cat((scales.unsqueeze(-1), halves[..., 0, :] | halves[..., 1, :] << 4), dim=-1).flatten(-2)

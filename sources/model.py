@@ -14,7 +14,7 @@ from ..archs.graph import Graph
 from ..archs.registry import Architecture, architecture_named, architecture_of
 from ..archs.weights import TensorInfo, Weight
 from .checkpoint import read_config, read_tensors
-from .decode import evaluate
+from .decode import evaluate, repack
 from .gguf import read_gguf
 from .storage import Storage
 from .tokenizer import Tokenizer
@@ -54,6 +54,12 @@ class Model:
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A weight's numbers in float32: one expert of a stack, some rows, or all of it. See `decode.evaluate`."""
         return evaluate(weight.source, self._storage, expert, rows)
+
+    def repack(
+        self, weight: Weight, type_name: str, expert: int | None = None, rows: tuple[int, int] | None = None
+    ) -> torch.Tensor | None:
+        """The same as uint8 rows of a ggml type, code for code; None if it is not stored so. See `decode.repack`."""
+        return repack(weight.source, type_name, self._storage, expert, rows)
 
     def close(self) -> None:
         self._storage.close()

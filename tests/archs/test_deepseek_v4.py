@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
-from typing import Any
 
 import pytest
 import real_deepseek
 import real_models
-from moecast.archs.config import Config
 from moecast.archs.deepseek_v4 import ARCHITECTURE
-from moecast.archs.errors import BadInput
 from moecast.archs.graph import CompressedAttention, Graph, HashRouter, MoE
 from moecast.archs.weights import Role
 from moecast.quant.formats import format_named
