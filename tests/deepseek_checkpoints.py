@@ -33,7 +33,7 @@ DEEPSEEK: dict[str, Any] = {
     "index_head_dim": 64,
     "index_topk": 16,
     "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
+    "num_experts_per_tok": 8,  # one more or fewer by a near tie should not matter much
     "routed_scaling_factor": 1.5,
     "swiglu_limit": 1.0,
     "max_position_embeddings": 2048,
@@ -63,13 +63,14 @@ def deepseek_model(seed: int = 0, **overrides: Any) -> DeepseekV4ForCausalLM:
                 ranking = torch.rand(len(tensor), config.n_routed_experts).argsort(dim=1)
                 tensor.copy_(ranking[:, : tensor.shape[1]])
             elif name.endswith("e_score_correction_bias"):
-                tensor.normal_(0, 0.1)
+                tensor.normal_(0, 0.5)
             elif "norm" in name:
                 tensor.uniform_(0.5, 1.5)
             elif name.endswith(("sinks", "position_bias", "base", "scale")):
                 tensor.normal_(0, 0.5)
             elif "inv_freq" not in name:
                 tensor.normal_(0, tensor.shape[-1] ** -0.5)
+        model.lm_head.weight *= 0.8
     return model
 
 
