@@ -51,7 +51,7 @@ def _decode(data: torch.Tensor, dtype: str) -> torch.Tensor:
 
 
 def _evaluate_block_scaled(source: BlockScaled, storage: Storage, rows: tuple[int, int]) -> torch.Tensor:
-    """float32(code) * float32(scale), as the block-scaled FP8 matrices of MiniMax and DeepSeek are defined."""
+    """float32(code) * float32(scale), one scale for every block of codes."""
     start, stop = rows
     block_rows, block_columns = source.block
     first_block, last_block = start // block_rows, -(-stop // block_rows)
