@@ -343,6 +343,7 @@ def _key_value_heads(layer: Layer) -> int:
 MIXTURE = Architecture(
     name=MIXTURE_NAME,
     model_types=("nemotron_h",),
+    example="nemotron-3-tiny",
     pre_tokenizer="pixtral",
     from_checkpoint=_from_checkpoint,
     from_gguf=_from_gguf,

@@ -26,9 +26,9 @@ def decode_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:
     Returns:
         float32 [rows, columns].
     """
-    values = _E2M1[unpack_nibbles(codes).int()]
-    factors = scales.view(torch.float8_e4m3fn).float()
-    return (values.unflatten(-1, (-1, GROUP)) * factors[..., None]).flatten(-2)
+    values = _E2M1[unpack_nibbles(codes).int()].view(*scales.shape, GROUP)
+    factors = scales.view(torch.float8_e4m3fn).float()[..., None]
+    return torch.mul(values, factors).flatten(-2)
 
 
 def repack_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:
@@ -37,6 +37,7 @@ def repack_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:
     A block of 64 columns holds its four scales, then four groups of eight bytes; byte j of a group holds column j
     in its low and column j + 8 in its high nibble. Arguments are those of `decode_nvfp4`; columns divide by 64.
     """
-    groups = unpack_nibbles(codes).unflatten(-1, (-1, 4, 2, GROUP // 2))  # [rows, blocks, 4, halves, 8]
+    rows, blocks = scales.shape[0], scales.shape[1] // 4
+    groups = unpack_nibbles(codes).view(rows, blocks, 4, 2, GROUP // 2)
     packed = (groups[..., 0, :] | groups[..., 1, :] << 4).flatten(-2)
-    return torch.cat((scales.unflatten(-1, (-1, 4)), packed), dim=-1).flatten(-2)
+    return torch.cat((scales.view(rows, blocks, 4), packed), dim=-1).flatten(-2)
