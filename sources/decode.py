@@ -111,7 +111,7 @@ def _evaluate_padded(source: Padded, storage: Storage, expert: int | None, rows:
 
 
 def _evaluate_block_scaled(source: BlockScaled, storage: Storage, rows: tuple[int, int]) -> Tensor:
-    """float32(code) * float32(scale), as the block-scaled FP8 matrices of MiniMax and DeepSeek are defined."""
+    """float32(code) * float32(scale), one scale for every block of codes."""
     start, stop = rows
     block_rows, block_columns = source.block
     first_block, last_block = start // block_rows, -(-stop // block_rows)

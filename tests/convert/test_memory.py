@@ -1,0 +1,83 @@
+"""Peak memory of a conversion depends neither on the number of layers nor on the number of experts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+from safetensors.torch import save_file
+
+BASE = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 8, "num_local_experts": 16}
+EXPERT_BYTES = 3 * 512 * 512 * 2  # one expert in BF16
+SLACK = 24 * 2**20  # the allocator's mood; doubling either count adds 192 MiB of weights
+
+
+def _write(folder: Path, **overrides: int) -> Path:
+    """BF16, one shard a layer, written without a model in memory."""
+    config = checkpoints.MINIMAX | BASE | overrides
+    folder.mkdir()
+    names: dict[str, str] = {}
+    generator = torch.Generator().manual_seed(0)
+    hidden, size, wide = config["hidden_size"], config["intermediate_size"], 8 * 64
+
+    def save(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        tensors = {
+            name: (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).bfloat16()
+            for name, shape in shapes.items()
+        }
+        save_file(tensors, folder / file)
+        names.update(dict.fromkeys(shapes, file))
+
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        experts = f"{prefix}.block_sparse_moe.experts"
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{prefix}.input_layernorm.weight": (hidden,),
+            f"{prefix}.post_attention_layernorm.weight": (hidden,),
+            f"{prefix}.self_attn.q_proj.weight": (wide, hidden),
+            f"{prefix}.self_attn.k_proj.weight": (128, hidden),
+            f"{prefix}.self_attn.v_proj.weight": (128, hidden),
+            f"{prefix}.self_attn.o_proj.weight": (hidden, wide),
+            f"{prefix}.self_attn.q_norm.weight": (wide,),
+            f"{prefix}.self_attn.k_norm.weight": (128,),
+            f"{prefix}.block_sparse_moe.gate.weight": (config["num_local_experts"], hidden),
+            f"{prefix}.block_sparse_moe.e_score_correction_bias": (config["num_local_experts"],),
+        }
+        for expert in range(config["num_local_experts"]):
+            shapes |= {f"{experts}.{expert}.{name}.weight": (size, hidden) for name in ("w1", "w2", "w3")}
+        save(f"layer-{layer}.safetensors", shapes)
+    vocabulary = (config["vocab_size"], hidden)
+    save(
+        "rest.safetensors",
+        {"model.embed_tokens.weight": vocabulary, "lm_head.weight": vocabulary, "model.norm.weight": (hidden,)},
+    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "minimax_m2"}))
+    checkpoints.write_tokenizer(folder, config["vocab_size"])
+    return folder
+
+
+def _peak(folder: Path, output: Path) -> int:
+    command = [sys.executable, "-m", "moecast.cli", "convert", str(folder), "-o", str(output), "--quant", "Q8_0"]
+    options = ["-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "4", "--json"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    return int(json.loads(result.stdout)["peak_rss_bytes"])
+
+
+@pytest.fixture(scope="module")
+def base_peak(tmp_path_factory: pytest.TempPathFactory) -> int:
+    folder = tmp_path_factory.mktemp("memory")
+    return _peak(_write(folder / "base"), folder / "out")
+
+
+@pytest.mark.parametrize("doubled", ["num_hidden_layers", "num_local_experts"])
+def test_peak_is_flat(base_peak: int, tmp_path: Path, doubled: str) -> None:
+    """Converting and comparing: the peak stays where it was when 192 MiB of weights come on top."""
+    assert 8 * 16 * EXPERT_BYTES == 192 * 2**20
+    peak = _peak(_write(tmp_path / "larger", **{doubled: 2 * BASE[doubled]}), tmp_path / "out")
+    assert peak < base_peak + SLACK

@@ -1,0 +1,111 @@
+"""What the design promises about the code as a whole."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import pytest
+from click.testing import CliRunner
+from conftest import Checkpoint
+from importlinter.cli import lint_imports
+from moecast.cli import main
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("quant", "sources", "runner", "convert")
+COMMANDS = sorted(main.commands)
+
+
+def test_imports_go_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(config_filename="pyproject.toml", no_cache=True) == 0
+
+
+def test_no_architecture_is_named_outside_its_adapter() -> None:
+    files = [*ROOT.glob("*.py"), *(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))]
+    assert len(files) > 20
+    named = [str(file) for file in files if re.search(r"minimax|nemotron|deepseek", file.read_text(), re.IGNORECASE)]
+    assert named == []
+
+
+def test_files_are_short() -> None:
+    folders = (*PACKAGES, "archs", "examples", "benchmarks")
+    files = [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
+    lines = {str(file): len(file.read_text().splitlines()) for file in files}
+    assert {file: count for file, count in lines.items() if count > 400} == {}
+
+
+def _processor_seconds(*command: str) -> float:
+    """User and system time of a command, which other work on the machine hardly changes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def test_help_answers_at_once() -> None:
+    command = (sys.executable, "-m", "moecast.cli", "--help")
+    assert min(_processor_seconds(*command) for _ in range(5)) < 0.3
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, moecast.cli as cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'onnx', 'transformers', 'numpy', 'huggingface_hub', 'rich'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_examples(command: str) -> None:
+    result = CliRunner().invoke(main, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Examples:" in result.output and f"moecast {command}" in result.output
+
+
+def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run of each; `download` is tested against a server of its own."""
+    monkeypatch.chdir(tmp_path)
+    folder, text = str(minimax.folder), ["-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "2"]
+    calls = {
+        "inspect": ([folder], {"architecture", "parameters", "active_parameters", "tensors", "problems"}),
+        "plan": ([folder, "--quant", "Q4_K_M"], {"bytes", "bits_per_weight", "tensors", "problems"}),
+        "convert": (
+            [folder, "-o", "model.gguf", "--quant", "Q8_0", *text],
+            {"files", "bytes", "bits_per_weight", "parity", "seconds", "peak_rss_bytes"},
+        ),
+        "perplexity": ([folder, *text], {"perplexity", "tokens", "context"}),
+        "parity": (
+            [folder, "model.gguf", *text],
+            {
+                "perplexity_reference", "perplexity_candidate", "mean_kld", "mean_kld_error", "kld_999",
+                "top1_agreement", "tokens",
+            },
+        ),
+    }  # fmt: skip
+    assert {*calls, "download", "demo"} == {*COMMANDS}
+    for command, (arguments, keys) in calls.items():
+        result = CliRunner().invoke(main, [command, *arguments, "--json"])
+        assert result.exit_code == 0, result.output
+        assert keys <= json.loads(result.stdout).keys()
+    converted = json.loads(CliRunner().invoke(main, ["parity", folder, "model.gguf", *text, "--json"]).stdout)
+    assert converted["tokens"] == 2 * 31 and 0 < converted["mean_kld"] < 0.01
+
+
+def test_failed_parity_exits_with_1(minimax: Checkpoint, tmp_path: Path) -> None:
+    options = ["-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "2", "--quant", "Q2_K", "-o", str(tmp_path)]
+    result = CliRunner().invoke(main, ["convert", str(minimax.folder), *options, "--max-kld", "1e-9"])
+    assert result.exit_code == 1 and "is above 1e-09" in result.stderr
+    (file,) = tmp_path.glob("*.gguf")
+    options = ["-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "2"]
+    assert CliRunner().invoke(main, ["parity", str(minimax.folder), str(file), *options]).exit_code == 0
+    judged = CliRunner().invoke(main, ["parity", str(minimax.folder), str(file), *options, "--max-kld", "1e-9"])
+    assert judged.exit_code == 1
