@@ -77,12 +77,16 @@ Rules = tuple[tuple[str, Condition], ...]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Types for a whole model; `file_type` is llama.cpp's number for it, `base` serves where no rule applies."""
+    """Types for a whole model; `file_type` is llama.cpp's number for it, `base` serves where no rule applies.
+
+    `native` asks for what the checkpoint itself holds, wherever the file format has a form for it.
+    """
 
     name: str
     file_type: int
     base: str
     rules: Mapping[Role, Rules] = field(default_factory=dict)
+    native: bool = False
 
     def type_of(self, role: Role, position: Position) -> str:
         """The type of a tensor of that role, before any fallback for its row length."""
@@ -137,6 +141,7 @@ _ALL = (
     Recipe("F32", 0, "F32"),
     Recipe("F16", 1, "F16"),
     Recipe("BF16", 32, "BF16"),
+    Recipe("NATIVE", 39, "BF16", native=True),
     Recipe("Q8_0", 7, "Q8_0"),
     _recipe("Q6_K", 18, "Q6_K"),
     _recipe("Q5_K_M", 17, "Q5_K", value=(("Q6_K", _more_bits),), down=(("Q6_K", _more_bits),)),
