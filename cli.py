@@ -71,7 +71,11 @@ text_options = _shared(
     click.option("-c", "--context", default=512, show_default=True, help="Tokens in a chunk."),
     click.option("--chunks", type=int, help="Use at most this many chunks of the text."),
 )
-quant_option = click.option("--quant", default="Q4_K_M", show_default=True, help="Recipe, as llama-quantize names it.")
+quant_options = _shared(
+    click.option("--quant", default="Q4_K_M", show_default=True, help="Recipe, as llama-quantize names it, or native."),
+    click.option("--pad/--no-pad", default=True, show_default=True, help="Fill rows up with zeros to fit the recipe."),
+    click.option("--mtp/--no-mtp", default=None, help="Keep multi-token prediction.  [default: if it allows --pad]"),
+)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -106,10 +110,12 @@ def inspect(source: str, revision: str | None, token: str | None, as_json: bool)
 
 @main.command()
 @click.argument("source")
-@quant_option
+@quant_options
 @hub_options
 @json_option
-def plan(source: str, quant: str, revision: str | None, token: str | None, as_json: bool) -> None:
+def plan(
+    source: str, quant: str, pad: bool, mtp: bool | None, revision: str | None, token: str | None, as_json: bool
+) -> None:
     """Show which type every tensor would get, and the exact size, without converting.
 
     \b
@@ -117,18 +123,18 @@ def plan(source: str, quant: str, revision: str | None, token: str | None, as_js
       moecast plan CHECKPOINT --quant Q3_K_M
       moecast plan OWNER/NAME --quant IQ4_XS --json
     """
-    from .quant.plan import plan_tensors
+    from .quant.plan import plan_file
     from .quant.recipes import recipe_named
     from .report import show_plan
 
-    show_plan(plan_tensors(_open(source, revision, token).graph, recipe_named(quant)), as_json)
+    show_plan(plan_file(_open(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
 
 
 @main.command()
 @click.argument("source")
 @click.option("-o", "--output", default=".", type=click.Path(path_type=Path), help="A .gguf file or a folder.")
 @click.option("--to", "target", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="File format.")
-@quant_option
+@quant_options
 @click.option("--split-max-size", type=Size(), help="Start a new file beyond this size, for example 40G.")
 @click.option("--pre", help="Name of llama.cpp's text splitter, where the automatic choice is wrong.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
@@ -144,6 +150,8 @@ def convert(
     output: Path,
     target: str,
     quant: str,
+    pad: bool,
+    mtp: bool | None,
     split_max_size: int | None,
     pre: str | None,
     overwrite: bool,
@@ -169,13 +177,13 @@ def convert(
     """
     from .console import watch
     from .convert.pipeline import convert as run
-    from .quant.plan import plan_tensors
+    from .quant.plan import plan_file
     from .quant.recipes import recipe_named
     from .report import show_conversion, show_plan
     from .runner.evaluate import EVALUATION_TEXT
 
     if dry_run:
-        show_plan(plan_tensors(_open(source, revision, token).graph, recipe_named(quant)), as_json)
+        show_plan(plan_file(_open(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
         return
     with watch() as progress:
         folder, provenance = _locate(source, revision, token, progress)
@@ -183,6 +191,8 @@ def convert(
             folder,
             output,
             quant,
+            padding=pad,
+            mtp=mtp,
             name=provenance.get("repository", "").split("/")[-1] or None,
             pre=pre,
             split_max_bytes=split_max_size,

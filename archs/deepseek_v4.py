@@ -3,85 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from .catalogue import Catalogue
 from .config import Config
+from .deepseek_v4_blocks import NAME, OVERLAPPING, STREAMS, Dimensions, build, check
 from .deepseek_v4_names import checkpoint_source
 from .errors import BadInput
-from .graph import (
-    MLP,
-    Activation,
-    CompressedAttention,
-    Compressor,
-    Graph,
-    HashRouter,
-    HyperConnections,
-    Indexer,
-    Layer,
-    MoE,
-    Norm,
-    Rope,
-    Router,
-    Score,
-    StreamMix,
-    SubLayer,
-    Yarn,
-)
+from .graph import CompressedAttention, Graph, HashRouter, MoE, Yarn
 from .registry import Architecture
-from .weights import Expression, Read, Role, TensorInfo, Weight
+from .weights import Read, TensorInfo
 
 GGUF_SQRT_SOFTPLUS = 4  # llama.cpp's expert_gating_func
-STREAMS = 4  # what llama.cpp's kernels are written for
-OVERLAPPING = 4  # entries of this ratio overlap and are picked by an indexer, those of 128 are not
 RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": OVERLAPPING, "heavily_compressed_attention": 128}
 YARN_FAST, YARN_SLOW = 32.0, 1.0  # llama.cpp knows no other
-ROUTER_EPSILON = 1e-20
-
-
-@dataclass(frozen=True)
-class _Dimensions:
-    vocabulary: int
-    hidden: int
-    context: int
-    epsilon: float
-    ratios: tuple[int, ...]  # of the compressed entries of each layer, 0 where there are none
-    hash_layers: int
-    heads: int
-    head_size: int
-    query_rank: int
-    output_groups: int
-    output_rank: int
-    window: int
-    rotary_size: int
-    rope_base: float
-    compressed_rope_base: float
-    yarn: Yarn | None
-    index_heads: int
-    index_head_size: int
-    index_top_k: int
-    experts: int
-    top_k: int
-    expert_size: int
-    shared_size: int
-    router_scale: float
-    clamp: float
-    sinkhorn_iterations: int
-    stream_epsilon: float
 
 
 def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
     dimensions = _read_config(config)
     catalogue = Catalogue(tensors, config.origin)
     notes = _leave_drafts(catalogue, tensors)
-    graph = _build(dimensions, checkpoint_source(catalogue, dimensions.experts, dimensions.expert_size), notes)
+    graph = build(dimensions, checkpoint_source(catalogue, dimensions.experts, dimensions.expert_size), notes)
     catalogue.finish()
     return graph
 
 
-def _read_config(config: Config) -> _Dimensions:
+def _read_config(config: Config) -> Dimensions:
     config.expect("hidden_act", "silu")
     config.expect("scoring_func", "sqrtsoftplus")
     config.expect("topk_method", "noaux_tc")
@@ -100,7 +48,7 @@ def _read_config(config: Config) -> _Dimensions:
     main, compressed = ropes.section("main"), ropes.section("compress")
     main.expect("rope_type", "default")
     partial = main.number("partial_rotary_factor", default=config.number("partial_rotary_factor", default=0.0))
-    dimensions = _Dimensions(
+    dimensions = Dimensions(
         vocabulary=config.integer("vocab_size"),
         hidden=config.integer("hidden_size"),
         context=config.integer("max_position_embeddings"),
@@ -131,7 +79,7 @@ def _read_config(config: Config) -> _Dimensions:
         sinkhorn_iterations=config.integer("hc_sinkhorn_iters"),
         stream_epsilon=config.number("hc_eps"),
     )
-    _check(dimensions, config.origin)
+    check(dimensions, config.origin)
     return dimensions
 
 
@@ -141,7 +89,7 @@ def _read_ratios(config: Config, layers: int) -> tuple[int, ...]:
     values = config.get(key)
     known: dict[Any, int] = RATIOS if key == "layer_types" else {ratio: ratio for ratio in RATIOS.values()}
     if not isinstance(values, list) or len(values) < layers:
-        raise BadInput(f"{config.origin}: {key} is {values!r}, expected a list with one entry for each of {layers} layers")
+        raise BadInput(f"{config.origin}: {key} is {values!r}, expected one entry for each of {layers} layers")
     for layer, value in enumerate(values[:layers]):
         if value not in known:
             wanted = ", ".join(str(choice) for choice in known)
@@ -182,19 +130,6 @@ def _read_yarn(scaling: Config) -> Yarn | None:
     return Yarn(scaling.number("factor"), original, YARN_FAST, YARN_SLOW)
 
 
-def _check(dimensions: _Dimensions, origin: str) -> None:
-    d = dimensions
-    if d.heads * d.head_size % d.output_groups:
-        raise BadInput(f"{origin}: {d.heads} attention heads do not divide into {d.output_groups} output groups")
-    if d.top_k > d.experts:
-        raise BadInput(f"{origin}: num_experts_per_tok is {d.top_k}, expected at most the {d.experts} experts")
-    if d.rotary_size > min(d.head_size, d.index_head_size) or d.rotary_size % 2:
-        raise BadInput(
-            f"{origin}: {d.rotary_size} rotary dimensions, expected an even number up to head_dim {d.head_size} and "
-            f"index_head_dim {d.index_head_size}"
-        )
-
-
 def _leave_drafts(catalogue: Catalogue, tensors: Sequence[TensorInfo]) -> tuple[str, ...]:
     """Leave out the draft blocks: found by name, as configurations miscount them."""
     blocks = {match[1] for tensor in tensors if (match := re.match(r"mtp\.(\d+)\.", tensor.name))}
@@ -204,166 +139,20 @@ def _leave_drafts(catalogue: Catalogue, tensors: Sequence[TensorInfo]) -> tuple[
     return (f"{count} tensors of {len(blocks)} draft blocks (mtp.*) are left out: the model runs without them",)
 
 
-def _build(d: _Dimensions, source: Callable[[str], Expression], notes: tuple[str, ...] = ()) -> Graph:
-    builder = _Builder(d, source)
-    return Graph(
-        architecture=ARCHITECTURE.name,
-        vocabulary_size=d.vocabulary,
-        hidden_size=d.hidden,
-        context_length=d.context,
-        embedding=builder.weight("token_embd.weight", Role.EMBEDDING, d.vocabulary, d.hidden),
-        layers=tuple(builder.layer(index, ratio) for index, ratio in enumerate(d.ratios)),
-        final_norm=builder.norm("output_norm.weight", d.hidden),
-        head=builder.weight("output.weight", Role.HEAD, d.vocabulary, d.hidden),
-        residual=HyperConnections(
-            streams=STREAMS,
-            iterations=d.sinkhorn_iterations,
-            epsilon=d.stream_epsilon,
-            norm_epsilon=d.epsilon,
-            head=builder.mix("output_hc", STREAMS, 1),
-        ),
-        notes=notes,
-    )
-
-
-class _Builder:
-    """Makes the blocks of a graph whose weights come from `source`, by their GGUF names."""
-
-    def __init__(self, dimensions: _Dimensions, source: Callable[[str], Expression]) -> None:
-        self.dimensions = dimensions
-        self.source = source
-
-    def weight(self, name: str, role: Role, *shape: int) -> Weight:
-        return Weight(name, role, shape, self.source(name))
-
-    def norm(self, name: str, size: int) -> Norm:
-        return Norm(self.weight(name, Role.NORM, size), self.dimensions.epsilon)
-
-    def mix(self, stem: str, coefficients: int, kinds: int) -> StreamMix:
-        return StreamMix(
-            function=self.weight(
-                f"{stem}_fn.weight", Role.HYPER_CONNECTION, coefficients, STREAMS * self.dimensions.hidden
-            ),
-            base=self.weight(f"{stem}_base.weight", Role.HYPER_CONNECTION, coefficients),
-            scale=self.weight(f"{stem}_scale.weight", Role.HYPER_CONNECTION, kinds),
-        )
-
-    def layer(self, index: int, ratio: int) -> Layer:
-        blk, hidden = f"blk.{index}", self.dimensions.hidden
-        coefficients = STREAMS * (2 + STREAMS)
-        return Layer(
-            index,
-            (
-                SubLayer(
-                    self.norm(f"{blk}.attn_norm.weight", hidden),
-                    self.attention(blk, ratio),
-                    self.mix(f"{blk}.hc_attn", coefficients, 3),
-                ),
-                SubLayer(
-                    self.norm(f"{blk}.ffn_norm.weight", hidden),
-                    self.experts(blk, hashed=index < self.dimensions.hash_layers),
-                    self.mix(f"{blk}.hc_ffn", coefficients, 3),
-                ),
-            ),
-        )
-
-    def attention(self, blk: str, ratio: int) -> CompressedAttention:
-        d = self.dimensions
-        width, ranks = d.heads * d.head_size, d.output_groups * d.output_rank
-        rope = self.rope(compressed=ratio > 0)
-        compressor = self.compressor(f"{blk}.attn_compressor", Role.COMPRESSOR, ratio, d.head_size) if ratio else None
-        return CompressedAttention(
-            heads=d.heads,
-            head_size=d.head_size,
-            window=d.window,
-            groups=d.output_groups,
-            query_down=self.weight(f"{blk}.attn_q_a.weight", Role.ATTENTION_Q_DOWN, d.query_rank, d.hidden),
-            query_norm=self.norm(f"{blk}.attn_q_a_norm.weight", d.query_rank),
-            query_up=self.weight(f"{blk}.attn_q_b.weight", Role.ATTENTION_Q_UP, width, d.query_rank),
-            key_value=self.weight(f"{blk}.attn_kv.weight", Role.ATTENTION_KV, d.head_size, d.hidden),
-            key_value_norm=self.norm(f"{blk}.attn_kv_a_norm.weight", d.head_size),
-            sink=self.weight(f"{blk}.attn_sinks.weight", Role.ATTENTION_SINK, d.heads),
-            output_down=self.weight(
-                f"{blk}.attn_output_a.weight", Role.ATTENTION_OUTPUT_DOWN, ranks, width // d.output_groups
-            ),
-            output_up=self.weight(f"{blk}.attn_output_b.weight", Role.ATTENTION_OUTPUT_UP, d.hidden, ranks),
-            rope=rope,
-            compressor=compressor,
-            indexer=self.indexer(blk) if ratio == OVERLAPPING else None,
-        )
-
-    def rope(self, compressed: bool) -> Rope:
-        d = self.dimensions
-        base, yarn = (d.compressed_rope_base, d.yarn) if compressed else (d.rope_base, None)
-        return Rope(d.rotary_size, base, interleaved=True, last=True, yarn=yarn)
-
-    def compressor(self, stem: str, role: Role, ratio: int, size: int) -> Compressor:
-        overlaps = ratio == OVERLAPPING
-        width, hidden = size * (2 if overlaps else 1), self.dimensions.hidden
-        return Compressor(
-            ratio=ratio,
-            overlaps=overlaps,
-            value=self.weight(f"{stem}_kv.weight", role, width, hidden),
-            gate=self.weight(f"{stem}_gate.weight", role, width, hidden),
-            position=self.weight(f"{stem}_ape.weight", Role.COMPRESSOR_POSITION, ratio, width),
-            norm=self.norm(f"{stem}_norm.weight", size),
-            rope=self.rope(compressed=True),
-        )
-
-    def indexer(self, blk: str) -> Indexer:
-        d = self.dimensions
-        width = d.index_heads * d.index_head_size
-        return Indexer(
-            heads=d.index_heads,
-            head_size=d.index_head_size,
-            top_k=d.index_top_k,
-            query=self.weight(f"{blk}.indexer.attn_q_b.weight", Role.INDEXER, width, d.query_rank),
-            head_weight=self.weight(f"{blk}.indexer.proj.weight", Role.INDEXER_HEADS, d.index_heads, d.hidden),
-            compressor=self.compressor(f"{blk}.indexer_compressor", Role.INDEXER, OVERLAPPING, d.index_head_size),
-        )
-
-    def experts(self, blk: str, hashed: bool) -> MoE:
-        d = self.dimensions
-        return MoE(
-            router=self.router(blk, hashed),
-            gate=self.weight(f"{blk}.ffn_gate_exps.weight", Role.EXPERT_GATE, d.experts, d.expert_size, d.hidden),
-            up=self.weight(f"{blk}.ffn_up_exps.weight", Role.EXPERT_UP, d.experts, d.expert_size, d.hidden),
-            down=self.weight(f"{blk}.ffn_down_exps.weight", Role.EXPERT_DOWN, d.experts, d.hidden, d.expert_size),
-            activation=Activation.SWIGLU,
-            clamp=d.clamp,
-            shared=MLP(
-                gate=self.weight(f"{blk}.ffn_gate_shexp.weight", Role.SHARED_GATE, d.shared_size, d.hidden),
-                up=self.weight(f"{blk}.ffn_up_shexp.weight", Role.SHARED_UP, d.shared_size, d.hidden),
-                down=self.weight(f"{blk}.ffn_down_shexp.weight", Role.SHARED_DOWN, d.hidden, d.shared_size),
-                activation=Activation.SWIGLU,
-                clamp=d.clamp,
-            ),
-        )
-
-    def router(self, blk: str, hashed: bool) -> Router | HashRouter:
-        d = self.dimensions
-        weight = self.weight(f"{blk}.ffn_gate_inp.weight", Role.ROUTER, d.experts, d.hidden)
-        if hashed:
-            table = self.weight(f"{blk}.ffn_gate_tid2eid.weight", Role.HASH_TABLE, d.vocabulary, d.top_k)
-            return HashRouter(weight, table, Score.SQRT_SOFTPLUS, ROUTER_EPSILON, d.router_scale)
-        bias = self.weight(f"{blk}.exp_probs_b.bias", Role.ROUTER_BIAS, d.experts)
-        return Router(weight, bias, Score.SQRT_SOFTPLUS, d.top_k, epsilon=ROUTER_EPSILON, scale=d.router_scale)
-
-
 def _from_gguf(metadata: Config, tensors: Sequence[TensorInfo]) -> Graph:
     catalogue = Catalogue(tensors, metadata.origin)
-    graph = _build(_read_metadata(metadata, tensors), lambda name: Read(catalogue.take(name)))
+    graph = build(_read_metadata(metadata, tensors), lambda name: Read(catalogue.take(name)))
     catalogue.finish()
     return graph
 
 
-def _read_metadata(metadata: Config, tensors: Sequence[TensorInfo]) -> _Dimensions:
+def _read_metadata(metadata: Config, tensors: Sequence[TensorInfo]) -> Dimensions:
     embedding = next((tensor for tensor in tensors if tensor.name == "token_embd.weight"), None)
     if embedding is None:
         raise BadInput(f"{metadata.origin}: tensor token_embd.weight is missing, the file is incomplete")
 
     def key(name: str) -> str:
-        return f"{ARCHITECTURE.name}.{name}"
+        return f"{NAME}.{name}"
 
     metadata.expect(key("expert_gating_func"), GGUF_SQRT_SOFTPLUS)
     metadata.expect(key("hyper_connection.count"), STREAMS)
@@ -378,7 +167,7 @@ def _read_metadata(metadata: Config, tensors: Sequence[TensorInfo]) -> _Dimensio
     if metadata.text(key("rope.scaling.type"), default="none") == "yarn":
         original = metadata.integer(key("rope.scaling.original_context_length"))
         yarn = Yarn(metadata.number(key("rope.scaling.factor")), original, YARN_FAST, YARN_SLOW)
-    dimensions = _Dimensions(
+    dimensions = Dimensions(
         vocabulary=embedding.shape[0],
         hidden=metadata.integer(key("embedding_length")),
         context=metadata.integer(key("context_length")),
@@ -407,7 +196,7 @@ def _read_metadata(metadata: Config, tensors: Sequence[TensorInfo]) -> _Dimensio
         sinkhorn_iterations=metadata.integer(key("hyper_connection.sinkhorn_iterations")),
         stream_epsilon=metadata.number(key("hyper_connection.epsilon")),
     )
-    _check(dimensions, metadata.origin)
+    check(dimensions, metadata.origin)
     return dimensions
 
 
@@ -474,7 +263,7 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
 
 
 ARCHITECTURE = Architecture(
-    name="deepseek4",
+    name=NAME,
     model_types=("deepseek_v4",),
     example="deepseek-v4-tiny",
     pre_tokenizer="deepseek-v3",

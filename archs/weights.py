@@ -282,6 +282,16 @@ def stored_tensors(expression: Expression) -> Iterator[TensorInfo]:
                 yield from stored_tensors(part)
 
 
+def of_expert(expression: Expression, expert: int | None) -> Expression:
+    """The part of an expression that one expert depends on."""
+    match expression:
+        case Stack(experts) if expert is not None:
+            return experts[expert]
+        case Padded(source) | Rows(source):
+            return of_expert(source, expert)
+    return expression
+
+
 def first_tensor(expression: Expression) -> TensorInfo:
     """The tensor to name when an expression is at fault."""
     return next(stored_tensors(expression))

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import __version__
 from ..archs.errors import BadInput
-from ..archs.weights import Stack, Weight, first_tensor
+from ..archs.weights import Weight, first_tensor, of_expert
 from ..quant import quantize
-from ..quant.plan import Plan, PlannedTensor, plan_tensors
+from ..quant.plan import Plan, PlannedTensor, plan_file
 from ..quant.recipes import recipe_named
 from ..runner.evaluate import DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, parity
 from ..sources.model import Model, open_model
@@ -56,6 +55,8 @@ def convert(
     output: str | Path = ".",
     quant: str = "Q4_K_M",
     *,
+    padding: bool = True,
+    mtp: bool | None = None,
     name: str | None = None,
     pre: str | None = None,
     split_max_bytes: int | None = None,
@@ -74,6 +75,8 @@ def convert(
         source: checkpoint folder.
         output: a .gguf file, or a folder for `<name>-<quant>.gguf`.
         quant: a recipe name: Q4_K_M, Q8_0, BF16, ...
+        padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
+        mtp: keep the blocks of multi-token prediction; by default, unless they rule out padding.
         name: the model's name, by default that of the folder.
         pre: llama.cpp's name of the text splitter, by default the architecture's.
         split_max_bytes: start a new file when the data section would grow beyond this.
@@ -90,7 +93,7 @@ def convert(
     if model.metadata:
         raise BadInput(f"{source} is a GGUF file, expected a checkpoint folder")
     name = name or model.path.resolve().name
-    plan = plan_tensors(model.graph, recipe_named(quant))
+    plan = plan_file(model.graph, recipe_named(quant), padding, mtp)
     path = _output_path(Path(output), name, plan.recipe.name)
     metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
     files = _write(model, plan, path, metadata, split_max_bytes, overwrite, threads, progress)
@@ -114,7 +117,7 @@ def gguf_metadata(
         model.tokenizer, model.graph.vocabulary_size, pre, model.architecture.pre_tokenizer, progress
     )
     general = {
-        "general.architecture": model.architecture.name,
+        "general.architecture": plan.graph.architecture,
         "general.type": "model",
         "general.name": name,
         "general.file_type": plan.recipe.file_type,
@@ -123,7 +126,7 @@ def gguf_metadata(
         "moecast.quant": plan.recipe.name,
     }
     source = {f"moecast.source.{key}": value for key, value in provenance.items()}
-    return {**general, **source, **model.architecture.gguf_metadata(model.graph), **tokenizer}
+    return {**general, **source, **model.architecture.gguf_metadata(plan.graph), **tokenizer}
 
 
 def _output_path(output: Path, name: str, quant: str) -> Path:
@@ -172,25 +175,17 @@ def _quantized(
     """One piece in its stored form: its first row within the whole tensor, and uint8 [rows, row bytes]."""
     weight = tensor.weight
     first_row = expert * weight.shape[-2] if expert is not None else (rows[0] if rows else 0)
+    data = model.repacked(weight, tensor.type.name, expert, rows)
+    if data is not None:
+        return first_row, data
+    values = model.load(weight, expert, rows).view(-1, weight.columns)
+    if tensor.type.name == "I32":
+        return first_row, values.to(torch.int32).view(torch.uint8)  # whole numbers are exact in float32 up to 2^24
     try:
-        stored = model.repack(weight, tensor.type.name, expert, rows)
-        if stored is None:
-            values = model.load(weight, expert, rows).view(-1, weight.columns)
-            stored = _encoded(values, tensor.type.name, threads)
-        return first_row, stored
+        return first_row, quantize(values, tensor.type.name, threads=threads)
     except BadInput as error:
-        culprit = (
-            weight.source.experts[expert] if isinstance(weight.source, Stack) and expert is not None else weight.source
-        )
-        damaged = first_tensor(culprit)
-        raise BadInput(f"{damaged.name} in {damaged.file}: {error}; the checkpoint is damaged, fetch it again") from None
-
-
-def _encoded(values: Tensor, type_name: str, threads: int | None) -> Tensor:
-    """float32 [rows, columns] -> uint8 [rows, row bytes]; whole numbers, as tables hold them, are exact in float32."""
-    if type_name == "I32":
-        return values.to(torch.int32).view(torch.uint8)
-    return quantize(values, type_name, threads=threads)
+        stored = first_tensor(of_expert(weight.source, expert))
+        raise BadInput(f"{stored.name} in {stored.file}: {error}; the checkpoint is damaged, fetch it again") from None
 
 
 def peak_rss_bytes() -> int:

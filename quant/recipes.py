@@ -80,14 +80,14 @@ Rules = tuple[tuple[str, Condition], ...]
 class Recipe:
     """Types for a whole model; `file_type` is llama.cpp's number for it, `base` serves where no rule applies.
 
-    A `lossless` recipe has no types of its own: every weight keeps the smallest that holds it exactly.
+    `native` asks for what the checkpoint itself holds, wherever the file format has a form for it.
     """
 
     name: str
     file_type: int
     base: str
     rules: Mapping[Role, Rules] = field(default_factory=dict)
-    lossless: bool = False
+    native: bool = False
 
     @property
     def quantised(self) -> bool:
@@ -163,10 +163,10 @@ _EARLY_Q5_UNCALIBRATED = (("Q5_K", _without_importance(_early(8))),)
 GUESSED = 1024  # llama.cpp's file type for "see the tensors"
 
 _ALL = (
-    Recipe("native", GUESSED, "BF16", lossless=True),
     Recipe("F32", 0, "F32"),
     Recipe("F16", 1, "F16"),
     Recipe("BF16", 32, "BF16"),
+    Recipe("NATIVE", GUESSED, "BF16", native=True),
     Recipe("Q8_0", 7, "Q8_0"),
     _recipe("Q6_K", 18, "Q6_K"),
     _recipe("Q5_K_M", 17, "Q5_K", value=(("Q6_K", _more_bits),), down=(("Q6_K", _more_bits),)),
@@ -219,7 +219,6 @@ _ALL = (
 )
 
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
-_BY_UPPER_CASE_NAME = {name.upper(): recipe for name, recipe in RECIPES.items()}
 
 # What llama.cpp takes instead when rows are not a multiple of the type's block.
 FALLBACKS: Mapping[str, str] = {
@@ -237,6 +236,6 @@ LAST_RESORT = "F16"  # any row length
 
 def recipe_named(name: str) -> Recipe:
     """The recipe of that name, whatever its case. Raises BadInput for an unknown one."""
-    if name.upper() not in _BY_UPPER_CASE_NAME:
+    if name.upper() not in RECIPES:
         raise BadInput(f"--quant is {name!r}, expected one of {', '.join(RECIPES)}")
-    return _BY_UPPER_CASE_NAME[name.upper()]
+    return RECIPES[name.upper()]

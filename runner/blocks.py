@@ -19,7 +19,11 @@ Load = Callable[..., Tensor]  # Model.load: (weight, expert=None, rows=None) -> 
 def normaliser(norm: Norm, load: Load) -> Callable[[Tensor], Tensor]:
     """RMSNorm with its weight loaded: divides every row [..., size] by its root mean square, times the weight."""
     weight = load(norm.weight)
-    return lambda hidden: functional.rms_norm(hidden, weight.shape[-1:], None, norm.epsilon) * weight
+
+    def normalise(hidden: Tensor) -> Tensor:
+        return functional.rms_norm(hidden, weight.shape[-1:], None, norm.epsilon) * weight
+
+    return normalise
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:
@@ -74,7 +78,7 @@ def _best_groups(router: Router, scores: Tensor) -> Tensor:
     """Scores [tokens, experts] with minus infinity wherever an expert's group is not among the best."""
     if router.groups_used == router.groups:
         return scores
-    grouped = scores.unflatten(1, (router.groups, -1))
+    grouped = scores.view(len(scores), router.groups, -1)
     ranking = grouped.topk(2, dim=-1).values.sum(dim=-1)
     best = ranking.topk(router.groups_used, dim=-1, sorted=False).indices
     excluded = torch.ones_like(ranking, dtype=torch.bool).scatter_(1, best, False)

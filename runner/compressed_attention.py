@@ -100,7 +100,8 @@ class CompressedAttentionMixer:
         """queries [heads, tokens, size], keys [keys, size], visible [tokens, keys] -> [heads, tokens, size]"""
         scores = (queries @ keys.T * self._operation.head_size**-0.5).masked_fill(~visible, -torch.inf)
         sink = self._sink[:, None, None].expand(-1, scores.shape[1], 1)
-        return torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1] @ keys
+        mixed: Tensor = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1] @ keys
+        return mixed
 
     def _project(self, heads: Tensor) -> Tensor:
         """[heads, tokens, size] -> [tokens, hidden size]"""

@@ -42,25 +42,26 @@ class MambaMixer:
     def __call__(self, states: Tensor, memory: MambaState) -> tuple[Tensor, MambaState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         o = self._operation
-        gate, convolved, step = (states @ self._input.T).split([o.inner_size, len(self._convolution), o.heads], dim=-1)
+        tokens, channels = len(states), len(self._convolution)
+        projected = states @ self._input.T
+        gate, convolved, step = torch.split(projected, [o.inner_size, channels, o.heads], dim=-1)
         convolved = torch.cat((memory.convolution, convolved))
-        taps = self._convolution.shape[1]
-        channels = functional.conv1d(
-            convolved.T, self._convolution[:, None], self._convolution_bias, groups=len(self._convolution)
-        ).T
-        x, b, c = functional.silu(channels).split([o.inner_size, *2 * [o.groups * o.state_size]], dim=-1)
-        x = x.unflatten(-1, (o.heads, o.head_size))
+        mixed = functional.conv1d(
+            convolved.T, self._convolution[:, None], self._convolution_bias, groups=channels
+        )  # [channels, tokens]
+        x, b, c = torch.split(functional.silu(mixed.T), [o.inner_size, *2 * [o.groups * o.state_size]], dim=-1)
+        x = x.reshape(tokens, o.heads, o.head_size)
         y, space = scan(
             x,
             functional.softplus(step + self._step_bias),
             self._decay,
-            b.unflatten(-1, (o.groups, o.state_size)),
-            c.unflatten(-1, (o.groups, o.state_size)),
+            b.reshape(tokens, o.groups, o.state_size),
+            c.reshape(tokens, o.groups, o.state_size),
             memory.space,
         )
         gated = (y + self._skip * x).flatten(1) * functional.silu(gate)
-        normed = self._normalise(gated.unflatten(-1, (o.groups, -1))).flatten(1)
-        return normed @ self._output.T, MambaState(convolved[len(convolved) - taps + 1 :], space)
+        normed = self._normalise(gated.view(tokens, o.groups, -1)).flatten(1)
+        return normed @ self._output.T, MambaState(convolved[tokens:], space)
 
 
 def scan(x: Tensor, step: Tensor, decay: Tensor, b: Tensor, c: Tensor, space: Tensor) -> tuple[Tensor, Tensor]:

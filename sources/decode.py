@@ -68,8 +68,9 @@ def evaluate(
             start, stop = rows or (0, expression.shape[0])
             values = decode_nvfp4(storage.read(codes, start, stop), storage.read(scale, start, stop))
             return values * _global_scale(expression, storage) if global_scale else values
-        case Mxfp4():
-            return _decode(_repack_mxfp4(expression, storage, rows), "MXFP4")
+        case Mxfp4(codes, scale):
+            start, stop = rows or (0, expression.shape[0])
+            return _decode(repack_mxfp4(storage.read(codes, start, stop), storage.read(scale, start, stop)), "MXFP4")
         case SideBySide(parts):
             return torch.cat([evaluate(part, storage, None, rows) for part in parts], dim=1)
         case GlobalScales(matrices):
@@ -83,35 +84,6 @@ def evaluate(
             return torch.zeros(shape)
         case Read(tensor):
             return _whole(tensor, storage) if len(tensor.shape) < 2 else _read(tensor, storage, expert, rows)
-
-
-def repack(
-    expression: Expression,
-    type_name: str,
-    storage: Storage,
-    expert: int | None = None,
-    rows: tuple[int, int] | None = None,
-) -> Tensor | None:
-    """What `evaluate` decodes, as uint8 [rows, row bytes] of a ggml type, where not a single code has to change.
-
-    None where the stored numbers are not of that type.
-    """
-    match expression:
-        case Stack(experts):
-            assert expert is not None
-            return repack(experts[expert], type_name, storage, None, rows)
-        case Mxfp4() if type_name == "MXFP4":
-            return _repack_mxfp4(expression, storage, rows)
-        case Read(tensor) if tensor.dtype == type_name and len(tensor.shape) > 1:
-            start, stop = rows or (0, tensor.shape[-2])
-            first = (expert or 0) * tensor.shape[-2]
-            return storage.read(tensor, first + start, first + stop)
-    return None
-
-
-def _repack_mxfp4(source: Mxfp4, storage: Storage, rows: tuple[int, int] | None) -> Tensor:
-    start, stop = rows or (0, source.shape[0])
-    return repack_mxfp4(storage.read(source.codes, start, stop), storage.read(source.scale, start, stop))
 
 
 def _whole(tensor: TensorInfo, storage: Storage) -> Tensor:

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput
+from ..archs.weights import Expression, Mxfp4, Nvfp4, TensorInfo, of_expert
+from .storage import Storage
 
+_E4M3_NAN = 0x7F  # the bits above it have the sign set
+_E8M0_NAN = 0xFF
 GROUP = 16  # columns that share one E4M3 scale
 # Value of every E2M1 code (OCP Microscaling Formats 1.0, 5.3.3): sign, two bits of exponent, one of mantissa.
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -28,9 +32,38 @@ def decode_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:
     Returns:
         float32 [rows, columns].
     """
-    values = _E2M1[unpack_nibbles(codes).int()]
-    factors = scales.view(torch.float8_e4m3fn).float()
-    return (values.unflatten(-1, (-1, GROUP)) * factors[..., None]).flatten(-2)
+    values = _E2M1[unpack_nibbles(codes).int()].view(*scales.shape, GROUP)
+    factors = scales.view(torch.float8_e4m3fn).float()[..., None]
+    return torch.mul(values, factors).flatten(-2)
+
+
+def repack(
+    expression: Expression, type_name: str, storage: Storage, expert: int | None, rows: tuple[int, int] | None
+) -> Tensor | None:
+    """Rows of a weight in blocks of a ggml type, where its stored codes and scales can be moved there unchanged.
+
+    Arguments are those of `decode.evaluate`.
+
+    Returns:
+        uint8 [rows, row bytes]; None where the numbers must be quantised.
+    """
+    source = of_expert(expression, expert)
+    if not isinstance(source, Nvfp4 | Mxfp4):
+        return None
+    start, stop = rows or (0, source.shape[0])
+    codes, scales = storage.read(source.codes, start, stop), storage.read(source.scale, start, stop)
+    if type_name == "NVFP4" and isinstance(source, Nvfp4) and not source.global_scale:
+        _check_scales(source.scale, scales, _E4M3_NAN)
+        return repack_nvfp4(codes, scales)
+    if type_name == "MXFP4" and isinstance(source, Mxfp4):
+        _check_scales(source.scale, scales, _E8M0_NAN)
+        return repack_mxfp4(codes, scales)
+    return None
+
+
+def _check_scales(tensor: TensorInfo, scales: Tensor, least_bad: int) -> None:
+    if (scales >= least_bad).any():
+        raise BadInput(f"{tensor.name} in {tensor.file} holds a negative scale or NaN; fetch the file again")
 
 
 def repack_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:
@@ -39,9 +72,10 @@ def repack_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:
     A block of 64 columns holds its four scales, then four groups of eight bytes; byte j of a group holds column j
     in its low and column j + 8 in its high nibble. Arguments are those of `decode_nvfp4`; columns divide by 64.
     """
-    groups = unpack_nibbles(codes).unflatten(-1, (-1, 4, 2, GROUP // 2))  # [rows, blocks, 4, halves, 8]
+    rows, blocks = scales.shape[0], scales.shape[1] // 4
+    groups = unpack_nibbles(codes).view(rows, blocks, 4, 2, GROUP // 2)
     packed = (groups[..., 0, :] | groups[..., 1, :] << 4).flatten(-2)
-    return torch.cat((scales.unflatten(-1, (-1, 4)), packed), dim=-1).flatten(-2)
+    return torch.cat((scales.view(rows, blocks, 4), packed), dim=-1).flatten(-2)
 
 
 def repack_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
@@ -53,10 +87,6 @@ def repack_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
     Args:
         codes: uint8 [rows, columns / 2], even columns in the low nibbles.
         scales: uint8 [rows, columns / 32], bits of E8M0 numbers.
-
-    Raises BadInput when a scale is NaN, which ggml would read as 2^128.
     """
-    if (scales == 255).any():
-        raise BadInput("a block's scale is NaN")
-    halves = unpack_nibbles(codes).unflatten(-1, (-1, 2, 16))  # [rows, blocks, halves, 16]
+    halves = unpack_nibbles(codes).view(*scales.shape, 2, 16)
     return torch.cat((scales.unsqueeze(-1), halves[..., 0, :] | halves[..., 1, :] << 4), dim=-1).flatten(-2)

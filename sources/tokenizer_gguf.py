@@ -57,9 +57,7 @@ def build_backend(
         raise BadInput(f"tokenizer.ggml.tokens holds {repeated[0]!r} more than once; each token needs its own text")
     # Unused ids and empty texts never come out of a text and decode to nothing: they stay out.
     used = [
-        (id, text, kind)
-        for id, (text, kind) in enumerate(zip(tokens, types, strict=True))
-        if text and kind != UNUSED
+        (id, text, kind) for id, (text, kind) in enumerate(zip(tokens, types, strict=True)) if text and kind != UNUSED
     ]
     merges = [_split_merge(merge) for merge in metadata["tokenizer.ggml.merges"]]
     try:

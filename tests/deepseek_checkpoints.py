@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 # Sliding, overlapping and heavily compressed layers, two of them hash-routed, and an indexer that has to choose; YaRN
-# from so short a context that it matters. llama.cpp needs a ratio of 4, four streams, and index heads of 64 that are not
-# as wide as those of attention.
+# from so short a context that it matters. llama.cpp needs a ratio of 4, four streams, and index heads of a multiple of
+# 64 that are not as wide as those of attention.
 DEEPSEEK: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 256,
@@ -83,7 +83,9 @@ def save_deepseek(folder: Path, model: DeepseekV4ForCausalLM, in_memory_names: b
 
 # Which parameters the Hub stores how, by their names in memory; everything else is BF16.
 _EXPERTS = re.compile(r"mlp\.experts\.|ffn\.experts\.")
-_FP8 = re.compile(r"\.(q_a_proj|q_b_proj|o_a_proj|o_b_proj|wq_a|wq_b|wkv|wo_a|wo_b)\.|self_attn\.kv_proj|shared_experts")
+_FP8 = re.compile(r"\.(q_[ab]_proj|o_[ab]_proj|wq_[ab]|wkv|wo_[ab])\.|self_attn\.kv_proj|shared_experts")
+_REWRITTEN = ("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters", "partial_rotary_factor")
+_HUB_NAMES = (("model.", ""), ("embed_tokens", "embed"), ("hc_head.hc", "hc_head"), ("attn.norm", "attn.kv_norm"))
 _FLOAT = re.compile(r"hc|sink|position_bias|ape$|bias$|tid2eid|inv_freq")
 
 
@@ -121,14 +123,14 @@ def save_deepseek_hub(
         rope_scaling=DEEPSEEK["rope_scaling"],
         topk_method="noaux_tc",
         quantization_config={"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]},
-        **dict.fromkeys(("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters", "partial_rotary_factor")),
+        **dict.fromkeys(_REWRITTEN),
     )
     return model
 
 
 def hub_name(name: str) -> str:
     """From the names that transformers saves."""
-    for saved, hub in (("model.", ""), ("embed_tokens", "embed"), ("hc_head.hc", "hc_head"), ("attn.norm", "attn.kv_norm")):
+    for saved, hub in _HUB_NAMES:
         name = name.replace(saved, hub, 1)
     return name
 

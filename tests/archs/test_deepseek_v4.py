@@ -20,18 +20,14 @@ GIB = 2**30
 
 @cache
 def graph(name: str) -> Graph:
-    return ARCHITECTURE.from_checkpoint(
-        real_models.config(real_deepseek.CONFIGS[name]), real_deepseek.tensors(name)
-    )
+    return ARCHITECTURE.from_checkpoint(real_models.config(real_deepseek.CONFIGS[name]), real_deepseek.tensors(name))
 
 
 @cache
 def wide_graph(name: str) -> Graph:
     """Experts of 16 bits, as `llama-quantize` would find them: no recipe is capped by what the source has."""
     model = dataclasses.replace(real_deepseek.MODELS[name], experts_dtype="BF16")
-    return ARCHITECTURE.from_checkpoint(
-        real_models.config(real_deepseek.CONFIGS[name]), real_deepseek.listed(model)
-    )
+    return ARCHITECTURE.from_checkpoint(real_models.config(real_deepseek.CONFIGS[name]), real_deepseek.listed(model))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +67,7 @@ def test_geometry() -> None:
     attentions = [op for op in graph("flash").operations() if isinstance(op, CompressedAttention)]
     ratios = [attention.compressor.ratio if attention.compressor else 0 for attention in attentions]
     assert ratios == [0, 0, *20 * [4, 128], 4]
-    assert all((attention.indexer is not None) == (ratio == 4) for attention, ratio in zip(attentions, ratios))
+    assert [attention.indexer is not None for attention in attentions] == [ratio == 4 for ratio in ratios]
     assert attentions[1].rope.base == 10000 and attentions[1].rope.yarn is None
     assert attentions[2].rope.base == 160000 and attentions[2].rope.yarn and attentions[2].rope.yarn.factor == 16
     hashed = [isinstance(op.router, HashRouter) for op in graph("pro").operations() if isinstance(op, MoE)]
