@@ -90,9 +90,7 @@ def plan_file(graph: Graph, recipe: Recipe, padding: bool = True, mtp: bool | No
     notes = []
     base = format_named(recipe.base)
     if mtp is None and padding and graph.predictions and not base.fits(graph.hidden_size):
-        notes.append(
-            "left out multi-token prediction, whose LayerNorm rules out padding the hidden size; --mtp keeps it"
-        )
+        notes.append("left out multi-token prediction: its LayerNorm rules out padding the hidden size; --mtp keeps it")
         mtp = False
     if mtp is False:
         graph = replace(graph, predictions=())
@@ -127,7 +125,7 @@ def plan_tensors(graph: Graph, recipe: Recipe, importance: bool = False) -> Plan
     heads_per_group = _heads_per_group(graph)
     values = sum(weight.role is Role.ATTENTION_V for weight in graph.weights())
     seen: Counter[Role] = Counter()
-    tensors = []
+    tensors: list[PlannedTensor] = []
     for weight in graph.weights():
         kind = Role.EXPERT_DOWN if weight.role in DOWN_PROJECTIONS else weight.role
         if kind is Role.ATTENTION_V:  # where only some layers have attention, llama.cpp counts these alone
