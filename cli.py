@@ -306,6 +306,21 @@ def download(
 
 
 @main.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Show what this machine offers: processor, kernels, GPU, memory, disk, engines.
+
+    \b
+    Examples:
+      moecast doctor
+      moecast doctor --json
+    """
+    from .doctor import examine, show
+
+    show(examine(Path.cwd()), as_json)
+
+
+@main.command()
 @click.option("-o", "--output", default="out", show_default=True, type=click.Path(path_type=Path), help="Folder.")
 @click.pass_context
 def demo(ctx: click.Context, output: Path) -> None:

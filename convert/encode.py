@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..archs.errors import BadInput
 from ..archs.weights import Stack, Weight, first_tensor
-from ..quant import quantize
+from ..quant import native, quantize
 from ..quant.plan import Plan, PlannedTensor
 from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import Model
@@ -27,6 +27,8 @@ def write_tensors(
     threads: int | None = None,
 ) -> None:
     """Read, decode, quantise and write every tensor of a plan. Raises BadInput naming a tensor that is not finite."""
+    if not native.available():
+        progress.note(f"Quantising with {native.describe()}")
     progress.begin("Converting", sum(tensor.weight.elements for tensor in plan.tensors), "weights")
     for tensor in plan.tensors:
         weight = tensor.weight
