@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+from hub_server import API, Fault, HubServer
 from huggingface_hub import HfApi, constants, hf_hub_download, scan_cache_dir
 from moecast.archs.errors import BadInput
 from moecast.sources import hub
@@ -23,8 +24,6 @@ from moecast.sources.checkpoint import read_tensors
 from moecast.sources.hub import HubCheckpoint, HubSource, fetch, list_files, parse_source
 from moecast.sources.progress import Silent
 from safetensors.numpy import save_file
-
-from .hub_server import API, Fault, HubServer
 
 SHARDS = ("model-00000-of-00130.safetensors", "model-00001-of-00130.safetensors")  # numbered as badly as MiniMax M2.7
 INDEX = "model.safetensors.index.json"

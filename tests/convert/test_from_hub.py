@@ -1,0 +1,90 @@
+"""The commands on a Hub repository: fetched through the real client, converted, compared; faults end in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import gguf
+import pytest
+from conftest import Checkpoint
+from hub_server import Fault, HubServer
+
+TOKEN = "hf_SentinelTokenThatNobodyMaySee"
+
+
+def _moecast(server: HubServer, home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **variables}
+    command = [sys.executable, "-m", "moecast.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_convert_by_hub_id(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
+    """One shard's connection breaks on the way; the file says which commit it came from; the cache serves the rest."""
+    options = ["--quant", "Q8_0", "-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "2", "--json"]
+    with HubServer(minimax_fp8.folder) as server:
+        server.fail("model-00001-of-00007.safetensors", Fault(drop_after=100_000))
+        arguments = ["convert", "tiny/moe", "--revision", "main", "-o", str(tmp_path / "out"), *options]
+        result = _moecast(server, tmp_path / "home", *arguments)
+        assert result.returncode == 0, result.stderr
+        assert len(server.bodies("model-00001-of-00007.safetensors")) == 2
+        (file,) = json.loads(result.stdout)["files"]
+        assert Path(file).name == "moe-Q8_0.gguf"
+        fields = gguf.GGUFReader(file).fields
+        assert fields["moecast.source.repository"].contents() == "tiny/moe"
+        assert fields["moecast.source.revision"].contents() == server.commit
+        requests = len(server.log)
+        address = f"{server.endpoint}/tiny/moe/tree/main"
+        parity = ["parity", address, file, *options[2:]]
+        again = _moecast(server, tmp_path / "home", *parity)
+        assert again.returncode == 0, again.stderr
+        assert json.loads(again.stdout)["mean_kld"] == json.loads(result.stdout)["parity"]["mean_kld"]
+        assert not any(request.path.endswith(".safetensors") for request in server.log[requests:])
+
+
+def test_download(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
+    with HubServer(minimax_fp8.folder) as server:
+        listed = _moecast(server, tmp_path / "home", "download", "hf://tiny/moe", "--dry-run", "--json")
+        listing = json.loads(listed.stdout)
+        assert listing["commit"] == server.commit and listing["bytes"] > 1_000_000
+        assert not server.bodies("model-00000-of-00007.safetensors")
+        target = tmp_path / "copy"
+        result = _moecast(server, tmp_path / "home", "download", "tiny/moe", "-o", str(target), "--json")
+        assert json.loads(result.stdout) == {"folder": str(target)}
+        for file in listing["files"]:
+            assert (target / file["name"]).read_bytes() == (minimax_fp8.folder / file["name"]).read_bytes()
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect", "download"])
+def test_gated_repository_says_what_to_do(minimax_fp8: Checkpoint, tmp_path: Path, command: str) -> None:
+    with HubServer(minimax_fp8.folder, gated=True, token="hf_TheRightOne") as server:
+        result = _moecast(server, tmp_path / "home", command, "tiny/moe", HF_TOKEN=TOKEN, HF_DEBUG="1")
+        assert result.returncode == 2
+        errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+        assert len(errors) == 1 and "HF_TOKEN" in errors[0]
+        assert TOKEN not in result.stdout + result.stderr
+
+
+def test_token_option_is_used_and_never_shown(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
+    with HubServer(minimax_fp8.folder, private=True, token=TOKEN) as server:
+        arguments = ["download", "tiny/moe", "--token", TOKEN]
+        result = _moecast(server, tmp_path / "home", *arguments, HF_DEBUG="1")
+        assert result.returncode == 0, result.stderr
+        assert TOKEN not in result.stdout + result.stderr
+        wrong = _moecast(server, tmp_path / "empty", "download", "tiny/moe")
+        assert wrong.returncode == 2 and "does not exist, or is private" in wrong.stderr
+
+
+def test_wrong_bytes_are_refused(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
+    shard = "model-00000-of-00007.safetensors"
+    with HubServer(minimax_fp8.folder) as server:
+        size = (minimax_fp8.folder / shard).stat().st_size
+        server.fail(shard, Fault(content=b"\0" * size), times=10)
+        result = _moecast(server, tmp_path / "home", "convert", "tiny/moe", "-o", str(tmp_path / "out"))
+        assert result.returncode == 2 and f"{shard} of {server.endpoint}/tiny/moe arrived damaged" in result.stderr
+        assert not (tmp_path / "out").exists()
