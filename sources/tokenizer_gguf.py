@@ -10,8 +10,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from ..archs.errors import BadInput
+from ..archs.pretokenizers import PRE_TOKENIZERS, PreTokenizer, find_pre_tokenizer
 from .control_tokens import END_OF_GENERATION_TEXTS, looks_like_control
-from .pretokenizers import PRE_TOKENIZERS, PreTokenizer, find_pre_tokenizer
 from .tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -57,9 +57,7 @@ def build_backend(
         raise BadInput(f"tokenizer.ggml.tokens holds {repeated[0]!r} more than once; each token needs its own text")
     # Unused ids and empty texts never come out of a text and decode to nothing: they stay out.
     used = [
-        (id, text, kind)
-        for id, (text, kind) in enumerate(zip(tokens, types, strict=True))
-        if text and kind != UNUSED
+        (id, text, kind) for id, (text, kind) in enumerate(zip(tokens, types, strict=True)) if text and kind != UNUSED
     ]
     merges = [_split_merge(merge) for merge in metadata["tokenizer.ggml.merges"]]
     try:
