@@ -2,83 +2,34 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
 from . import __version__
 from .archs.errors import BadInput
+from .options import (
+    Commands,
+    Size,
+    hub_options,
+    json_option,
+    mtp_option,
+    pad_option,
+    quant_option,
+    text_options,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from .runner.evaluate import Parity
     from .sources.model import Model
     from .sources.progress import Progress
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-class Size(click.ParamType[int]):
-    """A number of bytes as people write it: 4GB and 4G are decimal, 4GiB is binary."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", value.strip(), re.IGNORECASE)
-        if not match or float(match[1]) <= 0:
-            self.fail(f"{value!r} is not a size, expected for example 40GB or 36GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
-
-
-class _Commands(click.Group):
-    """Turns bad input into one line and exit code 2, whatever command it came from."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BadInput as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(2)
-        except KeyboardInterrupt:
-            click.echo("Interrupted: nothing half-written is left; run the same command again.", err=True)
-            ctx.exit(130)
-
-
-def _shared(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-hub_options = _shared(
-    click.option("--revision", help="Branch, tag or commit of a Hub repository."),
-    click.option("--token", envvar="HF_TOKEN", help="Hub access token; by default the one `hf auth login` stored."),
-)
-text_options = _shared(
-    click.option("-f", "--file", type=click.Path(path_type=Path), help="Evaluation text; a bundled one by default."),
-    click.option("-c", "--context", default=512, show_default=True, help="Tokens in a chunk."),
-    click.option("--chunks", type=int, help="Use at most this many chunks of the text."),
-)
-quant_options = _shared(
-    click.option("--quant", default="Q4_K_M", show_default=True, help="Recipe, as llama-quantize names it, or native."),
-    click.option("--pad/--no-pad", default=True, show_default=True, help="Fill rows up with zeros to fit the recipe."),
-    click.option("--mtp/--no-mtp", default=None, help="Keep multi-token prediction.  [default: if it allows --pad]"),
-)
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="moecast")
 def main() -> None:
     """Cast mixture-of-experts checkpoints into files that run on the machine you have, and prove the result.
@@ -105,12 +56,14 @@ def inspect(source: str, revision: str | None, token: str | None, as_json: bool)
     """
     from .report import show_model
 
-    show_model(_open(source, revision, token), as_json)
+    show_model(_describe(source, revision, token), as_json)
 
 
 @main.command()
 @click.argument("source")
-@quant_options
+@quant_option
+@pad_option
+@mtp_option
 @hub_options
 @json_option
 def plan(
@@ -127,14 +80,16 @@ def plan(
     from .quant.recipes import recipe_named
     from .report import show_plan
 
-    show_plan(plan_file(_open(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
+    show_plan(plan_file(_describe(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
 
 
 @main.command()
 @click.argument("source")
 @click.option("-o", "--output", default=".", type=click.Path(path_type=Path), help="A .gguf file or a folder.")
 @click.option("--to", "target", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="File format.")
-@quant_options
+@quant_option
+@pad_option
+@mtp_option
 @click.option("--split-max-size", type=Size(), help="Start a new file beyond this size, for example 40G.")
 @click.option("--pre", help="Name of llama.cpp's text splitter, where the automatic choice is wrong.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
@@ -142,7 +97,7 @@ def plan(
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare the result with the source.")
 @click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
 @text_options
-@click.option("--threads", type=int, help="Threads to quantise with, all cores by default.")
+@threads_option
 @hub_options
 @json_option
 def convert(
@@ -183,7 +138,7 @@ def convert(
     from .runner.evaluate import EVALUATION_TEXT
 
     if dry_run:
-        show_plan(plan_file(_open(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
+        show_plan(plan_file(_describe(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
         return
     with watch() as progress:
         folder, provenance = _locate(source, revision, token, progress)
@@ -207,6 +162,60 @@ def convert(
         )
     show_conversion(result, as_json)
     _judge(result.parity, max_kld)
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@quant_option
+@click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix of llama.cpp, GGUF or .dat.")
+@click.option("--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="Type of matching tensors.")
+@click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantised already.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
+@threads_option
+@json_option
+def quantize(
+    source: Path,
+    output: Path,
+    quant: str,
+    imatrix: Path | None,
+    tensor_types: tuple[str, ...],
+    allow_requantize: bool,
+    overwrite: bool,
+    dry_run: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Quantise a GGUF file to another GGUF file.
+
+    \b
+    Examples:
+      moecast quantize model-BF16.gguf model-IQ4_XS.gguf --quant IQ4_XS --imatrix imatrix.gguf
+      moecast quantize in.gguf out.gguf --quant Q4_K_M --tensor-type ffn_down_exps=q6_k
+    """
+    from .console import watch
+    from .convert.requantize import plan_requantized, requantize
+    from .report import show_conversion, show_plan
+    from .sources.model import open_model
+
+    types = [_pattern_and_type(text) for text in tensor_types]
+    if dry_run:
+        show_plan(plan_requantized(open_model(source), quant, types, imatrix is not None), as_json)
+        return
+    with watch() as progress:
+        result = requantize(
+            source,
+            output,
+            quant,
+            imatrix=imatrix,
+            tensor_types=types,
+            allow_requantize=allow_requantize,
+            overwrite=overwrite,
+            threads=threads,
+            progress=progress,
+        )
+    show_conversion(result, as_json)
 
 
 @main.command()
@@ -317,6 +326,21 @@ def download(
 
 
 @main.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Show what this machine offers: processor, kernels, GPU, memory, disk, engines.
+
+    \b
+    Examples:
+      moecast doctor
+      moecast doctor --json
+    """
+    from .doctor import examine, show
+
+    show(examine(Path.cwd()), as_json)
+
+
+@main.command()
 @click.option("-o", "--output", default="out", show_default=True, type=click.Path(path_type=Path), help="Folder.")
 @click.pass_context
 def demo(ctx: click.Context, output: Path) -> None:
@@ -330,7 +354,7 @@ def demo(ctx: click.Context, output: Path) -> None:
     from .report import show_model
 
     source = Path(__file__).parent / "examples" / architectures()[0].example
-    show_model(_open(str(source), None, None), as_json=False)
+    show_model(_describe(str(source), None, None), as_json=False)
     ctx.invoke(convert, source=str(source), output=output, overwrite=True, chunks=32)
 
 
@@ -350,12 +374,31 @@ def _locate(source: str, revision: str | None, token: str | None, progress: Prog
     return folder, {"repository": parsed.repository, "revision": folder.name}
 
 
+def _pattern_and_type(text: str) -> tuple[str, str]:
+    pattern, _, name = text.rpartition("=")
+    if not pattern:
+        raise BadInput(f"--tensor-type {text!r}, expected REGEX=TYPE, for example ffn_down_exps=q6_k")
+    return pattern, name.upper()
+
+
 def _open(source: str, revision: str | None, token: str | None) -> Model:
     from .console import watch
     from .sources.model import open_model
 
     with watch() as progress:
         return open_model(_locate(source, revision, token, progress)[0])
+
+
+def _describe(source: str, revision: str | None, token: str | None) -> Model:
+    """The model without its weights: of a Hub repository only the headers are read."""
+    from .sources.hub import HubCheckpoint, HubSource, parse_source
+    from .sources.model import open_model
+
+    parsed = Path(source) if source.endswith(".gguf") else parse_source(source)
+    if not isinstance(parsed, HubSource):
+        return open_model(parsed)
+    checkpoint = HubCheckpoint(parsed, revision, token)
+    return open_model(checkpoint.folder, checkpoint.read_headers())
 
 
 def _judge(result: Parity | None, max_kld: float | None) -> None:

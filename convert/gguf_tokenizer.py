@@ -11,8 +11,8 @@ from typing import Any
 import tokenizers
 
 from ..archs.errors import BadInput
+from ..archs.pretokenizers import choose_pre, pre_tokenizer_steps
 from ..sources.control_tokens import END_OF_GENERATION_TEXTS
-from ..sources.pretokenizers import choose_pre, pre_tokenizer_steps
 from ..sources.progress import Progress
 from ..sources.tokenizer import Tokenizer
 from ..sources.tokenizer_gguf import CHAT_TEMPLATE, CONTROL, NORMAL, UNUSED, USER_DEFINED, build_backend

@@ -5,26 +5,21 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import __version__
 from ..archs.errors import BadInput
-from ..archs.weights import Weight, first_tensor, of_expert
-from ..quant import quantize
-from ..quant.plan import Plan, PlannedTensor, plan_file
+from ..quant.plan import Plan, plan_file
 from ..quant.recipes import recipe_named
 from ..runner.evaluate import DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, parity
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
+from .encode import write_tensors
 from .gguf_tokenizer import tokenizer_metadata
 from .gguf_writer import GGUFWriter
 
-_PIECE_ELEMENTS = 1 << 23  # rows of a plain matrix are taken in pieces of about this many numbers (32 MB)
 QUANTIZATION_VERSION = 2  # of ggml's block formats, as general.quantization_version
 
 
@@ -74,7 +69,7 @@ def convert(
     Args:
         source: checkpoint folder.
         output: a .gguf file, or a folder for `<name>-<quant>.gguf`.
-        quant: a recipe name: Q4_K_M, Q8_0, BF16, ...
+        quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds.
         padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
         mtp: keep the blocks of multi-token prediction; by default, unless they rule out padding.
         name: the model's name, by default that of the folder.
@@ -96,11 +91,12 @@ def convert(
     plan = plan_file(model.graph, recipe_named(quant), padding, mtp)
     path = _output_path(Path(output), name, plan.recipe.name)
     metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
-    files = _write(model, plan, path, metadata, split_max_bytes, overwrite, threads, progress)
-    result = parity(model, files[0], file, context, chunks, progress) if verify else None
+    with GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite) as writer:
+        write_tensors(writer, model, plan, progress, threads=threads)
+    result = parity(model, writer.paths[0], file, context, chunks, progress) if verify else None
     return Conversion(
-        files=tuple(files),
-        bytes=sum(file.stat().st_size for file in files),
+        files=tuple(writer.paths),
+        bytes=sum(file.stat().st_size for file in writer.paths),
         bits_per_weight=plan.bits_per_weight,
         parity=result,
         problems=plan.problems,
@@ -136,56 +132,6 @@ def _output_path(output: Path, name: str, quant: str) -> Path:
     except OSError as error:
         raise BadInput(f"{path.parent} cannot be made: {error.strerror}; choose another --output") from None
     return path
-
-
-def _write(
-    model: Model,
-    plan: Plan,
-    path: Path,
-    metadata: dict[str, Any],
-    split_max_bytes: int | None,
-    overwrite: bool,
-    threads: int | None,
-    progress: Progress,
-) -> list[Path]:
-    progress.begin("Converting", sum(tensor.weight.elements for tensor in plan.tensors), "weights")
-    with GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite) as writer:
-        for tensor in plan.tensors:
-            for expert, rows in pieces(tensor.weight):
-                first_row, data = _quantized(model, tensor, expert, rows, threads)
-                writer.write(tensor.weight.name, first_row, data)
-                progress.advance(data.shape[0] * tensor.weight.columns, f"{tensor.weight.name} {tensor.type.name}")
-    return writer.paths
-
-
-def pieces(weight: Weight) -> Iterator[tuple[int | None, tuple[int, int] | None]]:
-    """How a weight is taken through memory: expert by expert, or some rows at a time; vectors whole."""
-    if weight.experts is not None:
-        yield from ((expert, None) for expert in range(weight.experts))
-    elif len(weight.shape) == 1:
-        yield None, None
-    else:
-        step = max(1, _PIECE_ELEMENTS // weight.columns)
-        yield from ((None, (row, min(row + step, weight.shape[0]))) for row in range(0, weight.shape[0], step))
-
-
-def _quantized(
-    model: Model, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None, threads: int | None
-) -> tuple[int, Any]:
-    """One piece in its stored form: its first row within the whole tensor, and uint8 [rows, row bytes]."""
-    weight = tensor.weight
-    first_row = expert * weight.shape[-2] if expert is not None else (rows[0] if rows else 0)
-    data = model.repacked(weight, tensor.type.name, expert, rows)
-    if data is not None:
-        return first_row, data
-    values = model.load(weight, expert, rows).view(-1, weight.columns)
-    if tensor.type.name == "I32":
-        return first_row, values.to(torch.int32).view(torch.uint8)  # whole numbers are exact in float32 up to 2^24
-    try:
-        return first_row, quantize(values, tensor.type.name, threads=threads)
-    except BadInput as error:
-        stored = first_tensor(of_expert(weight.source, expert))
-        raise BadInput(f"{stored.name} in {stored.file}: {error}; the checkpoint is damaged, fetch it again") from None
 
 
 def peak_rss_bytes() -> int:

@@ -5,13 +5,14 @@ The points themselves are data of the gguf package, which is read rather than co
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, reduce
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from .lanes import Codec, from_bytes, half_from_bytes, spread, unpack
+from .lanes import Codec, from_bytes, half_from_bytes, half_to_bytes, pack, spread, unpack
+from .lattice_search import Choice, Lattice, Starts, even_signs, search_odd_multiples
 
 _IQ1_SHIFT: Final = 0.125  # IQ1 types move every point of a group up or down by this
 
@@ -125,12 +126,149 @@ def _shifted(scale: Tensor, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (spread(scale) * (points + spread(shift))).flatten(0, 1)
 
 
+@cache
+def _lattice(name: str, divisor: int, device: torch.device) -> Lattice:
+    """A format's lattice in levels that odd multiples of the step scale: the points over a power of two."""
+    return Lattice(_points(name, device) / divisor)
+
+
+def _signed_codes(
+    name: str, divisor: int, sub_blocks: int, starts: Starts, even: bool, block: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The search for formats that store signs apart from points, for a block's values, unit and weights.
+
+    Returns the bytes of the step [2, lanes], the halved multiples [sub_blocks, lanes], the point numbers
+    [32 or 64, lanes] and the signs [32, lanes], eight to a byte.
+    """
+    values, unit, weights = block
+    lattice = _lattice(name, divisor, values.device)
+    groups, group_weights = values.unflatten(0, (32, 8)), weights.unflatten(0, (32, 8))
+    negative = even_signs(groups, group_weights) if even else groups < 0
+    magnitudes = torch.where(negative, -groups, groups).view(sub_blocks, 256 // sub_blocks, -1)
+    points = lattice.points.shape[1]
+    point_weights = weights.view(sub_blocks, -1, points, weights.shape[-1])
+
+    def nearest(scaled: Tensor) -> Choice:
+        numbers, _ = lattice.nearest(scaled.unflatten(1, (-1, points)), point_weights)
+        return Choice(lattice.levels(numbers).flatten(1, 2), numbers)
+
+    step, multiples, codes = search_odd_multiples(
+        magnitudes, weights.view_as(magnitudes), unit, starts, largest=31, nearest=nearest
+    )
+    signs = pack(negative.unsqueeze(2), 1).flatten(0, 1)
+    return half_to_bytes(step, unit), multiples.to(torch.int64) >> 1, codes.flatten(0, 1), signs
+
+
+_STARTS_1: Final = Starts(peaks=(1.6,), means=(0.75, 1.05))
+_STARTS_2: Final = Starts(peaks=(6.45,), means=(2.75, 2.1, 3.35))
+_STARTS_2_XXS: Final = Starts(peaks=(7.5, 5.9, 9.1), means=(2.6,))
+_STARTS_3: Final = Starts(peaks=(17.0, 15.0, 20.5, 12.5))
+
+
+def _encode_iq2_xxs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    step, scales, numbers, signs = _signed_codes("IQ2_XXS", 8, 8, _STARTS_2_XXS, True, (values, unit, weights))
+    words = torch.cat([numbers.to(torch.uint8).unflatten(0, (8, 4)), _scale_words(scales, signs)], dim=1)
+    return torch.cat([step, words.flatten(0, 1)])
+
+
+def _encode_iq3_xxs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    step, scales, numbers, signs = _signed_codes("IQ3_XXS", 4, 8, _STARTS_3, True, (values, unit, weights))
+    return torch.cat([step, numbers.to(torch.uint8), _scale_words(scales, signs).flatten(0, 1)])
+
+
+def _scale_words(scales: Tensor, signs: Tensor) -> Tensor:
+    """Four times seven signs and a scale in a 32-bit word: [8, lanes] and [32, lanes] -> uint8 [8, 4, lanes]."""
+    word = scales << 28
+    for group in range(4):
+        word = word | (signs[group::4].to(torch.int64) & 127) << 7 * group
+    return _to_bytes(word, 4).unflatten(0, (8, 4))
+
+
+def _encode_iq2_xs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    step, scales, numbers, signs = _signed_codes("IQ2_XS", 8, 16, _STARTS_2, True, (values, unit, weights))
+    codes = numbers | (signs.to(torch.int64) & 127) << 9
+    return torch.cat([step, _to_bytes(codes, 2), _to_nibbles(scales)])
+
+
+def _encode_iq2_s(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    step, scales, numbers, signs = _signed_codes("IQ2_S", 8, 16, _STARTS_2, False, (values, unit, weights))
+    high = pack((numbers >> 8).unflatten(0, (8, 4, 1)), 2).flatten(0, 1)
+    return torch.cat([step, _low_byte(numbers), signs, high, _to_nibbles(scales)])
+
+
+def _encode_iq3_s(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    step, scales, numbers, signs = _signed_codes("IQ3_S", 1, 8, _STARTS_3, False, (values, unit, weights))
+    high = pack((numbers >> 8).unflatten(0, (8, 8, 1)), 1).flatten(0, 1)
+    return torch.cat([step, _low_byte(numbers), high, signs, _to_nibbles(scales)])
+
+
+def _encode_iq1_s(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    step, scales, codes = _shifted_codes(values, unit, weights, sub_blocks=8, shifts=1)
+    word = scales << 12 | (codes[:, 0] >> 11) << 15
+    for group in range(4):
+        word = word | (codes[:, group] >> 8 & 7) << 3 * group
+    return torch.cat([half_to_bytes(step, unit), _low_byte(codes.flatten(0, 1)), _to_bytes(word, 2)])
+
+
+def _encode_iq1_m(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    step, scales, codes = _shifted_codes(values, unit, weights, sub_blocks=16, shifts=2)
+    codes = codes.flatten(0, 1)
+    step_bits = from_bytes(half_to_bytes(step, unit), 2)[0]
+    word = torch.stack([(step_bits >> 4 * place & 15) << 12 for place in range(4)])
+    for place in range(4):
+        word = word | scales[place::4] << 3 * place
+    return torch.cat([_low_byte(codes), _to_nibbles(codes >> 8), _to_bytes(word, 2)])
+
+
+def _shifted_codes(
+    values: Tensor, unit: Tensor, weights: Tensor, sub_blocks: int, shifts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The search for formats that shift points, `shifts` times in a sub-block.
+
+    Returns the step [lanes], divided by the unit, the halved multiples [sub_blocks, lanes] and
+    [sub_blocks, points, lanes] point numbers, with bit 11 set for a shift down.
+    """
+    lattice = _lattice("IQ1_S", 1, values.device)
+    values, weights = values.unflatten(0, (sub_blocks, -1)), weights.unflatten(0, (sub_blocks, -1))
+    point_weights = weights.unflatten(1, (shifts, -1, 8))
+
+    def nearest(scaled: Tensor) -> Choice:
+        scaled = scaled.unflatten(1, (shifts, -1, 8))
+
+        def shifted(shift: float, mark: int) -> tuple[Tensor, Tensor, Tensor]:
+            numbers, distance = lattice.nearest(scaled - shift, point_weights)
+            gain = -reduce(torch.add, distance.split(1, dim=2))
+            return gain, numbers | mark, lattice.levels(numbers) + shift
+
+        up, down = shifted(_IQ1_SHIFT, 0), shifted(-_IQ1_SHIFT, 1 << 11)
+        codes = torch.where(down[0] > up[0], down[1], up[1])
+        levels = torch.where(spread(down[0] > up[0]), down[2], up[2])
+        return Choice(levels.flatten(1, 3), codes.flatten(1, 2))
+
+    step, multiples, codes = search_odd_multiples(values, weights, unit, _STARTS_1, largest=15, nearest=nearest)
+    return step, multiples.to(torch.int64) >> 1, codes
+
+
+def _to_nibbles(numbers: Tensor) -> Tensor:
+    """The inverse of `_nibbles`."""
+    return pack(numbers.unflatten(0, (-1, 2, 1)), 4).flatten(0, 1)
+
+
+def _low_byte(numbers: Tensor) -> Tensor:
+    return (numbers & 255).to(torch.uint8)
+
+
+def _to_bytes(numbers: Tensor, count: int) -> Tensor:
+    """The inverse of `from_bytes`: int64 [n, lanes] -> uint8 [n * count, lanes]."""
+    return torch.stack([_low_byte(numbers >> 8 * place) for place in range(count)], dim=1).flatten(0, 1)
+
+
 CODECS: Final = {
-    "IQ1_S": Codec(_decode_iq1_s),
-    "IQ1_M": Codec(_decode_iq1_m),
-    "IQ2_XXS": Codec(_decode_iq2_xxs),
-    "IQ2_XS": Codec(_decode_iq2_xs),
-    "IQ2_S": Codec(_decode_iq2_s),
-    "IQ3_XXS": Codec(_decode_iq3_xxs),
-    "IQ3_S": Codec(_decode_iq3_s),
+    "IQ1_S": Codec(_decode_iq1_s, _encode_iq1_s),
+    "IQ1_M": Codec(_decode_iq1_m, _encode_iq1_m),
+    "IQ2_XXS": Codec(_decode_iq2_xxs, _encode_iq2_xxs),
+    "IQ2_XS": Codec(_decode_iq2_xs, _encode_iq2_xs),
+    "IQ2_S": Codec(_decode_iq2_s, _encode_iq2_s),
+    "IQ3_XXS": Codec(_decode_iq3_xxs, _encode_iq3_xxs),
+    "IQ3_S": Codec(_decode_iq3_s, _encode_iq3_s),
 }

@@ -109,14 +109,11 @@ class _Padding:
 
     def moe(self, operation: MoE) -> MoE:
         width = _rounded(operation.expert_size, self.multiple)
+        outside, factor = self.hidden, self.factor
         latent_down, latent_up = operation.latent_down, operation.latent_up
         if latent_down and latent_up:
-            latent = _rounded(latent_down.shape[0], self.multiple)
-            outside, factor = latent, 1.0
-            latent_down = self.reader(latent_down, latent)
-            latent_up = self.writer(latent_up, latent)
-        else:
-            outside, factor = self.hidden, self.factor
+            outside, factor = _rounded(latent_down.shape[0], self.multiple), 1.0
+            latent_down, latent_up = self.reader(latent_down, outside), self.writer(latent_up, outside)
         return replace(
             operation,
             router=replace(operation.router, weight=self.reader(operation.router.weight)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -91,9 +93,7 @@ def plan_file(graph: Graph, recipe: Recipe, padding: bool = True, mtp: bool | No
     notes = []
     base = format_named(recipe.base)
     if mtp is None and padding and graph.predictions and not base.fits(graph.hidden_size):
-        notes.append(
-            "left out multi-token prediction, whose LayerNorm rules out padding the hidden size; --mtp keeps it"
-        )
+        notes.append("left out multi-token prediction: its LayerNorm rules out padding the hidden size; --mtp keeps it")
         mtp = False
     if mtp is False:
         graph = replace(graph, predictions=())
@@ -197,3 +197,37 @@ def _fitting(name: str, columns: int) -> Format:
     while not format_named(name).fits(columns):
         name = FALLBACKS.get(name, LAST_RESORT)
     return format_named(name)
+
+
+def override_types(plan: Plan, overrides: Sequence[tuple[str, str]]) -> Plan:
+    """A plan with other types for the tensors whose names match; protected weights stay in float32.
+
+    Args:
+        overrides: regular expressions searched in GGUF tensor names, and type names; the first match counts.
+
+    Raises BadInput for a bad expression, an unknown type, one that rows do not fit, and an override without effect.
+    """
+    compiled = [(pattern, _compiled(pattern), format_named(name)) for pattern, name in overrides]
+    used: set[str] = set()
+    tensors = []
+    for tensor in plan.tensors:
+        found = next(((text, wanted) for text, regex, wanted in compiled if regex.search(tensor.weight.name)), None)
+        if found and not tensor.weight.role.protected and len(tensor.weight.shape) > 1:
+            pattern, wanted = found
+            used.add(pattern)
+            wanted.row_bytes(tensor.weight.columns)
+            tensor = PlannedTensor(tensor.weight, wanted, wanted)
+        tensors.append(tensor)
+    for pattern, _, _ in compiled:
+        if pattern not in used:
+            raise BadInput(
+                f"--tensor-type {pattern!r} matches no tensor that may be quantised: see the names in `plan`"
+            )
+    return replace(plan, tensors=tuple(tensors))
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.IGNORECASE)
+    except re.error as error:
+        raise BadInput(f"--tensor-type {pattern!r} is not a regular expression: {error}") from None

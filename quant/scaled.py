@@ -40,9 +40,9 @@ _BEYOND: Final = (0.0, 1.0, -1.0, -2.0, 4.5, 0.5, 2.0, -0.5)
 class Uniform:
     """Whole-number levels from `lowest` (negative) to `highest`; codes count from 0."""
 
-    def __init__(self, lowest: int, highest: int) -> None:
+    def __init__(self, lowest: int, highest: int, peaks: tuple[float, ...] = ()) -> None:
         self.lowest, self.highest = lowest, highest
-        self.peaks = tuple(lowest - beyond for beyond in _BEYOND)
+        self.peaks = peaks or tuple(lowest - beyond for beyond in _BEYOND)
 
     def nearest(self, values: Tensor) -> Tensor:
         return values.round().clamp(self.lowest, self.highest)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput
-from ..archs.weights import Expression, Mxfp4, Nvfp4, TensorInfo, of_expert
+from ..archs.weights import Expression, Mxfp4, Nvfp4, Read, TensorInfo, of_expert
+from ..quant.formats import format_named
 from .storage import Storage
 
 _E4M3_NAN = 0x7F  # the bits above it have the sign set
@@ -48,9 +49,12 @@ def repack(
         uint8 [rows, row bytes]; None where the numbers must be quantised.
     """
     source = of_expert(expression, expert)
+    start, stop = rows or (0, source.shape[-2] if len(source.shape) > 1 else 1)
+    if isinstance(source, Read) and source.tensor.dtype == type_name and format_named(type_name).block_size > 1:
+        first = (expert or 0) * source.shape[-2]
+        return storage.read(source.tensor, first + start, first + stop)
     if not isinstance(source, Nvfp4 | Mxfp4):
         return None
-    start, stop = rows or (0, source.shape[0])
     codes, scales = storage.read(source.codes, start, stop), storage.read(source.scale, start, stop)
     if type_name == "NVFP4" and isinstance(source, Nvfp4) and not source.global_scale:
         _check_scales(source.scale, scales, _E4M3_NAN)

@@ -40,6 +40,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_token_to_s
 from huggingface_hub.utils.sha import git_hash
 
 from ..archs.errors import BadInput
+from ..archs.weights import TensorInfo
 from .checkpoint import INDEX_FILE, SINGLE_FILE, read_index
 from .hub_transfer import Bar, Meter, retried
 from .progress import Progress
@@ -178,6 +179,25 @@ class HubCheckpoint:
         """Fetches one file of `listing`, verified, and returns its path. Raises BadInput."""
         with _explained(self._source):
             return self._fetch(file, Meter(progress, file.bytes))
+
+    def read_headers(self) -> tuple[TensorInfo, ...]:
+        """Every tensor, known from its shard's header: kilobytes of a model of gigabytes. Fetches what is no shard."""
+        api = HfApi(endpoint=self._source.endpoint, token=self._token)
+
+        def tensors_of(shard: str) -> list[TensorInfo]:
+            read = partial(api.parse_safetensors_file_metadata, self._source.repository, shard, revision=self._commit)
+            return [
+                TensorInfo(name, tensor.dtype, tuple(tensor.shape), shard, begin, end - begin)
+                for name, tensor in retried(read).tensors.items()
+                for begin, end in [tensor.data_offsets]
+            ]
+
+        shards = [file.name for file in self.listing.files if file.name.endswith(".safetensors")]
+        with _explained(self._source), ThreadPoolExecutor(PARALLEL_FILES) as pool:
+            for file in self.listing.files:
+                if file.name not in shards:
+                    self._fetch(file, Meter(None, 0))
+            return tuple(tensor for tensors in pool.map(tensors_of, shards) for tensor in tensors)
 
     def _list(self) -> tuple[str, dict[str, HubFile]]:
         api = HfApi(endpoint=self._source.endpoint, token=self._token)

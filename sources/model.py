@@ -66,8 +66,11 @@ class Model:
         self._storage.close()
 
 
-def open_model(path: str | Path) -> Model:
+def open_model(path: str | Path, tensors: tuple[TensorInfo, ...] | None = None) -> Model:
     """Open a checkpoint folder or a GGUF file (the first one of a split) that is on this machine.
+
+    Args:
+        tensors: what the checkpoint holds, where only its configuration is here; then weights cannot be loaded.
 
     Raises BadInput when it is not there, or when anything about it is not as its architecture demands.
     """
@@ -75,7 +78,7 @@ def open_model(path: str | Path) -> Model:
     if path.is_dir():
         config = read_config(path)
         architecture = architecture_of(config)
-        tensors = read_tensors(path)
+        tensors = read_tensors(path) if tensors is None else tensors
         return Model(path, architecture, architecture.from_checkpoint(config, tensors), tensors, {})
     if path.suffix != ".gguf" or not path.is_file():
         raise BadInput(f"{path}: no such model, expected a checkpoint folder or a .gguf file")

@@ -10,8 +10,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from ..archs.errors import BadInput
+from ..archs.pretokenizers import PRE_TOKENIZERS, PreTokenizer, find_pre_tokenizer
 from .control_tokens import END_OF_GENERATION_TEXTS, looks_like_control
-from .pretokenizers import PRE_TOKENIZERS, PreTokenizer, find_pre_tokenizer
 from .tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

@@ -44,8 +44,15 @@ WITH_DENSE_LAYER = {"layers_block_type": ["linear_attention", "mlp", "full_atten
 DENSE = {"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"]}
 
 
+_WRITERS = ("out_proj.weight", "o_proj.weight", "down_proj", "down_proj.weight", "fc2_latent_proj.weight")
+
+
 def nemotron_model(seed: int = 0, **overrides: Any) -> NemotronHForCausalLM:
-    """A random model whose every part matters: states that fade at all speeds, biases that move the router's choice."""
+    """A random model whose every part matters: states that fade at all speeds, biases that move the router's choice.
+
+    What a layer adds is small beside what is there, as in trained models: otherwise one token routed elsewhere for
+    a rounding error would change everything after it.
+    """
     torch.manual_seed(seed)
     model = NemotronHForCausalLM(NemotronHConfig(**(NEMOTRON | overrides))).float().eval()
     with torch.no_grad():
@@ -62,6 +69,10 @@ def nemotron_model(seed: int = 0, **overrides: Any) -> NemotronHForCausalLM:
                 tensor.normal_(0, 0.2)
             elif name.endswith("conv1d.weight"):
                 tensor.normal_(0, 0.5)
+            elif name.endswith("embeddings.weight"):
+                tensor.normal_(0, 1)
+            elif name.endswith(_WRITERS):
+                tensor.normal_(0, 0.2 * tensor.shape[-1] ** -0.5)
             else:
                 tensor.normal_(0, tensor.shape[-1] ** -0.5)
     return model

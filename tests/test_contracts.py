@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from conftest import Checkpoint
 from importlinter.cli import lint_imports
 from moecast.cli import main
+from moecast.convert import convert
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("quant", "sources", "runner", "convert")
@@ -90,8 +91,11 @@ def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypa
                 "top1_agreement", "tokens",
             },
         ),
+        "quantize": (["full.gguf", "out.gguf", "--quant", "Q8_0"], {"files", "bytes", "bits_per_weight"}),
+        "doctor": ([], {"kernels", "memory_bytes", "disk_free_bytes", "gpus", "engines", "features"}),
     }  # fmt: skip
     assert {*calls, "download", "demo"} == {*COMMANDS}
+    convert(minimax.folder, "full.gguf", "F32", verify=False)
     for command, (arguments, keys) in calls.items():
         result = CliRunner().invoke(main, [command, *arguments, "--json"])
         assert result.exit_code == 0, result.output

@@ -14,7 +14,7 @@ from moecast.archs.errors import BadInput
 from moecast.archs.graph import MLP, Attention, Graph, Mamba2, MoE, describe
 from moecast.archs.nemotron_h import MIXTURE
 from moecast.archs.weights import Nvfp4, Scaled, Stack, TensorInfo, stored_tensors
-from moecast.quant.plan import plan_tensors
+from moecast.quant.plan import plan_file, plan_tensors
 from moecast.quant.recipes import recipe_named
 from real_nemotron import CONFIGS, ENCODINGS
 
@@ -187,3 +187,41 @@ def damaged(tensors: tuple[TensorInfo, ...], suffix: str, change: dict[str, Any]
 
 def changed(config: Config, values: dict[str, Any]) -> Config:
     return Config(dict(config._values) | values, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("quant", "nano", "super_"),
+    [  # measured with llama-quantize on padded files of the real shapes
+        ("Q6_K", 27.8, 96.6), ("Q4_K_M", 21.1, 73.6), ("Q4_K_S", 19.3, 67.3), ("IQ4_XS", 18.3, 63.9),
+        ("Q3_K_M", 16.9, 58.7), ("Q2_K", 12.9, 44.7), ("IQ2_M", 11.3, 39.1), ("IQ2_XXS", 9.1, 31.4),
+    ],
+)  # fmt: skip
+def test_padded_sizes(quant: str, nano: float, super_: float) -> None:
+    for model, gibibytes in (("nano", nano), ("super", super_)):
+        plan = plan_file(real_graph(model), recipe_named(quant), mtp=False)
+        assert plan.bytes / GIB == pytest.approx(gibibytes, abs=0.06)
+        assert not any("instead of" in problem for problem in plan.problems)
+    assert plan_file(real_graph("ultra"), recipe_named(quant)).problems == ()
+
+
+def test_padding_and_drafting_of_lightning() -> None:
+    """The hidden size of 2688 may not grow while a LayerNorm of the drafting block looks at it."""
+    graph = real_graph("lightning")
+    dropped = plan_file(graph, recipe_named("IQ2_XXS"))
+    assert dropped.graph.predictions == () and dropped.graph.hidden_size == 2816
+    assert "left out multi-token prediction" in dropped.problems[0]
+    kept = plan_file(graph, recipe_named("IQ2_XXS"), mtp=True)
+    assert kept.graph.predictions and kept.graph.hidden_size == 2688
+    assert any("rows of 2688, not a multiple of 256" in problem for problem in kept.problems)
+    for unpadded in (plan_file(graph, recipe_named("IQ2_XXS"), padding=False), plan_file(graph, recipe_named("Q8_0"))):
+        assert unpadded.graph == graph
+
+
+@pytest.mark.parametrize(("model", "excess"), [("nano", 0.001), ("lightning", 0.01), ("super", 0.01), ("ultra", 0.01)])
+def test_native_is_as_large_as_the_checkpoint(model: str, excess: float) -> None:
+    """NVFP4 costs 4.5 bits in both; FP8 grows to the 8.5 bits of Q8_0, routers and scalars to float32."""
+    plan = plan_file(real_graph(model, "nvfp4"), recipe_named("native"))
+    stored = sum(tensor.length for tensor in real_nemotron.tensors(model, "nvfp4"))
+    assert 1 <= plan.bytes / stored < 1 + excess
+    kept = [tensor for tensor in plan.tensors if tensor.type.name == "NVFP4"]
+    assert len(kept) == {"nano": 126, "lightning": 46, "super": 81, "ultra": 96}[model]

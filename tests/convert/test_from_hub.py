@@ -47,6 +47,21 @@ def test_convert_by_hub_id(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
         assert not any(request.path.endswith(".safetensors") for request in server.log[requests:])
 
 
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_headers_are_enough(minimax_fp8: Checkpoint, tmp_path: Path, command: str) -> None:
+    """Looking at a model fetches kilobytes of each shard, and tells what the whole checkpoint would."""
+    with HubServer(minimax_fp8.folder) as server:
+        result = _moecast(server, tmp_path / "home", command, "tiny/moe", "--json")
+        assert result.returncode == 0, result.stderr
+        sent = sum(request.sent for request in server.log)
+        assert sent < sum(file.stat().st_size for file in minimax_fp8.folder.iterdir()) / 5
+    local = _moecast(server, tmp_path / "home", command, str(minimax_fp8.folder), "--json")
+    expected, found = json.loads(local.stdout), json.loads(result.stdout)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert sorted(found[key], key=str) == sorted(value, key=str) if key == "tensors" else found[key] == value
+
+
 def test_download(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     with HubServer(minimax_fp8.folder) as server:
         listed = _moecast(server, tmp_path / "home", "download", "hf://tiny/moe", "--dry-run", "--json")

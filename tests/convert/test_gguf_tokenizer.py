@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama import Engine
 from moecast.archs.errors import BadInput
+from moecast.archs.pretokenizers import PRE_TOKENIZERS, find_pre_tokenizer
 from moecast.convert.gguf_tokenizer import PROBE, SelfCheck, self_check, tokenizer_metadata, vocabulary_metadata
-from moecast.sources.pretokenizers import PRE_TOKENIZERS, find_pre_tokenizer
 from moecast.sources.progress import Silent
 from moecast.sources.tokenizer import Tokenizer
 from tokenizers import AddedToken, models, pre_tokenizers

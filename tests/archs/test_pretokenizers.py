@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama import Engine
 from moecast.archs.errors import BadInput
+from moecast.archs.pretokenizers import PRE_TOKENIZERS, PreTokenizer, choose_pre, recognise
 from moecast.convert.gguf_tokenizer import PROBE
-from moecast.sources.pretokenizers import PRE_TOKENIZERS, PreTokenizer, choose_pre, recognise
 from moecast.sources.tokenizer import Tokenizer
 from tokenizers import Regex, pre_tokenizers
 

@@ -1,0 +1,93 @@
+"""GGUF to GGUF: other types for the same weights, in bounded memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..archs.errors import BadInput
+from ..quant.formats import FORMATS
+from ..quant.plan import Plan, override_types, plan_tensors
+from ..quant.recipes import recipe_named
+from ..sources.imatrix import ImportanceMatrix, read_imatrix
+from ..sources.model import Model, open_model
+from ..sources.progress import Progress, Silent
+from .encode import write_tensors
+from .gguf_writer import GGUFWriter
+from .pipeline import Conversion, peak_rss_bytes
+
+_UNQUANTISED_BITS = 16
+
+
+def requantize(
+    source: str | Path,
+    output: str | Path,
+    quant: str = "Q4_K_M",
+    *,
+    imatrix: str | Path | None = None,
+    tensor_types: Sequence[tuple[str, str]] = (),
+    allow_requantize: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Quantise a GGUF file (the first one of a split) as `quant` names it; the options are llama-quantize's.
+
+    Args:
+        imatrix: importance matrix of llama.cpp, as GGUF or .dat.
+        tensor_types: (regular expression, type) pairs that overrule the recipe for matching tensor names.
+        allow_requantize: accept tensors that are quantised already; they were rounded once and will be again.
+
+    Raises BadInput for anything wrong with the input, an existing output, or a full disk.
+    """
+    started = time.monotonic()
+    progress = progress or Silent()
+    model = open_model(source)
+    if not model.metadata:
+        raise BadInput(f"{source} is a checkpoint folder, expected a GGUF file: use `moecast convert`")
+    importance = read_imatrix(Path(imatrix)) if imatrix else None
+    plan = plan_requantized(model, quant, tensor_types, importance is not None)
+    if not allow_requantize:
+        _refuse_quantised(model, plan)
+    metadata = _metadata(model, plan, importance)
+    with GGUFWriter(Path(output), metadata, plan.tensors, None, overwrite) as writer:
+        write_tensors(writer, model, plan, progress, importance, threads)
+    return Conversion(
+        files=tuple(writer.paths),
+        bytes=sum(file.stat().st_size for file in writer.paths),
+        bits_per_weight=plan.bits_per_weight,
+        parity=None,
+        problems=plan.problems,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def plan_requantized(model: Model, quant: str, tensor_types: Sequence[tuple[str, str]], importance: bool) -> Plan:
+    """The recipe's types with the user's exceptions."""
+    return override_types(plan_tensors(model.graph, recipe_named(quant), importance), tensor_types)
+
+
+def _refuse_quantised(model: Model, plan: Plan) -> None:
+    stored = {tensor.name: tensor for tensor in model.tensors}
+    for tensor in plan.tensors:
+        source = stored[tensor.weight.name]
+        if source.dtype != tensor.type.name and FORMATS[source.dtype].bits_per_weight < _UNQUANTISED_BITS:
+            raise BadInput(
+                f"{source.name} in {source.file} is {source.dtype} already: quantise the original instead, or accept "
+                "a second rounding with --allow-requantize"
+            )
+
+
+def _metadata(model: Model, plan: Plan, importance: ImportanceMatrix | None) -> dict[str, object]:
+    kept = {key: value for key, value in model.metadata.items() if not key.startswith(("split.", "quantize.imatrix."))}
+    metadata = kept | {"general.file_type": plan.recipe.file_type, "general.quantization_version": 2}
+    if importance:
+        metadata |= {
+            "quantize.imatrix.file": importance.file,
+            "quantize.imatrix.dataset": ", ".join(importance.datasets),
+            "quantize.imatrix.entries_count": len(importance.means),
+            "quantize.imatrix.chunks_count": importance.chunks,
+        }
+    return metadata

@@ -1,0 +1,73 @@
+"""Options that mean the same in every command, spelled once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .archs.errors import BadInput
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes as people write it: 4GB and 4G are decimal, 4GiB is binary."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", value.strip(), re.IGNORECASE)
+        if not match or float(match[1]) <= 0:
+            self.fail(f"{value!r} is not a size, expected for example 40GB or 36GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+class Commands(click.Group):
+    """Turns bad input into one line and exit code 2, whatever command it came from."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BadInput as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("Interrupted: nothing half-written is left; run the same command again.", err=True)
+            ctx.exit(130)
+
+
+def shared(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+hub_options = shared(
+    click.option("--revision", help="Branch, tag or commit of a Hub repository."),
+    click.option("--token", envvar="HF_TOKEN", help="Hub access token; by default the one `hf auth login` stored."),
+)
+text_options = shared(
+    click.option("-f", "--file", type=click.Path(path_type=Path), help="Evaluation text; a bundled one by default."),
+    click.option("-c", "--context", default=512, show_default=True, help="Tokens in a chunk."),
+    click.option("--chunks", type=int, help="Use at most this many chunks of the text."),
+)
+pad_option = click.option(
+    "--pad/--no-pad", default=True, show_default=True, help="Fill rows up with zeros to fit the recipe."
+)
+mtp_option = click.option(
+    "--mtp/--no-mtp", default=None, help="Keep multi-token prediction.  [default: if that allows --pad]"
+)
+quant_option = click.option("--quant", default="Q4_K_M", show_default=True, help="Recipe, as llama-quantize names it.")
+threads_option = click.option("--threads", type=int, help="Threads to quantise with, all cores by default.")

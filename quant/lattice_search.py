@@ -1,0 +1,171 @@
+"""The search behind every format whose codes index points of a lattice, several values at a time.
+
+The scale of each sub-block is an odd multiple of the block's float16 step. Each sub-block tries a few scales, finds
+for each the nearest points, and keeps the scale whose points leave the least weighted error after least squares. A
+step and multiples for those scales follow, points are chosen once more for the scales that can be stored, and step
+and multiples are fitted to those points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .lanes import best_of, half, ordered_sum, reciprocal, spread
+from .scaled import Fit
+
+# Steps to try for a block, relative to the one whose largest multiple is the largest scale.
+STEPS: Final = (1.0, 1.03, 0.97, 0.94, 0.9)
+
+TAG_BITS: Final = 7  # the lowest bits of a distance give way to the number of what it belongs to: at most 128 things
+_TAG: Final = (1 << TAG_BITS) - 1
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Scales to try first: by the level that the largest magnitude lands on, and by that of the root mean square.
+
+    Chosen greedily, those first that lower the error of many synthetic sub-blocks most (heavy-tailed and normal;
+    unweighted, and weighted with a few channels a hundred times above the rest).
+    """
+
+    peaks: tuple[float, ...]
+    means: tuple[float, ...] = ()
+
+    def scales(self, values: Tensor, weights: Tensor) -> list[Tensor]:
+        """[..., n, lanes] -> several [..., lanes]."""
+        peak = values.abs().amax(-2)
+        mean = (ordered_sum(weights * values * values) * reciprocal(ordered_sum(weights))).sqrt()
+        return [peak * (1 / level) for level in self.peaks] + [mean * (1 / level) for level in self.means]
+
+
+class Choice(NamedTuple):
+    """Points chosen for sub-blocks: the levels they stand for [s, n, lanes], and what to store [s, points, lanes]."""
+
+    levels: Tensor
+    codes: Tensor
+
+
+class Scaled(NamedTuple):
+    """A block's step [lanes], divided by the unit; odd multiples of it [s, lanes]; and points [s, points, lanes]."""
+
+    step: Tensor
+    multiples: Tensor
+    codes: Tensor
+
+
+class Lattice:
+    """Points of four or eight levels, and the search for the one that is nearest by weighted distance.
+
+    A distance is that of the first half of a point plus that of the second, and there are far fewer halves than
+    points: the halves' distances are tabulated, and for each first half the nearest of its second halves is taken.
+    Halves are numbered as if their levels were digits. Of equally near points the one with the lowest first half wins,
+    then that with the lowest second half, where distances of second halves are equal if all but their lowest TAG_BITS
+    bits are.
+    """
+
+    def __init__(self, points: Tensor) -> None:
+        """points: float32 [points, 4 or 8]."""
+        self.points = points
+        self._levels, digits = torch.unique(points, return_inverse=True)
+        middle = points.shape[1] // 2
+        values = len(self._levels) ** torch.arange(middle - 1, -1, -1, device=points.device)
+        first, second = ((half * values).sum(1) for half in digits.split(middle, dim=1))
+        self._partners = {number: second[first == number].sort().values for number in first.unique().tolist()}
+        self._numbers = torch.zeros(len(self._levels) ** middle << TAG_BITS, dtype=torch.int64, device=points.device)
+        self._numbers[first << TAG_BITS | second] = torch.arange(len(points), device=points.device)
+
+    def nearest(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The numbers of the nearest points and their distances: [..., 4 or 8, lanes] -> [..., lanes], twice."""
+        values, weights = values.movedim(-2, 0), weights.movedim(-2, 0)
+        middle = len(values) // 2
+        firsts = self._distances(values[:middle], weights[:middle])
+        seconds = _tagged(self._distances(values[middle:], weights[middle:]))
+        least = torch.full_like(firsts[0], torch.inf)
+        pair = torch.zeros_like(least, dtype=torch.int32)
+        for number, partners in self._partners.items():
+            second = seconds.index_select(0, partners).amin(0)
+            distance = firsts[number] + (second & ~_TAG).view(torch.float32)
+            nearer = distance < least
+            least = torch.where(nearer, distance, least)
+            pair = torch.where(nearer, second & _TAG | number << TAG_BITS, pair)
+        return self._numbers[pair.to(torch.int64)], least
+
+    def levels(self, numbers: Tensor) -> Tensor:
+        """The points with these numbers: [..., lanes] -> [..., 4 or 8, lanes]."""
+        return self.points[numbers].movedim(-1, -2)
+
+    def _distances(self, values: Tensor, weights: Tensor) -> Tensor:
+        """Weighted squared distances of the values [2 or 4, ...] from all halves: [halves, ...]."""
+        levels = self._levels.view(-1, *[1] * (values.ndim - 1))
+        misses = [value - levels for value in values]
+        parts = [weight * miss * miss for weight, miss in zip(weights, misses, strict=True)]
+        while len(parts) > 1:
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            parts = [(left.unsqueeze(1) + right).flatten(0, 1) for left, right in pairs]
+        return parts[0]
+
+
+def _tagged(distances: Tensor) -> Tensor:
+    """Distances [p, ...] whose lowest bits say their place among the p, as int32, which sorts them alike."""
+    places = torch.arange(len(distances), dtype=torch.int32, device=distances.device)
+    return distances.view(torch.int32) & ~_TAG | places.view(-1, *[1] * (distances.ndim - 1))
+
+
+def even_signs(values: Tensor, weights: Tensor) -> Tensor:
+    """Which of eight values to store as negative, an even number of them: [..., 8, lanes] -> bool, the same shape.
+
+    Where the number of negative values is odd, the one that loses least by it gets the other sign: the one whose
+    weighted magnitude is the least, as far as all but its last TAG_BITS bits tell, and the first of equals.
+    """
+    negative = values < 0
+    losses = _tagged((weights * values.abs()).movedim(-2, 0))
+    cheapest = losses == losses.amin(0)
+    odd = negative.sum(-2, keepdim=True) % 2 == 1
+    return negative ^ (cheapest.movedim(0, -2) & odd)
+
+
+def search_odd_multiples(
+    values: Tensor,
+    weights: Tensor,
+    unit: Tensor,
+    starts: Starts,
+    largest: int,
+    nearest: Callable[[Tensor], Choice],
+) -> Scaled:
+    """Step, multiples up to `largest` and points for blocks [s, n, lanes].
+
+    `nearest` chooses the points for values that are divided by their scale.
+    """
+
+    def choose(scale: Tensor) -> tuple[Fit, Tensor]:
+        levels, codes = nearest(values * spread(reciprocal(scale)))
+        weighted = weights * levels
+        return Fit(ordered_sum(weighted * levels), ordered_sum(weighted * values)), codes
+
+    def start(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fit, _ = choose(scale)
+        return fit.gain, *fit
+
+    fit = Fit(*best_of(map(start, starts.scales(values, weights)))[1:])
+    widest = fit.scale.amax(0)
+
+    def trial(relative: float) -> tuple[Tensor, Tensor, Tensor]:
+        multiples = _nearest_odd(fit.scale, widest * (1 / (relative * largest)), largest)
+        joint = fit.with_multiples(multiples)
+        return joint.gain, joint.scale, multiples
+
+    _, step, multiples = best_of(map(trial, STEPS))
+    stored, codes = choose(half(step, unit) * multiples)
+    multiples = _nearest_odd(stored.scale, step, largest)
+    step = half(stored.with_multiples(multiples).scale, unit)
+    return Scaled(step, _nearest_odd(stored.scale, step, largest), codes)
+
+
+def _nearest_odd(scale: Tensor, step: Tensor, largest: int) -> Tensor:
+    """Odd multiples of the step from 1 to `largest`, as near to the scale as they come."""
+    return ((scale * reciprocal(step) - 1) * 0.5).round().clamp(0, largest // 2) * 2 + 1
