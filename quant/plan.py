@@ -90,7 +90,7 @@ def plan_file(graph: Graph, recipe: Recipe, padding: bool = True, mtp: bool | No
     """
     if mtp and not graph.predictions:
         raise BadInput("--mtp: this model has no blocks for multi-token prediction; leave the option out")
-    notes = []
+    notes = list(graph.notes)
     base = format_named(recipe.base)
     if mtp is None and padding and graph.predictions and not base.fits(graph.hidden_size):
         notes.append("left out multi-token prediction: its LayerNorm rules out padding the hidden size; --mtp keeps it")

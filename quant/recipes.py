@@ -160,6 +160,16 @@ _GROUPED_Q4 = (("Q4_K", _grouped),)
 _GROUPED_Q5 = (("Q5_K", _grouped),)
 _EARLY_Q5_UNCALIBRATED = (("Q5_K", _without_importance(_early(8))),)
 
+def _experts_low(name: str, file_type: int, gate_up: str, down: str) -> Recipe:
+    """Routed experts, which are nearly all of a large mixture and of which a token meets few, low; the rest in Q8_0."""
+    rules = {
+        Role.EXPERT_GATE: ((gate_up, _always),),
+        Role.EXPERT_UP: ((gate_up, _always),),
+        Role.EXPERT_DOWN: ((down, _always),),
+    }
+    return Recipe(name, file_type, "Q8_0", rules)
+
+
 GUESSED = 1024  # llama.cpp's file type for "see the tensors"
 
 _ALL = (
@@ -216,6 +226,9 @@ _ALL = (
         dict.fromkeys((Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN), (("MXFP4", _always),)),
     ),
     _recipe("Q2_0", 41, "Q2_0", embedding="Q4_K"),
+    _experts_low("EXPERTS_Q4", 15, "Q4_K", "Q4_K"),
+    _experts_low("EXPERTS_Q3", 23, "IQ3_XXS", "Q3_K"),
+    _experts_low("EXPERTS_Q2", 19, "IQ2_XXS", "Q2_K"),
 )
 
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _ALL}

@@ -92,5 +92,9 @@ def repack_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
         codes: uint8 [rows, columns / 2], even columns in the low nibbles.
         scales: uint8 [rows, columns / 32], bits of E8M0 numbers.
     """
-    halves = unpack_nibbles(codes).view(*scales.shape, 2, 16)
-    return torch.cat((scales.unsqueeze(-1), halves[..., 0, :] | halves[..., 1, :] << 4), dim=-1).flatten(-2)
+    first, second = codes.view(*scales.shape, 2, 8).unbind(-2)  # columns 0 to 15 and 16 to 31, two in a byte
+    packed = torch.empty(*scales.shape, 17, dtype=torch.uint8)
+    packed[..., 0] = scales
+    packed[..., 1::2] = first & 15 | second << 4
+    packed[..., 2::2] = first >> 4 | second & 240
+    return packed.flatten(-2)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from functools import cache
+from typing import Any
 
 import pytest
 import real_deepseek
 import real_models
+from moecast.archs.config import Config
 from moecast.archs.deepseek_v4 import ARCHITECTURE
+from moecast.archs.errors import BadInput
 from moecast.archs.graph import CompressedAttention, Graph, HashRouter, MoE
 from moecast.archs.weights import Role
 from moecast.quant.formats import format_named
-from moecast.quant.plan import ALIGNMENT, Plan, plan_tensors
+from moecast.quant.plan import ALIGNMENT, Plan, plan_file, plan_tensors
 from moecast.quant.recipes import recipe_named
 
 GIB = 2**30
@@ -79,8 +84,8 @@ def test_pruned_derivative() -> None:
     pruned = ARCHITECTURE.from_checkpoint(real_models.config("deepseek-v4-flash-0731-reap"), tensors)
     experts = next(op for op in pruned.operations() if isinstance(op, MoE))
     assert experts.experts == 160
-    assert plan_tensors(pruned, recipe_named("Q4_K_M")).problems == ()
-    assert len(pruned.notes) == 1 and "3 draft blocks" in pruned.notes[0]
+    (note,) = plan_file(pruned, recipe_named("Q4_K_M")).problems
+    assert note.startswith("3145 tensors of 3 draft blocks (mtp.*) are left out")
 
 
 STOCK_SIZES = {  # GiB, as `llama-quantize --dry-run` prints them; the last digit is rounded
@@ -126,3 +131,42 @@ def test_no_tensor_gets_more_bits_than_its_source_has() -> None:
     plan = plan_tensors(graph("flash"), recipe_named("Q8_0"))
     assert {t.type.name for t in plan.tensors if t.weight.experts} == {"MXFP4"}
     assert plan.bytes < 160e9
+
+
+@pytest.mark.parametrize(
+    ("quant", "gigabytes"), [("EXPERTS_Q2", 87.3), ("EXPERTS_Q3", 119.8), ("EXPERTS_Q4", 156.5), ("NATIVE", 162.0)]
+)
+def test_experts_low_and_the_rest_high(quant: str, gigabytes: float) -> None:
+    """The two-bit mix is as large as the published one of its kind, 86.7 GB."""
+    plan = plan_tensors(graph("flash"), recipe_named(quant))
+    assert plan.bytes / 1e9 == pytest.approx(gigabytes, abs=0.1)
+    low = {tensor.type.name for tensor in plan.tensors if tensor.type.bits_per_weight < 8}
+    assert low == {t.type.name for t in plan.tensors if t.weight.role in (Role.EXPERT_GATE, Role.EXPERT_DOWN)}
+
+
+def test_missing_and_unknown_tensors_are_named() -> None:
+    tensors = list(real_deepseek.tensors("flash"))
+    config = real_models.config("deepseek-v4-flash")
+    for number in (0, 100, 40_000):
+        missing = tensors[number].name.removesuffix("weight").removesuffix("scale")
+        with pytest.raises(BadInput, match=re.escape(missing)):
+            ARCHITECTURE.from_checkpoint(config, tensors[:number] + tensors[number + 1 :])
+    stranger = dataclasses.replace(tensors[0], name="layers.3.attn.surprise.weight")
+    with pytest.raises(BadInput, match=r"layers\.3\.attn\.surprise\.weight in hub: unknown tensor"):
+        ARCHITECTURE.from_checkpoint(config, (*tensors, stranger))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("scoring_func", "sigmoid"), ("hc_mult", 2), ("num_key_value_heads", 2), ("num_hash_layers", 44),
+        ("compress_ratios", [8] * 43), ("compress_ratios", [4] * 42), ("norm_topk_prob", False),
+        ("rope_scaling", {"type": "linear", "factor": 2}), ("topk_method", "greedy"), ("q_lora_rank", 0),
+    ],
+)  # fmt: skip
+def test_variants_nobody_implemented_stop(key: str, value: Any) -> None:
+    values = json.loads((real_models.DATA / "deepseek-v4-flash-config.json").read_text())
+    wrong = Config(values | {key: value}, "config.json")
+    name = "rope type" if key == "rope_scaling" else key
+    with pytest.raises(BadInput, match=rf"config\.json.*{name}"):
+        ARCHITECTURE.from_checkpoint(wrong, ())
