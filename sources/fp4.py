@@ -53,7 +53,7 @@ def repack(
     scales = storage.read(source.scale, start, stop)
     if (scales >= _E4M3_NAN).any():
         raise BadInput(
-            f"{source.scale.name} in {source.scale.file} holds a negative scale or NaN; fetch the file again"
+            f"{source.scale.name} in {source.scale.file} holds NaN or a negative scale: fetch the file again"
         )
     return repack_nvfp4(storage.read(source.codes, start, stop), scales)
 
