@@ -1,4 +1,7 @@
-"""Rows in, blocks out, and back: `quantize` and `dequantize` for every format."""
+"""Rows in, blocks out, and back: `quantize` and `dequantize` for every format.
+
+The C++ kernels do the work where there are any, and torch otherwise; both give the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..archs.errors import BadInput
-from . import affine, codebook, lattice, symmetric, ternary
+from . import affine, codebook, lattice, native, symmetric, ternary
 from .formats import Format, format_named
 from .lanes import Codec, unit_of
 
@@ -37,21 +40,23 @@ def quantize(x: Array, name: str, importance: Array | None = None, threads: int 
     """Quantise rows to a ggml format, minimising the squared error weighted by importance.
 
     x: [rows, columns], any float type, tensor or numpy array. importance: [columns], not negative, the mean square
-    of what each column is multiplied with; None weights all alike. threads: how many CPU threads to use.
+    of what each column is multiplied with, or [experts, columns], each for its equal share of consecutive rows; None
+    weights all alike. threads: how many CPU threads to use, as many as torch does by default.
     Returns uint8 [rows, row bytes], of x's kind, on x's device. What no float16 scale can reach saturates.
     Raises BadInput for an unknown or read-only format, a row length that does not divide into blocks, values that are
-    not finite (naming the first such row), and an importance of the wrong length or with values below 0 or not finite.
+    not finite (naming the first such row), and an importance of the wrong shape or with values below 0 or not finite.
     """
     format = format_named(name)
     encode = _encoder(format)
     rows = _matrix(x)
-    weights = _weights(importance, rows.shape[1], rows.device)
     result = torch.empty((len(rows), format.row_bytes(rows.shape[1])), dtype=torch.uint8, device=rows.device)
-    with _threads(threads):
-        for start, chunk in _chunks(rows, rows.shape[1]):
-            values = chunk.to(torch.float32)
-            _check_finite(values, start)
-            result[start : start + len(chunk)] = encode(values, weights)
+    experts = _experts(importance, rows)
+    share = len(rows) // len(experts)
+    for number, weights in enumerate(experts):
+        part = slice(number * share, (number + 1) * share)
+        bad_row = _quantize(rows[part], format, encode, weights, result[part], threads or torch.get_num_threads())
+        if bad_row is not None:
+            raise BadInput(f"row {part.start + bad_row} holds a value that is not finite")
     return _like(x, result)
 
 
@@ -70,6 +75,9 @@ def dequantize(data: Array, name: str, threads: int | None = None) -> Array:
         )
     columns = rows.shape[1] // format.block_bytes * format.block_size
     result = torch.empty((len(rows), columns), dtype=torch.float32, device=rows.device)
+    if native.can_dequantize(format, rows):
+        native.dequantize(rows, format, result, threads or torch.get_num_threads())
+        return _like(data, result)
     with _threads(threads):
         for start, chunk in _chunks(rows, columns):
             if name in FLOATS:
@@ -80,8 +88,29 @@ def dequantize(data: Array, name: str, threads: int | None = None) -> Array:
     return _like(data, result)
 
 
-def _encoder(format: Format) -> Callable[[Tensor, Tensor], Tensor]:
-    """What turns float32 [rows, columns] with weights [columns] into bytes [rows, row bytes]."""
+def _quantize(
+    rows: Tensor,
+    format: Format,
+    encode: Callable[[Tensor, Tensor | None], Tensor],
+    weights: Tensor | None,
+    result: Tensor,
+    threads: int,
+) -> int | None:
+    """Fill uint8 `result` [rows, row bytes]; the first row that holds a value that is not finite, if any."""
+    if native.can_quantize(format, rows):
+        return native.quantize(rows, format, weights, result, threads)
+    with _threads(threads):
+        for start, chunk in _chunks(rows, rows.shape[1]):
+            values = chunk.to(torch.float32)
+            finite = torch.isfinite(values).all(dim=1)
+            if not finite.all():
+                return start + int(finite.long().argmin())
+            result[start : start + len(chunk)] = encode(values, weights)
+    return None
+
+
+def _encoder(format: Format) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """What turns float32 [rows, columns] with weights [columns], or none, into bytes [rows, row bytes]."""
     if format.name in FLOATS:
         return lambda values, _: _to_float(values, FLOATS[format.name])
     codec = CODECS.get(format.name)
@@ -92,11 +121,12 @@ def _encoder(format: Format) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _encode(
-    encode: Callable[[Tensor, Tensor, Tensor], Tensor], format: Format, values: Tensor, weights: Tensor
+    encode: Callable[[Tensor, Tensor, Tensor], Tensor], format: Format, values: Tensor, weights: Tensor | None
 ) -> Tensor:
     lanes = _to_lanes(values, format.block_size)
     unit = unit_of(lanes)
-    data = encode(lanes * (1 / unit), unit, _to_lanes(weights.expand_as(values), format.block_size))
+    of_lanes = torch.ones_like(lanes) if weights is None else _to_lanes(weights.expand_as(values), format.block_size)
+    data = encode(lanes * (1 / unit), unit, of_lanes)
     return data.T.reshape(len(values), format.row_bytes(values.shape[1]))
 
 
@@ -126,25 +156,28 @@ def _chunks(rows: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:
         yield start, rows[start : start + count]
 
 
-def _check_finite(values: Tensor, start: int) -> None:
-    finite = torch.isfinite(values).all(dim=1)
-    if not finite.all():
-        raise BadInput(f"row {start + int(finite.long().argmin())} holds a value that is not finite")
-
-
-def _weights(importance: Array | None, columns: int, device: torch.device) -> Tensor:
-    """Importance relative to its mean, floored: float32 [columns]."""
+def _experts(importance: Array | None, rows: Tensor) -> list[Tensor | None]:
+    """The weights of each expert's columns; one expert if there is one importance for all."""
     if importance is None:
-        return torch.ones(columns, device=device)
+        return [None]
     weights = torch.as_tensor(importance, dtype=torch.float64)
-    if tuple(weights.shape) != (columns,):
-        raise BadInput(f"importance has shape {tuple(weights.shape)}, expected one value for each of {columns} columns")
+    experts = len(weights) if weights.ndim == 2 else 1
+    if weights.ndim not in (1, 2) or weights.shape[-1] != rows.shape[1] or not experts or len(rows) % experts:
+        raise BadInput(
+            f"importance has shape {tuple(weights.shape)}, expected one value for each of {rows.shape[1]} columns, "
+            f"once or for each expert of {len(rows)} rows"
+        )
     if not torch.isfinite(weights).all() or (weights < 0).any():
         raise BadInput("importance has a value that is negative or not finite")
-    mean = weights.mean()
+    return [_weights(expert, rows.device) for expert in weights.view(experts, -1)]
+
+
+def _weights(importance: Tensor, device: torch.device) -> Tensor | None:
+    """Importance relative to its mean, floored: float32 [columns]. None if it says nothing."""
+    mean = importance.mean()
     if mean == 0:
-        return torch.ones(columns, device=device)
-    return (weights / mean).clamp(min=LEAST_WEIGHT).to(device, torch.float32)
+        return None
+    return (importance / mean).clamp(min=LEAST_WEIGHT).to(device, torch.float32)
 
 
 @contextmanager

@@ -16,10 +16,30 @@ _NON_LINEAR: Final = Table(
     tuple(range(16)),
     peaks=(-127, 119, -143, -111, -135, 143, 111, -119),
 )
-# E2M1 of the OCP microscaling specification, doubled to whole numbers; code 8, minus zero, is never written.
-_E2M1: Final = Table(
-    (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12), (15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7)
-)
+
+
+class _Microfloat(Table):
+    """Levels of E2M1 of the OCP microscaling specification, doubled to whole numbers.
+
+    A tie goes to the even mantissa, as in IEEE 754. Code 8, minus zero, is never written.
+    """
+
+    def __init__(self) -> None:
+        positive = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 5), (8, 6), (12, 7))
+        levels = [*((-level, code + 8) for level, code in reversed(positive)), (0, 0), *positive]
+        super().__init__(tuple(level for level, _ in levels), tuple(code for _, code in levels))
+
+    def nearest(self, values: Tensor) -> Tensor:
+        magnitude = values.abs().clamp(max=12)
+        # Added to this, a magnitude is rounded to a multiple of the distance between levels: 1 below 4, 2 below 8.
+        whole = ((magnitude.view(torch.int32) & 0x7F800000).clamp(min=0x40000000) + (22 << 23)).view(torch.float32)
+        return torch.copysign((magnitude + whole) - whole, values)
+
+    def codes(self, values: Tensor) -> Tensor:
+        return super().codes(self.nearest(values))
+
+
+_E2M1: Final = _Microfloat()
 
 
 def _encode_iq4_nl(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
@@ -75,17 +95,44 @@ def _decode_mxfp4(data: Tensor) -> Tensor:
     return scale * _E2M1.decoded(unpack(data[1:], 4).flatten(0, 1))
 
 
+# The float8 scales to try, relative to the one that puts the peak at the top level: 8 apart, they differ by half.
+_NVFP4_STEPS: Final = (0, 4, 1, 3, -1, 5, 2, -2, 6, -3, 7)
+
+
+def _encode_nvfp4(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    """The scales are absolute: magnitudes above 2688 saturate, and those below 2^-11 vanish."""
+    values, weights = values.unflatten(0, (4, 16)), weights.unflatten(0, (4, 16))
+    spanning = (values.abs().amax(1) * (1 / 6) * unit).clamp(max=448.0)
+    normal = (spanning.view(torch.int32) >> 20) - (120 << 3)
+    first = torch.where(spanning < 2.0**-6, (spanning * 2.0**9).to(torch.int32), normal)
+
+    def trial(step: int) -> tuple[Tensor, Tensor]:
+        code = (first + step).clamp(1, 126)
+        scale = _nvfp4_scale(code)
+        miss = _E2M1.nearest(values * spread(unit * (1 / scale))) * spread(scale * (1 / unit)) - values
+        return -ordered_sum(weights * miss * miss), code
+
+    _, code = best_of(map(trial, _NVFP4_STEPS))
+    codes = _E2M1.codes(values * spread(unit * (1 / _nvfp4_scale(code))))
+    return torch.cat([code.to(torch.uint8), pack(codes.unflatten(1, (2, 8)), 4).flatten(0, 1)])
+
+
 def _decode_nvfp4(data: Tensor) -> Tensor:
     scales, codes = data.split([4, 32])
-    exponent, mantissa = scales.to(torch.int32) >> 3 & 15, scales.to(torch.int32) & 7
-    scale = torch.where(exponent > 0, (exponent + 120 << 23 | mantissa << 20).view(torch.float32), mantissa * 2.0**-9)
-    scale = torch.where(scales == 0x7F, 0.0, scale * 0.5)  # 0x7F would be E4M3's NaN; half, as the levels are doubled
+    scale = _nvfp4_scale(scales.to(torch.int32))
     return (spread(scale) * _E2M1.decoded(unpack(codes.unflatten(0, (4, 8)), 4).flatten(1, 2))).flatten(0, 1)
+
+
+def _nvfp4_scale(code: Tensor) -> Tensor:
+    """What a doubled level is worth under a scale in E4M3 without a sign: int32 -> float32."""
+    exponent, mantissa = code >> 3 & 15, code & 7
+    scale = torch.where(exponent > 0, (exponent + 120 << 23 | mantissa << 20).view(torch.float32), mantissa * 2.0**-9)
+    return torch.where(code == 127, 0.0, scale * 0.5)  # 127 would be E4M3's NaN
 
 
 CODECS: Final = {
     "IQ4_NL": Codec(_decode_iq4_nl, _encode_iq4_nl),
     "IQ4_XS": Codec(_decode_iq4_xs, _encode_iq4_xs),
     "MXFP4": Codec(_decode_mxfp4, _encode_mxfp4),
-    "NVFP4": Codec(_decode_nvfp4),
+    "NVFP4": Codec(_decode_nvfp4, _encode_nvfp4),
 }

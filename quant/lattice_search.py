@@ -21,7 +21,7 @@ from .scaled import Fit
 # Steps to try for a block, relative to the one whose largest multiple is the largest scale.
 STEPS: Final = (1.0, 1.03, 0.97, 0.94, 0.9)
 
-TAG_BITS: Final = 7  # the lowest bits of a distance give way to the number of what it belongs to: at most 128 things
+TAG_BITS: Final = 8  # the lowest bits of a distance give way to the number of what it belongs to
 _TAG: Final = (1 << TAG_BITS) - 1
 
 
@@ -63,36 +63,40 @@ class Lattice:
 
     A distance is that of the first half of a point plus that of the second, and there are far fewer halves than
     points: the halves' distances are tabulated, and for each first half the nearest of its second halves is taken.
-    Halves are numbered as if their levels were digits. Of equally near points the one with the lowest first half wins,
-    then that with the lowest second half, where distances of second halves are equal if all but their lowest TAG_BITS
-    bits are.
+    Of equally near points the one whose first half comes first wins, then the one whose second half does, in lexical
+    order. The lowest TAG_BITS bits of a second half's distance are its number, its levels being digits of two or
+    three bits, and count as part of the distance.
     """
 
     def __init__(self, points: Tensor) -> None:
-        """points: float32 [points, 4 or 8]."""
+        """points: float32 [points, 4 or 8], of at most 4 levels for 8 values and at most 8 for 4."""
         self.points = points
-        self._levels, digits = torch.unique(points, return_inverse=True)
+        self._levels, self.digits = torch.unique(points, return_inverse=True)
         middle = points.shape[1] // 2
-        values = len(self._levels) ** torch.arange(middle - 1, -1, -1, device=points.device)
-        first, second = ((half * values).sum(1) for half in digits.split(middle, dim=1))
-        self._partners = {number: second[first == number].sort().values for number in first.unique().tolist()}
-        self._numbers = torch.zeros(len(self._levels) ** middle << TAG_BITS, dtype=torch.int64, device=points.device)
-        self._numbers[first << TAG_BITS | second] = torch.arange(len(points), device=points.device)
+        places = torch.arange(middle - 1, -1, -1, device=points.device)
+        first, second = self.digits.split(middle, dim=1)
+        values = len(self._levels) ** places  # of digits in a half's place in a table of all halves
+        halves = torch.cartesian_prod(*[torch.arange(len(self._levels), device=points.device)] * middle)
+        self._tags = (halves << places * (TAG_BITS // middle)).sum(1).to(torch.int32)
+        firsts, seconds = (first * values).sum(1), (second * values).sum(1)
+        self._partners = {place: seconds[firsts == place].sort().values for place in firsts.unique().tolist()}
+        self._numbers = torch.zeros(len(halves) << TAG_BITS, dtype=torch.int64, device=points.device)
+        self._numbers[firsts << TAG_BITS | self._tags[seconds]] = torch.arange(len(points), device=points.device)
 
     def nearest(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The numbers of the nearest points and their distances: [..., 4 or 8, lanes] -> [..., lanes], twice."""
         values, weights = values.movedim(-2, 0), weights.movedim(-2, 0)
         middle = len(values) // 2
         firsts = self._distances(values[:middle], weights[:middle])
-        seconds = _tagged(self._distances(values[middle:], weights[middle:]))
+        seconds = _tagged(self._distances(values[middle:], weights[middle:]), self._tags)
         least = torch.full_like(firsts[0], torch.inf)
         pair = torch.zeros_like(least, dtype=torch.int32)
-        for number, partners in self._partners.items():
+        for place, partners in self._partners.items():
             second = seconds.index_select(0, partners).amin(0)
-            distance = firsts[number] + (second & ~_TAG).view(torch.float32)
+            distance = firsts[place] + second.view(torch.float32)
             nearer = distance < least
             least = torch.where(nearer, distance, least)
-            pair = torch.where(nearer, second & _TAG | number << TAG_BITS, pair)
+            pair = torch.where(nearer, second & _TAG | place << TAG_BITS, pair)
         return self._numbers[pair.to(torch.int64)], least
 
     def levels(self, numbers: Tensor) -> Tensor:
@@ -110,10 +114,9 @@ class Lattice:
         return parts[0]
 
 
-def _tagged(distances: Tensor) -> Tensor:
-    """Distances [p, ...] whose lowest bits say their place among the p, as int32, which sorts them alike."""
-    places = torch.arange(len(distances), dtype=torch.int32, device=distances.device)
-    return distances.view(torch.int32) & ~_TAG | places.view(-1, *[1] * (distances.ndim - 1))
+def _tagged(distances: Tensor, tags: Tensor) -> Tensor:
+    """Distances [p, ...] whose lowest bits are the tags [p], as int32, which sorts them alike."""
+    return distances.view(torch.int32) & ~_TAG | tags.view(-1, *[1] * (distances.ndim - 1))
 
 
 def even_signs(values: Tensor, weights: Tensor) -> Tensor:
@@ -123,7 +126,8 @@ def even_signs(values: Tensor, weights: Tensor) -> Tensor:
     weighted magnitude is the least, as far as all but its last TAG_BITS bits tell, and the first of equals.
     """
     negative = values < 0
-    losses = _tagged((weights * values.abs()).movedim(-2, 0))
+    places = torch.arange(8, dtype=torch.int32, device=values.device)
+    losses = _tagged((weights * values.abs()).movedim(-2, 0), places)
     cheapest = losses == losses.amin(0)
     odd = negative.sum(-2, keepdim=True) % 2 == 1
     return negative ^ (cheapest.movedim(0, -2) & odd)

@@ -67,7 +67,7 @@ def repack(
 
 def _check_scales(tensor: TensorInfo, scales: Tensor, least_bad: int) -> None:
     if (scales >= least_bad).any():
-        raise BadInput(f"{tensor.name} in {tensor.file} holds a negative scale or NaN; fetch the file again")
+        raise BadInput(f"{tensor.name} in {tensor.file} holds NaN or a negative scale: fetch the file again")
 
 
 def repack_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:

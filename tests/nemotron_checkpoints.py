@@ -11,7 +11,7 @@ from checkpoints import write_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-# 16 experts so that no rule for 8 applies; heads that share groups in threes; a hidden size no 256-block divides.
+# 16 experts so that no rule for 8 applies; heads that share groups; widths that blocks of 64 divide and of 256 do not.
 NEMOTRON: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 192,
@@ -19,7 +19,7 @@ NEMOTRON: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
-    "mamba_num_heads": 6,
+    "mamba_num_heads": 8,
     "mamba_head_dim": 64,
     "n_groups": 2,
     "ssm_state_size": 64,
@@ -27,8 +27,8 @@ NEMOTRON: dict[str, Any] = {
     "intermediate_size": 224,
     "n_routed_experts": 16,
     "num_experts_per_tok": 4,
-    "moe_intermediate_size": 160,
-    "moe_shared_expert_intermediate_size": 320,
+    "moe_intermediate_size": 320,
+    "moe_shared_expert_intermediate_size": 448,
     "moe_latent_size": None,
     "routed_scaling_factor": 2.5,
     "max_position_embeddings": 2048,

@@ -90,7 +90,7 @@ def test_quantised_file_in_llama(made: Make, quant: str, tmp_path: Path) -> None
     """llama.cpp rounds activations to 8 bits; every width is padded where the blocks are of 256."""
     result = convert(made("groups"), tmp_path, quant, verify=False)
     assert not any("instead of" in problem for problem in result.problems)
-    assert any("128 to 256, 160 to 256, 192 to 256, 320 to 512" in p for p in result.problems) == (quant != "Q8_0")
+    assert any("128 to 256, 192 to 256, 320 to 512, 448 to 512" in p for p in result.problems) == (quant != "Q8_0")
     assert divergence(result.files[0]) < 3e-3
 
 
@@ -105,10 +105,10 @@ def test_metadata(made: Make, tmp_path: Path) -> None:
     values = {key.removeprefix("nemotron_h_moe."): fields[key].contents() for key in fields}
     assert values["general.architecture"] == "nemotron_h_moe"
     assert values["attention.head_count_kv"] == [0, 0, 2, 0, 0, 0]
-    assert values["feed_forward_length"] == [0, 160, 0, 0, 160, 160]
+    assert values["feed_forward_length"] == [0, 320, 0, 0, 320, 320]
     assert (values["expert_group_count"], values["expert_group_used_count"]) == (4, 2)
     assert values["moe_latent_size"] == 128 and values["expert_weights_scale"] == 5.0
-    assert values["ssm.inner_size"] == 384 and values["block_count"] == 6
+    assert values["ssm.inner_size"] == 512 and values["block_count"] == 6
     dense = gguf.GGUFReader(convert(made("dense"), tmp_path / "dense", "F32", verify=False).files[0]).fields
     assert dense["general.architecture"].contents() == "nemotron_h"
     assert dense["nemotron_h.feed_forward_length"].contents() == [0, 224, 0, 0, 224]
@@ -225,12 +225,12 @@ def test_drafting_block_is_folded_in(made: Make, tmp_path: Path) -> None:
     assert llama_perplexity(with_block) == llama_perplexity(without)
     names = {tensor.name for tensor in gguf.GGUFReader(with_block).tensors}
     added = names - {tensor.name for tensor in gguf.GGUFReader(without).tensors}
-    assert len(added) == 19 and all(name.startswith("blk.6.") for name in added)
+    assert len(added) == 18 and all(name.startswith("blk.6.") for name in added)
     fields = gguf.GGUFReader(with_block).fields
     assert fields["nemotron_h_moe.block_count"].contents() == 7
     assert fields["nemotron_h_moe.nextn_predict_layers"].contents() == 1
     assert fields["nemotron_h_moe.attention.head_count_kv"].contents() == [0, 0, 2, 0, 0, 0, 2]
-    assert fields["nemotron_h_moe.feed_forward_length"].contents() == [0, 160, 0, 0, 160, 160, 160]
+    assert fields["nemotron_h_moe.feed_forward_length"].contents() == [0, 320, 0, 0, 320, 320, 320]
     exact = open_model(convert(folder, tmp_path / "exact", "F32", verify=False).files[0])
     model = open_model(folder)
     pairs = {w.name: w for w in exact.graph.weights()}
@@ -248,7 +248,7 @@ def test_drafting_block_or_padding_of_the_hidden_size(made: Make, tmp_path: Path
     kept = convert(folder, tmp_path / "kept", "Q4_K_M", mtp=True, verify=False)
     fields = gguf.GGUFReader(kept.files[0]).fields
     assert fields["nemotron_h_moe.embedding_length"].contents() == 192
-    assert fields["nemotron_h_moe.expert_feed_forward_length"].contents() == 256
+    assert fields["nemotron_h_moe.expert_feed_forward_length"].contents() == 512
     assert divergence(kept.files[0]) < 3e-3
     with pytest.raises(BadInput, match="--mtp: this model has no blocks for multi-token prediction"):
         convert(made("latent"), tmp_path / "none", "Q4_K_M", mtp=True, verify=False)

@@ -1,4 +1,6 @@
-"""Quantising a few rows is many small steps: a second thread costs more in waiting than it brings."""
+"""One thread for all tests here: quantising a few rows is many small steps, and a second thread costs more in
+waiting than it brings.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from moecast.quant import native
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +17,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=dict.fromkeys((native.paths()[0], native.TORCH)))
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What quantises and reads: the best kernels of this machine, or torch."""
+    monkeypatch.setenv("MOECAST_KERNELS", request.param)
+    return str(request.param)

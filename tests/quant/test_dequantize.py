@@ -13,6 +13,7 @@ IN_GGUF = (
     "TQ2_0", "MXFP4", "NVFP4", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS",
 )  # fmt: skip
 IN_GGML_ONLY = ("Q1_0", "Q2_0")
+pytestmark = pytest.mark.usefixtures("path")
 
 
 def random_bytes(name: str, rows: int) -> np.ndarray:

@@ -15,6 +15,7 @@ QUANTISED = (
 )  # fmt: skip
 FLOATS = ("F32", "F16", "BF16")
 SEEDS = range(100, 104)
+pytestmark = pytest.mark.usefixtures("path")
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
@@ -142,14 +143,17 @@ def test_values_that_are_not_finite(name: str, value: float) -> None:
 
 def test_bad_input() -> None:
     x = np.zeros((2, 512), np.float32)
-    with pytest.raises(BadInput, match=r"cannot quantise to IQ1_S; choose one of F32, F16, BF16, .*Q4_K"):
-        quantize(x, "IQ1_S")
+    with pytest.raises(BadInput, match=r"cannot quantise to I32; choose one of F32, F16, BF16, .*Q4_K"):
+        quantize(x, "I32")
     with pytest.raises(BadInput, match="unknown tensor type 'Q4'"):
         quantize(x, "Q4")
     with pytest.raises(BadInput, match="blocks of 256 values, which 500 columns"):
         quantize(x[:, :500], "Q4_K")
-    with pytest.raises(BadInput, match=r"importance has shape \(256,\), expected one value for each of 512 columns"):
-        quantize(x, "Q4_K", np.ones(256, np.float32))
+    for shape in ((256,), (3, 512), (0, 512), (1, 2, 512)):
+        with pytest.raises(
+            BadInput, match=r"importance has shape \(.*\), expected one value for each of 512 columns, on"
+        ):
+            quantize(x, "Q4_K", np.ones(shape, np.float32))
     for value in (-1, np.nan, np.inf):
         with pytest.raises(BadInput, match="importance has a value that is negative or not finite"):
             quantize(x, "Q4_K", np.array([value] + [1] * 511, np.float32))

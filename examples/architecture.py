@@ -1,0 +1,66 @@
+"""What `train.py` has to know about an architecture; one module per architecture provides it."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from tokenizers import AddedToken
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Dimensions common to every mixture-of-experts transformer; the architecture derives the rest from them."""
+
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    """Inner width of one routed expert."""
+    experts: int
+    experts_per_token: int
+    vocabulary: int
+    """Tokens, special tokens included."""
+    context: int
+    """`max_position_embeddings`."""
+
+
+class Router(NamedTuple):
+    """A routing module in the model and where its decisions are."""
+
+    module: torch.nn.Module
+    bias: torch.Tensor
+    """Selection bias `[experts]`, float32, updated in place by the load balancer."""
+    selected: int
+    """Position of the chosen expert indices `[tokens, experts_per_token]` in the module's output tuple."""
+
+
+class Architecture(Protocol):
+    """The interface of an architecture module (`self` is the module)."""
+
+    DEFAULT_SIZES: Sizes
+    PRE_TOKENIZER_PATTERN: str
+    """Regular expression that splits text before byte-level BPE."""
+    SPECIAL_TOKENS: tuple[AddedToken, ...]
+    """They take the last ids of the vocabulary, in this order."""
+    BEGIN_OF_TEXT: str
+    END_OF_TEXT: str
+    GENERATION_DEFAULTS: dict[str, Any]
+    CHAT_TEMPLATE: str
+    """Jinja source."""
+    SHARDS: int
+    """Number of safetensors files to write."""
+
+    def build(self, sizes: Sizes) -> PreTrainedModel:
+        """A float32 model with uninitialised or default weights."""
+
+    def routers(self, model: PreTrainedModel) -> list[Router]:
+        """The routers with a trained selection bias, in layer order."""
+
+    def hub_config(self, sizes: Sizes) -> dict[str, Any]:
+        """config.json with the keys of the published checkpoints."""
+
+    def hub_tensors(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """The trained weights under the names and in the dtypes of the published checkpoints, in file order."""
+
+    def shard_name(self, number: int, shards: int) -> str:
+        """File name of shard `number` (counted from 0) of `shards`."""

@@ -1,0 +1,177 @@
+// Q4_1, Q5_1, Q2_K, Q4_K and Q5_K.
+#include "affine.h"
+#include "packing.h"
+
+namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
+
+// Blocks of 32 values with a scale and an offset of their own.
+template <int TOP> struct SmallAffine {
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* scales, Ints* codes) {
+        AffineBlock<32, TOP, true, WEIGHTED> block(values, weights);
+        Ints scale, minimum;
+        search_scale_and_minimum(block, unit, scale, minimum);
+        pack_half(scale, scales);
+        pack_half(minimum ^ 0x8000, scales + 2);
+        Floats offset = stored(minimum, unit), inverse = reciprocal(stored(scale, unit));
+        for (int i = 0; i < 32; i++) codes[i] = truncated(block.code(i, offset, inverse));
+    }
+
+    static void decode(const Ints* scales, const Ints* codes, Floats* values) {
+        Floats scale = unpack_half(scales), offset = unpack_half(scales + 2);
+        for (int i = 0; i < 32; i++) values[i] = scale * to_float(codes[i]) + offset;
+    }
+};
+
+struct Q4_1 {
+    static constexpr int ID = 3, SIZE = 32, BYTES = 20;
+
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
+        Ints codes[32];
+        SmallAffine<15>::encode(values, weights, unit, bytes, codes);
+        pack<4, 16>(codes, bytes + 4);
+    }
+
+    static void decode(const Ints* bytes, Floats* values) {
+        Ints codes[32];
+        unpack<4, 16>(bytes + 4, codes);
+        SmallAffine<15>::decode(bytes, codes, values);
+    }
+};
+
+struct Q5_1 {
+    static constexpr int ID = 7, SIZE = 32, BYTES = 24;
+
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
+        Ints codes[32];
+        SmallAffine<31>::encode(values, weights, unit, bytes, codes);
+        pack_5_bits(codes, bytes + 4);
+    }
+
+    static void decode(const Ints* bytes, Floats* values) {
+        Ints codes[32];
+        unpack_5_bits(bytes + 4, codes);
+        SmallAffine<31>::decode(bytes, codes, values);
+    }
+};
+
+// Blocks of 256 values in COUNT sub-blocks with codes up to TOP and multiples up to LARGEST.
+template <int COUNT, int TOP, int LARGEST> struct SuperAffine {
+    static constexpr int SIZE = 256 / COUNT;
+
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* steps, Ints* scales,
+                       Ints* minima, Ints* codes) {
+        using Block = AffineBlock<SIZE, TOP, false, WEIGHTED>;
+        AffineSuperBlock<Block, COUNT, LARGEST> super_block(values, weights);
+        auto found = super_block.search(unit);
+        Ints scale_bits = half_of(found.scale_step, unit), minimum_bits = half_of(found.minimum_step, unit);
+        Floats scale_step = stored(scale_bits, unit), minimum_step = stored(minimum_bits, unit);
+        pack_half(scale_bits, steps);
+        pack_half(minimum_bits, steps + 2);
+        for (int i = 0; i < COUNT; i++) {
+            Floats minimum = minimum_step * found.minima[i], inverse = reciprocal(scale_step * found.scales[i]);
+            const Block& block = super_block.blocks[i];
+            for (int j = 0; j < SIZE; j++) codes[i * SIZE + j] = truncated(block.code(j, minimum, inverse));
+            scales[i] = truncated(found.scales[i]);
+            minima[i] = truncated(found.minima[i]);
+        }
+    }
+
+    static void decode(const Ints* steps, const Ints* scales, const Ints* minima, const Ints* codes, Floats* values) {
+        Floats scale_step = unpack_half(steps), minimum_step = unpack_half(steps + 2);
+        for (int i = 0; i < COUNT; i++) {
+            Floats scale = scale_step * to_float(scales[i]), minimum = minimum_step * to_float(minima[i]);
+            for (int j = i * SIZE; j < (i + 1) * SIZE; j++) values[j] = scale * to_float(codes[j]) - minimum;
+        }
+    }
+};
+
+struct Q2_K {
+    static constexpr int ID = 10, SIZE = 256, BYTES = 84;
+    using Super = SuperAffine<16, 3, 15>;
+
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
+        Ints scales[16], minima[16], codes[256];
+        Super::encode(values, weights, unit, bytes + 80, scales, minima, codes);
+        for (int i = 0; i < 16; i++) bytes[i] = scales[i] | minima[i] << 4;
+        for (int i = 0; i < 2; i++) pack<2, 32>(codes + 128 * i, bytes + 16 + 32 * i);
+    }
+
+    static void decode(const Ints* bytes, Floats* values) {
+        Ints scales[16], minima[16], codes[256];
+        for (int i = 0; i < 16; i++) scales[i] = bytes[i] & 15, minima[i] = bytes[i] >> 4;
+        for (int i = 0; i < 2; i++) unpack<2, 32>(bytes + 16 + 32 * i, codes + 128 * i);
+        Super::decode(bytes + 80, scales, minima, codes, values);
+    }
+};
+
+// 8 scales and 8 minima of 6 bits in 12 bytes: scales 0-3 and minima 0-3 fill the lower bits of a byte each, whose
+// upper two are the upper bits of number + 4; the lower four bits of numbers 4-7 share the last four bytes.
+inline void pack_6_bits(const Ints* scales, const Ints* minima, Ints* bytes) {
+    for (int i = 0; i < 4; i++) {
+        bytes[i] = scales[i] | scales[i + 4] >> 4 << 6;
+        bytes[i + 4] = minima[i] | minima[i + 4] >> 4 << 6;
+        bytes[i + 8] = (scales[i + 4] & 15) | (minima[i + 4] & 15) << 4;
+    }
+}
+
+inline void unpack_6_bits(const Ints* bytes, Ints* scales, Ints* minima) {
+    for (int i = 0; i < 4; i++) {
+        scales[i] = bytes[i] & 63;
+        minima[i] = bytes[i + 4] & 63;
+        scales[i + 4] = (bytes[i + 8] & 15) | bytes[i] >> 6 << 4;
+        minima[i + 4] = bytes[i + 8] >> 4 | bytes[i + 4] >> 6 << 4;
+    }
+}
+
+struct Q4_K {
+    static constexpr int ID = 12, SIZE = 256, BYTES = 144;
+    using Super = SuperAffine<8, 15, 63>;
+
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
+        Ints scales[8], minima[8], codes[256];
+        Super::encode(values, weights, unit, bytes, scales, minima, codes);
+        pack_6_bits(scales, minima, bytes + 4);
+        for (int i = 0; i < 4; i++) pack<4, 32>(codes + 64 * i, bytes + 16 + 32 * i);
+    }
+
+    static void decode(const Ints* bytes, Floats* values) {
+        Ints scales[8], minima[8], codes[256];
+        unpack_6_bits(bytes + 4, scales, minima);
+        for (int i = 0; i < 4; i++) unpack<4, 32>(bytes + 16 + 32 * i, codes + 64 * i);
+        Super::decode(bytes, scales, minima, codes, values);
+    }
+};
+
+struct Q5_K {
+    static constexpr int ID = 13, SIZE = 256, BYTES = 176;
+    using Super = SuperAffine<8, 31, 63>;
+
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
+        Ints scales[8], minima[8], codes[256], fifth[256];
+        Super::encode(values, weights, unit, bytes, scales, minima, codes);
+        pack_6_bits(scales, minima, bytes + 4);
+        for (int i = 0; i < 256; i++) fifth[i] = codes[i] >> 4, codes[i] = codes[i] & 15;
+        pack<1, 32>(fifth, bytes + 16);
+        for (int i = 0; i < 4; i++) pack<4, 32>(codes + 64 * i, bytes + 48 + 32 * i);
+    }
+
+    static void decode(const Ints* bytes, Floats* values) {
+        Ints scales[8], minima[8], codes[256], fifth[256];
+        unpack_6_bits(bytes + 4, scales, minima);
+        unpack<1, 32>(bytes + 16, fifth);
+        for (int i = 0; i < 4; i++) unpack<4, 32>(bytes + 48 + 32 * i, codes + 64 * i);
+        for (int i = 0; i < 256; i++) codes[i] |= fifth[i] << 4;
+        Super::decode(bytes, scales, minima, codes, values);
+    }
+};
+
+extern const Kernel AFFINE[] = {kernel<Q4_1>(), kernel<Q5_1>(), kernel<Q2_K>(), kernel<Q4_K>(), kernel<Q5_K>(), {}};
+
+}  // namespace

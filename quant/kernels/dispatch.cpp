@@ -1,0 +1,122 @@
+// The C interface that quant/native.py calls: picks an instruction set, and shares rows among threads.
+// Compiled for the oldest processor; the other files, once for each instruction set, run only where there is one.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+#define FAMILIES_OF(set)                                    \
+    namespace kernels_##set {                               \
+    extern const Kernel AFFINE[], SYMMETRIC[], CODEBOOK[];  \
+    const Kernel* const FAMILIES[] = {AFFINE, SYMMETRIC, CODEBOOK, nullptr}; \
+    }
+
+#ifdef WITH_AVX512
+FAMILIES_OF(avx512)
+#endif
+#ifdef WITH_AVX2
+FAMILIES_OF(avx2)
+#endif
+FAMILIES_OF(baseline)
+
+namespace {
+
+struct InstructionSet {
+    const char* name;
+    const Kernel* const* families;
+    bool usable;
+};
+
+// Best first.
+const std::vector<InstructionSet>& instruction_sets() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    static const std::vector<InstructionSet> sets = {
+#ifdef WITH_AVX512
+        {"avx512", kernels_avx512::FAMILIES,
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+#endif
+#ifdef WITH_AVX2
+        {"avx2", kernels_avx2::FAMILIES, bool(__builtin_cpu_supports("avx2"))},
+#endif
+        {"x86-64-v2", kernels_baseline::FAMILIES, bool(__builtin_cpu_supports("sse4.2"))},
+    };
+#else
+    static const std::vector<InstructionSet> sets = {{"neon", kernels_baseline::FAMILIES, true}};
+#endif
+    return sets;
+}
+
+const Kernel* find(const char* instruction_set, int id) {
+    for (const InstructionSet& set : instruction_sets()) {
+        if (!set.usable || std::strcmp(set.name, instruction_set)) continue;
+        for (const Kernel* const* family = set.families; *family; family++)
+            for (const Kernel* kernel = *family; kernel->decode; kernel++)
+                if (kernel->id == id) return kernel;
+    }
+    return nullptr;
+}
+
+constexpr int64_t PIECE = 1 << 16;  // values that a thread takes at once
+
+// Calls work(first, last) for pieces of 0 ... blocks, in rising order, on up to `threads` threads.
+template <class Work> void share(int64_t blocks, int block_size, int threads, Work work) {
+    const int64_t step = std::max<int64_t>(1, PIECE / block_size);
+    std::atomic<int64_t> next{0};
+    auto run = [&] {
+        for (int64_t first; (first = next.fetch_add(step)) < blocks;) work(first, std::min(first + step, blocks));
+    };
+    std::vector<std::thread> helpers;
+    try {
+        for (int64_t i = 1; i < threads && i * step < blocks; i++) helpers.emplace_back(run);
+    } catch (const std::system_error&) {
+        // The system gives no more threads; those that there are do the work.
+    }
+    run();
+    for (std::thread& helper : helpers) helper.join();
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The name of the instruction set at this place among those usable here, best first; null beyond the last.
+EXPORT const char* kernels_instruction_set(int place) {
+    for (const InstructionSet& set : instruction_sets())
+        if (set.usable && place-- == 0) return set.name;
+    return nullptr;
+}
+
+// 0: no kernel for this format, 1: reads it, 2: reads and writes it.
+EXPORT int kernels_support(const char* instruction_set, int format) {
+    const Kernel* kernel = find(instruction_set, format);
+    return kernel ? 1 + (kernel->encode != nullptr) : 0;
+}
+
+// Returns the first row that holds a value that is not finite, or -1. `type` and `weights` as in struct Rows.
+EXPORT int64_t kernels_quantize(const char* instruction_set, int format, const void* values, int type,
+                                const float* weights, uint8_t* bytes, int64_t rows, int64_t columns, int threads) {
+    const Kernel* kernel = find(instruction_set, format);
+    const int64_t row_blocks = columns / kernel->block_size, blocks = rows * row_blocks;
+    const Rows input{values, type, weights, row_blocks, bytes};
+    std::atomic<int64_t> bad{blocks};
+    share(blocks, kernel->block_size, threads, [&](int64_t first, int64_t last) {
+        if (first >= bad) return;
+        int64_t found = kernel->encode(input, first, last);
+        if (found < 0) return;
+        for (int64_t known = bad; found < known && !bad.compare_exchange_weak(known, found);) {}
+    });
+    return bad < blocks ? bad / row_blocks : -1;
+}
+
+EXPORT void kernels_dequantize(const char* instruction_set, int format, const uint8_t* bytes, float* values,
+                               int64_t blocks, int threads) {
+    const Kernel* kernel = find(instruction_set, format);
+    share(blocks, kernel->block_size, threads,
+          [&](int64_t first, int64_t last) { kernel->decode(bytes, values, first, last); });
+}

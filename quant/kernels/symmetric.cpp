@@ -1,0 +1,154 @@
+// Q8_0, Q5_0, Q4_0, Q6_K and Q3_K.
+#include "packing.h"
+#include "scaled.h"
+
+namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
+
+// Blocks of 32 values with a scale of their own.
+template <class Levels> struct SmallScaled {
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes, Ints* codes) {
+        Ints scale = search_scale<Levels, 32>(values, weights, unit);
+        pack_half(scale, bytes);
+        Floats inverse = reciprocal(stored(scale, unit));
+        for (int i = 0; i < 32; i++) codes[i] = Levels::code(values[i] * inverse);
+    }
+};
+
+struct Q8_0 {
+    static constexpr int ID = 8, SIZE = 32, BYTES = 34;
+
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
+        SmallScaled<Uniform<-127, 127>>::encode(values, weights, unit, bytes, bytes + 2);
+        for (int i = 0; i < 32; i++) bytes[2 + i] = (bytes[2 + i] - 127) & 255;
+    }
+
+    static void decode(const Ints* bytes, Floats* values) {
+        Floats scale = unpack_half(bytes);
+        for (int i = 0; i < 32; i++) values[i] = to_float(bytes[2 + i] << 24 >> 24) * scale;
+    }
+};
+
+struct Q4_0 {
+    static constexpr int ID = 2, SIZE = 32, BYTES = 18;
+
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
+        Ints codes[32];
+        SmallScaled<Uniform<-8, 7>>::encode(values, weights, unit, bytes, codes);
+        pack<4, 16>(codes, bytes + 2);
+    }
+
+    static void decode(const Ints* bytes, Floats* values) {
+        Ints codes[32];
+        unpack<4, 16>(bytes + 2, codes);
+        Floats scale = unpack_half(bytes);
+        for (int i = 0; i < 32; i++) values[i] = scale * to_float(codes[i] - 8);
+    }
+};
+
+struct Q5_0 {
+    static constexpr int ID = 6, SIZE = 32, BYTES = 22;
+
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
+        Ints codes[32];
+        SmallScaled<Uniform<-16, 15>>::encode(values, weights, unit, bytes, codes);
+        pack_5_bits(codes, bytes + 2);
+    }
+
+    static void decode(const Ints* bytes, Floats* values) {
+        Ints codes[32];
+        unpack_5_bits(bytes + 2, codes);
+        Floats scale = unpack_half(bytes);
+        for (int i = 0; i < 32; i++) values[i] = scale * to_float(codes[i] - 16);
+    }
+};
+
+// Blocks of 256 values in 16 sub-blocks, whose multiples of the step go from LOWEST to HIGHEST.
+template <class Levels, int LOWEST, int HIGHEST> struct SuperScaled {
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* step, Ints* multiples,
+                       Ints* codes) {
+        auto found = ScaledSuperBlock<Levels, 16, 16, LOWEST, HIGHEST, WEIGHTED>(values, weights).search(unit);
+        Ints step_bits = half_of(found.step, unit);
+        pack_half(step_bits, step);
+        for (int i = 0; i < 16; i++) {
+            Floats inverse = reciprocal(stored(step_bits, unit) * found.scales[i]);
+            for (int j = 16 * i; j < 16 * i + 16; j++) codes[j] = Levels::code(values[j] * inverse);
+            multiples[i] = truncated(found.scales[i]);
+        }
+    }
+
+    static void decode(const Ints* step, const Ints* multiples, const Ints* levels, Floats* values) {
+        Floats whole = unpack_half(step);
+        for (int i = 0; i < 16; i++) {
+            Floats scale = whole * to_float(multiples[i]);
+            for (int j = 16 * i; j < 16 * i + 16; j++) values[j] = scale * to_float(levels[j]);
+        }
+    }
+};
+
+struct Q6_K {
+    static constexpr int ID = 14, SIZE = 256, BYTES = 210;
+    using Super = SuperScaled<Uniform<-32, 31>, -128, 127>;
+
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
+        Ints codes[256];
+        Super::encode(values, weights, unit, bytes + 208, bytes + 192, codes);
+        for (int i = 0; i < 16; i++) bytes[192 + i] &= 255;
+        for (int i = 0; i < 256; i += 128) {
+            Ints low[128], high[128];
+            for (int j = 0; j < 128; j++) low[j] = codes[i + j] & 15, high[j] = codes[i + j] >> 4;
+            pack<4, 64>(low, bytes + i / 2);
+            pack<2, 32>(high, bytes + 128 + i / 4);
+        }
+    }
+
+    static void decode(const Ints* bytes, Floats* values) {
+        Ints levels[256], multiples[16];
+        for (int i = 0; i < 256; i += 128) {
+            Ints high[128];
+            unpack<4, 64>(bytes + i / 2, levels + i);
+            unpack<2, 32>(bytes + 128 + i / 4, high);
+            for (int j = 0; j < 128; j++) levels[i + j] = (levels[i + j] | high[j] << 4) - 32;
+        }
+        for (int i = 0; i < 16; i++) multiples[i] = bytes[192 + i] << 24 >> 24;
+        Super::decode(bytes + 208, multiples, levels, values);
+    }
+};
+
+struct Q3_K {
+    static constexpr int ID = 11, SIZE = 256, BYTES = 110;
+    using Super = SuperScaled<Uniform<-4, 3>, -32, 31>;
+
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
+        Ints codes[256], multiples[16], third[256];
+        Super::encode(values, weights, unit, bytes + 108, multiples, codes);
+        for (int i = 0; i < 256; i++) third[i] = codes[i] >> 2, codes[i] &= 3;
+        pack<1, 32>(third, bytes);
+        for (int i = 0; i < 2; i++) pack<2, 32>(codes + 128 * i, bytes + 32 + 32 * i);
+        Ints high[16];
+        for (int i = 0; i < 16; i++) multiples[i] += 32, high[i] = multiples[i] >> 4, multiples[i] &= 15;
+        pack<4, 8>(multiples, bytes + 96);
+        pack<2, 4>(high, bytes + 104);
+    }
+
+    static void decode(const Ints* bytes, Floats* values) {
+        Ints levels[256], multiples[16], third[256], high[16];
+        unpack<1, 32>(bytes, third);
+        for (int i = 0; i < 2; i++) unpack<2, 32>(bytes + 32 + 32 * i, levels + 128 * i);
+        for (int i = 0; i < 256; i++) levels[i] = (levels[i] | third[i] << 2) - 4;
+        unpack<4, 8>(bytes + 96, multiples);
+        unpack<2, 4>(bytes + 104, high);
+        for (int i = 0; i < 16; i++) multiples[i] = (multiples[i] | high[i] << 4) - 32;
+        Super::decode(bytes + 108, multiples, levels, values);
+    }
+};
+
+extern const Kernel SYMMETRIC[] = {kernel<Q8_0>(), kernel<Q5_0>(), kernel<Q4_0>(), kernel<Q6_K>(), kernel<Q3_K>(), {}};
+
+}  // namespace

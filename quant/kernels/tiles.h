@@ -1,0 +1,207 @@
+// Between rows in memory and lanes in registers: LANES consecutive blocks are transposed, so that vector i holds
+// value i (or byte i) of each block.
+#pragma once
+
+#include <cstring>
+
+#include "kernels.h"
+#include "lanes.h"
+
+namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define KERNELS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define KERNELS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
+
+inline Ints interleaved_low(Ints a, Ints b) {
+#if defined(__AVX512F__)
+    return KERNELS_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif defined(__AVX2__)
+    return KERNELS_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+    return KERNELS_SHUFFLE(a, b, 0, 4, 1, 5);
+#endif
+}
+
+inline Ints interleaved_high(Ints a, Ints b) {
+#if defined(__AVX512F__)
+    return KERNELS_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+    return KERNELS_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+    return KERNELS_SHUFFLE(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// Swaps rows and columns: each round interleaves the first half of the rows with the second.
+inline void transpose(Ints (&rows)[LANES]) {
+    for (int round = 1; round < LANES; round *= 2) {
+        Ints next[LANES];
+        for (int i = 0; i < LANES / 2; i++) {
+            next[2 * i] = interleaved_low(rows[i], rows[i + LANES / 2]);
+            next[2 * i + 1] = interleaved_high(rows[i], rows[i + LANES / 2]);
+        }
+        for (int i = 0; i < LANES; i++) rows[i] = next[i];
+    }
+}
+
+struct Half { uint16_t bits; };
+struct Brain { uint16_t bits; };
+typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
+
+inline Floats load(const float* from) {
+    Floats values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
+}
+
+inline Ints load_shorts(const void* from) {
+    Shorts shorts;
+    std::memcpy(&shorts, from, sizeof shorts);
+    return __builtin_convertvector(shorts, Ints);
+}
+
+inline Floats load(const Half* from) { return float_from_half(load_shorts(from)); }
+inline Floats load(const Brain* from) { return from_bits(load_shorts(from) << 16); }
+
+// Where each lane's block begins. Lanes beyond the last block repeat it, and their results are dropped.
+template <class Input> struct Starts {
+    const Input* lane[LANES];
+};
+
+template <int SIZE, class Input> void load_values(const Starts<Input>& starts, Floats* values) {
+    for (int first = 0; first < SIZE; first += LANES) {
+        Ints rows[LANES];
+        for (int lane = 0; lane < LANES; lane++) rows[lane] = bits(load(starts.lane[lane] + first));
+        transpose(rows);
+        for (int i = 0; i < LANES; i++) values[first + i] = from_bits(rows[i]);
+    }
+}
+
+template <int SIZE, class Input> void load_blocks(const Input* blocks, int64_t first, int64_t count, Floats* values) {
+    Starts<Input> starts;
+    for (int lane = 0; lane < LANES; lane++) starts.lane[lane] = blocks + (first + (lane < count ? lane : 0)) * SIZE;
+    load_values<SIZE>(starts, values);
+}
+
+template <int SIZE> void load_weights(const Rows& rows, int64_t first, Floats* weights) {
+    Starts<float> starts;
+    for (int lane = 0; lane < LANES; lane++) starts.lane[lane] = rows.weights + (first + lane) % rows.blocks * SIZE;
+    load_values<SIZE>(starts, weights);
+}
+
+template <int SIZE> void load_rows(const Rows& rows, int64_t first, int64_t count, Floats* values) {
+    switch (rows.type) {
+        case 0: return load_blocks<SIZE>(static_cast<const float*>(rows.values), first, count, values);
+        case 1: return load_blocks<SIZE>(static_cast<const Half*>(rows.values), first, count, values);
+        default: return load_blocks<SIZE>(static_cast<const Brain*>(rows.values), first, count, values);
+    }
+}
+
+constexpr int words_of(int bytes) { return (bytes + 3) / 4; }
+
+// Bytes, one to a lane of each vector, to `count` blocks of BYTES bytes.
+template <int BYTES> void store_bytes(const Ints* bytes, uint8_t* blocks, int64_t count) {
+    constexpr int WORDS = words_of(BYTES), WIDTH = 4 * LANES;
+    for (int first = 0; first < WORDS; first += LANES) {
+        Ints rows[LANES];
+        for (int i = 0; i < LANES; i++) {
+            const Ints* word = bytes + 4 * (first + i);
+            rows[i] = first + i < WORDS ? word[0] | word[1] << 8 | word[2] << 16 | word[3] << 24 : all(0);
+        }
+        transpose(rows);
+        for (int lane = 0; lane < count; lane++) {
+            uint8_t* block = blocks + lane * BYTES + 4 * first;
+            if (4 * first + WIDTH <= BYTES) std::memcpy(block, &rows[lane], WIDTH);
+            else std::memcpy(block, &rows[lane], BYTES % WIDTH);
+        }
+    }
+}
+
+// The inverse of `store_bytes`. Lanes beyond `count` hold zeros.
+template <int BYTES> void load_bytes(const uint8_t* blocks, int64_t count, Ints* bytes) {
+    constexpr int WORDS = words_of(BYTES), WIDTH = 4 * LANES;
+    for (int first = 0; first < WORDS; first += LANES) {
+        Ints rows[LANES] = {};
+        for (int lane = 0; lane < count; lane++) {
+            const uint8_t* block = blocks + lane * BYTES + 4 * first;
+            if (4 * first + WIDTH <= BYTES) std::memcpy(&rows[lane], block, WIDTH);
+            else std::memcpy(&rows[lane], block, BYTES % WIDTH);
+        }
+        transpose(rows);
+        for (int i = 0; i < LANES && first + i < WORDS; i++)
+            for (int place = 0; place < 4; place++) bytes[4 * (first + i) + place] = rows[i] >> 8 * place & 255;
+    }
+}
+
+template <int SIZE> void store_values(const Floats* values, float* blocks, int64_t count) {
+    for (int first = 0; first < SIZE; first += LANES) {
+        Ints rows[LANES];
+        for (int i = 0; i < LANES; i++) rows[i] = bits(values[first + i]);
+        transpose(rows);
+        for (int lane = 0; lane < count; lane++) std::memcpy(blocks + lane * SIZE + first, &rows[lane], 4 * LANES);
+    }
+}
+
+// The weights of values. When all are 1 there is nothing to load or to multiply with, which changes no result.
+template <bool WEIGHTED> struct Weights {
+    const Floats* values;
+
+    Floats times(int i, Floats value) const {
+        if constexpr (WEIGHTED) return values[i] * value;
+        else return value;
+    }
+    Weights from(int i) const { return {WEIGHTED ? values + i : nullptr}; }
+};
+
+// Divides a tile by its unit, which it returns; `bad` becomes the first lane that is not finite, or -1.
+template <int SIZE> Floats to_unit(Floats* values, int& bad) {
+    Ints largest = all(0);
+    for (int i = 0; i < SIZE; i++) largest = larger(largest, bits(magnitude(values[i])));
+    bad = -1;
+    for (int lane = LANES - 1; lane >= 0; lane--)
+        if (largest[lane] >= 0x7f800000) bad = lane;
+    Floats unit = unit_of(largest), inverse = 1.0f / unit;
+    for (int i = 0; i < SIZE; i++) values[i] = values[i] * inverse;
+    return unit;
+}
+
+template <class Format, bool WEIGHTED> int64_t encode_blocks(const Rows& rows, int64_t first, int64_t last) {
+    Floats values[Format::SIZE], weights[WEIGHTED ? Format::SIZE : 1];
+    Ints bytes[4 * words_of(Format::BYTES)] = {};
+    for (; first < last; first += LANES) {
+        int64_t count = last - first < LANES ? last - first : LANES;
+        load_rows<Format::SIZE>(rows, first, count, values);
+        int bad;
+        Floats unit = to_unit<Format::SIZE>(values, bad);
+        if (bad >= 0) return first + (bad < count ? bad : 0);
+        if constexpr (WEIGHTED) load_weights<Format::SIZE>(rows, first, weights);
+        Format::encode(values, Weights<WEIGHTED>{weights}, unit, bytes);
+        store_bytes<Format::BYTES>(bytes, rows.bytes + first * Format::BYTES, count);
+    }
+    return -1;
+}
+
+template <class Format> int64_t encode(const Rows& rows, int64_t first, int64_t last) {
+    return rows.weights ? encode_blocks<Format, true>(rows, first, last)
+                        : encode_blocks<Format, false>(rows, first, last);
+}
+
+template <class Format> void decode(const uint8_t* blocks, float* values, int64_t first, int64_t last) {
+    Ints bytes[4 * words_of(Format::BYTES)];
+    Floats tile[Format::SIZE];
+    for (; first < last; first += LANES) {
+        int64_t count = last - first < LANES ? last - first : LANES;
+        load_bytes<Format::BYTES>(blocks + first * Format::BYTES, count, bytes);
+        Format::decode(bytes, tile);
+        store_values<Format::SIZE>(tile, values + first * Format::SIZE, count);
+    }
+}
+
+template <class Format> constexpr Kernel kernel() {
+    return {Format::ID, Format::SIZE, Format::BYTES, encode<Format>, decode<Format>};
+}
+
+}  // namespace

@@ -1,0 +1,121 @@
+"""The C++ kernels: the searches of the torch quantisers, one block to a SIMD lane.
+
+They are built when moecast is installed with a C++ compiler at hand (see setup.py); without them torch does the same
+work to the same bits, several times more slowly. MOECAST_KERNELS in the environment picks what serves: one of
+`paths()`, the fastest by default.
+"""
+
+from __future__ import annotations
+
+import os
+from ctypes import CDLL, c_char_p, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..archs.errors import BadInput
+from .formats import Format
+
+TORCH: Final = "torch"
+_INPUTS: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_LIBRARY: Final = Path(__file__).with_name("_kernels.so")
+
+
+def available() -> bool:
+    """Whether there are C++ kernels that this processor can run."""
+    return len(paths()) > 1
+
+
+@cache
+def paths() -> tuple[str, ...]:
+    """What can quantise on this machine, fastest first: instruction sets that there are kernels for, then "torch"."""
+    library = _library()
+    names = []
+    while library and (name := library.kernels_instruction_set(len(names))):
+        names.append(name.decode())
+    return (*names, TORCH)
+
+
+def describe() -> str:
+    """One line on the kernels in use, for people."""
+    if path() != TORCH:
+        return f"C++ kernels for {path()}"
+    if available():
+        return "torch, because MOECAST_KERNELS says so"
+    reason = "this processor runs none of them" if _library() else "install moecast again with a C++ compiler at hand"
+    return f"torch; no C++ kernels, which are several times faster: {reason}"
+
+
+def path() -> str:
+    """The one of `paths()` in use; BadInput if MOECAST_KERNELS names another."""
+    choice = os.environ.get("MOECAST_KERNELS") or paths()[0]
+    if choice not in paths():
+        raise BadInput(f"MOECAST_KERNELS is {choice!r}; this machine has {', '.join(paths())}")
+    return choice
+
+
+def can_quantize(format: Format, rows: Tensor) -> bool:
+    """Whether kernels write this format from such rows."""
+    return rows.device.type == "cpu" and _support(path(), format) > 1
+
+
+def quantize(rows: Tensor, format: Format, weights: Tensor | None, result: Tensor, threads: int) -> int | None:
+    """Quantise rows [rows, columns] with weights [columns] to uint8 `result` [rows, row bytes].
+
+    Returns the first row that holds a value that is not finite, if any; then the result is incomplete.
+    """
+    rows = (rows if rows.dtype in _INPUTS else rows.to(torch.float32)).contiguous()
+    bad: int = _loaded().kernels_quantize(
+        path().encode(),
+        format.id,
+        rows.data_ptr(),
+        _INPUTS[rows.dtype],
+        None if weights is None else weights.data_ptr(),
+        result.data_ptr(),
+        *rows.shape,
+        threads,
+    )
+    return None if bad < 0 else bad
+
+
+def can_dequantize(format: Format, data: Tensor) -> bool:
+    """Whether kernels read this format from such bytes."""
+    return data.device.type == "cpu" and _support(path(), format) > 0
+
+
+def dequantize(data: Tensor, format: Format, result: Tensor, threads: int) -> None:
+    """Read uint8 rows [rows, row bytes] into float32 `result` [rows, columns]."""
+    data = data.contiguous()
+    blocks = data.numel() // format.block_bytes
+    _loaded().kernels_dequantize(path().encode(), format.id, data.data_ptr(), result.data_ptr(), blocks, threads)
+
+
+@cache
+def _support(path: str, format: Format) -> int:
+    return 0 if path == TORCH else int(_loaded().kernels_support(path.encode(), format.id))
+
+
+def _loaded() -> CDLL:
+    library = _library()
+    assert library is not None
+    return library
+
+
+@cache
+def _library() -> CDLL | None:
+    try:
+        library = CDLL(str(_LIBRARY))
+    except OSError:  # never built, or built for another system
+        return None
+    library.kernels_instruction_set.restype, library.kernels_instruction_set.argtypes = c_char_p, [c_int]
+    library.kernels_support.restype, library.kernels_support.argtypes = c_int, [c_char_p, c_int]
+    library.kernels_quantize.restype = c_int64
+    library.kernels_quantize.argtypes = [
+        c_char_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int
+    ]  # fmt: skip
+    library.kernels_dequantize.restype = None
+    library.kernels_dequantize.argtypes = [c_char_p, c_int, c_void_p, c_void_p, c_int64, c_int]
+    return library

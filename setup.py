@@ -1,0 +1,89 @@
+"""Builds the C++ kernels, once for each instruction set. An install without a compiler goes on without them.
+
+Everything else about the package is in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+KERNELS = Path("quant/kernels")
+FAMILIES = sorted(str(path) for path in KERNELS.glob("*.cpp") if path.stem != "dispatch")
+DISPATCH = str(KERNELS / "dispatch.cpp")
+HEADERS = sorted(str(path) for path in KERNELS.glob("*.h"))
+
+# Results must be the same bits with every instruction set, so a product and a sum are never fused.
+FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-g0",
+)
+INTEL = platform.machine().lower() in ("x86_64", "amd64")
+BASELINE = ("-msse4.2",) if INTEL else ()
+NEWER = {
+    "avx2": ("-mavx2",),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+}
+
+
+class BuildKernels(build_ext):
+    """Makes quant/_kernels.so, a library for ctypes rather than a Python module."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self._build(ext)
+        except Exception as error:  # whatever a compiler, or the lack of one, may come up with
+            self.warn(f"no C++ kernels: {error}. moecast will quantise with torch, which is several times slower")
+
+    def _build(self, ext: Extension) -> None:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            baseline = [pool.submit(self._objects, source, "baseline", BASELINE) for source in FAMILIES]
+            newer = {
+                name: [pool.submit(self._objects, source, name, flags) for source in FAMILIES]
+                for name, flags in NEWER.items()
+                if INTEL
+            }
+        built = {name: jobs for name, jobs in newer.items() if all(job.exception() is None for job in jobs)}
+        for name in newer.keys() - built.keys():
+            self.warn(f"this compiler knows no {name}: building without it")
+        objects = [file for jobs in (baseline, *built.values()) for job in jobs for file in job.result()]
+        objects += self._compile(DISPATCH, "dispatch", (), [(f"WITH_{name.upper()}", "1") for name in built])
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=["-pthread"], target_lang="c++"
+        )
+
+    def _objects(self, source: str, instruction_set: str, flags: tuple[str, ...]) -> list[str]:
+        return self._compile(source, instruction_set, flags, [("INSTRUCTION_SET", instruction_set)])
+
+    def _compile(self, source: str, folder: str, flags: tuple[str, ...], macros: list[tuple[str, str]]) -> list[str]:
+        output = os.path.join(self.build_temp, folder)
+        return self.compiler.compile(
+            [source], output_dir=output, macros=macros, extra_postargs=[*FLAGS, *flags], depends=HEADERS
+        )
+
+
+class KernelWheel(bdist_wheel):
+    """A wheel for every Python version: the library calls nothing of Python's."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("moecast.quant._kernels", [*FAMILIES, DISPATCH], depends=HEADERS, language="c++")],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": KernelWheel},
+)
