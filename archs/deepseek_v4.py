@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from .catalogue import Catalogue
 from .config import Config
-from .deepseek_v4_blocks import NAME, OVERLAPPING, STREAMS, Dimensions, build, check
-from .deepseek_v4_names import checkpoint_source
+from .deepseek_v4_blocks import NAME, OVERLAPPING, STREAMS, Dimensions, build, build_draft, check
+from .deepseek_v4_names import CheckpointSource
 from .errors import BadInput
 from .graph import CompressedAttention, Graph, HashRouter, MoE, Yarn
 from .registry import Architecture
@@ -23,10 +24,20 @@ YARN_FAST, YARN_SLOW = 32.0, 1.0  # llama.cpp knows no other
 def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
     dimensions = _read_config(config)
     catalogue = Catalogue(tensors, config.origin)
-    notes = _leave_drafts(catalogue, tensors)
-    graph = build(dimensions, checkpoint_source(catalogue, dimensions.experts, dimensions.expert_size), notes)
+    source = CheckpointSource(catalogue, len(dimensions.ratios), dimensions.experts, dimensions.expert_size)
+    graph = build(dimensions, source)
+    if _draft_blocks(tensors) == 1 and "mtp.0.e_proj.weight" in catalogue:
+        graph = replace(graph, draft=build_draft(graph, dimensions, source.draft))
+    elif drafts := _draft_blocks(tensors):
+        left = f"{catalogue.leave('mtp.')} tensors of {drafts} draft blocks (mtp.*)"
+        graph = replace(graph, notes=(f"{left} are left out: llama.cpp cannot run them",))
     catalogue.finish()
     return graph
+
+
+def _draft_blocks(tensors: Sequence[TensorInfo]) -> int:
+    """Counted by name, as configurations miscount them."""
+    return len({match[1] for tensor in tensors if (match := re.match(r"mtp\.(\d+)\.", tensor.name))})
 
 
 def _read_config(config: Config) -> Dimensions:
@@ -130,17 +141,10 @@ def _read_yarn(scaling: Config) -> Yarn | None:
     return Yarn(scaling.number("factor"), original, YARN_FAST, YARN_SLOW)
 
 
-def _leave_drafts(catalogue: Catalogue, tensors: Sequence[TensorInfo]) -> tuple[str, ...]:
-    """Leave out the draft blocks: found by name, as configurations miscount them."""
-    blocks = {match[1] for tensor in tensors if (match := re.match(r"mtp\.(\d+)\.", tensor.name))}
-    count = catalogue.leave("mtp.")
-    if not blocks:
-        return ()
-    return (f"{count} tensors of {len(blocks)} draft blocks (mtp.*) are left out: the model runs without them",)
-
-
 def _from_gguf(metadata: Config, tensors: Sequence[TensorInfo]) -> Graph:
     catalogue = Catalogue(tensors, metadata.origin)
+    if "blk.0.attn_norm.weight" not in catalogue:
+        raise BadInput(f"{metadata.origin} holds no first layer: it is a draft that runs beside its model only")
     graph = build(_read_metadata(metadata, tensors), lambda name: Read(catalogue.take(name)))
     catalogue.finish()
     return graph
@@ -262,6 +266,18 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
     return {f"{graph.architecture}.{key}": value for key, value in values.items()}
 
 
+def _draft_metadata(graph: Graph) -> dict[str, Any]:
+    """The model's keys, with one block more: llama.cpp reads a draft as the model whose layers are elsewhere."""
+    assert graph.draft
+    values, layers, drafts = _gguf_metadata(graph), len(graph.layers), len(graph.draft.predictions)
+    ratios = values[f"{NAME}.attention.compress_ratios"] + [0] * drafts
+    return values | {
+        f"{NAME}.attention.compress_ratios": ratios,
+        f"{NAME}.block_count": layers + drafts,
+        f"{NAME}.nextn_predict_layers": drafts,
+    }
+
+
 ARCHITECTURE = Architecture(
     name=NAME,
     model_types=("deepseek_v4",),
@@ -270,4 +286,5 @@ ARCHITECTURE = Architecture(
     from_checkpoint=_from_checkpoint,
     from_gguf=_from_gguf,
     gguf_metadata=_gguf_metadata,
+    draft_metadata=_draft_metadata,
 )

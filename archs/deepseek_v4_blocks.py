@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import BadInput
 from .graph import (
@@ -18,6 +18,7 @@ from .graph import (
     Layer,
     MoE,
     Norm,
+    Prediction,
     Rope,
     Router,
     Score,
@@ -77,7 +78,8 @@ def check(dimensions: Dimensions, origin: str) -> None:
         )
 
 
-def build(d: Dimensions, source: Callable[[str], Expression], notes: tuple[str, ...] = ()) -> Graph:
+def build(d: Dimensions, source: Callable[[str], Expression]) -> Graph:
+    """The model without its draft."""
     builder = _Builder(d, source)
     return Graph(
         architecture=NAME,
@@ -88,14 +90,24 @@ def build(d: Dimensions, source: Callable[[str], Expression], notes: tuple[str, 
         layers=tuple(builder.layer(index, ratio) for index, ratio in enumerate(d.ratios)),
         final_norm=builder.norm("output_norm.weight", d.hidden),
         head=builder.weight("output.weight", Role.HEAD, d.vocabulary, d.hidden),
-        residual=HyperConnections(
-            streams=STREAMS,
-            iterations=d.sinkhorn_iterations,
-            epsilon=d.stream_epsilon,
-            norm_epsilon=d.epsilon,
-            head=builder.mix("output_hc", STREAMS, 1),
-        ),
-        notes=notes,
+        residual=builder.residual(),
+    )
+
+
+def build_draft(model: Graph, d: Dimensions, source: Callable[[str], Expression]) -> Graph:
+    """The block for multi-token prediction, which shares embedding and head with the model."""
+    builder = _Builder(d, source)
+    index = len(model.layers)
+    nextn = f"blk.{index}.nextn"
+    prediction = Prediction(
+        embedding_norm=builder.norm(f"{nextn}.enorm.weight", d.hidden),
+        hidden_norm=builder.norm(f"{nextn}.hnorm.weight", d.hidden),
+        projection=builder.weight(f"{nextn}.eh_proj.weight", Role.PREDICTION_INPUT, d.hidden, 2 * d.hidden),
+        layer=builder.layer(index, ratio=0),
+    )
+    final_norm = builder.norm("output_norm.weight", d.hidden)
+    return replace(
+        model, layers=(), predictions=(prediction,), final_norm=final_norm, residual=builder.residual(), draft=None
     )
 
 
@@ -119,6 +131,16 @@ class _Builder:
             ),
             base=self.weight(f"{stem}_base.weight", Role.HYPER_CONNECTION, coefficients),
             scale=self.weight(f"{stem}_scale.weight", Role.HYPER_CONNECTION, kinds),
+        )
+
+    def residual(self) -> HyperConnections:
+        d = self.dimensions
+        return HyperConnections(
+            streams=STREAMS,
+            iterations=d.sinkhorn_iterations,
+            epsilon=d.stream_epsilon,
+            norm_epsilon=d.epsilon,
+            head=self.mix("output_hc", STREAMS, 1),
         )
 
     def layer(self, index: int, ratio: int) -> Layer:

@@ -5,11 +5,10 @@ Every GGUF name is followed by the names it may have in a checkpoint; whichever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from functools import cache
 
 from .catalogue import Catalogue
-from .weights import Expression, Rows, Stack
+from .weights import Expression, Rows, SideBySide, Stack
 
 _GLOBAL_NAMES = {
     "token_embd.weight": ("embed.weight", "model.embed_tokens.weight"),
@@ -71,38 +70,53 @@ _LAYER_NAMES = {
 _EXPERT_NAMES = {"ffn_gate_exps.weight": "w1", "ffn_up_exps.weight": "w3", "ffn_down_exps.weight": "w2"}
 
 
-def checkpoint_source(catalogue: Catalogue, experts: int, expert_size: int) -> Callable[[str], Expression]:
+class CheckpointSource:
     """Finds a weight by its GGUF name, whichever way the checkpoint names it."""
 
-    @cache
-    def fused(name: str) -> Expression:
-        return catalogue.plain(name)
+    def __init__(self, catalogue: Catalogue, layers: int, experts: int, expert_size: int) -> None:
+        self._catalogue = catalogue
+        self._layers = layers
+        self._experts = experts
+        self._expert_size = expert_size
+        self._fused = cache(catalogue.plain)  # several weights each
 
-    def stack(prefix: str, kind: str) -> Expression:
-        module = f"{prefix}.mlp.experts"
-        if f"{module}.gate_up_proj" not in catalogue:
-            name = f"{prefix}.ffn.experts.{{}}.{_EXPERT_NAMES[kind]}"
-            return Stack(tuple(catalogue.matrix(name.format(expert)) for expert in range(experts)))
-        if kind == "ffn_down_exps.weight":
-            return fused(f"{module}.down_proj")
-        first = 0 if kind == "ffn_gate_exps.weight" else expert_size  # rows of the gate come first
-        return Rows(fused(f"{module}.gate_up_proj"), first, first + expert_size)
-
-    def find(name: str) -> Expression:
+    def __call__(self, name: str) -> Expression:
+        """A weight of the model itself."""
         if name in _GLOBAL_NAMES:
-            return _take(catalogue, _GLOBAL_NAMES[name])
+            return self._take(_GLOBAL_NAMES[name])
         _, layer, kind = name.split(".", 2)
-        prefix = f"layers.{layer}" if f"layers.{layer}.attn_norm.weight" in catalogue else f"model.layers.{layer}"
+        hub = f"layers.{layer}"
+        return self._in_block(hub if f"{hub}.attn_norm.weight" in self._catalogue else f"model.{hub}", kind)
+
+    def draft(self, name: str) -> Expression:
+        """A weight of the draft, whose blocks are numbered on from the layers and which has an ending of its own."""
+        if name in _GLOBAL_NAMES:
+            return self._take((f"mtp.0.{_GLOBAL_NAMES[name][0]}",))
+        _, block, kind = name.split(".", 2)
+        prefix = f"mtp.{int(block) - self._layers}"
+        if kind == "nextn.eh_proj.weight":
+            return SideBySide((self._catalogue.matrix(f"{prefix}.e_proj"), self._catalogue.matrix(f"{prefix}.h_proj")))
+        if kind.startswith("nextn."):
+            return self._catalogue.plain(f"{prefix}.{kind.removeprefix('nextn.')}")
+        return self._in_block(prefix, kind)
+
+    def _in_block(self, prefix: str, kind: str) -> Expression:
         if kind in _EXPERT_NAMES:
-            return stack(prefix, kind)
-        return _take(catalogue, (f"{prefix}.{candidate}" for candidate in _LAYER_NAMES[kind]))
+            return self._stack(prefix, kind)
+        return self._take(tuple(f"{prefix}.{candidate}" for candidate in _LAYER_NAMES[kind]))
 
-    return find
+    def _stack(self, prefix: str, kind: str) -> Expression:
+        module = f"{prefix}.mlp.experts"
+        if f"{module}.gate_up_proj" not in self._catalogue:
+            name = f"{prefix}.ffn.experts.{{}}.{_EXPERT_NAMES[kind]}"
+            return Stack(tuple(self._catalogue.matrix(name.format(expert)) for expert in range(self._experts)))
+        if kind == "ffn_down_exps.weight":
+            return self._fused(f"{module}.down_proj")
+        first = 0 if kind == "ffn_gate_exps.weight" else self._expert_size  # rows of the gate come first
+        return Rows(self._fused(f"{module}.gate_up_proj"), first, first + self._expert_size)
 
-
-def _take(catalogue: Catalogue, candidates: Iterable[str]) -> Expression:
-    names = list(candidates)
-    name = next((name for name in names if name in catalogue), names[0])
-    if name.endswith(".weight"):
-        return catalogue.matrix(name.removesuffix(".weight"))
-    return catalogue.integers(name) if name.endswith(".tid2eid") else catalogue.plain(name)
+    def _take(self, candidates: tuple[str, ...]) -> Expression:
+        name = next((name for name in candidates if name in self._catalogue), candidates[0])
+        if name.endswith(".weight"):
+            return self._catalogue.matrix(name.removesuffix(".weight"))
+        return self._catalogue.integers(name) if name.endswith(".tid2eid") else self._catalogue.plain(name)

@@ -6,7 +6,7 @@ No reader asks which architecture a graph came from; everything it needs to know
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -296,14 +296,15 @@ class Prediction:
     """A block that drafts the token after next (multi-token prediction) for speculative decoding.
 
     Its input is `projection([embedding_norm(embedding of the next token), hidden_norm(hidden)])`; its output goes
-    through a LayerNorm (mean removed) and the model's head. The model itself never runs it.
+    through a LayerNorm (mean removed), or like the model's own through its final norm, and the model's head. The model
+    itself never runs it.
     """
 
     embedding_norm: Norm
     hidden_norm: Norm
     projection: Weight
     layer: Layer
-    final_layer_norm: Weight
+    final_layer_norm: Weight | None = None
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,9 @@ class Graph:
     """A whole model. Widths are in elements, `context_length` in tokens.
 
     `scaled_roles` are the roles whose weights llama.cpp multiplies by a tensor `<name>.scale` of the same file.
-    `residual` is None for one stream that sublayers add to. `notes` say what of the checkpoint the graph leaves out.
+    `residual` is None for one stream that sublayers add to. `draft` is a graph without layers, whose predictions need
+    a final norm and a stream mix of their own; it is no part of this graph's weights and makes a file of its own.
+    `notes` say what of the checkpoint the graph leaves out.
     """
 
     architecture: str
@@ -325,11 +328,12 @@ class Graph:
     predictions: tuple[Prediction, ...] = ()
     scaled_roles: tuple[Role, ...] = ()
     residual: HyperConnections | None = None
+    draft: Graph | None = None
     notes: tuple[str, ...] = ()
 
     def weights(self) -> Iterator[Weight]:
         """Every weight once, in file order."""
-        return _weights(self)
+        return _weights(replace(self, draft=None))
 
     def parameters(self) -> int:
         """Number of weights' elements, the stored head of tied models counted."""

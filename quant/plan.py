@@ -84,13 +84,16 @@ def plan_file(graph: Graph, recipe: Recipe, padding: bool = True, mtp: bool | No
 
     Args:
         padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
-        mtp: keep the blocks for multi-token prediction; by default, unless they rule out padding.
+        mtp: keep the blocks for multi-token prediction; by default, unless they rule out padding or are a draft of
+            their own, which is planned by itself.
 
     Raises BadInput when such blocks are demanded and there are none.
     """
-    if mtp and not graph.predictions:
+    if mtp and not (graph.predictions or graph.draft):
         raise BadInput("--mtp: this model has no blocks for multi-token prediction; leave the option out")
     notes = list(graph.notes)
+    if graph.draft and not mtp:
+        notes.append("left out multi-token prediction, which takes a file of its own: --mtp writes it")
     base = format_named(recipe.base)
     if mtp is None and padding and graph.predictions and not base.fits(graph.hidden_size):
         notes.append("left out multi-token prediction: its LayerNorm rules out padding the hidden size; --mtp keeps it")
@@ -145,7 +148,7 @@ def plan_tensors(graph: Graph, recipe: Recipe, importance: bool = False) -> Plan
 
 def _heads_per_group(graph: Graph) -> int:
     """What llama.cpp's mixes call grouped-query attention: that of the first layer alone, 0 if it has none."""
-    operations = (sublayer.operation for sublayer in graph.layers[0].sublayers)
+    operations = (sublayer.operation for layer in graph.layers[:1] for sublayer in layer.sublayers)
     return next((op.heads // op.key_value_heads for op in operations if isinstance(op, Attention)), 0)
 
 

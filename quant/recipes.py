@@ -160,6 +160,7 @@ _GROUPED_Q4 = (("Q4_K", _grouped),)
 _GROUPED_Q5 = (("Q5_K", _grouped),)
 _EARLY_Q5_UNCALIBRATED = (("Q5_K", _without_importance(_early(8))),)
 
+
 def _experts_low(name: str, file_type: int, gate_up: str, down: str) -> Recipe:
     """Routed experts, which are nearly all of a large mixture and of which a token meets few, low; the rest in Q8_0."""
     rules = {

@@ -128,6 +128,24 @@ def save_deepseek_hub(
     return model
 
 
+def add_draft(folder: Path, seed: int = 7) -> dict[str, Tensor]:
+    """Adds a block for multi-token prediction to a Hub checkpoint; returns its tensors as stored."""
+    generator = torch.Generator().manual_seed(seed)
+    stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    draft = {name.replace("layers.0", "mtp.0"): t for name, t in stored.items() if name.startswith("layers.0.")}
+    del draft["mtp.0.ffn.gate.tid2eid"]
+    draft["mtp.0.ffn.gate.bias"] = torch.randn(DEEPSEEK["n_routed_experts"], generator=generator)
+    for name in ("e_proj", "h_proj"):
+        matrix = torch.randn(DEEPSEEK["hidden_size"], DEEPSEEK["hidden_size"], generator=generator) / 16
+        draft[f"mtp.0.{name}.weight"], draft[f"mtp.0.{name}.scale"] = encode(matrix, "fp8")
+    for name in ("enorm", "hnorm", "norm"):
+        draft[f"mtp.0.{name}.weight"] = torch.rand(DEEPSEEK["hidden_size"], generator=generator).bfloat16() + 0.5
+    for name in ("hc_head_fn", "hc_head_base", "hc_head_scale"):
+        draft[f"mtp.0.{name}"] = torch.randn(stored[name].shape, generator=generator)
+    write_sharded(folder, stored | draft, 3)
+    return draft
+
+
 def hub_name(name: str) -> str:
     """From the names that transformers saves."""
     for saved, hub in _HUB_NAMES:
@@ -145,6 +163,11 @@ def encode(matrix: Tensor, kind: str, scale: float = 1.0) -> tuple[Tensor, Tenso
         return packed, (exponents + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
     scales = scale * exponents.exp2()
     return codes.to(torch.float8_e4m3fn), scales if scale != 1 else scales.to(torch.float8_e8m0fnu)
+
+
+def decode_fp8(stored: dict[str, Tensor], module: str) -> Tensor:
+    codes, scales = stored[f"{module}.weight"].float(), stored[f"{module}.scale"].float()
+    return codes * _spread(scales, codes.shape)
 
 
 def _rounded(matrix: Tensor, kind: str, scale: float) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from functools import cache
+from math import prod
 from typing import Any
 
 import pytest
@@ -64,7 +65,19 @@ def test_real_model(name: str, parameters: int, active: float) -> None:
     assert graph(name).active_parameters() == pytest.approx(active, rel=0.05)
     plan = plan_tensors(graph(name), recipe_named("IQ2_XXS"))
     assert plan.problems == ()
+    assert (graph(name).draft is None) == (name == "flash-0731")
     assert [weight.name for weight in graph(name).weights()] == [tensor.weight.name for tensor in plan.tensors]
+
+
+@pytest.mark.parametrize("name", ["flash", "flash-base", "pro"])
+def test_draft(name: str) -> None:
+    """Embedding and head come again; everything that the list has under mtp. is in it, scales aside."""
+    model, tensors = graph(name), real_deepseek.tensors(name)
+    assert model.draft
+    of_draft = [tensor for tensor in tensors if tensor.name.startswith("mtp.") and not tensor.name.endswith(".scale")]
+    elements = sum(prod(tensor.shape) * (2 if tensor.dtype == "I8" else 1) for tensor in of_draft)
+    assert model.draft.parameters() == elements + model.embedding.elements + model.head.elements
+    assert plan_tensors(model.draft, recipe_named("Q4_K_M")).problems == ()
 
 
 def test_geometry() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import checkpoints
 import deepseek_checkpoints
 import gguf
 import llama
+import llama_library
 import numpy as np
 import pytest
 import torch
 from conftest import Checkpoint
 from forward import runner_logits
+from moecast.archs.errors import BadInput
 from moecast.convert import convert
 from moecast.sources.model import open_model
 from safetensors.torch import load_file
@@ -75,6 +79,35 @@ def test_native_is_the_checkpoint_bit_for_bit(flash: Checkpoint, tmp_path: Path)
         checkpoint["layers.2.ffn.experts.3.w2.weight"].numpy().tobytes(),
         checkpoint["layers.2.ffn.experts.3.w2.scale"].view(torch.uint8).numpy().tobytes(),
     )
+
+
+def test_draft_makes_a_file_of_its_own(flash: Checkpoint, tmp_path: Path) -> None:
+    """llama.cpp finds every tensor it wants and no other; the numbers are those of the checkpoint."""
+    folder = checkpoints.copied(flash.folder, tmp_path / "with-draft")
+    draft = deepseek_checkpoints.add_draft(folder)
+    plain = convert(folder, tmp_path / "plain", "native", verify=False)
+    assert len(plain.files) == 1 and "left out multi-token prediction" in plain.problems[0]
+    model, path = convert(folder, tmp_path / "out", "native", mtp=True, verify=False).files
+    assert model.read_bytes() == plain.files[0].read_bytes()
+    assert path.name == "with-draft-NATIVE-mtp.gguf"
+    library = llama_library.load_library()
+    handle = library.llama_model_load_from_file(
+        os.fsencode(path), llama_library.model_parameters(n_gpu_layers=0, load_mtp=True)
+    )
+    assert handle is not None, llama_library.failure("llama.cpp cannot load the draft")
+    library.llama_model_free(handle)
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["deepseek4.nextn_predict_layers"].contents() == 1
+    assert reader.fields["deepseek4.block_count"].contents() == 6
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    assert {name for name in stored if name.startswith("blk.")} == {n for n in stored if n.startswith("blk.5.")}
+    both = [deepseek_checkpoints.decode_fp8(draft, f"mtp.0.{name}") for name in ("e_proj", "h_proj")]
+    projection = stored["blk.5.nextn.eh_proj.weight"]
+    assert np.array_equal(gguf.dequantize(projection.data, projection.tensor_type), torch.cat(both, dim=1).numpy())
+    assert np.array_equal(stored["output_hc_fn.weight"].data, draft["mtp.0.hc_head_fn"].numpy())
+    assert np.array_equal(stored["output_norm.weight"].data, draft["mtp.0.norm.weight"].float().numpy())
+    with pytest.raises(BadInput, match="it is a draft that runs beside its model only"):
+        open_model(path)
 
 
 def _repaired(rows: np.ndarray) -> tuple[bytes, bytes]:
