@@ -11,7 +11,17 @@ import click
 
 from . import __version__
 from .archs.errors import BadInput
-from .options import Commands, Size, hub_options, json_option, quant_option, text_options, threads_option
+from .options import (
+    Commands,
+    Size,
+    hub_options,
+    json_option,
+    mtp_option,
+    pad_option,
+    quant_option,
+    text_options,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from .runner.evaluate import Parity
@@ -52,9 +62,13 @@ def inspect(source: str, revision: str | None, token: str | None, as_json: bool)
 @main.command()
 @click.argument("source")
 @quant_option
+@pad_option
+@mtp_option
 @hub_options
 @json_option
-def plan(source: str, quant: str, revision: str | None, token: str | None, as_json: bool) -> None:
+def plan(
+    source: str, quant: str, pad: bool, mtp: bool | None, revision: str | None, token: str | None, as_json: bool
+) -> None:
     """Show which type every tensor would get, and the exact size, without converting.
 
     \b
@@ -62,11 +76,11 @@ def plan(source: str, quant: str, revision: str | None, token: str | None, as_js
       moecast plan CHECKPOINT --quant Q3_K_M
       moecast plan OWNER/NAME --quant IQ4_XS --json
     """
-    from .quant.plan import plan_tensors
+    from .quant.plan import plan_file
     from .quant.recipes import recipe_named
     from .report import show_plan
 
-    show_plan(plan_tensors(_describe(source, revision, token).graph, recipe_named(quant)), as_json)
+    show_plan(plan_file(_describe(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
 
 
 @main.command()
@@ -74,6 +88,8 @@ def plan(source: str, quant: str, revision: str | None, token: str | None, as_js
 @click.option("-o", "--output", default=".", type=click.Path(path_type=Path), help="A .gguf file or a folder.")
 @click.option("--to", "target", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="File format.")
 @quant_option
+@pad_option
+@mtp_option
 @click.option("--split-max-size", type=Size(), help="Start a new file beyond this size, for example 40G.")
 @click.option("--pre", help="Name of llama.cpp's text splitter, where the automatic choice is wrong.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
@@ -89,6 +105,8 @@ def convert(
     output: Path,
     target: str,
     quant: str,
+    pad: bool,
+    mtp: bool | None,
     split_max_size: int | None,
     pre: str | None,
     overwrite: bool,
@@ -114,13 +132,13 @@ def convert(
     """
     from .console import watch
     from .convert.pipeline import convert as run
-    from .quant.plan import plan_tensors
+    from .quant.plan import plan_file
     from .quant.recipes import recipe_named
     from .report import show_conversion, show_plan
     from .runner.evaluate import EVALUATION_TEXT
 
     if dry_run:
-        show_plan(plan_tensors(_describe(source, revision, token).graph, recipe_named(quant)), as_json)
+        show_plan(plan_file(_describe(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
         return
     with watch() as progress:
         folder, provenance = _locate(source, revision, token, progress)
@@ -128,6 +146,8 @@ def convert(
             folder,
             output,
             quant,
+            padding=pad,
+            mtp=mtp,
             name=provenance.get("repository", "").split("/")[-1] or None,
             pre=pre,
             split_max_bytes=split_max_size,

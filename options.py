@@ -63,5 +63,11 @@ text_options = shared(
     click.option("-c", "--context", default=512, show_default=True, help="Tokens in a chunk."),
     click.option("--chunks", type=int, help="Use at most this many chunks of the text."),
 )
+pad_option = click.option(
+    "--pad/--no-pad", default=True, show_default=True, help="Fill rows up with zeros to fit the recipe."
+)
+mtp_option = click.option(
+    "--mtp/--no-mtp", default=None, help="Keep multi-token prediction.  [default: if that allows --pad]"
+)
 quant_option = click.option("--quant", default="Q4_K_M", show_default=True, help="Recipe, as llama-quantize names it.")
 threads_option = click.option("--threads", type=int, help="Threads to quantise with, all cores by default.")

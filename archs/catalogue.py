@@ -7,11 +7,14 @@ names the tensor. How a matrix is encoded is decided from the tensors present, n
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
 from .errors import BadInput
-from .weights import BlockScaled, Expression, Read, TensorInfo
+from .weights import BlockScaled, Expression, Nvfp4, Read, Scaled, TensorInfo
 
 PLAIN_DTYPES = ("F32", "F16", "BF16")
+# They serve the arithmetic of the engine that the checkpoint was made for, no weight depends on them.
+_ACTIVATION_SCALES = ("input_scale", "input_global_scale", "k_scale", "v_scale")
 
 
 class Catalogue:
@@ -45,30 +48,41 @@ class Catalogue:
         self._claimed.add(name)
         return self._tensors[name]
 
-    def plain(self, name: str) -> Expression:
+    def plain(self, name: str) -> Read:
         """Claim a tensor that is stored as ordinary floating point numbers."""
-        tensor = self.take(name)
-        if tensor.dtype not in PLAIN_DTYPES:
-            raise BadInput(f"{name} in {tensor.file} has dtype {tensor.dtype}, expected {', '.join(PLAIN_DTYPES)}")
-        return Read(tensor)
+        return Read(self._typed(name, *PLAIN_DTYPES))
 
     def matrix(self, module: str) -> Expression:
         """Claim `module.weight` together with the scales that belong to its encoding."""
-        name = f"{module}.weight"
-        tensor = self._tensors.get(name)
+        for suffix in _ACTIVATION_SCALES:
+            if f"{module}.{suffix}" in self:
+                self.take(f"{module}.{suffix}")
+        if f"{module}.weight_packed" in self:  # compressed-tensors
+            return self._nvfp4(module, "weight_packed", "weight_global_scale", reciprocal=True)
+        tensor = self._tensors.get(f"{module}.weight")
         if tensor is None or tensor.dtype in PLAIN_DTYPES:
-            return self.plain(name)
-        scale = f"{module}.weight_scale_inv"
-        if tensor.dtype != "F8_E4M3" or scale not in self or len(tensor.shape) != 2:
-            raise BadInput(
-                f"{name} in {tensor.file} has dtype {tensor.dtype} and shape {list(tensor.shape)}, expected "
-                f"{', '.join(PLAIN_DTYPES)}, or a F8_E4M3 matrix with {scale}"
-            )
-        self.take(name)
-        scales = self.take(scale)
-        if scales.dtype not in PLAIN_DTYPES:
-            raise BadInput(f"{scale} in {scales.file} has dtype {scales.dtype}, expected {', '.join(PLAIN_DTYPES)}")
-        return BlockScaled(tensor, scales, self.block)
+            return self.plain(f"{module}.weight")
+        if tensor.dtype == "U8":  # ModelOpt
+            return self._nvfp4(module, "weight", "weight_scale_2", reciprocal=False)
+        if tensor.dtype == "F8_E4M3" and len(tensor.shape) == 2 and f"{module}.weight_scale" in self:
+            return Scaled(self.take(tensor.name), self._typed(f"{module}.weight_scale", *PLAIN_DTYPES))
+        if tensor.dtype == "F8_E4M3" and len(tensor.shape) == 2 and f"{module}.weight_scale_inv" in self:
+            scales = self._typed(f"{module}.weight_scale_inv", *PLAIN_DTYPES)
+            return BlockScaled(self.take(tensor.name), scales, self.block)
+        raise BadInput(
+            f"{tensor.name} in {tensor.file} has dtype {tensor.dtype} and shape {list(tensor.shape)}, expected "
+            f"{', '.join(PLAIN_DTYPES)}, or U8 or F8_E4M3 in two dimensions with {module}.weight_scale or "
+            f"{module}.weight_scale_inv"
+        )
+
+    def stored(self, name: str) -> Expression:
+        """Claim a tensor of a GGUF file together with the `.scale` that llama.cpp multiplies it by."""
+        stem = name.removesuffix(".weight")
+        if f"{stem}.input_scale" in self:
+            self.take(f"{stem}.input_scale")
+        if f"{stem}.scale" not in self:
+            return Read(self.take(name))
+        return Scaled(self.take(name), self._typed(f"{stem}.scale", "F32"))
 
     def finish(self) -> None:
         """Raise BadInput when a tensor was not claimed."""
@@ -79,3 +93,21 @@ class Catalogue:
                 f"{unknown[0]} in {self._tensors[unknown[0]].file}{others}: unknown tensor, expected only tensors "
                 "that the architecture describes"
             )
+
+    def _nvfp4(self, module: str, codes: str, global_scale: str, reciprocal: bool) -> Nvfp4:
+        return Nvfp4(
+            codes=self._typed(f"{module}.{codes}", "U8", dimensions=2),
+            scale=self._typed(f"{module}.weight_scale", "F8_E4M3", dimensions=2),
+            global_scale=self._typed(f"{module}.{global_scale}", "F32"),
+            reciprocal=reciprocal,
+        )
+
+    def _typed(self, name: str, *dtypes: str, dimensions: int | None = None) -> TensorInfo:
+        tensor = self.take(name)
+        if tensor.dtype not in dtypes or dimensions not in (None, len(tensor.shape)) or not prod(tensor.shape):
+            wanted = f" in {dimensions} dimensions" if dimensions else ""
+            raise BadInput(
+                f"{name} in {tensor.file} has dtype {tensor.dtype} and shape {list(tensor.shape)}, expected "
+                f"{' or '.join(dtypes)}{wanted}"
+            )
+        return tensor

@@ -48,6 +48,14 @@ class Config:
             raise BadInput(f"{self.origin}: {self._present(keys)} is {value}, expected a positive whole number")
         return value
 
+    def integers(self, key: str, count: int) -> tuple[int, ...]:
+        """`count` whole numbers from zero up, stored as a list or, all being equal, as one number."""
+        value = self._values.get(key)
+        values = value if isinstance(value, list) else [value] * count
+        if len(values) != count or not all(type(number) is int and number >= 0 for number in values):
+            raise BadInput(f"{self.origin}: {key} is {value!r}, expected {count} whole numbers, one for each layer")
+        return tuple(values)
+
     def number(self, *keys: str, default: float = _REQUIRED) -> float:
         return self._typed(float, keys, default)
 

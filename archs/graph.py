@@ -10,13 +10,14 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from .weights import Weight
+from .weights import Role, Weight
 
 
 class Activation(Enum):
-    """How an expert combines its gate and up projections."""
+    """What lies between the projections of an expert or a multi-layer perceptron."""
 
     SWIGLU = "swiglu"  # silu(gate) * up
+    RELU_SQUARED = "relu_squared"  # max(up, 0)^2, there is no gate (So et al. 2021)
 
 
 class Score(Enum):
@@ -27,7 +28,10 @@ class Score(Enum):
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm: `x / sqrt(mean(x^2) + epsilon) * weight`, in float32 (Zhang & Sennrich 2019)."""
+    """RMSNorm: `x / sqrt(mean(x^2) + epsilon) * weight`, in float32 (Zhang & Sennrich 2019).
+
+    A weight of shape [groups, size] normalises every group of `size` elements by itself.
+    """
 
     weight: Weight
     epsilon: float
@@ -43,7 +47,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal grouped-query attention; query and key norms span all heads at once, before the heads are split."""
+    """Causal grouped-query attention; query and key norms span all heads at once, before the heads are split.
+
+    Without `rope` the attention knows no positions.
+    """
 
     heads: int
     key_value_heads: int
@@ -52,42 +59,94 @@ class Attention:
     key: Weight
     value: Weight
     output: Weight
-    query_norm: Norm
-    key_norm: Norm
-    rope: Rope
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    rope: Rope | None = None
+
+
+@dataclass(frozen=True)
+class Mamba2:
+    """A selective state space in its Mamba-2 form (Dao & Gu 2024), with inner size = heads * head size.
+
+    `input` gives, in this order: gate [inner], x [inner], B and C [groups * state size] each, step [heads]. A causal
+    depthwise convolution (taps oldest first) and SiLU act on x, B and C. With D_t = softplus(step + step_bias), each
+    head keeps S_t = exp(D_t * decay) * S_(t-1) + D_t * x_t (outer) B_t and gives y_t = S_t C_t + skip * x_t. The gate
+    comes before the norm: output(norm(y * silu(gate))).
+    """
+
+    heads: int
+    head_size: int
+    groups: int
+    state_size: int
+    input: Weight
+    convolution: Weight
+    convolution_bias: Weight
+    step_bias: Weight
+    decay: Weight
+    skip: Weight
+    norm: Norm
+    output: Weight
+
+    @property
+    def inner_size(self) -> int:
+        return self.heads * self.head_size
+
+
+@dataclass(frozen=True)
+class MLP:
+    """`down(activation(up x))`: a dense layer, or the shared expert beside routed ones."""
+
+    up: Weight
+    down: Weight
+    activation: Activation
 
 
 @dataclass(frozen=True)
 class Router:
-    """Scores every expert, adds `bias` for the choice only, keeps `top_k` and renormalises their scores."""
+    """Scores every expert, adds `bias` for the choice only, keeps `top_k` and renormalises their scores.
+
+    With g = `groups` > 1 the experts form g equal groups, of which only the `groups_used` with the largest sum of
+    two biased scores take part. The scores are divided by their sum + `epsilon` and multiplied by `scale`.
+    """
 
     weight: Weight
     bias: Weight
     score: Score
     top_k: int
+    groups: int = 1
+    groups_used: int = 1
+    epsilon: float = 0.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class MoE:
-    """Routed experts `down(activation(gate x, up x))`, weighted by the router and summed."""
+    """Routed experts `down(activation(gate x, up x))`, weighted by the router and summed.
+
+    With latent projections the experts live in a smaller space: `latent_up(sum of experts(latent_down x))`; the
+    router and the shared expert, whose answer is added, see x itself.
+    """
 
     router: Router
-    gate: Weight
     up: Weight
     down: Weight
     activation: Activation
+    gate: Weight | None = None
+    latent_down: Weight | None = None
+    latent_up: Weight | None = None
+    shared: MLP | None = None
 
     @property
     def experts(self) -> int:
-        return self.gate.shape[0]
+        return self.up.shape[0]
 
     @property
     def expert_size(self) -> int:
         """Width of one expert's hidden layer."""
-        return self.gate.shape[1]
+        return self.up.shape[1]
 
 
-Operation = Attention | MoE
+Operation = Attention | Mamba2 | MLP | MoE
 
 
 @dataclass(frozen=True)
@@ -105,8 +164,26 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """A block that drafts the token after next (multi-token prediction) for speculative decoding.
+
+    Its input is `projection([embedding_norm(embedding of the next token), hidden_norm(hidden)])`; its output goes
+    through a LayerNorm (mean removed) and the model's head. The model itself never runs it.
+    """
+
+    embedding_norm: Norm
+    hidden_norm: Norm
+    projection: Weight
+    layer: Layer
+    final_layer_norm: Weight
+
+
+@dataclass(frozen=True)
 class Graph:
-    """A whole model. Widths are in elements, `context_length` in tokens."""
+    """A whole model. Widths are in elements, `context_length` in tokens.
+
+    `scaled_roles` are the roles whose weights llama.cpp multiplies by a tensor `<name>.scale` of the same file.
+    """
 
     architecture: str
     vocabulary_size: int
@@ -116,6 +193,8 @@ class Graph:
     layers: tuple[Layer, ...]
     final_norm: Norm
     head: Weight
+    predictions: tuple[Prediction, ...] = ()
+    scaled_roles: tuple[Role, ...] = ()
 
     def weights(self) -> Iterator[Weight]:
         """Every weight once, in file order."""
@@ -126,12 +205,13 @@ class Graph:
         return sum(weight.elements for weight in self.weights())
 
     def active_parameters(self) -> int:
-        """Elements that one token touches: `top_k` experts of each stack, one row of the embedding."""
-        active = self.parameters() - self.embedding.elements + self.hidden_size
+        """Elements that one token touches: `top_k` experts of each stack, one row of the embedding, no drafting."""
+        drafting = sum(weight.elements for weight in _weights(self.predictions))
+        active = self.parameters() - drafting - self.embedding.elements + self.hidden_size
         for operation in self.operations():
             if isinstance(operation, MoE):
                 unused = operation.experts - operation.router.top_k
-                stacks = (operation.gate, operation.up, operation.down)
+                stacks = (stack for stack in (operation.gate, operation.up, operation.down) if stack)
                 active -= unused * sum(stack.elements // operation.experts for stack in stacks)
         return active
 

@@ -232,7 +232,7 @@ def _from_gguf(metadata: Config, tensors: Sequence[TensorInfo]) -> Graph:
 
 def _gguf_metadata(graph: Graph) -> dict[str, Any]:
     attention, experts = (sublayer.operation for sublayer in graph.layers[0].sublayers)
-    assert isinstance(attention, Attention) and isinstance(experts, MoE)
+    assert isinstance(attention, Attention) and attention.rope and isinstance(experts, MoE)
     values = {
         "context_length": graph.context_length,
         "embedding_length": graph.hidden_size,

@@ -37,9 +37,9 @@ class Architecture:
 
 def architectures() -> tuple[Architecture, ...]:
     """Every architecture that moecast knows."""
-    from . import minimax_m2
+    from . import minimax_m2, nemotron_h
 
-    return (minimax_m2.ARCHITECTURE,)
+    return (minimax_m2.ARCHITECTURE, nemotron_h.MIXTURE, nemotron_h.DENSE)
 
 
 def architecture_named(name: str, origin: str) -> Architecture:

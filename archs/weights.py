@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
+from typing import ClassVar
 
 from .errors import BadInput
 
@@ -71,6 +72,112 @@ class BlockScaled:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """`codes * scale`: one scale for the whole weight, one for each row, or one for each expert of a stored stack."""
+
+    codes: TensorInfo
+    scale: TensorInfo
+
+    def __post_init__(self) -> None:
+        rows = self.codes.shape[0]
+        if self.scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
+            raise BadInput(
+                f"{self.scale.name} in {self.scale.file} has shape {list(self.scale.shape)}, expected one scale for "
+                f"all of {self.codes.name} or [{rows}]"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+
+@dataclass(frozen=True)
+class Nvfp4:
+    """NVIDIA's 4-bit floats: `e2m1(code) * scale[row, column // 16] * global scale`.
+
+    `codes` holds two columns in a byte, the even one in the low nibble; `scale` is E4M3. The global scale is stored
+    as its reciprocal by compressed-tensors. Without it the weight is that of a GGUF tensor before its `.scale`.
+    """
+
+    codes: TensorInfo
+    scale: TensorInfo
+    global_scale: TensorInfo | None
+    reciprocal: bool = False
+
+    GROUP: ClassVar[int] = 16
+
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        if self.scale.shape != (rows, columns // self.GROUP) or columns % self.GROUP:
+            raise BadInput(
+                f"{self.scale.name} in {self.scale.file} has shape {list(self.scale.shape)}, expected "
+                f"[{rows}, {columns / self.GROUP:g}]: one scale for each {self.GROUP} columns of {self.codes.name}"
+            )
+        if self.global_scale and prod(self.global_scale.shape) != 1:
+            raise BadInput(
+                f"{self.global_scale.name} in {self.global_scale.file} has shape {list(self.global_scale.shape)}, "
+                f"expected a single number"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.codes.shape[0], 2 * self.codes.shape[1])
+
+
+@dataclass(frozen=True)
+class GlobalScales:
+    """The global scales of NVFP4 matrices as a vector: one, or one for each expert of a stack."""
+
+    matrices: tuple[Nvfp4, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.matrices),)
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """All numbers of a small tensor in another shape."""
+
+    tensor: TensorInfo
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if prod(self.tensor.shape) != prod(self.shape):
+            raise BadInput(
+                f"{self.tensor.name} in {self.tensor.file} has shape {list(self.tensor.shape)}, expected as many "
+                f"numbers as {list(self.shape)} holds"
+            )
+
+
+@dataclass(frozen=True)
+class NegativeExponential:
+    """`-exp(source)` in float32."""
+
+    source: Expression
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """A weight that a file format demands and the model does not have."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Padded:
+    """`factor * source` in the first rows and columns of a larger matrix, zeros in the others."""
+
+    source: Expression
+    shape: tuple[int, ...]
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class Rows:
     """Rows `start` to `stop` of every matrix of `source` (fused projections hold several weights)."""
 
@@ -103,22 +210,38 @@ class Stack:
         return (len(self.experts), *self.experts[0].shape)
 
 
-Expression = Read | BlockScaled | Rows | Stack
+Expression = (
+    Read | BlockScaled | Scaled | Nvfp4 | GlobalScales | Reshape | NegativeExponential | Zeros | Padded | Rows | Stack
+)
 
 
 def stored_tensors(expression: Expression) -> Iterator[TensorInfo]:
     """Every stored tensor that an expression reads."""
     match expression:
-        case Read(tensor):
+        case Read(tensor) | Reshape(tensor):
             yield tensor
-        case BlockScaled(codes, scale):
+        case BlockScaled(codes, scale) | Scaled(codes, scale):
             yield codes
             yield scale
-        case Rows(source):
+        case Nvfp4(codes, scale, global_scale):
+            yield from (codes, scale)
+            if global_scale:
+                yield global_scale
+        case Rows(source) | Padded(source) | NegativeExponential(source):
             yield from stored_tensors(source)
-        case Stack(experts):
+        case Stack(experts) | GlobalScales(experts):
             for expert in experts:
                 yield from stored_tensors(expert)
+
+
+def of_expert(expression: Expression, expert: int | None) -> Expression:
+    """The part of an expression that one expert depends on."""
+    match expression:
+        case Stack(experts) if expert is not None:
+            return experts[expert]
+        case Padded(source) | Rows(source):
+            return of_expert(source, expert)
+    return expression
 
 
 def first_tensor(expression: Expression) -> TensorInfo:
@@ -141,11 +264,26 @@ class Role(Enum):
     EXPERT_GATE = "expert_gate"
     EXPERT_UP = "expert_up"
     EXPERT_DOWN = "expert_down"
+    SHARED_UP = "shared_up"
+    SHARED_DOWN = "shared_down"
+    LATENT_DOWN = "latent_down"
+    LATENT_UP = "latent_up"
+    DENSE_UP = "dense_up"
+    DENSE_DOWN = "dense_down"
+    MAMBA_INPUT = "mamba_input"
+    MAMBA_OUTPUT = "mamba_output"
+    MAMBA_CONVOLUTION = "mamba_convolution"
+    MAMBA_SCALAR = "mamba_scalar"
+    PREDICTION_INPUT = "prediction_input"
+    SCALE = "scale"
 
     @property
     def protected(self) -> bool:
         """True for weights that are kept in float32: tiny, and every other number depends on them."""
-        return self in (Role.NORM, Role.ROUTER, Role.ROUTER_BIAS)
+        return self in _PROTECTED
+
+
+_PROTECTED = (Role.NORM, Role.ROUTER, Role.ROUTER_BIAS, Role.MAMBA_CONVOLUTION, Role.MAMBA_SCALAR, Role.SCALE)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ..archs.errors import BadInput
-from ..archs.weights import Stack, Weight, first_tensor
+from ..archs.weights import Weight, first_tensor, of_expert
 from ..quant import native, quantize
 from ..quant.plan import Plan, PlannedTensor
 from ..sources.imatrix import ImportanceMatrix
@@ -62,10 +62,12 @@ def _encode(
     """One piece in its stored form: its first row within the whole tensor, and uint8 [rows, row bytes]."""
     weight = tensor.weight
     first_row = expert * weight.shape[-2] if expert is not None else (rows[0] if rows else 0)
+    data = model.repacked(weight, tensor.type.name, expert, rows)
+    if data is not None:
+        return first_row, data
     try:
         values = model.load(weight, expert, rows).view(-1, weight.columns)
         return first_row, quantize(values, tensor.type.name, importance, threads)
     except BadInput as error:
-        source = weight.source
-        stored = first_tensor(source.experts[expert or 0] if isinstance(source, Stack) else source)
+        stored = first_tensor(of_expert(weight.source, expert))
         raise BadInput(f"{stored.name} in {stored.file}: {error}; the checkpoint is damaged, fetch it again") from None

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import __version__
 from ..archs.errors import BadInput
-from ..quant.plan import Plan, plan_tensors
+from ..quant.plan import Plan, plan_file
 from ..quant.recipes import recipe_named
 from ..runner.evaluate import DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, parity
 from ..sources.model import Model, open_model
@@ -50,6 +50,8 @@ def convert(
     output: str | Path = ".",
     quant: str = "Q4_K_M",
     *,
+    padding: bool = True,
+    mtp: bool | None = None,
     name: str | None = None,
     pre: str | None = None,
     split_max_bytes: int | None = None,
@@ -67,7 +69,9 @@ def convert(
     Args:
         source: checkpoint folder.
         output: a .gguf file, or a folder for `<name>-<quant>.gguf`.
-        quant: a recipe name: Q4_K_M, Q8_0, BF16, ...
+        quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds.
+        padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
+        mtp: keep the blocks of multi-token prediction; by default, unless they rule out padding.
         name: the model's name, by default that of the folder.
         pre: llama.cpp's name of the text splitter, by default the architecture's.
         split_max_bytes: start a new file when the data section would grow beyond this.
@@ -84,7 +88,7 @@ def convert(
     if model.metadata:
         raise BadInput(f"{source} is a GGUF file, expected a checkpoint folder")
     name = name or model.path.resolve().name
-    plan = plan_tensors(model.graph, recipe_named(quant))
+    plan = plan_file(model.graph, recipe_named(quant), padding, mtp)
     path = _output_path(Path(output), name, plan.recipe.name)
     metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
     with GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite) as writer:
@@ -109,7 +113,7 @@ def gguf_metadata(
         model.tokenizer, model.graph.vocabulary_size, pre, model.architecture.pre_tokenizer, progress
     )
     general = {
-        "general.architecture": model.architecture.name,
+        "general.architecture": plan.graph.architecture,
         "general.type": "model",
         "general.name": name,
         "general.file_type": plan.recipe.file_type,
@@ -118,7 +122,7 @@ def gguf_metadata(
         "moecast.quant": plan.recipe.name,
     }
     source = {f"moecast.source.{key}": value for key, value in provenance.items()}
-    return {**general, **source, **model.architecture.gguf_metadata(model.graph), **tokenizer}
+    return {**general, **source, **model.architecture.gguf_metadata(plan.graph), **tokenizer}
 
 
 def _output_path(output: Path, name: str, quant: str) -> Path:

@@ -21,9 +21,13 @@ class Format:
     def bits_per_weight(self) -> float:
         return 8 * self.block_bytes / self.block_size
 
+    def fits(self, columns: int) -> bool:
+        """Whether a row of `columns` values divides into whole blocks."""
+        return columns % self.block_size == 0
+
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row of `columns` values; BadInput if the row does not divide into whole blocks."""
-        if columns % self.block_size:
+        if not self.fits(columns):
             raise BadInput(
                 f"{self.name} stores rows in blocks of {self.block_size} values, which {columns} columns do not "
                 f"divide into; choose a type with a smaller block"

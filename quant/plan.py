@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from ..archs.errors import BadInput
 from ..archs.graph import Attention, Graph
-from ..archs.weights import Role, Weight
+from ..archs.weights import GlobalScales, Nvfp4, Padded, Role, Stack, Weight, stored_tensors
 from .formats import Format, format_named
-from .recipes import FALLBACKS, LAST_RESORT, Position, Recipe
+from .padding import pad
+from .recipes import DOWN_PROJECTIONS, FALLBACKS, LAST_RESORT, Position, Recipe
 
 ALIGNMENT = 32  # bytes; GGUF's default, every tensor starts at a multiple of it
 
@@ -40,10 +41,12 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """Types for all tensors of a graph, in file order."""
+    """Types for all tensors of a graph, in file order; `notes` tell how the graph came to differ from the model."""
 
     recipe: Recipe
+    graph: Graph
     tensors: tuple[PlannedTensor, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -52,15 +55,16 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.bytes / sum(tensor.weight.elements for tensor in self.tensors)
+        """Padding counts as bytes, not as weights."""
+        return 8 * self.bytes / sum(_model_elements(tensor.weight) for tensor in self.tensors)
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What the user should know before starting: one line for each kind of fallback."""
+        """What the user should know before starting: the notes, and one line for each kind of fallback."""
         fallen = [tensor for tensor in self.tensors if tensor.type != tensor.wanted]
         counts = Counter((tensor.wanted, tensor.type, tensor.weight.columns) for tensor in fallen)
         total = sum(tensor.weight.elements for tensor in self.tensors)
-        lines = []
+        lines = list(self.notes)
         for (wanted, used, columns), count in counts.items():
             share = sum(
                 tensor.weight.elements
@@ -74,35 +78,118 @@ class Plan:
         return tuple(lines)
 
 
+def plan_file(graph: Graph, recipe: Recipe, padding: bool = True, mtp: bool | None = None) -> Plan:
+    """The plan of a file, whose graph may differ from the model's in what the results do not depend on.
+
+    Args:
+        padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
+        mtp: keep the blocks for multi-token prediction; by default, unless they rule out padding.
+
+    Raises BadInput when such blocks are demanded and there are none.
+    """
+    if mtp and not graph.predictions:
+        raise BadInput("--mtp: this model has no blocks for multi-token prediction; leave the option out")
+    notes = []
+    base = format_named(recipe.base)
+    if mtp is None and padding and graph.predictions and not base.fits(graph.hidden_size):
+        notes.append("left out multi-token prediction: its LayerNorm rules out padding the hidden size; --mtp keeps it")
+        mtp = False
+    if mtp is False:
+        graph = replace(graph, predictions=())
+    plan = plan_tensors(graph, recipe)
+    padded = pad(graph, base.block_size)
+    if padding and padded != graph:
+        unpadded, plan = plan, plan_tensors(padded, recipe)
+        notes.append(_describe_padding(unpadded, plan))
+    return replace(plan, notes=tuple(notes))
+
+
+def _describe_padding(before: Plan, after: Plan) -> str:
+    widths = {
+        (old.weight.columns, new.weight.columns)
+        for old, new in zip(before.tensors, after.tensors, strict=True)
+        if old.weight.columns != new.weight.columns
+    }
+    changes = ", ".join(f"{old} to {new}" for old, new in sorted(widths))
+    line = f"padded rows with zeros, which changes no result: {changes}"
+    if before.bytes < after.bytes:
+        line += f"; --no-pad makes the file {1 - before.bytes / after.bytes:.0%} smaller with other types"
+    return line
+
+
 def plan_tensors(graph: Graph, recipe: Recipe, importance: bool = False) -> Plan:
     """The stock plan: the recipe's types, protected weights in float32, fallbacks where rows do not fit.
 
     Args:
         importance: whether an importance matrix will be used; llama.cpp's mixes depend on it.
     """
-    attention = next((op for op in graph.operations() if isinstance(op, Attention)), None)
-    heads_per_group = attention.heads // attention.key_value_heads if attention else 0
+    layers = len(graph.layers) + len(graph.predictions)
+    heads_per_group = _heads_per_group(graph)
+    values = sum(weight.role is Role.ATTENTION_V for weight in graph.weights())
     seen: Counter[Role] = Counter()
-    tensors = []
+    tensors: list[PlannedTensor] = []
     for weight in graph.weights():
-        position = Position(weight.layer or 0, len(graph.layers), seen[weight.role], heads_per_group, importance)
-        seen[weight.role] += 1
-        tensors.append(_plan_tensor(weight, recipe, position))
-    return Plan(recipe, tuple(tensors))
+        kind = Role.EXPERT_DOWN if weight.role in DOWN_PROJECTIONS else weight.role
+        if kind is Role.ATTENTION_V:  # where only some layers have attention, llama.cpp counts these alone
+            position = Position(seen[kind], values, seen[kind], heads_per_group, importance)
+        else:
+            position = Position(weight.layer or 0, layers, seen[kind], heads_per_group, importance)
+        seen[kind] += 1
+        if recipe.native:
+            tensors += _plan_native(weight, graph)
+        else:
+            tensors.append(_plan_tensor(weight, recipe, position))
+    return Plan(recipe, graph, tuple(tensors))
+
+
+def _heads_per_group(graph: Graph) -> int:
+    """What llama.cpp's mixes call grouped-query attention: that of the first layer alone, 0 if it has none."""
+    operations = (sublayer.operation for sublayer in graph.layers[0].sublayers)
+    return next((op.heads // op.key_value_heads for op in operations if isinstance(op, Attention)), 0)
 
 
 def _plan_tensor(weight: Weight, recipe: Recipe, position: Position) -> PlannedTensor:
     if weight.role.protected or len(weight.shape) == 1:
         return PlannedTensor(weight, format_named("F32"), format_named("F32"))
     wanted = format_named(recipe.type_of(weight.role, position))
-    if weight.role is Role.HEAD and weight.columns % format_named(recipe.base).block_size:
+    if weight.role is Role.HEAD and not format_named(recipe.base).fits(weight.columns):
         return PlannedTensor(weight, _fitting("Q8_0", weight.columns), wanted)
     return PlannedTensor(weight, _fitting(wanted.name, weight.columns), wanted)
 
 
+def _plan_native(weight: Weight, graph: Graph) -> tuple[PlannedTensor, ...]:
+    """What is stored as a file of this format can store it; the nearest type where there is no such form."""
+    match weight.source:
+        case Nvfp4():
+            matrices = [weight.source]
+        case Stack(experts):
+            matrices = [expert for expert in experts if isinstance(expert, Nvfp4)]
+        case _:
+            matrices = []
+    nvfp4 = format_named("NVFP4")
+    if len(matrices) == (weight.experts or 1) and weight.role in graph.scaled_roles and nvfp4.fits(weight.columns):
+        codes = tuple(replace(matrix, global_scale=None) for matrix in matrices)
+        stored = replace(weight, source=codes[0] if weight.experts is None else Stack(codes))
+        scales = GlobalScales(tuple(matrices))
+        name = f"{weight.name.removesuffix('.weight')}.scale"
+        f32 = format_named("F32")
+        return (
+            PlannedTensor(stored, nvfp4, nvfp4),
+            PlannedTensor(Weight(name, Role.SCALE, scales.shape, scales), f32, f32),
+        )
+    dtypes = {tensor.dtype for tensor in stored_tensors(weight.source)}
+    plain = next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= {"F32", "F16", "BF16"} else "Q8_0"
+    wanted = format_named("F32" if weight.role.protected or len(weight.shape) == 1 else plain)
+    return (PlannedTensor(weight, _fitting(wanted.name, weight.columns), wanted),)
+
+
+def _model_elements(weight: Weight) -> int:
+    return prod(weight.source.source.shape) if isinstance(weight.source, Padded) else weight.elements
+
+
 def _fitting(name: str, columns: int) -> Format:
     """The type itself, or the first of its fallbacks whose blocks divide the row."""
-    while columns % format_named(name).block_size:
+    while not format_named(name).fits(columns):
         name = FALLBACKS.get(name, LAST_RESORT)
     return format_named(name)
 
@@ -131,7 +218,7 @@ def override_types(plan: Plan, overrides: Sequence[tuple[str, str]]) -> Plan:
             raise BadInput(
                 f"--tensor-type {pattern!r} matches no tensor that may be quantised: see the names in `plan`"
             )
-    return Plan(plan.recipe, tuple(tensors))
+    return replace(plan, tensors=tuple(tensors))
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

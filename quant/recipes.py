@@ -77,16 +77,25 @@ Rules = tuple[tuple[str, Condition], ...]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Types for a whole model; `file_type` is llama.cpp's number for it, `base` serves where no rule applies."""
+    """Types for a whole model; `file_type` is llama.cpp's number for it, `base` serves where no rule applies.
+
+    `native` asks for what the checkpoint itself holds, wherever the file format has a form for it.
+    """
 
     name: str
     file_type: int
     base: str
     rules: Mapping[Role, Rules] = field(default_factory=dict)
+    native: bool = False
 
     def type_of(self, role: Role, position: Position) -> str:
         """The type of a tensor of that role, before any fallback for its row length."""
         return next((name for name, applies in self.rules.get(role, ()) if applies(position)), self.base)
+
+
+# Routed experts, the shared expert and dense layers are alike to llama.cpp's rules, and counted together.
+GATE_UP_PROJECTIONS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.SHARED_UP, Role.DENSE_UP)
+DOWN_PROJECTIONS = (Role.EXPERT_DOWN, Role.SHARED_DOWN, Role.DENSE_DOWN)
 
 
 def _recipe(
@@ -112,9 +121,8 @@ def _recipe(
         Role.ATTENTION_K: fixed(query_key),
         Role.ATTENTION_V: value,
         Role.ATTENTION_OUTPUT: fixed(output),
-        Role.EXPERT_GATE: gate_up,
-        Role.EXPERT_UP: gate_up,
-        Role.EXPERT_DOWN: down,
+        **dict.fromkeys(GATE_UP_PROJECTIONS, gate_up),
+        **dict.fromkeys(DOWN_PROJECTIONS, down),
     }
     return Recipe(name, file_type, base, rules)
 
@@ -133,6 +141,7 @@ _ALL = (
     Recipe("F32", 0, "F32"),
     Recipe("F16", 1, "F16"),
     Recipe("BF16", 32, "BF16"),
+    Recipe("NATIVE", 39, "BF16", native=True),
     Recipe("Q8_0", 7, "Q8_0"),
     _recipe("Q6_K", 18, "Q6_K"),
     _recipe("Q5_K_M", 17, "Q5_K", value=(("Q6_K", _more_bits),), down=(("Q6_K", _more_bits),)),
@@ -175,13 +184,11 @@ _ALL = (
     _two_bit("IQ2_XXS", 19, "IQ2_XXS", "Q2_K"),
     _two_bit("IQ1_M", 31, "IQ1_M", "Q2_K", output="IQ2_XXS"),
     _two_bit("IQ1_S", 24, "IQ1_S", "Q2_K", output="IQ2_XXS"),
-    _recipe(
+    Recipe(
         "MXFP4_MOE",
         38,
         "Q8_0",
-        head="Q8_0",
-        gate_up=(("MXFP4", _always),),
-        down=(("MXFP4", _always),),
+        dict.fromkeys((Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN), (("MXFP4", _always),)),
     ),
     _recipe("Q2_0", 41, "Q2_0", embedding="Q4_K"),
 )

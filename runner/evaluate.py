@@ -187,10 +187,17 @@ def _advance_together(reference: Stream, candidate: Stream, progress: Progress) 
             reference.advance(reference_layer)
         if candidate_layer:
             candidate.advance(candidate_layer)
-        difference = torch.linalg.vector_norm(candidate.hidden - reference.hidden)
-        errors.append(float(difference / torch.linalg.vector_norm(reference.hidden)))
+        size = min(stream.hidden.shape[-1] for stream in (reference, candidate))
+        expected = _unpadded(reference.hidden, size)
+        difference = torch.linalg.vector_norm(_unpadded(candidate.hidden, size) - expected)
+        errors.append(float(difference / torch.linalg.vector_norm(expected)))
         progress.advance(1, f"layer {index}: relative error {errors[-1]:.2e}")
     return tuple(errors)
+
+
+def _unpadded(hidden: Tensor, size: int) -> Tensor:
+    """States of a padded model are larger by the root of its growth and followed by zeros (see quant.padding)."""
+    return hidden[..., :size] * math.sqrt(size / hidden.shape[-1])
 
 
 def _compare_heads(reference: Stream, candidate: Stream, targets: Tensor, context: int) -> Divergence:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput
-from ..archs.graph import Attention, Layer, MoE
+from ..archs.graph import MLP, Attention, Layer, Mamba2, MoE
 from ..sources.model import Model
-from .blocks import attention, moe, normaliser
+from .blocks import attention, mlp, moe, normaliser
+from .mamba import mamba
 
 _BLOCK_ROWS = 4096  # vocabulary rows of the embedding or the head in memory at a time
 
@@ -32,6 +33,10 @@ class Stream:
             match sublayer.operation:
                 case Attention():
                     attention(sublayer.operation, self.hidden, sublayer.norm, self.model.load)
+                case Mamba2():
+                    mamba(sublayer.operation, self.hidden, sublayer.norm, self.model.load)
+                case MLP():
+                    mlp(sublayer.operation, self.hidden, sublayer.norm, self.model.load)
                 case MoE():
                     moe(sublayer.operation, self.hidden, sublayer.norm, self.model.load)
             if not math.isfinite(float(self.hidden.sum())):

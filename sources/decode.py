@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from ..archs.weights import BlockScaled, Expression, Read, Rows, Stack
+from ..archs.weights import (
+    BlockScaled,
+    Expression,
+    GlobalScales,
+    NegativeExponential,
+    Nvfp4,
+    Padded,
+    Read,
+    Reshape,
+    Rows,
+    Scaled,
+    Stack,
+    TensorInfo,
+    Zeros,
+)
 from ..quant import dequantize
+from .fp4 import decode_nvfp4
 from .storage import Storage
 
 _TORCH_DTYPES = {
@@ -18,7 +34,7 @@ _TORCH_DTYPES = {
 
 def evaluate(
     expression: Expression, storage: Storage, expert: int | None = None, rows: tuple[int, int] | None = None
-) -> torch.Tensor:
+) -> Tensor:
     """One matrix of a weight, or `rows` (start, stop) of it, as float32 [rows, columns]; vectors come as [n].
 
     Args:
@@ -32,25 +48,69 @@ def evaluate(
         case Rows(source, first, last):
             start, stop = rows or (0, last - first)
             return evaluate(source, storage, expert, (first + start, first + stop))
+        case Padded():
+            return _evaluate_padded(expression, storage, expert, rows)
         case BlockScaled():
             return _evaluate_block_scaled(expression, storage, rows or (0, expression.shape[0]))
+        case Scaled(codes, scale):
+            values, factors = _read(codes, storage, expert, rows), _whole(scale, storage)
+            if factors.numel() == 1:
+                return values * factors
+            if expert is not None:
+                return values * factors[expert]
+            return values * factors[slice(*rows) if rows else slice(None), None]
+        case Nvfp4(codes, scale, global_scale):
+            start, stop = rows or (0, expression.shape[0])
+            values = decode_nvfp4(storage.read(codes, start, stop), storage.read(scale, start, stop))
+            return values * _global_scale(expression, storage) if global_scale else values
+        case GlobalScales(matrices):
+            return torch.stack([_global_scale(matrix, storage) for matrix in matrices])
+        case NegativeExponential(source):
+            return -evaluate(source, storage, expert, rows).exp()
+        case Reshape(tensor, shape):
+            values = _whole(tensor, storage).reshape(shape)
+            return values[slice(*rows)] if rows else values
+        case Zeros(shape):
+            return torch.zeros(shape)
         case Read(tensor):
-            if len(tensor.shape) == 1:
-                return _decode(storage.read(tensor), tensor.dtype).flatten()
-            start, stop = rows or (0, tensor.shape[-2])
-            first = (expert or 0) * tensor.shape[-2]
-            return _decode(storage.read(tensor, first + start, first + stop), tensor.dtype)
+            return _whole(tensor, storage) if len(tensor.shape) < 2 else _read(tensor, storage, expert, rows)
 
 
-def _decode(data: torch.Tensor, dtype: str) -> torch.Tensor:
+def _whole(tensor: TensorInfo, storage: Storage) -> Tensor:
+    """All numbers of a small tensor, as [n]."""
+    return _decode(storage.read(tensor), tensor.dtype).flatten()
+
+
+def _read(tensor: TensorInfo, storage: Storage, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+    start, stop = rows or (0, tensor.shape[-2])
+    first = (expert or 0) * tensor.shape[-2]
+    return _decode(storage.read(tensor, first + start, first + stop), tensor.dtype)
+
+
+def _decode(data: Tensor, dtype: str) -> Tensor:
     """Stored bytes [rows, row bytes] to float32 [rows, columns]."""
     if dtype in _TORCH_DTYPES:
         return data.view(_TORCH_DTYPES[dtype]).float()
-    values: torch.Tensor = dequantize(data, dtype)
+    values: Tensor = dequantize(data, dtype)
     return values
 
 
-def _evaluate_block_scaled(source: BlockScaled, storage: Storage, rows: tuple[int, int]) -> torch.Tensor:
+def _evaluate_padded(source: Padded, storage: Storage, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+    inner = source.source
+    if len(source.shape) == 1:
+        values = torch.zeros(source.shape)
+        values[: inner.shape[0]] = evaluate(inner, storage) * source.factor
+        return values
+    start, stop = rows or (0, source.shape[-2])
+    values = torch.zeros(stop - start, source.shape[-1])
+    filled = min(stop, inner.shape[-2]) - start
+    if filled > 0:
+        part = evaluate(inner, storage, expert, (start, start + filled))
+        values[:filled, : inner.shape[-1]] = part * source.factor
+    return values
+
+
+def _evaluate_block_scaled(source: BlockScaled, storage: Storage, rows: tuple[int, int]) -> Tensor:
     """float32(code) * float32(scale), one scale for every block of codes."""
     start, stop = rows
     block_rows, block_columns = source.block
@@ -62,3 +122,10 @@ def _evaluate_block_scaled(source: BlockScaled, storage: Storage, rows: tuple[in
         part = slice(max(block * block_rows - start, 0), (block + 1) * block_rows - start)
         values[part] *= scales[block - first_block]
     return values
+
+
+def _global_scale(matrix: Nvfp4, storage: Storage) -> Tensor:
+    """The factor of a whole NVFP4 matrix, as float32 []."""
+    assert matrix.global_scale
+    value = _whole(matrix.global_scale, storage)[0]
+    return 1 / value if matrix.reciprocal else value

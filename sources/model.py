@@ -15,6 +15,7 @@ from ..archs.registry import Architecture, architecture_named, architecture_of
 from ..archs.weights import TensorInfo, Weight
 from .checkpoint import read_config, read_tensors
 from .decode import evaluate
+from .fp4 import repack
 from .gguf import read_gguf
 from .storage import Storage
 from .tokenizer import Tokenizer
@@ -54,6 +55,12 @@ class Model:
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A weight's numbers in float32: one expert of a stack, some rows, or all of it. See `decode.evaluate`."""
         return evaluate(weight.source, self._storage, expert, rows)
+
+    def repacked(
+        self, weight: Weight, type_name: str, expert: int | None = None, rows: tuple[int, int] | None = None
+    ) -> torch.Tensor | None:
+        """The same piece in blocks of a ggml type without rounding, None where it must be quantised. See `repack`."""
+        return repack(weight.source, type_name, self._storage, expert, rows)
 
     def close(self) -> None:
         self._storage.close()
