@@ -14,6 +14,8 @@ from torch import Tensor
 from .lanes import Codec, from_bytes, half_from_bytes, half_to_bytes, pack, spread, unpack
 from .lattice_search import Choice, Lattice, Starts, even_signs, search_odd_multiples
 
+LATTICES: Final = ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")  # IQ1_M has the points of IQ1_S
+
 _IQ1_SHIFT: Final = 0.125  # IQ1 types move every point of a group up or down by this
 
 
@@ -124,6 +126,12 @@ def _shifted(scale: Tensor, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
     points = _chosen("IQ1_S", low.to(torch.int64) | high << 8)
     scale = scale.repeat_interleave(len(points) // len(scale), dim=0)
     return (spread(scale) * (points + spread(shift))).flatten(0, 1)
+
+
+def digits(name: str) -> tuple[Tensor, int]:
+    """The places of a lattice's levels among all that it has, uint8 [points, 8 or 4], and how many it has."""
+    lattice = _lattice(name, 1, torch.device("cpu"))
+    return lattice.digits.to(torch.uint8).contiguous(), int(lattice.digits.max()) + 1
 
 
 @cache
