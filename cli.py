@@ -14,6 +14,7 @@ from .archs.errors import BadInput
 from .options import (
     Commands,
     Size,
+    TypeOverride,
     hub_options,
     json_option,
     mtp_option,
@@ -171,7 +172,9 @@ def convert(
 @click.argument("output", type=click.Path(path_type=Path))
 @quant_option
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix of llama.cpp, GGUF or .dat.")
-@click.option("--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="Type of matching tensors.")
+@click.option(
+    "--tensor-type", "tensor_types", multiple=True, type=TypeOverride(), help="Type of tensors whose names match."
+)
 @click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantised already.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
@@ -182,7 +185,7 @@ def quantize(
     output: Path,
     quant: str,
     imatrix: Path | None,
-    tensor_types: tuple[str, ...],
+    tensor_types: tuple[tuple[str, str], ...],
     allow_requantize: bool,
     overwrite: bool,
     dry_run: bool,
@@ -201,9 +204,8 @@ def quantize(
     from .report import show_conversion, show_plan
     from .sources.model import open_model
 
-    types = [_pattern_and_type(text) for text in tensor_types]
     if dry_run:
-        show_plan(plan_requantized(open_model(source), quant, types, imatrix is not None), as_json)
+        show_plan(plan_requantized(open_model(source), quant, tensor_types, imatrix is not None), as_json)
         return
     with watch() as progress:
         result = requantize(
@@ -211,7 +213,7 @@ def quantize(
             output,
             quant,
             imatrix=imatrix,
-            tensor_types=types,
+            tensor_types=tensor_types,
             allow_requantize=allow_requantize,
             overwrite=overwrite,
             threads=threads,
