@@ -26,8 +26,8 @@ from moecast.quant import dequantize, format_named, native, quantize
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from llama_library import load_library  # noqa: E402
-from synthetic import heavy_tailed, importance, relative_error  # noqa: E402
+from llama_library import load_library
+from synthetic import heavy_tailed, importance, relative_error
 
 TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
          "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")  # fmt: skip
