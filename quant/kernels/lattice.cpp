@@ -38,14 +38,16 @@ inline Ints looked_up(const uint16_t* table, Ints places) {
 // Formats that store signs apart from points, with a scale for each of COUNT sub-blocks. With EVEN signs the number of negative ones among eight is even: where it is odd, the value that loses least by it
 // gets the other sign.
 template <class Lattice, int COUNT_, bool EVEN> struct Signed {
+    using Points = Lattice;
     static constexpr int SIZE = 256, COUNT = COUNT_, SUB_BLOCK = 256 / COUNT, LARGEST = 31;
     static constexpr int POINTS = SUB_BLOCK / Lattice::SIZE, ALL_POINTS = 256 / Lattice::SIZE;
+    static constexpr float SHIFTS[] = {0}, SPANS[] = {0.92f, 1.12f};
 
     template <bool WEIGHTED>
     static void choose(const Floats* scaled, Weights<WEIGHTED> weights, Floats* levels, Ints* codes) {
         for (int point = 0; point < POINTS; point++) {
             int first = point * Lattice::SIZE;
-            codes[point] = nearest<Lattice>(scaled + first, weights.from(first)).pair;
+            codes[point] = nearest<Lattice>(scaled + first, weights.from(first));
             for (int i = 0; i < Lattice::SIZE; i++) levels[first + i] = Halves<Lattice>::level(codes[point], i);
         }
     }
@@ -95,7 +97,7 @@ template <class Lattice, int COUNT_, bool EVEN> struct Signed {
             Ints cheapest = all(INT32_MAX);
             for (int i = 0; i < 8; i++) {
                 Ints loss = bits(weights.times(i, magnitude(values[i])));
-                cheapest = least_of(cheapest, (loss & ~255) | i);
+                cheapest = smaller(cheapest, (loss & ~255) | i);
             }
             Ints odd = (with_eighth(signs & 127) ^ signs) != 0;
             signs ^= odd & all(1) << (cheapest & 255);
@@ -105,8 +107,6 @@ template <class Lattice, int COUNT_, bool EVEN> struct Signed {
     }
 };
 
-constexpr Start STARTS_2[] = {{PEAK, 6.45}, {MEAN, 2.75}, {MEAN, 2.1}, {MEAN, 3.35}};
-constexpr Start STARTS_3[] = {{PEAK, 17.0}, {PEAK, 15.0}, {PEAK, 20.5}, {PEAK, 12.5}};
 
 // Four times seven signs and a scale, in four bytes.
 inline void pack_word(const Ints* signs, Ints scale, Ints* bytes) {
@@ -132,7 +132,6 @@ template <int COUNT> void unpack_nibbles(const Ints* bytes, Ints* numbers) {
 
 struct IQ2_XXS : Signed<Lattice2<16>, 8, true> {
     static constexpr int ID = 16, BYTES = 66;
-    static constexpr Start STARTS[] = {{PEAK, 7.5}, {PEAK, 5.9}, {PEAK, 9.1}, {MEAN, 2.6}};
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -156,7 +155,6 @@ struct IQ2_XXS : Signed<Lattice2<16>, 8, true> {
 
 struct IQ3_XXS : Signed<Lattice3XXS, 8, true> {
     static constexpr int ID = 18, BYTES = 98;
-    static constexpr auto& STARTS = STARTS_3;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -176,7 +174,6 @@ struct IQ3_XXS : Signed<Lattice3XXS, 8, true> {
 
 struct IQ2_XS : Signed<Lattice2<17>, 16, true> {
     static constexpr int ID = 17, BYTES = 74;
-    static constexpr auto& STARTS = STARTS_2;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -200,7 +197,6 @@ struct IQ2_XS : Signed<Lattice2<17>, 16, true> {
 
 struct IQ2_S : Signed<Lattice2<22>, 16, false> {
     static constexpr int ID = 22, BYTES = 82;
-    static constexpr auto& STARTS = STARTS_2;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -230,7 +226,6 @@ struct IQ2_S : Signed<Lattice2<22>, 16, false> {
 
 struct IQ3_S : Signed<Lattice3S, 8, false> {
     static constexpr int ID = 21, BYTES = 110;
-    static constexpr auto& STARTS = STARTS_3;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -254,31 +249,30 @@ struct IQ3_S : Signed<Lattice3S, 8, false> {
     }
 };
 
-// Formats that shift points up or down by SHIFT, the points of each of SHIFTS parts of a sub-block alike. Codes are
-// pairs, with bit 16 set for a shift down.
-template <int COUNT_, int SHIFTS> struct Shifted {
+// Formats that shift points up or down by SHIFT, the points of each of PARTS parts of a sub-block alike: the way that
+// suits values better when they go to the nearest level by themselves. Codes are pairs, with bit 16 set for down.
+template <int COUNT_, int PARTS> struct Shifted {
+    using Points = Lattice1;
     static constexpr int SIZE = 256, COUNT = COUNT_, SUB_BLOCK = 256 / COUNT, LARGEST = 15, POINTS = SUB_BLOCK / 8;
-    static constexpr Start STARTS[] = {{PEAK, 1.6}, {MEAN, 0.75}, {MEAN, 1.05}};
-    static constexpr float SHIFT = 0.125f;
+    static constexpr float SHIFT = 0.125f, SHIFTS[] = {SHIFT, -SHIFT}, SPANS[] = {1};
 
     template <bool WEIGHTED>
     static void choose(const Floats* scaled, Weights<WEIGHTED> weights, Floats* levels, Ints* codes) {
-        constexpr int EACH = POINTS / SHIFTS;
-        for (int first = 0; first < POINTS; first += EACH) {
-            Nearest up[EACH], down[EACH];
-            Floats up_distance{}, down_distance{};
-            for (int i = 0; i < EACH; i++) {
-                int place = 8 * (first + i);
-                up[i] = shifted(scaled + place, weights.from(place), SHIFT);
-                down[i] = shifted(scaled + place, weights.from(place), -SHIFT);
-                up_distance = i ? up_distance + up[i].distance : up[i].distance;
-                down_distance = i ? down_distance + down[i].distance : down[i].distance;
-            }
-            Ints better_down = down_distance < up_distance;
-            for (int i = 0; i < EACH; i++) {
-                Ints code = better_down ? (down[i].pair | 1 << 16) : up[i].pair;
-                codes[first + i] = code;
-                for (int j = 0; j < 8; j++) levels[8 * (first + i) + j] = level(code, j);
+        constexpr int EACH = SUB_BLOCK / PARTS;
+        for (int first = 0; first < SUB_BLOCK; first += EACH) {
+            auto distance = [&](float shift) {
+                return ordered_sum<EACH>([&](int i) {
+                    Floats value = scaled[first + i] - shift, miss = value - rounded(clamp(value, -1, 1));
+                    return weights.times(first + i, miss) * miss;
+                });
+            };
+            Ints down = distance(-SHIFT) < distance(SHIFT);
+            for (int i = first; i < first + EACH; i += 8) {
+                Floats values[8];
+                for (int j = 0; j < 8; j++) values[j] = scaled[i + j] - (down ? all(-SHIFT) : all(SHIFT));
+                Ints code = nearest<Lattice1>(values, weights.from(i)) | (down & 1 << 16);
+                codes[i / 8] = code;
+                for (int j = 0; j < 8; j++) levels[i + j] = level(code, j);
             }
         }
     }
@@ -293,12 +287,6 @@ template <int COUNT_, int SHIFTS> struct Shifted {
     }
 
   private:
-    template <bool WEIGHTED> static Nearest shifted(const Floats* scaled, Weights<WEIGHTED> weights, float shift) {
-        Floats values[8];
-        for (int i = 0; i < 8; i++) values[i] = scaled[i] - shift;
-        return nearest<Lattice1>(values, weights);
-    }
-
     static Floats level(Ints code, int i) {
         return Halves<Lattice1>::level(code, i) + (code >= 65536 ? all(-SHIFT) : all(SHIFT));
     }

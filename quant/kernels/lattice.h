@@ -5,31 +5,13 @@
 // for its levels; a pair is the number of the first half times 256 plus that of the second.
 #pragma once
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "scaled.h"
 
 namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 
 constexpr int power(int base, int exponent) { return exponent ? base * power(base, exponent - 1) : 1; }
 
-// The smaller one of whole numbers.
-inline Ints least_of(Ints a, Ints b) {
-#if defined(__AVX512F__)
-    return (Ints)_mm512_min_epi32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-    return (Ints)_mm256_min_epi32((__m256i)a, (__m256i)b);
-#else
-    return a < b ? a : b;
-#endif
-}
-
-inline Floats square_root(Floats value) {
-    for (int lane = 0; lane < LANES; lane++) value[lane] = __builtin_sqrtf(value[lane]);
-    return value;
-}
+inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
 
 template <class Lattice> struct Halves {
     static constexpr int SIZE = Lattice::SIZE / 2, DIGIT_BITS = 8 / SIZE;
@@ -81,13 +63,8 @@ template <class Lattice> struct Halves {
     }
 };
 
-// The pair whose point is nearest to values, and its distance.
-struct Nearest {
-    Ints pair;
-    Floats distance;
-};
-
-template <class Lattice, bool WEIGHTED> Nearest nearest(const Floats* values, Weights<WEIGHTED> weights) {
+// The pair whose point is nearest to values.
+template <class Lattice, bool WEIGHTED> Ints nearest(const Floats* values, Weights<WEIGHTED> weights) {
     using Half = Halves<Lattice>;
     const LatticePoints& points = Lattice::points();
     constexpr auto& numbers = Half::NUMBERS.of;
@@ -106,32 +83,26 @@ template <class Lattice, bool WEIGHTED> Nearest nearest(const Floats* values, We
         // Two chains of comparisons, because each waits for the one before.
         Ints even = seconds[*partner], odd = even;
         for (; partner + 1 < end; partner += 2) {
-            even = least_of(even, seconds[partner[0]]);
-            odd = least_of(odd, seconds[partner[1]]);
+            even = smaller(even, seconds[partner[0]]);
+            odd = smaller(odd, seconds[partner[1]]);
         }
-        if (partner < end) even = least_of(even, seconds[*partner++]);
-        Ints second = least_of(even, odd);
+        if (partner < end) even = smaller(even, seconds[*partner++]);
+        Ints second = smaller(even, odd);
         Floats distance = firsts[place] + from_bits(second);
         Ints nearer = distance < least;
         least = nearer ? distance : least;
         chosen_second = nearer ? second : chosen_second;
         chosen_first = nearer ? all(numbers[place]) : chosen_first;
     }
-    return {chosen_first << 8 | (chosen_second & 255), least};
+    return chosen_first << 8 | (chosen_second & 255);
 }
-
-// A scale to try: the one that puts the largest magnitude, or the root mean square, at this level.
-enum Measure { PEAK, MEAN };
-struct Start {
-    Measure of;
-    double level;
-};
 
 // Sub-blocks of SIZE values whose scales are odd multiples, up to LARGEST, of a float16 step.
 //
-// Format is a type with COUNT, how many sub-blocks; SUB_BLOCK, their SIZE; POINTS, how many they have; LARGEST; STARTS,
-// the scales to try first; and choose(scaled values, weights, levels, codes), which fills in SIZE levels and POINTS
-// codes.
+// Format is a type with COUNT, how many sub-blocks; SUB_BLOCK, their SIZE; POINTS, how many they have; Points, their
+// lattice; SHIFTS, by which its levels may be moved; SPANS, the scales to choose points for, relative to the best for
+// values by themselves; LARGEST; and choose(scaled values, weights, levels, codes), which fills in SIZE levels and
+// POINTS codes.
 template <class Format, bool WEIGHTED> struct LatticeBlock {
     static constexpr int COUNT = Format::COUNT, SIZE = Format::SUB_BLOCK;
 
@@ -159,27 +130,53 @@ template <class Format, bool WEIGHTED> struct LatticeBlock {
     }
 
   private:
-    static ScaledFit fit(const Floats* values, Weights<WEIGHTED> weights, Floats scale, Ints* codes) {
-        Floats inverse = reciprocal(scale), scaled[SIZE], levels[SIZE];
-        for (int i = 0; i < SIZE; i++) scaled[i] = values[i] * inverse;
-        Format::choose(scaled, weights, levels, codes);
+    static ScaledFit fit_of(const Floats* values, Weights<WEIGHTED> weights, const Floats* levels) {
         return ordered_sum<SIZE>([&](int i) {
             Floats weighted = weights.times(i, levels[i]);
             return ScaledFit{weighted * levels[i], weighted * values[i]};
         });
     }
 
-    static ScaledFit best_start(const Floats* values, Weights<WEIGHTED> weights) {
-        Floats peak = all(0.0f);
+    static ScaledFit fit(const Floats* values, Weights<WEIGHTED> weights, Floats scale, Ints* codes) {
+        Floats inverse = reciprocal(scale), scaled[SIZE], levels[SIZE];
+        for (int i = 0; i < SIZE; i++) scaled[i] = values[i] * inverse;
+        Format::choose(scaled, weights, levels, codes);
+        return fit_of(values, weights, levels);
+    }
+
+    // The best scale when each value goes to the nearest level by itself.
+    static Floats start(const Floats* values, Weights<WEIGHTED> weights) {
+        constexpr auto& choices = Format::Points::LEVELS;
+        constexpr int last = sizeof choices / sizeof choices[0] - 1;
+        constexpr double peaks[] = {0.9, 1.1, 1.35, 1.7, 2.2};  // where to put the peak, relative to the highest level
+        Floats peak = all(0.0f), best = all(0.0f);
         for (int i = 0; i < SIZE; i++) peak = larger(peak, magnitude(values[i]));
-        Floats weight = ordered_sum<SIZE>([&](int i) { return weights.times(i, all(1.0f)); });
-        Floats squares = ordered_sum<SIZE>([&](int i) { return weights.times(i, values[i]) * values[i]; });
-        Floats mean = square_root(squares * reciprocal(weight));
+        Best gains;
+        for (double relative : peaks)
+            for (float shift : Format::SHIFTS) {
+                Floats inverse = reciprocal(peak * float(1 / (relative * (choices[last] + shift)))), levels[SIZE];
+                for (int i = 0; i < SIZE; i++) {
+                    Floats scaled = values[i] * inverse;
+                    levels[i] = all(choices[0] + shift);
+                    for (int j = 0; j < last; j++) {
+                        float middle = (choices[j + 1] + shift + (choices[j] + shift)) * 0.5f;
+                        levels[i] = scaled > middle ? all(choices[j + 1] + shift) : levels[i];
+                    }
+                }
+                ScaledFit trial = fit_of(values, weights, levels);
+                Ints better = gains.improved_by(trial.gain());
+                best = better ? trial.scale() : best;
+            }
+        return best;
+    }
+
+    static ScaledFit best_start(const Floats* values, Weights<WEIGHTED> weights) {
+        Floats scale = start(values, weights);
         ScaledFit best{};
         Best gains;
-        for (Start start : Format::STARTS) {
+        for (float span : Format::SPANS) {
             Ints codes[Format::POINTS];
-            ScaledFit trial = fit(values, weights, (start.of == PEAK ? peak : mean) * float(1 / start.level), codes);
+            ScaledFit trial = fit(values, weights, scale * span, codes);
             Ints better = gains.improved_by(trial.gain());
             best.square = better ? trial.square : best.square;
             best.product = better ? trial.product : best.product;
