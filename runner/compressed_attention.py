@@ -106,7 +106,8 @@ class CompressedAttentionMixer:
     def _project(self, heads: Tensor) -> Tensor:
         """[heads, tokens, size] -> [tokens, hidden size]"""
         groups = heads.transpose(0, 1).flatten(1).unflatten(1, (self._operation.groups, -1)).transpose(0, 1)
-        return (groups @ self._output_down.transpose(1, 2)).transpose(0, 1).flatten(1) @ self._output_up.T
+        mixed: Tensor = (groups @ self._output_down.transpose(1, 2)).transpose(0, 1).flatten(1)
+        return mixed @ self._output_up.T
 
 
 class CompressorMixer:
