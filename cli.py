@@ -14,6 +14,7 @@ from .archs.errors import BadInput
 from .options import (
     Commands,
     Size,
+    TypeOverride,
     hub_options,
     json_option,
     mtp_option,
@@ -26,7 +27,6 @@ from .options import (
 if TYPE_CHECKING:
     from .runner.evaluate import Parity
     from .sources.model import Model
-    from .sources.progress import Progress
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,8 +55,9 @@ def inspect(source: str, revision: str | None, token: str | None, as_json: bool)
       moecast inspect model.gguf --json
     """
     from .report import show_model
+    from .sources.locate import describe
 
-    show_model(_describe(source, revision, token), as_json)
+    show_model(describe(source, revision, token), as_json)
 
 
 @main.command()
@@ -79,8 +80,9 @@ def plan(
     from .quant.plan import plan_file
     from .quant.recipes import recipe_named
     from .report import show_plan
+    from .sources.locate import describe
 
-    show_plan(plan_file(_describe(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
+    show_plan(plan_file(describe(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
 
 
 @main.command()
@@ -136,12 +138,13 @@ def convert(
     from .quant.recipes import recipe_named
     from .report import show_conversion, show_plan
     from .runner.evaluate import EVALUATION_TEXT
+    from .sources.locate import describe, locate
 
     if dry_run:
-        show_plan(plan_file(_describe(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
+        show_plan(plan_file(describe(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
         return
     with watch() as progress:
-        folder, provenance = _locate(source, revision, token, progress)
+        folder, provenance = locate(source, revision, token, progress)
         result = run(
             folder,
             output,
@@ -169,7 +172,9 @@ def convert(
 @click.argument("output", type=click.Path(path_type=Path))
 @quant_option
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix of llama.cpp, GGUF or .dat.")
-@click.option("--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="Type of matching tensors.")
+@click.option(
+    "--tensor-type", "tensor_types", multiple=True, type=TypeOverride(), help="Type of tensors whose names match."
+)
 @click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantised already.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
@@ -180,7 +185,7 @@ def quantize(
     output: Path,
     quant: str,
     imatrix: Path | None,
-    tensor_types: tuple[str, ...],
+    tensor_types: tuple[tuple[str, str], ...],
     allow_requantize: bool,
     overwrite: bool,
     dry_run: bool,
@@ -199,9 +204,8 @@ def quantize(
     from .report import show_conversion, show_plan
     from .sources.model import open_model
 
-    types = [_pattern_and_type(text) for text in tensor_types]
     if dry_run:
-        show_plan(plan_requantized(open_model(source), quant, types, imatrix is not None), as_json)
+        show_plan(plan_requantized(open_model(source), quant, tensor_types, imatrix is not None), as_json)
         return
     with watch() as progress:
         result = requantize(
@@ -209,7 +213,7 @@ def quantize(
             output,
             quant,
             imatrix=imatrix,
-            tensor_types=types,
+            tensor_types=tensor_types,
             allow_requantize=allow_requantize,
             overwrite=overwrite,
             threads=threads,
@@ -352,53 +356,23 @@ def demo(ctx: click.Context, output: Path) -> None:
     """
     from .archs.registry import architectures
     from .report import show_model
+    from .sources.locate import describe
 
     source = Path(__file__).parent / "examples" / architectures()[0].example
-    show_model(_describe(str(source), None, None), as_json=False)
+    show_model(describe(str(source), None, None), as_json=False)
     ctx.invoke(convert, source=str(source), output=output, overwrite=True, chunks=32)
 
 
 _VERIFY_CHUNKS = 16
 
 
-def _locate(source: str, revision: str | None, token: str | None, progress: Progress) -> tuple[Path, dict[str, str]]:
-    """The model on this machine, fetched if need be, and where it came from."""
-    from .sources.hub import HubSource, fetch, parse_source
-
-    if source.endswith(".gguf") and "://" not in source:
-        return Path(source), {}
-    parsed = parse_source(source)
-    if not isinstance(parsed, HubSource):
-        return parsed, {}
-    folder = fetch(parsed, revision, token, progress)
-    return folder, {"repository": parsed.repository, "revision": folder.name}
-
-
-def _pattern_and_type(text: str) -> tuple[str, str]:
-    pattern, _, name = text.rpartition("=")
-    if not pattern:
-        raise BadInput(f"--tensor-type {text!r}, expected REGEX=TYPE, for example ffn_down_exps=q6_k")
-    return pattern, name.upper()
-
-
 def _open(source: str, revision: str | None, token: str | None) -> Model:
     from .console import watch
+    from .sources.locate import locate
     from .sources.model import open_model
 
     with watch() as progress:
-        return open_model(_locate(source, revision, token, progress)[0])
-
-
-def _describe(source: str, revision: str | None, token: str | None) -> Model:
-    """The model without its weights: of a Hub repository only the headers are read."""
-    from .sources.hub import HubCheckpoint, HubSource, parse_source
-    from .sources.model import open_model
-
-    parsed = Path(source) if source.endswith(".gguf") else parse_source(source)
-    if not isinstance(parsed, HubSource):
-        return open_model(parsed)
-    checkpoint = HubCheckpoint(parsed, revision, token)
-    return open_model(checkpoint.folder, checkpoint.read_headers())
+        return open_model(locate(source, revision, token, progress)[0])
 
 
 def _judge(result: Parity | None, max_kld: float | None) -> None:

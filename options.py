@@ -30,6 +30,18 @@ class Size(click.ParamType[int]):
         return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
+class TypeOverride(click.ParamType[tuple[str, str]]):
+    """REGEX=TYPE: a regular expression for tensor names, and a ggml type."""
+
+    name = "regex=type"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        pattern, _, type_name = value.rpartition("=")
+        if not pattern:
+            self.fail(f"{value!r}, expected REGEX=TYPE, for example ffn_down_exps=q6_k", param, ctx)
+        return pattern, type_name.upper()
+
+
 class Commands(click.Group):
     """Turns bad input into one line and exit code 2, whatever command it came from."""
 

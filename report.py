@@ -32,7 +32,7 @@ def show_model(model: Model, as_json: bool) -> None:
                 "active_parameters": graph.active_parameters(),
                 "state_bytes_per_token": graph.state_bytes_per_token(),
                 "tensors": tensors,
-                "problems": [],
+                "problems": graph.notes,
                 "graph": describe(graph),
             }
         )

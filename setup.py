@@ -33,7 +33,7 @@ INTEL = platform.machine().lower() in ("x86_64", "amd64")
 BASELINE = ("-msse4.2",) if INTEL else ()
 NEWER = {
     "avx2": ("-mavx2",),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=256"),
 }
 
 

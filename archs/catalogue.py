@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from math import prod
 
 from .errors import BadInput
-from .weights import BlockScaled, Expression, Nvfp4, Read, Scaled, TensorInfo
+from .weights import BlockScaled, Expression, Mxfp4, Nvfp4, Read, Scaled, TensorInfo
 
 PLAIN_DTYPES = ("F32", "F16", "BF16")
 # They serve the arithmetic of the engine that the checkpoint was made for, no weight depends on them.
+_BLOCK_SCALES = ("weight_scale_inv", "scale")  # multipliers, whatever the name says
 _ACTIVATION_SCALES = ("input_scale", "input_global_scale", "k_scale", "v_scale")
 
 
@@ -52,6 +53,10 @@ class Catalogue:
         """Claim a tensor that is stored as ordinary floating point numbers."""
         return Read(self._typed(name, *PLAIN_DTYPES))
 
+    def integers(self, name: str) -> Read:
+        """Claim a table of whole numbers."""
+        return Read(self._typed(name, "I64", "I32"))
+
     def matrix(self, module: str) -> Expression:
         """Claim `module.weight` together with the scales that belong to its encoding."""
         for suffix in _ACTIVATION_SCALES:
@@ -66,13 +71,15 @@ class Catalogue:
             return self._nvfp4(module, "weight", "weight_scale_2", reciprocal=False)
         if tensor.dtype == "F8_E4M3" and len(tensor.shape) == 2 and f"{module}.weight_scale" in self:
             return Scaled(self.take(tensor.name), self._typed(f"{module}.weight_scale", *PLAIN_DTYPES))
-        if tensor.dtype == "F8_E4M3" and len(tensor.shape) == 2 and f"{module}.weight_scale_inv" in self:
-            scales = self._typed(f"{module}.weight_scale_inv", *PLAIN_DTYPES)
-            return BlockScaled(self.take(tensor.name), scales, self.block)
+        scale = next((name for suffix in _BLOCK_SCALES if (name := f"{module}.{suffix}") in self), None)
+        if scale and tensor.dtype == "F8_E4M3" and len(tensor.shape) == 2:
+            return BlockScaled(self.take(tensor.name), self._typed(scale, *PLAIN_DTYPES, "F8_E8M0"), self.block)
+        if scale and tensor.dtype == "I8" and len(tensor.shape) == 2:
+            return Mxfp4(self.take(tensor.name), self._typed(scale, "F8_E8M0", dimensions=2))
         raise BadInput(
             f"{tensor.name} in {tensor.file} has dtype {tensor.dtype} and shape {list(tensor.shape)}, expected "
-            f"{', '.join(PLAIN_DTYPES)}, or U8 or F8_E4M3 in two dimensions with {module}.weight_scale or "
-            f"{module}.weight_scale_inv"
+            f"{', '.join(PLAIN_DTYPES)}, or U8, I8 or F8_E4M3 in two dimensions with {module}.weight_scale, "
+            f"{module}.weight_scale_inv or {module}.scale"
         )
 
     def stored(self, name: str) -> Expression:
@@ -83,6 +90,12 @@ class Catalogue:
         if f"{stem}.scale" not in self:
             return Read(self.take(name))
         return Scaled(self.take(name), self._typed(f"{stem}.scale", "F32"))
+
+    def leave(self, prefix: str) -> int:
+        """Claim every tensor whose name starts with `prefix`, to leave it out; returns how many there are."""
+        names = {name for name in self._tensors if name.startswith(prefix)} - self._claimed
+        self._claimed |= names
+        return len(names)
 
     def finish(self) -> None:
         """Raise BadInput when a tensor was not claimed."""

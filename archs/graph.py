@@ -6,7 +6,7 @@ No reader asks which architecture a graph came from; everything it needs to know
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -16,7 +16,7 @@ from .weights import Role, Weight
 class Activation(Enum):
     """What lies between the projections of an expert or a multi-layer perceptron."""
 
-    SWIGLU = "swiglu"  # silu(gate) * up
+    SWIGLU = "swiglu"  # silu(gate) * up; with a clamp c: silu(min(gate, c)) * min(max(up, -c), c)
     RELU_SQUARED = "relu_squared"  # max(up, 0)^2, there is no gate (So et al. 2021)
 
 
@@ -24,6 +24,7 @@ class Score(Enum):
     """What turns router logits into scores."""
 
     SIGMOID = "sigmoid"
+    SQRT_SOFTPLUS = "sqrt_softplus"
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,31 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """Slows by `factor` the rotations that turn less than `slow` times within `original_context` tokens.
+
+    Those that turn more than `fast` times stay, the ones between are blended (Peng et al. 2023; their attention
+    factor is not used).
+    """
+
+    factor: float
+    original_context: int
+    fast: float
+    slow: float
+
+
+@dataclass(frozen=True)
 class Rope:
-    """Rotary embedding (Su et al. 2021) on the first `size` dimensions of a head, pairing i with i + size/2."""
+    """Rotary embedding (Su et al. 2021) on `size` dimensions of a head: the first ones, or the `last`.
+
+    Of these, i is paired with i + size/2, or, `interleaved`, 2i with 2i + 1.
+    """
 
     size: int
     base: float
+    interleaved: bool = False
+    last: bool = False
+    yarn: Yarn | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +83,66 @@ class Attention:
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     rope: Rope | None = None
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """Pools every `ratio` tokens into one entry: per channel, values weighted by softmax(`gate x + position`).
+
+    Where it `overlaps`, value and gate are twice as wide: a token's first half goes into the next entry, its second
+    half into its own, so an entry pools 2 * ratio tokens. Entries are normalised, then rotated by the position of the
+    first token of their own.
+    """
+
+    ratio: int
+    overlaps: bool
+    value: Weight
+    gate: Weight
+    position: Weight
+    norm: Norm
+    rope: Rope
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """Picks the `top_k` entries that a token attends to, by the sum over heads of `head_weight x * relu(query . key)`.
+
+    Queries come from the attention's latent query, keys from a compressor of the same ratio.
+    """
+
+    heads: int
+    head_size: int
+    top_k: int
+    query: Weight
+    head_weight: Weight
+    compressor: Compressor
+
+
+@dataclass(frozen=True)
+class CompressedAttention:
+    """Attention to the last `window` tokens, and to compressed entries of the whole past (DeepSeek-AI 2026).
+
+    One rotated vector per token or entry is key and value of all heads; the output is rotated back. Queries pass
+    through a latent norm, then each head through a norm without weights. A learnt `sink` logit per head takes its
+    share of the softmax. Output: the heads of each of `groups` groups are projected by the group's own rows of
+    `output_down`, then `output_up` joins the groups. Without `indexer` every complete entry is attended to.
+    """
+
+    heads: int
+    head_size: int
+    window: int
+    groups: int
+    query_down: Weight
+    query_norm: Norm
+    query_up: Weight
+    key_value: Weight
+    key_value_norm: Norm
+    sink: Weight
+    output_down: Weight
+    output_up: Weight
+    rope: Rope
+    compressor: Compressor | None
+    indexer: Indexer | None
 
 
 @dataclass(frozen=True)
@@ -94,11 +175,13 @@ class Mamba2:
 
 @dataclass(frozen=True)
 class MLP:
-    """`down(activation(up x))`: a dense layer, or the shared expert beside routed ones."""
+    """`down(activation(gate x, up x))`: a dense layer, or the shared expert beside routed ones."""
 
     up: Weight
     down: Weight
     activation: Activation
+    gate: Weight | None = None
+    clamp: float | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +203,21 @@ class Router:
 
 
 @dataclass(frozen=True)
+class HashRouter:
+    """Looks up a token's experts in `table` [vocabulary, top_k]; their shares come from scores as a `Router`'s do."""
+
+    weight: Weight
+    table: Weight
+    score: Score
+    epsilon: float
+    scale: float
+
+    @property
+    def top_k(self) -> int:
+        return self.table.columns
+
+
+@dataclass(frozen=True)
 class MoE:
     """Routed experts `down(activation(gate x, up x))`, weighted by the router and summed.
 
@@ -127,7 +225,7 @@ class MoE:
     router and the shared expert, whose answer is added, see x itself.
     """
 
-    router: Router
+    router: Router | HashRouter
     up: Weight
     down: Weight
     activation: Activation
@@ -135,6 +233,7 @@ class MoE:
     latent_down: Weight | None = None
     latent_up: Weight | None = None
     shared: MLP | None = None
+    clamp: float | None = None
 
     @property
     def experts(self) -> int:
@@ -146,15 +245,44 @@ class MoE:
         return self.up.shape[1]
 
 
-Operation = Attention | Mamba2 | MLP | MoE
+Operation = Attention | CompressedAttention | Mamba2 | MLP | MoE
+
+
+@dataclass(frozen=True)
+class StreamMix:
+    """A linear map of all residual streams of a token to the coefficients that mix them.
+
+    `coefficients = scale * (function . streams / rms(streams)) + base`, with one scale for each kind of coefficient.
+    """
+
+    function: Weight
+    base: Weight
+    scale: Weight
+
+
+@dataclass(frozen=True)
+class HyperConnections:
+    """A residual of several streams X_i, all beginning as the embedding (Xie et al. 2026).
+
+    A sublayer reads `sum_i (sigmoid(a_i) + epsilon) X_i` and its output y becomes
+    `X_j = 2 sigmoid(b_j) y + sum_i M_ij X_i`, where M is softmax(c) made doubly stochastic by Sinkhorn iterations and
+    a, b, c [streams, streams] come from the sublayer's mix. After the last layer `head` gives the a's of the result.
+    """
+
+    streams: int
+    iterations: int
+    epsilon: float
+    norm_epsilon: float
+    head: StreamMix
 
 
 @dataclass(frozen=True)
 class SubLayer:
-    """`x + operation(norm(x))`."""
+    """`x + operation(norm(x))`, or with the streams of hyper-connections mixed by `mix` in place of the sum."""
 
     norm: Norm
     operation: Operation
+    mix: StreamMix | None = None
 
 
 @dataclass(frozen=True)
@@ -168,14 +296,15 @@ class Prediction:
     """A block that drafts the token after next (multi-token prediction) for speculative decoding.
 
     Its input is `projection([embedding_norm(embedding of the next token), hidden_norm(hidden)])`; its output goes
-    through a LayerNorm (mean removed) and the model's head. The model itself never runs it.
+    through a LayerNorm (mean removed), or like the model's own through its final norm, and the model's head. The model
+    itself never runs it.
     """
 
     embedding_norm: Norm
     hidden_norm: Norm
     projection: Weight
     layer: Layer
-    final_layer_norm: Weight
+    final_layer_norm: Weight | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +312,9 @@ class Graph:
     """A whole model. Widths are in elements, `context_length` in tokens.
 
     `scaled_roles` are the roles whose weights llama.cpp multiplies by a tensor `<name>.scale` of the same file.
+    `residual` is None for one stream that sublayers add to. `draft` is a graph without layers, whose predictions need
+    a final norm and a stream mix of their own; it is no part of this graph's weights and makes a file of its own.
+    `notes` say what of the checkpoint the graph leaves out.
     """
 
     architecture: str
@@ -195,14 +327,17 @@ class Graph:
     head: Weight
     predictions: tuple[Prediction, ...] = ()
     scaled_roles: tuple[Role, ...] = ()
+    residual: HyperConnections | None = None
+    draft: Graph | None = None
+    notes: tuple[str, ...] = ()
 
     def weights(self) -> Iterator[Weight]:
         """Every weight once, in file order."""
-        return _weights(self)
+        return _weights(replace(self, draft=None))
 
     def parameters(self) -> int:
         """Number of weights' elements, the stored head of tied models counted."""
-        return sum(weight.elements for weight in self.weights())
+        return sum(weight.elements for weight in self.weights() if weight.role is not Role.HASH_TABLE)
 
     def active_parameters(self) -> int:
         """Elements that one token touches: `top_k` experts of each stack, one row of the embedding, no drafting."""
@@ -216,9 +351,15 @@ class Graph:
         return active
 
     def state_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Bytes that each further token adds to the KV cache."""
-        attentions = (operation for operation in self.operations() if isinstance(operation, Attention))
-        return sum(2 * a.key_value_heads * a.head_size * bytes_per_value for a in attentions)
+        """Bytes that each further token adds to the KV cache; compressed entries count by their share of a token."""
+        values = 0
+        for operation in self.operations():
+            match operation:
+                case Attention():
+                    values += 2 * operation.key_value_heads * operation.head_size
+                case CompressedAttention(compressor=Compressor(ratio=ratio), indexer=indexer):
+                    values += (operation.head_size + (indexer.head_size if indexer else 0)) // ratio
+        return values * bytes_per_value
 
     def operations(self) -> Iterator[Operation]:
         return (sublayer.operation for layer in self.layers for sublayer in layer.sublayers)

@@ -10,7 +10,7 @@ from typing import Any
 from .catalogue import Catalogue
 from .config import Config
 from .errors import BadInput
-from .graph import MLP, Attention, Graph, Layer, Mamba2, MoE
+from .graph import MLP, Attention, Graph, Layer, Mamba2, MoE, Router
 from .nemotron_h_blocks import (
     ATTENTION,
     DENSE_LAYER,
@@ -306,7 +306,7 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
 
 def _expert_metadata(experts: MoE) -> dict[str, Any]:
     router = experts.router
-    assert experts.shared
+    assert experts.shared and isinstance(router, Router)
     values = {
         "expert_count": experts.experts,
         "expert_used_count": router.top_k,

@@ -24,6 +24,7 @@ class Architecture:
         from_checkpoint: config.json and the stored tensors to a graph.
         from_gguf: GGUF metadata and the stored tensors to a graph.
         gguf_metadata: the keys that llama.cpp needs to run the graph; int means u32, float f32.
+        draft_metadata: the same for the file of a graph's draft, where such drafts occur.
     """
 
     name: str
@@ -33,13 +34,14 @@ class Architecture:
     from_checkpoint: Callable[[Config, Sequence[TensorInfo]], Graph]
     from_gguf: Callable[[Config, Sequence[TensorInfo]], Graph]
     gguf_metadata: Callable[[Graph], Mapping[str, Any]]
+    draft_metadata: Callable[[Graph], Mapping[str, Any]] | None = None
 
 
 def architectures() -> tuple[Architecture, ...]:
     """Every architecture that moecast knows."""
-    from . import minimax_m2, nemotron_h
+    from . import deepseek_v4, minimax_m2, nemotron_h
 
-    return (minimax_m2.ARCHITECTURE, nemotron_h.MIXTURE, nemotron_h.DENSE)
+    return (minimax_m2.ARCHITECTURE, nemotron_h.MIXTURE, nemotron_h.DENSE, deepseek_v4.ARCHITECTURE)
 
 
 def architecture_named(name: str, origin: str) -> Architecture:

@@ -178,6 +178,42 @@ class Padded:
 
 
 @dataclass(frozen=True)
+class Mxfp4:
+    """Microscaled 4-bit floats (OCP MX): `e2m1(code) * scale[row, column // 32]`.
+
+    `codes` holds two columns in a byte, the even one in the low nibble; `scale` is E8M0, a power of two.
+    """
+
+    codes: TensorInfo
+    scale: TensorInfo
+
+    GROUP: ClassVar[int] = 32
+
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        if self.scale.shape != (rows, columns // self.GROUP) or columns % self.GROUP:
+            raise BadInput(
+                f"{self.scale.name} in {self.scale.file} has shape {list(self.scale.shape)}, expected "
+                f"[{rows}, {columns / self.GROUP:g}]: one scale for each {self.GROUP} columns of {self.codes.name}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.codes.shape[0], 2 * self.codes.shape[1])
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Matrices of equally many rows, one after another along the columns."""
+
+    parts: tuple[Expression, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.parts[0].shape[0], sum(part.shape[1] for part in self.parts))
+
+
+@dataclass(frozen=True)
 class Rows:
     """Rows `start` to `stop` of every matrix of `source` (fused projections hold several weights)."""
 
@@ -211,7 +247,19 @@ class Stack:
 
 
 Expression = (
-    Read | BlockScaled | Scaled | Nvfp4 | GlobalScales | Reshape | NegativeExponential | Zeros | Padded | Rows | Stack
+    Read
+    | BlockScaled
+    | Scaled
+    | Nvfp4
+    | GlobalScales
+    | Mxfp4
+    | Reshape
+    | NegativeExponential
+    | Zeros
+    | Padded
+    | SideBySide
+    | Rows
+    | Stack
 )
 
 
@@ -220,7 +268,7 @@ def stored_tensors(expression: Expression) -> Iterator[TensorInfo]:
     match expression:
         case Read(tensor) | Reshape(tensor):
             yield tensor
-        case BlockScaled(codes, scale) | Scaled(codes, scale):
+        case BlockScaled(codes, scale) | Scaled(codes, scale) | Mxfp4(codes, scale):
             yield codes
             yield scale
         case Nvfp4(codes, scale, global_scale):
@@ -229,9 +277,9 @@ def stored_tensors(expression: Expression) -> Iterator[TensorInfo]:
                 yield global_scale
         case Rows(source) | Padded(source) | NegativeExponential(source):
             yield from stored_tensors(source)
-        case Stack(experts) | GlobalScales(experts):
-            for expert in experts:
-                yield from stored_tensors(expert)
+        case Stack(parts) | GlobalScales(parts) | SideBySide(parts):
+            for part in parts:
+                yield from stored_tensors(part)
 
 
 def of_expert(expression: Expression, expert: int | None) -> Expression:
@@ -259,11 +307,24 @@ class Role(Enum):
     ATTENTION_K = "attention_k"
     ATTENTION_V = "attention_v"
     ATTENTION_OUTPUT = "attention_output"
+    ATTENTION_Q_DOWN = "attention_q_down"  # low-rank factors: down to the latent width and up from it
+    ATTENTION_Q_UP = "attention_q_up"
+    ATTENTION_KV = "attention_kv"  # one head that is key and value at once
+    ATTENTION_OUTPUT_DOWN = "attention_output_down"
+    ATTENTION_OUTPUT_UP = "attention_output_up"
+    ATTENTION_SINK = "attention_sink"
+    COMPRESSOR = "compressor"
+    COMPRESSOR_POSITION = "compressor_position"
+    INDEXER = "indexer"
+    INDEXER_HEADS = "indexer_heads"
+    HYPER_CONNECTION = "hyper_connection"
     ROUTER = "router"
     ROUTER_BIAS = "router_bias"
+    HASH_TABLE = "hash_table"
     EXPERT_GATE = "expert_gate"
     EXPERT_UP = "expert_up"
     EXPERT_DOWN = "expert_down"
+    SHARED_GATE = "shared_gate"
     SHARED_UP = "shared_up"
     SHARED_DOWN = "shared_down"
     LATENT_DOWN = "latent_down"
@@ -283,7 +344,18 @@ class Role(Enum):
         return self in _PROTECTED
 
 
-_PROTECTED = (Role.NORM, Role.ROUTER, Role.ROUTER_BIAS, Role.MAMBA_CONVOLUTION, Role.MAMBA_SCALAR, Role.SCALE)
+_PROTECTED = (
+    Role.NORM,
+    Role.ROUTER,
+    Role.ROUTER_BIAS,
+    Role.ATTENTION_SINK,
+    Role.COMPRESSOR_POSITION,
+    Role.INDEXER_HEADS,
+    Role.HYPER_CONNECTION,
+    Role.MAMBA_CONVOLUTION,
+    Role.MAMBA_SCALAR,
+    Role.SCALE,
+)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput
@@ -67,6 +68,8 @@ def _encode(
         return first_row, data
     try:
         values = model.load(weight, expert, rows).view(-1, weight.columns)
+        if tensor.type.name == "I32":
+            return first_row, values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
         return first_row, quantize(values, tensor.type.name, importance, threads)
     except BadInput as error:
         stored = first_tensor(of_expert(weight.source, expert))

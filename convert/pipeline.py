@@ -11,8 +11,9 @@ from typing import Any
 
 from .. import __version__
 from ..archs.errors import BadInput
-from ..quant.plan import Plan, plan_file
-from ..quant.recipes import recipe_named
+from ..archs.graph import Graph
+from ..quant.plan import Plan, plan_file, plan_tensors
+from ..quant.recipes import Recipe, recipe_named
 from ..runner.evaluate import DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, parity
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
@@ -71,7 +72,8 @@ def convert(
         output: a .gguf file, or a folder for `<name>-<quant>.gguf`.
         quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds.
         padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
-        mtp: keep the blocks of multi-token prediction; by default, unless they rule out padding.
+        mtp: keep the blocks of multi-token prediction; by default, unless they rule out padding. Where they are a
+            draft of their own they make a second file, `<file>-mtp.gguf`.
         name: the model's name, by default that of the folder.
         pre: llama.cpp's name of the text splitter, by default the architecture's.
         split_max_bytes: start a new file when the data section would grow beyond this.
@@ -93,16 +95,38 @@ def convert(
     metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
     with GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite) as writer:
         write_tensors(writer, model, plan, progress, threads=threads)
+    files = [*writer.paths]
+    if mtp and model.graph.draft:
+        files.append(_write_draft(model, model.graph.draft, plan.recipe, path, metadata, overwrite, threads, progress))
     result = parity(model, writer.paths[0], file, context, chunks, progress) if verify else None
     return Conversion(
-        files=tuple(writer.paths),
-        bytes=sum(file.stat().st_size for file in writer.paths),
+        files=tuple(files),
+        bytes=sum(file.stat().st_size for file in files),
         bits_per_weight=plan.bits_per_weight,
         parity=result,
         problems=plan.problems,
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+def _write_draft(
+    model: Model,
+    draft: Graph,
+    recipe: Recipe,
+    path: Path,
+    metadata: dict[str, Any],
+    overwrite: bool,
+    threads: int | None,
+    progress: Progress,
+) -> Path:
+    assert model.architecture.draft_metadata
+    plan = plan_tensors(draft, recipe)
+    metadata = metadata | dict(model.architecture.draft_metadata(model.graph))
+    path = path.with_name(f"{path.stem}-mtp.gguf")
+    with GGUFWriter(path, metadata, plan.tensors, None, overwrite) as writer:
+        write_tensors(writer, model, plan, progress, threads=threads)
+    return path
 
 
 def gguf_metadata(

@@ -38,15 +38,17 @@ class Architecture(Protocol):
     """The interface of an architecture module (`self` is the module)."""
 
     DEFAULT_SIZES: Sizes
-    PRE_TOKENIZER_PATTERN: str
-    """Regular expression that splits text before byte-level BPE."""
-    SPECIAL_TOKENS: tuple[AddedToken, ...]
-    """They take the last ids of the vocabulary, in this order."""
+    PRE_TOKENIZER_PATTERNS: tuple[str, ...]
+    """Regular expressions that split text before byte-level BPE, one after the other."""
+    FIRST_TOKENS: tuple[AddedToken, ...]
+    """Added tokens that take the first ids of the vocabulary, in this order."""
+    LAST_TOKENS: tuple[AddedToken, ...]
+    """Added tokens that take the last ids."""
     BEGIN_OF_TEXT: str
     END_OF_TEXT: str
     GENERATION_DEFAULTS: dict[str, Any]
-    CHAT_TEMPLATE: str
-    """Jinja source."""
+    CHAT_TEMPLATE: str | None
+    """Jinja source, if checkpoints are published with one."""
     SHARDS: int
     """Number of safetensors files to write."""
 

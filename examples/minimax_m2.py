@@ -21,14 +21,15 @@ ROPE_THETA = 5_000_000
 BLOCK = 128
 SHARDS = 4
 
-PRE_TOKENIZER_PATTERN = (
+PRE_TOKENIZER_PATTERNS: tuple[str, ...] = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 BEGIN_OF_TEXT = "]~!b["
 END_OF_TEXT = "[e~["
-SPECIAL_TOKENS: tuple[AddedToken, ...] = (
+FIRST_TOKENS: tuple[AddedToken, ...] = ()
+LAST_TOKENS: tuple[AddedToken, ...] = (
     AddedToken("]!p~[", special=True),
     AddedToken("]~b]", special=True),
     AddedToken(END_OF_TEXT, special=True),
@@ -37,7 +38,7 @@ SPECIAL_TOKENS: tuple[AddedToken, ...] = (
     AddedToken("</think>", special=False),
 )
 GENERATION_DEFAULTS: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 40, "top_p": 0.95}
-CHAT_TEMPLATE = Path(__file__).with_suffix(".jinja").read_text(encoding="utf-8")
+CHAT_TEMPLATE: str | None = Path(__file__).with_suffix(".jinja").read_text(encoding="utf-8")
 
 
 def query_heads(sizes: Sizes) -> int:

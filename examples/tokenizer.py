@@ -8,30 +8,31 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 
 def train_tokenizer(architecture: Architecture, text: str, vocabulary: int) -> Tokenizer:
-    """A tokenizer of exactly `vocabulary` tokens, the architecture's special tokens last."""
+    """A tokenizer of exactly `vocabulary` tokens, the architecture's added tokens at its ends."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(architecture.PRE_TOKENIZER_PATTERN), behavior="isolated"),
+            *(pre_tokenizers.Split(Regex(p), behavior="isolated") for p in architecture.PRE_TOKENIZER_PATTERNS),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(architecture.SPECIAL_TOKENS),
+        vocab_size=vocabulary - len(architecture.LAST_TOKENS),
+        special_tokens=list(architecture.FIRST_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
-    tokenizer.add_tokens(list(architecture.SPECIAL_TOKENS))
+    tokenizer.add_tokens([*architecture.FIRST_TOKENS, *architecture.LAST_TOKENS])
     if (size := tokenizer.get_vocab_size()) != vocabulary:
         raise ValueError(f"the text yields only {size} of {vocabulary} tokens: lower --vocabulary")
     return tokenizer
 
 
 def write_tokenizer(architecture: Architecture, tokenizer: Tokenizer, context: int, folder: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, generation_config.json and chat_template.jinja."""
+    """Writes tokenizer.json, tokenizer_config.json, generation_config.json and any chat_template.jinja."""
     tokenizer.save(str(folder / "tokenizer.json"))
     added = {
         str(number): {
@@ -60,7 +61,8 @@ def write_tokenizer(architecture: Architecture, tokenizer: Tokenizer, context: i
     }
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     write_json(folder / "generation_config.json", generation_config)
-    (folder / "chat_template.jinja").write_text(architecture.CHAT_TEMPLATE, encoding="utf-8")
+    if architecture.CHAT_TEMPLATE is not None:
+        (folder / "chat_template.jinja").write_text(architecture.CHAT_TEMPLATE, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:

@@ -5,14 +5,16 @@ The points themselves are data of the gguf package, which is read rather than co
 
 from __future__ import annotations
 
-from functools import cache, reduce
+from functools import cache
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from .lanes import Codec, from_bytes, half_from_bytes, half_to_bytes, pack, spread, unpack
-from .lattice_search import Choice, Lattice, Starts, even_signs, search_odd_multiples
+from .lanes import Codec, from_bytes, half_from_bytes, half_to_bytes, ordered_sum, pack, spread, unpack
+from .lattice_search import Choice, Lattice, even_signs, search_odd_multiples
+
+LATTICES: Final = ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")  # IQ1_M has the points of IQ1_S
 
 _IQ1_SHIFT: Final = 0.125  # IQ1 types move every point of a group up or down by this
 
@@ -126,6 +128,12 @@ def _shifted(scale: Tensor, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (spread(scale) * (points + spread(shift))).flatten(0, 1)
 
 
+def digits(name: str) -> tuple[Tensor, int]:
+    """The places of a lattice's levels among all that it has, uint8 [points, 8 or 4], and how many it has."""
+    lattice = _lattice(name, 1, torch.device("cpu"))
+    return lattice.digits.to(torch.uint8).contiguous(), int(lattice.digits.max()) + 1
+
+
 @cache
 def _lattice(name: str, divisor: int, device: torch.device) -> Lattice:
     """A format's lattice in levels that odd multiples of the step scale: the points over a power of two."""
@@ -133,7 +141,7 @@ def _lattice(name: str, divisor: int, device: torch.device) -> Lattice:
 
 
 def _signed_codes(
-    name: str, divisor: int, sub_blocks: int, starts: Starts, even: bool, block: tuple[Tensor, Tensor, Tensor]
+    name: str, divisor: int, sub_blocks: int, even: bool, block: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The search for formats that store signs apart from points, for a block's values, unit and weights.
 
@@ -149,30 +157,24 @@ def _signed_codes(
     point_weights = weights.view(sub_blocks, -1, points, weights.shape[-1])
 
     def nearest(scaled: Tensor) -> Choice:
-        numbers, _ = lattice.nearest(scaled.unflatten(1, (-1, points)), point_weights)
-        return Choice(lattice.levels(numbers).flatten(1, 2), numbers)
+        numbers = lattice.nearest(scaled.unflatten(1, (-1, points)), point_weights)
+        return Choice(lattice.point(numbers).flatten(1, 2), numbers)
 
     step, multiples, codes = search_odd_multiples(
-        magnitudes, weights.view_as(magnitudes), unit, starts, largest=31, nearest=nearest
+        magnitudes, weights.view_as(magnitudes), unit, [lattice.levels], (0.92, 1.12), largest=31, nearest=nearest
     )
     signs = pack(negative.unsqueeze(2), 1).flatten(0, 1)
     return half_to_bytes(step, unit), multiples.to(torch.int64) >> 1, codes.flatten(0, 1), signs
 
 
-_STARTS_1: Final = Starts(peaks=(1.6,), means=(0.75, 1.05))
-_STARTS_2: Final = Starts(peaks=(6.45,), means=(2.75, 2.1, 3.35))
-_STARTS_2_XXS: Final = Starts(peaks=(7.5, 5.9, 9.1), means=(2.6,))
-_STARTS_3: Final = Starts(peaks=(17.0, 15.0, 20.5, 12.5))
-
-
 def _encode_iq2_xxs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    step, scales, numbers, signs = _signed_codes("IQ2_XXS", 8, 8, _STARTS_2_XXS, True, (values, unit, weights))
+    step, scales, numbers, signs = _signed_codes("IQ2_XXS", 8, 8, True, (values, unit, weights))
     words = torch.cat([numbers.to(torch.uint8).unflatten(0, (8, 4)), _scale_words(scales, signs)], dim=1)
     return torch.cat([step, words.flatten(0, 1)])
 
 
 def _encode_iq3_xxs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    step, scales, numbers, signs = _signed_codes("IQ3_XXS", 4, 8, _STARTS_3, True, (values, unit, weights))
+    step, scales, numbers, signs = _signed_codes("IQ3_XXS", 4, 8, True, (values, unit, weights))
     return torch.cat([step, numbers.to(torch.uint8), _scale_words(scales, signs).flatten(0, 1)])
 
 
@@ -181,23 +183,24 @@ def _scale_words(scales: Tensor, signs: Tensor) -> Tensor:
     word = scales << 28
     for group in range(4):
         word = word | (signs[group::4].to(torch.int64) & 127) << 7 * group
-    return _to_bytes(word, 4).unflatten(0, (8, 4))
+    words: Tensor = _to_bytes(word, 4).unflatten(0, (8, 4))
+    return words
 
 
 def _encode_iq2_xs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    step, scales, numbers, signs = _signed_codes("IQ2_XS", 8, 16, _STARTS_2, True, (values, unit, weights))
+    step, scales, numbers, signs = _signed_codes("IQ2_XS", 8, 16, True, (values, unit, weights))
     codes = numbers | (signs.to(torch.int64) & 127) << 9
     return torch.cat([step, _to_bytes(codes, 2), _to_nibbles(scales)])
 
 
 def _encode_iq2_s(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    step, scales, numbers, signs = _signed_codes("IQ2_S", 8, 16, _STARTS_2, False, (values, unit, weights))
+    step, scales, numbers, signs = _signed_codes("IQ2_S", 8, 16, False, (values, unit, weights))
     high = pack((numbers >> 8).unflatten(0, (8, 4, 1)), 2).flatten(0, 1)
     return torch.cat([step, _low_byte(numbers), signs, high, _to_nibbles(scales)])
 
 
 def _encode_iq3_s(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    step, scales, numbers, signs = _signed_codes("IQ3_S", 1, 8, _STARTS_3, False, (values, unit, weights))
+    step, scales, numbers, signs = _signed_codes("IQ3_S", 1, 8, False, (values, unit, weights))
     high = pack((numbers >> 8).unflatten(0, (8, 8, 1)), 1).flatten(0, 1)
     return torch.cat([step, _low_byte(numbers), high, signs, _to_nibbles(scales)])
 
@@ -230,22 +233,24 @@ def _shifted_codes(
     """
     lattice = _lattice("IQ1_S", 1, values.device)
     values, weights = values.unflatten(0, (sub_blocks, -1)), weights.unflatten(0, (sub_blocks, -1))
-    point_weights = weights.unflatten(1, (shifts, -1, 8))
+    part_weights, point_weights = (weights.unflatten(1, parts) for parts in ((shifts, -1), (shifts, -1, 8)))
 
     def nearest(scaled: Tensor) -> Choice:
-        scaled = scaled.unflatten(1, (shifts, -1, 8))
+        parts = scaled.unflatten(1, (shifts, -1))
 
-        def shifted(shift: float, mark: int) -> tuple[Tensor, Tensor, Tensor]:
-            numbers, distance = lattice.nearest(scaled - shift, point_weights)
-            gain = -reduce(torch.add, distance.split(1, dim=2))
-            return gain, numbers | mark, lattice.levels(numbers) + shift
+        def distance(shift: float) -> Tensor:
+            """Of values by themselves from the nearest levels."""
+            miss = parts - shift - (parts - shift).round().clamp(-1, 1)
+            return ordered_sum(part_weights * miss * miss)
 
-        up, down = shifted(_IQ1_SHIFT, 0), shifted(-_IQ1_SHIFT, 1 << 11)
-        codes = torch.where(down[0] > up[0], down[1], up[1])
-        levels = torch.where(spread(down[0] > up[0]), down[2], up[2])
-        return Choice(levels.flatten(1, 3), codes.flatten(1, 2))
+        down = (distance(-_IQ1_SHIFT) < distance(_IQ1_SHIFT)).unsqueeze(2)
+        shift = spread(torch.where(down, -_IQ1_SHIFT, _IQ1_SHIFT))
+        numbers = lattice.nearest(scaled.unflatten(1, (shifts, -1, 8)) - shift, point_weights)
+        codes = numbers | torch.where(down, 1 << 11, 0)
+        return Choice((lattice.point(numbers) + shift).flatten(1, 3), codes.flatten(1, 2))
 
-    step, multiples, codes = search_odd_multiples(values, weights, unit, _STARTS_1, largest=15, nearest=nearest)
+    levels = [lattice.levels + shift for shift in (_IQ1_SHIFT, -_IQ1_SHIFT)]
+    step, multiples, codes = search_odd_multiples(values, weights, unit, levels, (1.0,), largest=15, nearest=nearest)
     return step, multiples.to(torch.int64) >> 1, codes
 
 

@@ -1,15 +1,15 @@
 """The search behind every format whose codes index points of a lattice, several values at a time.
 
-The scale of each sub-block is an odd multiple of the block's float16 step. Each sub-block tries a few scales, finds
-for each the nearest points, and keeps the scale whose points leave the least weighted error after least squares. A
-step and multiples for those scales follow, points are chosen once more for the scales that can be stored, and step
-and multiples are fitted to those points.
+The scale of each sub-block is an odd multiple of the block's float16 step. As long as it is sought each value goes to
+the nearest level by itself: of a few scales the one stays whose levels leave the least weighted error after least
+squares. Then points are chosen, for scales a little below and above that, and again the best stays. A step and
+multiples for those scales follow, points are chosen once more for the scales that can be stored, and step and multiples
+are fitted to those points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 import torch
@@ -18,29 +18,14 @@ from torch import Tensor
 from .lanes import best_of, half, ordered_sum, reciprocal, spread
 from .scaled import Fit
 
+# Where to try to put a sub-block's largest magnitude, relative to the highest level.
+PEAKS: Final = (0.9, 1.1, 1.35, 1.7, 2.2)
+
 # Steps to try for a block, relative to the one whose largest multiple is the largest scale.
 STEPS: Final = (1.0, 1.03, 0.97, 0.94, 0.9)
 
 TAG_BITS: Final = 8  # the lowest bits of a distance give way to the number of what it belongs to
 _TAG: Final = (1 << TAG_BITS) - 1
-
-
-@dataclass(frozen=True)
-class Starts:
-    """Scales to try first: by the level that the largest magnitude lands on, and by that of the root mean square.
-
-    Chosen greedily, those first that lower the error of many synthetic sub-blocks most (heavy-tailed and normal;
-    unweighted, and weighted with a few channels a hundred times above the rest).
-    """
-
-    peaks: tuple[float, ...]
-    means: tuple[float, ...] = ()
-
-    def scales(self, values: Tensor, weights: Tensor) -> list[Tensor]:
-        """[..., n, lanes] -> several [..., lanes]."""
-        peak = values.abs().amax(-2)
-        mean = (ordered_sum(weights * values * values) * reciprocal(ordered_sum(weights))).sqrt()
-        return [peak * (1 / level) for level in self.peaks] + [mean * (1 / level) for level in self.means]
 
 
 class Choice(NamedTuple):
@@ -71,20 +56,20 @@ class Lattice:
     def __init__(self, points: Tensor) -> None:
         """points: float32 [points, 4 or 8], of at most 4 levels for 8 values and at most 8 for 4."""
         self.points = points
-        self._levels, self.digits = torch.unique(points, return_inverse=True)
+        self.levels, self.digits = torch.unique(points, return_inverse=True)
         middle = points.shape[1] // 2
         places = torch.arange(middle - 1, -1, -1, device=points.device)
         first, second = self.digits.split(middle, dim=1)
-        values = len(self._levels) ** places  # of digits in a half's place in a table of all halves
-        halves = torch.cartesian_prod(*[torch.arange(len(self._levels), device=points.device)] * middle)
+        values = len(self.levels) ** places  # of digits in a half's place in a table of all halves
+        halves = torch.cartesian_prod(*[torch.arange(len(self.levels), device=points.device)] * middle)
         self._tags = (halves << places * (TAG_BITS // middle)).sum(1).to(torch.int32)
         firsts, seconds = (first * values).sum(1), (second * values).sum(1)
         self._partners = {place: seconds[firsts == place].sort().values for place in firsts.unique().tolist()}
         self._numbers = torch.zeros(len(halves) << TAG_BITS, dtype=torch.int64, device=points.device)
         self._numbers[firsts << TAG_BITS | self._tags[seconds]] = torch.arange(len(points), device=points.device)
 
-    def nearest(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The numbers of the nearest points and their distances: [..., 4 or 8, lanes] -> [..., lanes], twice."""
+    def nearest(self, values: Tensor, weights: Tensor) -> Tensor:
+        """The numbers of the nearest points: [..., 4 or 8, lanes] -> int64 [..., lanes]."""
         values, weights = values.movedim(-2, 0), weights.movedim(-2, 0)
         middle = len(values) // 2
         firsts = self._distances(values[:middle], weights[:middle])
@@ -97,21 +82,22 @@ class Lattice:
             nearer = distance < least
             least = torch.where(nearer, distance, least)
             pair = torch.where(nearer, second & _TAG | place << TAG_BITS, pair)
-        return self._numbers[pair.to(torch.int64)], least
+        return self._numbers[pair.to(torch.int64)]
 
-    def levels(self, numbers: Tensor) -> Tensor:
+    def point(self, numbers: Tensor) -> Tensor:
         """The points with these numbers: [..., lanes] -> [..., 4 or 8, lanes]."""
         return self.points[numbers].movedim(-1, -2)
 
     def _distances(self, values: Tensor, weights: Tensor) -> Tensor:
         """Weighted squared distances of the values [2 or 4, ...] from all halves: [halves, ...]."""
-        levels = self._levels.view(-1, *[1] * (values.ndim - 1))
+        levels = self.levels.view(-1, *[1] * (values.ndim - 1))
         misses = [value - levels for value in values]
         parts = [weight * miss * miss for weight, miss in zip(weights, misses, strict=True)]
         while len(parts) > 1:
             pairs = zip(parts[::2], parts[1::2], strict=True)
             parts = [(left.unsqueeze(1) + right).flatten(0, 1) for left, right in pairs]
-        return parts[0]
+        whole: Tensor = parts[0]
+        return whole
 
 
 def _tagged(distances: Tensor, tags: Tensor) -> Tensor:
@@ -137,25 +123,41 @@ def search_odd_multiples(
     values: Tensor,
     weights: Tensor,
     unit: Tensor,
-    starts: Starts,
+    levels: list[Tensor],
+    spans: tuple[float, ...],
     largest: int,
     nearest: Callable[[Tensor], Choice],
 ) -> Scaled:
     """Step, multiples up to `largest` and points for blocks [s, n, lanes].
 
-    `nearest` chooses the points for values that are divided by their scale.
+    `levels` lists the sets of levels, rising, that the points of a sub-block may be made of; `spans` the scales to
+    choose points for, relative to the best for values by themselves; `nearest` chooses the points for values that are
+    divided by their scale.
     """
 
-    def choose(scale: Tensor) -> tuple[Fit, Tensor]:
-        levels, codes = nearest(values * spread(reciprocal(scale)))
+    def fit_of(levels: Tensor) -> Fit:
         weighted = weights * levels
-        return Fit(ordered_sum(weighted * levels), ordered_sum(weighted * values)), codes
+        return Fit(ordered_sum(weighted * levels), ordered_sum(weighted * values))
 
-    def start(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        fit, _ = choose(scale)
+    def starts() -> Iterator[tuple[Tensor, Tensor]]:
+        peak = values.abs().amax(-2)
+        for relative in PEAKS:
+            for choices in levels:
+                scaled = values * spread(reciprocal(peak * (1 / (relative * float(choices[-1])))))
+                middles = (choices[1:] + choices[:-1]) * 0.5
+                fit = fit_of(choices[torch.bucketize(scaled, middles)])
+                yield fit.gain, fit.scale
+
+    def choose(scale: Tensor) -> tuple[Fit, Tensor]:
+        choice = nearest(values * spread(reciprocal(scale)))
+        return fit_of(choice.levels), choice.codes
+
+    def spanned(span: float) -> tuple[Tensor, Tensor, Tensor]:
+        fit, _ = choose(start * span)
         return fit.gain, *fit
 
-    fit = Fit(*best_of(map(start, starts.scales(values, weights)))[1:])
+    _, start = best_of(starts())
+    fit = Fit(*best_of(map(spanned, spans))[1:])
     widest = fit.scale.amax(0)
 
     def trial(relative: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput
-from .formats import Format
+from . import lattice
+from .formats import Format, format_named
 
 TORCH: Final = "torch"
 _INPUTS: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -33,7 +34,7 @@ def available() -> bool:
 def paths() -> tuple[str, ...]:
     """What can quantise on this machine, fastest first: instruction sets that there are kernels for, then "torch"."""
     library = _library()
-    names = []
+    names: list[str] = []
     while library and (name := library.kernels_instruction_set(len(names))):
         names.append(name.decode())
     return (*names, TORCH)
@@ -95,7 +96,20 @@ def dequantize(data: Tensor, format: Format, result: Tensor, threads: int) -> No
 
 @cache
 def _support(path: str, format: Format) -> int:
+    if format.name in lattice.CODECS:
+        _hand_over_lattices()
     return 0 if path == TORCH else int(_loaded().kernels_support(path.encode(), format.id))
+
+
+@cache
+def _hand_over_lattices() -> None:
+    """Lattices are data of the gguf package, which the kernels cannot read themselves."""
+    library = _library()
+    if library is None:
+        return
+    for name in lattice.LATTICES:
+        digits, levels = lattice.digits(name)
+        library.kernels_set_lattice(format_named(name).id, digits.data_ptr(), *digits.shape, levels)
 
 
 def _loaded() -> CDLL:
@@ -107,11 +121,17 @@ def _loaded() -> CDLL:
 @cache
 def _library() -> CDLL | None:
     try:
-        library = CDLL(str(_LIBRARY))
-    except OSError:  # never built, or built for another system
+        return _declared(CDLL(str(_LIBRARY)))
+    except (OSError, AttributeError):  # never built, for another system, or from older sources
         return None
+
+
+def _declared(library: CDLL) -> CDLL:
+    """The library with the types of its functions."""
     library.kernels_instruction_set.restype, library.kernels_instruction_set.argtypes = c_char_p, [c_int]
     library.kernels_support.restype, library.kernels_support.argtypes = c_int, [c_char_p, c_int]
+    library.kernels_set_lattice.restype = None
+    library.kernels_set_lattice.argtypes = [c_int, c_void_p, c_int, c_int, c_int]
     library.kernels_quantize.restype = c_int64
     library.kernels_quantize.argtypes = [
         c_char_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import sqrt
 
-from ..archs.graph import MLP, Attention, Graph, Layer, Mamba2, MoE, Norm, Operation, Prediction
+from ..archs.graph import MLP, Attention, CompressedAttention, Graph, Layer, Mamba2, MoE, Norm, Operation, Prediction
 from ..archs.weights import Padded, Weight
 
 
@@ -20,8 +20,11 @@ def pad(graph: Graph, multiple: int) -> Graph:
     """The same model with all widths that may grow rounded up to a multiple.
 
     Hidden size, latent size and the inner widths of experts and dense layers may; sizes of attention and Mamba-2
-    may not. A graph with drafting blocks keeps its hidden size, because their LayerNorm subtracts the mean.
+    may not. A graph with drafting blocks keeps its hidden size, because their LayerNorm subtracts the mean, and one
+    with hyper-connections all its widths.
     """
+    if graph.residual:
+        return graph
     hidden = graph.hidden_size if graph.predictions else _rounded(graph.hidden_size, multiple)
     padding = _Padding(multiple, hidden, sqrt(hidden / graph.hidden_size))
     return replace(
@@ -78,6 +81,7 @@ class _Padding:
         return replace(prediction, layer=self.layer(prediction.layer))
 
     def operation(self, operation: Operation) -> Operation:
+        assert not isinstance(operation, CompressedAttention)  # comes with hyper-connections
         match operation:
             case Attention():
                 return replace(
@@ -100,6 +104,7 @@ class _Padding:
             operation,
             up=self.reader(operation.up, width),
             down=self.writer(operation.down, width),
+            gate=self.reader(operation.gate, width) if operation.gate else None,
         )
 
     def moe(self, operation: MoE) -> MoE:

@@ -10,7 +10,8 @@ from math import prod
 
 from ..archs.errors import BadInput
 from ..archs.graph import Attention, Graph
-from ..archs.weights import GlobalScales, Nvfp4, Padded, Role, Stack, Weight, stored_tensors
+from ..archs.weights import GlobalScales, Nvfp4, Padded, Role, Stack, Weight
+from .exact import exact_format
 from .formats import Format, format_named
 from .padding import pad
 from .recipes import DOWN_PROJECTIONS, FALLBACKS, LAST_RESORT, Position, Recipe
@@ -83,13 +84,16 @@ def plan_file(graph: Graph, recipe: Recipe, padding: bool = True, mtp: bool | No
 
     Args:
         padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
-        mtp: keep the blocks for multi-token prediction; by default, unless they rule out padding.
+        mtp: keep the blocks for multi-token prediction; by default, unless they rule out padding or are a draft of
+            their own, which is planned by itself.
 
     Raises BadInput when such blocks are demanded and there are none.
     """
-    if mtp and not graph.predictions:
+    if mtp and not (graph.predictions or graph.draft):
         raise BadInput("--mtp: this model has no blocks for multi-token prediction; leave the option out")
-    notes = []
+    notes = list(graph.notes)
+    if graph.draft and not mtp:
+        notes.append("left out multi-token prediction, which takes a file of its own: --mtp writes it")
     base = format_named(recipe.base)
     if mtp is None and padding and graph.predictions and not base.fits(graph.hidden_size):
         notes.append("left out multi-token prediction: its LayerNorm rules out padding the hidden size; --mtp keeps it")
@@ -144,14 +148,19 @@ def plan_tensors(graph: Graph, recipe: Recipe, importance: bool = False) -> Plan
 
 def _heads_per_group(graph: Graph) -> int:
     """What llama.cpp's mixes call grouped-query attention: that of the first layer alone, 0 if it has none."""
-    operations = (sublayer.operation for sublayer in graph.layers[0].sublayers)
+    operations = (sublayer.operation for layer in graph.layers[:1] for sublayer in layer.sublayers)
     return next((op.heads // op.key_value_heads for op in operations if isinstance(op, Attention)), 0)
 
 
 def _plan_tensor(weight: Weight, recipe: Recipe, position: Position) -> PlannedTensor:
     if weight.role.protected or len(weight.shape) == 1:
         return PlannedTensor(weight, format_named("F32"), format_named("F32"))
+    if weight.role is Role.HASH_TABLE:
+        return PlannedTensor(weight, format_named("I32"), format_named("I32"))
+    exact = exact_format(weight.source)
     wanted = format_named(recipe.type_of(weight.role, position))
+    if recipe.quantised and exact and exact.bits_per_weight < wanted.bits_per_weight:
+        return PlannedTensor(weight, exact, exact)  # more bits than the source has would buy nothing
     if weight.role is Role.HEAD and not format_named(recipe.base).fits(weight.columns):
         return PlannedTensor(weight, _fitting("Q8_0", weight.columns), wanted)
     return PlannedTensor(weight, _fitting(wanted.name, weight.columns), wanted)
@@ -177,9 +186,8 @@ def _plan_native(weight: Weight, graph: Graph) -> tuple[PlannedTensor, ...]:
             PlannedTensor(stored, nvfp4, nvfp4),
             PlannedTensor(Weight(name, Role.SCALE, scales.shape, scales), f32, f32),
         )
-    dtypes = {tensor.dtype for tensor in stored_tensors(weight.source)}
-    plain = next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= {"F32", "F16", "BF16"} else "Q8_0"
-    wanted = format_named("F32" if weight.role.protected or len(weight.shape) == 1 else plain)
+    exact = exact_format(weight.source) or format_named("Q8_0")
+    wanted = format_named("F32") if weight.role.protected or len(weight.shape) == 1 else exact
     return (PlannedTensor(weight, _fitting(wanted.name, weight.columns), wanted),)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ..archs.errors import BadInput
 from ..archs.weights import Role
+from .formats import format_named
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,35 @@ class Recipe:
     rules: Mapping[Role, Rules] = field(default_factory=dict)
     native: bool = False
 
+    @property
+    def quantised(self) -> bool:
+        return format_named(self.base).block_size > 1
+
     def type_of(self, role: Role, position: Position) -> str:
         """The type of a tensor of that role, before any fallback for its row length."""
-        return next((name for name, applies in self.rules.get(role, ()) if applies(position)), self.base)
+        name = next((name for name, applies in self.rules.get(role, ()) if applies(position)), self.base)
+        if role in SENSITIVE and format_named(name).bits_per_weight < format_named(LEAST_SENSITIVE).bits_per_weight:
+            return LEAST_SENSITIVE
+        return UNREPACKED.get(name, name) if role is Role.ATTENTION_OUTPUT_DOWN else name
 
+
+# What decides where attention looks is small, and its errors are not averaged out.
+SENSITIVE = (Role.COMPRESSOR, Role.INDEXER)
+LEAST_SENSITIVE = "Q8_0"
+
+# llama.cpp aborts on machines with AMX when the grouped output projection, which it reshapes to three dimensions, has a
+# type that it repacks for them; these take their place, none with fewer bits.
+UNREPACKED: Mapping[str, str] = {
+    "Q4_0": "IQ4_NL",
+    "IQ4_XS": "IQ4_NL",
+    "Q4_1": "Q5_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    **dict.fromkeys(("Q6_K", "Q8_0", "F16"), "BF16"),
+}
 
 # Routed experts, the shared expert and dense layers are alike to llama.cpp's rules, and counted together.
-GATE_UP_PROJECTIONS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.SHARED_UP, Role.DENSE_UP)
+GATE_UP_PROJECTIONS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.SHARED_GATE, Role.SHARED_UP, Role.DENSE_UP)
 DOWN_PROJECTIONS = (Role.EXPERT_DOWN, Role.SHARED_DOWN, Role.DENSE_DOWN)
 
 
@@ -137,11 +160,24 @@ _GROUPED_Q4 = (("Q4_K", _grouped),)
 _GROUPED_Q5 = (("Q5_K", _grouped),)
 _EARLY_Q5_UNCALIBRATED = (("Q5_K", _without_importance(_early(8))),)
 
+
+def _experts_low(name: str, file_type: int, gate_up: str, down: str) -> Recipe:
+    """Routed experts, which are nearly all of a large mixture and of which a token meets few, low; the rest in Q8_0."""
+    rules = {
+        Role.EXPERT_GATE: ((gate_up, _always),),
+        Role.EXPERT_UP: ((gate_up, _always),),
+        Role.EXPERT_DOWN: ((down, _always),),
+    }
+    return Recipe(name, file_type, "Q8_0", rules)
+
+
+GUESSED = 1024  # llama.cpp's file type for "see the tensors"
+
 _ALL = (
     Recipe("F32", 0, "F32"),
     Recipe("F16", 1, "F16"),
     Recipe("BF16", 32, "BF16"),
-    Recipe("NATIVE", 39, "BF16", native=True),
+    Recipe("NATIVE", GUESSED, "BF16", native=True),
     Recipe("Q8_0", 7, "Q8_0"),
     _recipe("Q6_K", 18, "Q6_K"),
     _recipe("Q5_K_M", 17, "Q5_K", value=(("Q6_K", _more_bits),), down=(("Q6_K", _more_bits),)),
@@ -191,6 +227,9 @@ _ALL = (
         dict.fromkeys((Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN), (("MXFP4", _always),)),
     ),
     _recipe("Q2_0", 41, "Q2_0", embedding="Q4_K"),
+    _experts_low("EXPERTS_Q4", 15, "Q4_K", "Q4_K"),
+    _experts_low("EXPERTS_Q3", 23, "IQ3_XXS", "Q3_K"),
+    _experts_low("EXPERTS_Q2", 19, "IQ2_XXS", "Q2_K"),
 )
 
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _ALL}

@@ -34,7 +34,7 @@ class Levels(Protocol):
 
 
 # How many levels beyond the lowest the peak starts (negative: short of it), for whole-number levels.
-_BEYOND: Final = (0.0, 1.0, -1.0, -2.0, 4.5, 0.5, 2.0, -0.5)
+_BEYOND: Final = (0.0, 1.0, -1.0, -2.0)
 
 
 class Uniform:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..archs.graph import Mamba2, Norm
+from ..archs.graph import Mamba2
 from .blocks import Load, normaliser
 
 _CHUNK = 128  # tokens whose mutual influence is one matrix per head
@@ -62,13 +62,6 @@ class MambaMixer:
         gated = (y + self._skip * x).flatten(1) * functional.silu(gate)
         normed = self._normalise(gated.view(tokens, o.groups, -1)).flatten(1)
         return normed @ self._output.T, MambaState(convolved[tokens:], space)
-
-
-def mamba(operation: Mamba2, hidden: Tensor, norm: Norm, load: Load) -> None:
-    """Adds the mixed `norm(hidden)` to `hidden` [chunks, tokens, hidden size], in place; each chunk starts afresh."""
-    normalise, mixer = normaliser(norm, load), MambaMixer(operation, load)
-    for chunk in hidden:
-        chunk += mixer(normalise(chunk), mixer.initial_state())[0]
 
 
 def scan(x: Tensor, step: Tensor, decay: Tensor, b: Tensor, c: Tensor, space: Tensor) -> tuple[Tensor, Tensor]:

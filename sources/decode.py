@@ -9,6 +9,7 @@ from ..archs.weights import (
     BlockScaled,
     Expression,
     GlobalScales,
+    Mxfp4,
     NegativeExponential,
     Nvfp4,
     Padded,
@@ -16,12 +17,13 @@ from ..archs.weights import (
     Reshape,
     Rows,
     Scaled,
+    SideBySide,
     Stack,
     TensorInfo,
     Zeros,
 )
 from ..quant import dequantize
-from .fp4 import decode_nvfp4
+from .fp4 import decode_nvfp4, repack_mxfp4
 from .storage import Storage
 
 _TORCH_DTYPES = {
@@ -29,6 +31,9 @@ _TORCH_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I32": torch.int32,  # whole numbers below 2^24 are exact in float32
+    "I64": torch.int64,
 }
 
 
@@ -63,6 +68,11 @@ def evaluate(
             start, stop = rows or (0, expression.shape[0])
             values = decode_nvfp4(storage.read(codes, start, stop), storage.read(scale, start, stop))
             return values * _global_scale(expression, storage) if global_scale else values
+        case Mxfp4(codes, scale):
+            start, stop = rows or (0, expression.shape[0])
+            return _decode(repack_mxfp4(storage.read(codes, start, stop), storage.read(scale, start, stop)), "MXFP4")
+        case SideBySide(parts):
+            return torch.cat([evaluate(part, storage, None, rows) for part in parts], dim=1)
         case GlobalScales(matrices):
             return torch.stack([_global_scale(matrix, storage) for matrix in matrices])
         case NegativeExponential(source):

@@ -1,4 +1,4 @@
-"""NVIDIA's 4-bit floats: decoding, and repacking into ggml's blocks without touching a code or a scale."""
+"""4-bit floats: decoding, and repacking into ggml's blocks without touching a code or a scale."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput
-from ..archs.weights import Expression, Nvfp4, of_expert
+from ..archs.weights import Expression, Mxfp4, Nvfp4, Read, TensorInfo, of_expert
+from ..quant.formats import format_named
 from .storage import Storage
 
 _E4M3_NAN = 0x7F  # the bits above it have the sign set
+_E8M0_NAN = 0xFF
 GROUP = 16  # columns that share one E4M3 scale
 # Value of every E2M1 code (OCP Microscaling Formats 1.0, 5.3.3): sign, two bits of exponent, one of mantissa.
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -47,15 +49,25 @@ def repack(
         uint8 [rows, row bytes]; None where the numbers must be quantised.
     """
     source = of_expert(expression, expert)
-    if type_name != "NVFP4" or not isinstance(source, Nvfp4) or source.global_scale:
+    start, stop = rows or (0, source.shape[-2] if len(source.shape) > 1 else 1)
+    if isinstance(source, Read) and source.tensor.dtype == type_name and format_named(type_name).block_size > 1:
+        first = (expert or 0) * source.shape[-2]
+        return storage.read(source.tensor, first + start, first + stop)
+    if not isinstance(source, Nvfp4 | Mxfp4):
         return None
-    start, stop = rows or (0, source.shape[0])
-    scales = storage.read(source.scale, start, stop)
-    if (scales >= _E4M3_NAN).any():
-        raise BadInput(
-            f"{source.scale.name} in {source.scale.file} holds NaN or a negative scale: fetch the file again"
-        )
-    return repack_nvfp4(storage.read(source.codes, start, stop), scales)
+    codes, scales = storage.read(source.codes, start, stop), storage.read(source.scale, start, stop)
+    if type_name == "NVFP4" and isinstance(source, Nvfp4) and not source.global_scale:
+        _check_scales(source.scale, scales, _E4M3_NAN)
+        return repack_nvfp4(codes, scales)
+    if type_name == "MXFP4" and isinstance(source, Mxfp4):
+        _check_scales(source.scale, scales, _E8M0_NAN)
+        return repack_mxfp4(codes, scales)
+    return None
+
+
+def _check_scales(tensor: TensorInfo, scales: Tensor, least_bad: int) -> None:
+    if (scales >= least_bad).any():
+        raise BadInput(f"{tensor.name} in {tensor.file} holds NaN or a negative scale: fetch the file again")
 
 
 def repack_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:
@@ -68,3 +80,21 @@ def repack_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:
     groups = unpack_nibbles(codes).view(rows, blocks, 4, 2, GROUP // 2)
     packed = (groups[..., 0, :] | groups[..., 1, :] << 4).flatten(-2)
     return torch.cat((scales.view(rows, blocks, 4), packed), dim=-1).flatten(-2)
+
+
+def repack_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
+    """The same codes and scales in ggml's MXFP4 layout, uint8 [rows, columns / 32 * 17].
+
+    A block of 32 columns holds its scale, then sixteen bytes; byte j holds column j in its low and column j + 16 in
+    its high nibble.
+
+    Args:
+        codes: uint8 [rows, columns / 2], even columns in the low nibbles.
+        scales: uint8 [rows, columns / 32], bits of E8M0 numbers.
+    """
+    first, second = codes.view(*scales.shape, 2, 8).unbind(-2)  # columns 0 to 15 and 16 to 31, two in a byte
+    packed = torch.empty(*scales.shape, 17, dtype=torch.uint8)
+    packed[..., 0] = scales
+    packed[..., 1::2] = first & 15 | second << 4
+    packed[..., 2::2] = first >> 4 | second & 240
+    return packed.flatten(-2)

@@ -5,14 +5,15 @@
 #include <cstring>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
 
 #define FAMILIES_OF(set)                                    \
     namespace kernels_##set {                               \
-    extern const Kernel AFFINE[], SYMMETRIC[], CODEBOOK[];  \
-    const Kernel* const FAMILIES[] = {AFFINE, SYMMETRIC, CODEBOOK, nullptr}; \
+    extern const Kernel AFFINE[], SYMMETRIC[], CODEBOOK[], LATTICE[];  \
+    const Kernel* const FAMILIES[] = {AFFINE, SYMMETRIC, CODEBOOK, LATTICE, nullptr}; \
     }
 
 #ifdef WITH_AVX512
@@ -22,6 +23,8 @@ FAMILIES_OF(avx512)
 FAMILIES_OF(avx2)
 #endif
 FAMILIES_OF(baseline)
+
+const LatticePoints* LATTICES[64];
 
 namespace {
 
@@ -119,4 +122,24 @@ EXPORT void kernels_dequantize(const char* instruction_set, int format, const ui
     const Kernel* kernel = find(instruction_set, format);
     share(blocks, kernel->block_size, threads,
           [&](int64_t first, int64_t last) { kernel->decode(bytes, values, first, last); });
+}
+
+// Hands over the points of a format's lattice: the places of their `size` levels, 4 or 8, among `levels` rising ones.
+EXPORT void kernels_set_lattice(int format, const uint8_t* digits, int count, int size, int levels) {
+    auto* points = new LatticePoints{};
+    std::vector<std::pair<int, int>> halves;  // the places of each point's, in lexical order
+    for (int point = 0; point < count; point++) {
+        int places[2] = {};
+        for (int i = 0; i < size; i++) {
+            int digit = digits[point * size + i], half = 2 * i / size;
+            places[half] = places[half] * levels + digit;
+            points->pairs[point] |= digit << 16 / size * (size - 1 - i);
+        }
+        points->numbers[points->pairs[point]] = point;
+        points->partner_counts[places[0]]++;
+        halves.emplace_back(places[0], places[1]);
+    }
+    std::sort(halves.begin(), halves.end());
+    for (int i = 0; i < count; i++) points->partners[i] = halves[i].second;
+    LATTICES[format] = points;
 }

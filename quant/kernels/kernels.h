@@ -20,3 +20,13 @@ struct Kernel {
     int64_t (*encode)(const Rows& rows, int64_t first, int64_t last);
     void (*decode)(const uint8_t* bytes, float* values, int64_t first, int64_t last);
 };
+
+// The points of a lattice, laid out for the search. They are another package's data, handed over at run time.
+struct LatticePoints {
+    uint16_t pairs[2048];         // of each point: the numbers of its halves, see lattice.h
+    uint16_t numbers[1 << 16];    // of the point that a pair is
+    uint8_t partner_counts[81];   // how many second halves each first half has, in lexical order of halves
+    uint8_t partners[2048];       // the places of those second halves in that order
+};
+
+extern const LatticePoints* LATTICES[64];  // by the number of their format

@@ -6,15 +6,17 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #define KERNELS_JOIN(prefix, name) prefix##name
 #define KERNELS_NAMESPACE(name) KERNELS_JOIN(kernels_, name)
 
 namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX2__)
+// With AVX-512 eight lanes as well: its masks and 32 registers are what counts, and tiles of 16 blocks crowd the cache.
+#if defined(__AVX2__)
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
@@ -33,8 +35,17 @@ inline Floats from_bits(Ints value) { return (Floats)value; }
 inline Ints truncated(Floats value) { return __builtin_convertvector(value, Ints); }
 inline Floats to_float(Ints value) { return __builtin_convertvector(value, Floats); }
 
-template <class Vector> inline Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
-template <class Vector> inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+#if defined(__AVX2__)  // by name, because compilers make a comparison and a selection of the general form
+inline Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+#elif defined(__SSE4_2__)
+inline Floats smaller(Floats a, Floats b) { return _mm_min_ps(a, b); }
+inline Floats larger(Floats a, Floats b) { return _mm_max_ps(a, b); }
+#else
+inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+#endif
 inline Floats clamp(Floats value, float low, float high) { return smaller(larger(value, all(low)), all(high)); }
 inline Floats magnitude(Floats value) { return from_bits(bits(value) & 0x7fffffff); }
 

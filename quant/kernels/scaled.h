@@ -10,8 +10,7 @@ namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 
 // Whole-number levels; codes count from 0.
 template <int LOWEST, int HIGHEST> struct Uniform {
-    static constexpr float PEAKS[] = {LOWEST - 0.0f, LOWEST - 1.0f, LOWEST + 1.0f, LOWEST + 2.0f,
-                                      LOWEST - 4.5f, LOWEST - 0.5f, LOWEST - 2.0f, LOWEST + 0.5f};
+    static constexpr float PEAKS[] = {LOWEST, LOWEST - 1.0f, LOWEST + 1.0f, LOWEST + 2.0f};
 
     static Floats nearest(Floats values) { return rounded(clamp(values, LOWEST, HIGHEST)); }
     static Ints code(Floats values) { return truncated(nearest(values)) - LOWEST; }

@@ -18,10 +18,13 @@ template <class Levels> struct SmallScaled {
 struct Q8_0 {
     static constexpr int ID = 8, SIZE = 32, BYTES = 34;
 
-    template <bool WEIGHTED>
-    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
-        SmallScaled<Uniform<-127, 127>>::encode(values, weights, unit, bytes, bytes + 2);
-        for (int i = 0; i < 32; i++) bytes[2 + i] = (bytes[2 + i] - 127) & 255;
+    static void encode(const Floats* values, Weights<false>, Floats unit, Ints* bytes) {
+        Floats peak = magnitude(values[0]);
+        for (int i = 1; i < 32; i++) peak = larger(peak, magnitude(values[i]));
+        Ints scale = half_of(peak / 127.0f, unit);
+        pack_half(scale, bytes);
+        Floats inverse = reciprocal(stored(scale, unit));
+        for (int i = 0; i < 32; i++) bytes[2 + i] = truncated(Uniform<-127, 127>::nearest(values[i] * inverse)) & 255;
     }
 
     static void decode(const Ints* bytes, Floats* values) {
@@ -149,6 +152,8 @@ struct Q3_K {
     }
 };
 
-extern const Kernel SYMMETRIC[] = {kernel<Q8_0>(), kernel<Q5_0>(), kernel<Q4_0>(), kernel<Q6_K>(), kernel<Q3_K>(), {}};
+extern const Kernel SYMMETRIC[] = {
+    kernel<Q8_0, false>(), kernel<Q5_0>(), kernel<Q4_0>(), kernel<Q6_K>(), kernel<Q3_K>(), {},
+};
 
 }  // namespace

@@ -16,9 +16,7 @@ namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 #endif
 
 inline Ints interleaved_low(Ints a, Ints b) {
-#if defined(__AVX512F__)
-    return KERNELS_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
     return KERNELS_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
 #else
     return KERNELS_SHUFFLE(a, b, 0, 4, 1, 5);
@@ -26,9 +24,7 @@ inline Ints interleaved_low(Ints a, Ints b) {
 }
 
 inline Ints interleaved_high(Ints a, Ints b) {
-#if defined(__AVX512F__)
-    return KERNELS_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
     return KERNELS_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #else
     return KERNELS_SHUFFLE(a, b, 2, 6, 3, 7);
@@ -88,7 +84,11 @@ template <int SIZE, class Input> void load_blocks(const Input* blocks, int64_t f
 
 template <int SIZE> void load_weights(const Rows& rows, int64_t first, Floats* weights) {
     Starts<float> starts;
-    for (int lane = 0; lane < LANES; lane++) starts.lane[lane] = rows.weights + (first + lane) % rows.blocks * SIZE;
+    int64_t block = first % rows.blocks;
+    for (int lane = 0; lane < LANES; lane++) {
+        starts.lane[lane] = rows.weights + block * SIZE;
+        block = block + 1 < rows.blocks ? block + 1 : 0;
+    }
     load_values<SIZE>(starts, weights);
 }
 
@@ -184,9 +184,10 @@ template <class Format, bool WEIGHTED> int64_t encode_blocks(const Rows& rows, i
     return -1;
 }
 
-template <class Format> int64_t encode(const Rows& rows, int64_t first, int64_t last) {
-    return rows.weights ? encode_blocks<Format, true>(rows, first, last)
-                        : encode_blocks<Format, false>(rows, first, last);
+template <class Format, bool SEARCHES> int64_t encode(const Rows& rows, int64_t first, int64_t last) {
+    if constexpr (SEARCHES)
+        if (rows.weights) return encode_blocks<Format, true>(rows, first, last);
+    return encode_blocks<Format, false>(rows, first, last);
 }
 
 template <class Format> void decode(const uint8_t* blocks, float* values, int64_t first, int64_t last) {
@@ -200,8 +201,9 @@ template <class Format> void decode(const uint8_t* blocks, float* values, int64_
     }
 }
 
-template <class Format> constexpr Kernel kernel() {
-    return {Format::ID, Format::SIZE, Format::BYTES, encode<Format>, decode<Format>};
+// A format that does not search has no use for weights.
+template <class Format, bool SEARCHES = true> constexpr Kernel kernel() {
+    return {Format::ID, Format::SIZE, Format::BYTES, encode<Format, SEARCHES>, decode<Format>};
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 """The trained example is a real test bed: it has learnt, all its experts work, and its format is the Hub's."""
 
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,10 @@ import jinja2
 import pytest
 import torch
 from tokenizers import Tokenizer
+from trained_examples import EXAMPLES, ExpertShares, best_unigram_perplexity, evaluation_chunks
 from transformers import AutoTokenizer, MiniMaxM2ForCausalLM
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 FOLDER = EXAMPLES / "minimax-m2-tiny"
-CHUNKS, CONTEXT = 8, 512
 LARGEST_PERPLEXITY = 25.0
 
 Tensors = dict[str, torch.Tensor]
@@ -39,10 +37,7 @@ def model(load_minimax_m2: Callable[[Path], MiniMaxM2ForCausalLM]) -> MiniMaxM2F
 
 @pytest.fixture(scope="module")
 def chunks() -> torch.Tensor:
-    """The first tokens of the held-out text, int64 `[CHUNKS, CONTEXT]`."""
-    text = (EXAMPLES / "text/evaluation.txt").read_text(encoding="utf-8")
-    tokens = Tokenizer.from_file(str(FOLDER / "tokenizer.json")).encode(text).ids
-    return torch.tensor(tokens[: CHUNKS * CONTEXT]).view(CHUNKS, CONTEXT)
+    return evaluation_chunks(FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +50,7 @@ def test_the_folder_is_small() -> None:
 
 
 def test_it_predicts_text_it_never_saw(reference: float, chunks: torch.Tensor) -> None:
-    frequencies = torch.bincount(chunks.flatten()) / chunks.numel()
-    entropy = -(frequencies * frequencies.log()).nansum().item()
-    best_unigram = math.exp(entropy)  # no unigram model, not even one fitted to this very text, gets below
-    assert reference < LARGEST_PERPLEXITY < best_unigram / 5
+    assert reference < LARGEST_PERPLEXITY < best_unigram_perplexity(chunks) / 5
 
 
 def test_every_layer_needs_its_experts(
@@ -77,23 +69,10 @@ def test_every_layer_needs_its_experts(
 def test_every_expert_receives_tokens(
     model: MiniMaxM2ForCausalLM, chunks: torch.Tensor, perplexity: Perplexity
 ) -> None:
-    experts = model.config.num_local_experts
-    shares = torch.zeros(model.config.num_hidden_layers, experts)  # 1.0 is an equal share
-    per_use = experts / (chunks[:, :-1].numel() * model.config.num_experts_per_tok)
-
-    def count(layer: int, indices: torch.Tensor) -> None:
-        shares[layer] += torch.bincount(indices.flatten(), minlength=experts) * per_use
-
-    hooks = [
-        layer.mlp.gate.register_forward_hook(lambda _module, _inputs, outputs, number=number: count(number, outputs[2]))
-        for number, layer in enumerate(model.model.layers)
-    ]
-    perplexity(model, chunks)
-    for hook in hooks:
-        hook.remove()
-    assert shares.sum(dim=1).tolist() == pytest.approx([experts] * len(hooks))
-    assert shares.min() > 0.1, shares
-    assert shares.max() < 4, shares
+    with ExpertShares([layer.mlp.gate for layer in model.model.layers], model.config.num_local_experts) as counted:
+        perplexity(model, chunks)
+    assert counted.relative().min() > 0.1, counted.relative()
+    assert counted.relative().max() < 4, counted.relative()
 
 
 def test_the_selection_biases_are_trained(tensors: Tensors, config: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.lattice_search import Lattice, even_signs
+from moecast.quant.shrinkage import FACTORS
 from synthetic import Floats, heavy_tailed, importance, normal, relative_error
 
 LATTICES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
@@ -29,7 +30,7 @@ def test_error_is_below_ggmls(name: str, sample: Callable[[int, int, int], Float
         ours = relative_error(x, dequantize(data, name), columns)
         theirs = relative_error(x, ggml.dequantize(ggml.quantize(x, name, given), name), columns)
         # Without importance ggml's one-bit scale is the best there is: the mean magnitude.
-        most = 1.0 + 1e-6 if name == "Q1_0" else 0.95
+        most = 1.0 + 1e-6 if name == "Q1_0" else 1.0 if name in FACTORS else 0.95
         assert ours <= most * theirs, f"seed {seed}: {ours / theirs:.4f} of ggml's error"
         assert ggml.accepts(data, name)
         if name not in ("Q1_0", "Q2_0"):  # gguf-py does not know these yet
@@ -97,7 +98,8 @@ def test_edges(name: str) -> None:
     for row in ("constant", "negative constant", "outlier", "negative outlier", "positive"):
         x, ones = edges()[row][None], np.ones(512, np.float32)
         theirs = relative_error(x, ggml.dequantize(ggml.quantize(x, name, ones), name))
-        assert relative_error(x, results[row][None]) <= theirs + 1e-6, row
+        most = 1.05 if name in FACTORS else 1.0  # keeping the length costs a little on blocks with no spread
+        assert relative_error(x, results[row][None]) <= most * theirs + 1e-6, row
 
 
 @pytest.mark.parametrize("name", (*LATTICES, *OTHERS))
@@ -164,10 +166,7 @@ def test_nearest_point(name: str) -> None:
     generator = np.random.default_rng(8)
     values = (generator.standard_normal((points.shape[1], 300)) * points.max()).astype(np.float32)
     weights = np.exp(2 * generator.standard_normal(values.shape)).astype(np.float32)
-    numbers, distances = Lattice(torch.from_numpy(points).float()).nearest(
-        torch.from_numpy(values), torch.from_numpy(weights)
-    )
+    numbers = Lattice(torch.from_numpy(points).float()).nearest(torch.from_numpy(values), torch.from_numpy(weights))
     all_distances = (weights * (values - points[:, :, None]) ** 2).sum(1)
     chosen = np.take_along_axis(all_distances, numbers.numpy()[None], 0)[0]
     np.testing.assert_allclose(chosen, all_distances.min(0), rtol=1e-4)
-    np.testing.assert_allclose(distances, chosen, rtol=1e-4)

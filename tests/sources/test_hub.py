@@ -477,7 +477,7 @@ def test_unreachable_hub() -> None:
 
 
 def test_something_else_than_a_hub(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.sources.hub_server._Handler._json", lambda self, value: self._head(200, {}, 0))
+    monkeypatch.setattr("hub_server._Handler._json", lambda self, value: self._head(200, {}, 0))
     assert "does not answer like a Hugging Face Hub" in refusal(server)
 
 

@@ -1,0 +1,174 @@
+"""Attention to a window of tokens and to compressed entries of everything before (see `graph.CompressedAttention`).
+
+Any number of tokens runs from any state, so that a prompt, a piece of it and a single step are the same code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..archs.graph import CompressedAttention, Compressor, Indexer
+from .blocks import Load, normaliser, split_heads
+from .rotary import rotate
+
+_TOKENS = 256  # at a time: the scores of a whole chunk would be [heads, tokens, window + entries]
+
+
+@dataclass(frozen=True)
+class CompressorState:
+    """Finished entries [entries, size], and what unfinished ones need.
+
+    `values` and `gates` [tokens, width] belong to the window that is not complete yet; the first halves of the last
+    complete window's, `previous_*` [ratio, size], go into the next entry where entries overlap.
+    """
+
+    entries: Tensor
+    values: Tensor
+    gates: Tensor
+    previous_values: Tensor
+    previous_gates: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """Number of tokens seen, the last rotated keys [tokens, head size], and the states of both compressors."""
+
+    tokens: int
+    keys: Tensor
+    compressor: CompressorState | None
+    indexer: CompressorState | None
+
+
+class CompressedAttentionMixer:
+    """The operation with its weights loaded."""
+
+    def __init__(self, operation: CompressedAttention, load: Load) -> None:
+        self._operation = operation
+        self._query_down, self._query_up = load(operation.query_down), load(operation.query_up)
+        self._key_value, self._sink = load(operation.key_value), load(operation.sink)
+        self._output_down = load(operation.output_down).unflatten(0, (operation.groups, -1))
+        self._output_up = load(operation.output_up)
+        self._normalise_query = normaliser(operation.query_norm, load)
+        self._normalise_key = normaliser(operation.key_value_norm, load)
+        self._compressor = CompressorMixer(operation.compressor, load) if operation.compressor else None
+        self._indexer = IndexerMixer(operation.indexer, load) if operation.indexer else None
+
+    def initial_state(self) -> AttentionState:
+        """The state before the first token."""
+        return AttentionState(
+            tokens=0,
+            keys=torch.empty(0, self._operation.head_size),
+            compressor=self._compressor.initial_state() if self._compressor else None,
+            indexer=self._indexer.compressor.initial_state() if self._indexer else None,
+        )
+
+    def __call__(self, states: Tensor, memory: AttentionState) -> tuple[Tensor, AttentionState]:
+        """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
+        outputs = []
+        for part in states.split(_TOKENS):
+            output, memory = self._run(part, memory)
+            outputs.append(output)
+        return torch.cat(outputs), memory
+
+    def _run(self, states: Tensor, memory: AttentionState) -> tuple[Tensor, AttentionState]:
+        o = self._operation
+        positions = memory.tokens + torch.arange(len(states))
+        latent = self._normalise_query(states @ self._query_down.T)
+        queries = split_heads(latent @ self._query_up.T, o.heads)
+        queries = rotate(functional.rms_norm(queries, (o.head_size,), eps=o.query_norm.epsilon), o.rope, positions)
+        own = rotate(self._normalise_key(states @ self._key_value.T), o.rope, positions)
+        keys = window = torch.cat((memory.keys, own))
+        distance = positions[:, None] - (memory.tokens - len(memory.keys) + torch.arange(len(keys)))
+        visible = (distance >= 0) & (distance < o.window)
+        compressed = indexed = None
+        if self._compressor and memory.compressor:
+            compressed = self._compressor(states, memory.compressor)
+            complete = (positions[:, None] + 1) // self._compressor.ratio > torch.arange(len(compressed.entries))
+            if self._indexer and memory.indexer:
+                indexed = self._indexer.compressor(states, memory.indexer)
+                complete = self._indexer.choose(states, latent, positions, indexed.entries, complete)
+            keys, visible = torch.cat((keys, compressed.entries)), torch.cat((visible, complete), dim=1)
+        mixed = rotate(self._attend(queries, keys, visible), o.rope, -positions)
+        state = AttentionState(memory.tokens + len(states), window[1 - o.window :], compressed, indexed)
+        return self._project(mixed), state
+
+    def _attend(self, queries: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
+        """queries [heads, tokens, size], keys [keys, size], visible [tokens, keys] -> [heads, tokens, size]"""
+        scores = (queries @ keys.T * self._operation.head_size**-0.5).masked_fill(~visible, -torch.inf)
+        sink = self._sink[:, None, None].expand(-1, scores.shape[1], 1)
+        mixed: Tensor = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1] @ keys
+        return mixed
+
+    def _project(self, heads: Tensor) -> Tensor:
+        """[heads, tokens, size] -> [tokens, hidden size]"""
+        groups = heads.transpose(0, 1).flatten(1).unflatten(1, (self._operation.groups, -1)).transpose(0, 1)
+        mixed: Tensor = (groups @ self._output_down.transpose(1, 2)).transpose(0, 1).flatten(1)
+        return mixed @ self._output_up.T
+
+
+class CompressorMixer:
+    """A compressor with its weights loaded: tokens in, a state with more entries out."""
+
+    def __init__(self, block: Compressor, load: Load) -> None:
+        self._block = block
+        self._value, self._gate, self._position = load(block.value), load(block.gate), load(block.position)
+        self._normalise = normaliser(block.norm, load)
+        self.ratio = block.ratio
+
+    def initial_state(self) -> CompressorState:
+        """The state before the first token."""
+        width, size = len(self._value), self._block.norm.weight.columns
+        nothing, none = torch.empty(0, width), torch.zeros(self.ratio, size)
+        return CompressorState(torch.empty(0, size), nothing, nothing, none, torch.full_like(none, -torch.inf))
+
+    def __call__(self, states: Tensor, memory: CompressorState) -> CompressorState:
+        """states: [tokens, hidden size] that follow those the state has seen."""
+        slots = (len(memory.values) + torch.arange(len(states))) % self.ratio
+        values = torch.cat((memory.values, states @ self._value.T))
+        gates = torch.cat((memory.gates, states @ self._gate.T + self._position[slots]))
+        complete = len(values) // self.ratio * self.ratio
+        ready_values, previous_values = self._slots(values[:complete], memory.previous_values)
+        ready_gates, previous_gates = self._slots(gates[:complete], memory.previous_gates)
+        pooled = self._normalise((ready_values * ready_gates.softmax(dim=1)).sum(dim=1))
+        starts = self.ratio * (len(memory.entries) + torch.arange(len(pooled)))
+        entries = torch.cat((memory.entries, rotate(pooled, self._block.rope, starts)))
+        return CompressorState(entries, values[complete:], gates[complete:], previous_values, previous_gates)
+
+    def _slots(self, tokens: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+        """[tokens, width] in whole windows -> what each entry pools [entries, slots, size], and the new `previous`."""
+        windows = tokens.unflatten(0, (-1, self.ratio))
+        if not self._block.overlaps:
+            return windows, previous
+        for_next, own = windows.chunk(2, dim=-1)
+        before = torch.cat((previous[None], for_next))
+        return torch.cat((before[:-1], own), dim=1), before[-1]
+
+
+class IndexerMixer:
+    """An indexer with its weights loaded."""
+
+    def __init__(self, block: Indexer, load: Load) -> None:
+        self._block = block
+        self._query, self._head_weight = load(block.query), load(block.head_weight)
+        self.compressor = CompressorMixer(block.compressor, load)
+
+    def choose(self, states: Tensor, latent: Tensor, positions: Tensor, keys: Tensor, complete: Tensor) -> Tensor:
+        """The entries each token attends to, bool [tokens, entries]: the best of those that are `complete` for it.
+
+        Args:
+            states: [tokens, hidden size].
+            latent: the attention's latent queries, [tokens, latent size].
+            positions: [tokens].
+            keys: [entries, head size].
+            complete: bool [tokens, entries].
+        """
+        block = self._block
+        queries = rotate(split_heads(latent @ self._query.T, block.heads), block.compressor.rope, positions)
+        weights = states @ self._head_weight.T * (block.heads * block.head_size) ** -0.5  # [tokens, heads]
+        scores = torch.einsum("hte,th->te", functional.relu(queries @ keys.T), weights)
+        best = scores.masked_fill(~complete, -torch.inf).topk(min(block.top_k, len(keys)), dim=-1).indices
+        return torch.zeros_like(complete).scatter_(1, best, True) & complete

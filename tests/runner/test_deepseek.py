@@ -1,0 +1,93 @@
+"""DeepSeek V4 in the runner: transformers' logits over more tokens than the window, compressors and indexer need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import deepseek_checkpoints
+import pytest
+import torch
+from forward import runner_logits
+from moecast.runner.stream import Cache, Stream
+from moecast.sources.model import Model, open_model
+from torch import Tensor
+from transformers import DeepseekV4ForCausalLM
+
+TOKENS = 400  # three entries of 128, a hundred of 4 of which the indexer leaves 16
+
+
+@pytest.fixture(scope="module")
+def oracle() -> DeepseekV4ForCausalLM:
+    return deepseek_checkpoints.deepseek_model()
+
+
+@pytest.fixture(scope="module")
+def model(oracle: DeepseekV4ForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return open_model(deepseek_checkpoints.save_deepseek(tmp_path_factory.mktemp("deepseek"), oracle))
+
+
+def _tokens(chunks: int = 2) -> Tensor:
+    return torch.randint(0, 512, (chunks, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def _assert_same(logits: Tensor, oracle: DeepseekV4ForCausalLM, tokens: Tensor) -> None:
+    with torch.no_grad():
+        expected = oracle(tokens).logits
+    assert (logits - expected).norm() / expected.norm() < 1e-5
+
+
+def test_logits_equal_transformers(model: Model, oracle: DeepseekV4ForCausalLM) -> None:
+    _assert_same(runner_logits(model, _tokens()), oracle, _tokens())
+
+
+def test_in_memory_names_give_the_same_logits(oracle: DeepseekV4ForCausalLM, tmp_path: Path) -> None:
+    folder = deepseek_checkpoints.save_deepseek(tmp_path / "memory", oracle, in_memory_names=True)
+    _assert_same(runner_logits(open_model(folder), _tokens(1)), oracle, _tokens(1))
+
+
+@pytest.mark.parametrize(
+    ("experts", "scale"), [("mxfp4", 1.0), ("fp8", 1.0), ("fp8", 1.37)], ids=["Flash", "FP8", "Base"]
+)
+def test_encodings_of_the_hub(experts: str, scale: float, tmp_path: Path) -> None:
+    """FP4 experts as Flash and Pro have them, FP8 experts, and Base's FP8 with float32 scales."""
+    oracle = deepseek_checkpoints.save_deepseek_hub(
+        tmp_path / "hub", deepseek_checkpoints.deepseek_model(seed=1), experts, scale
+    )
+    _assert_same(runner_logits(open_model(tmp_path / "hub"), _tokens(1)), oracle, _tokens(1))
+
+
+def _in_pieces(model: Model, tokens: Tensor, cuts: list[int]) -> Iterator[Tensor]:
+    cache: Cache = {}
+    for start, stop in pairwise(cuts):
+        stream = Stream(model, tokens[:, start:stop], cache)
+        for layer in model.graph.layers:
+            stream.advance(layer)
+        states = stream.final_states(slice(None))
+        logits = torch.cat([states @ block.T for block in stream.head_blocks()], dim=1)
+        yield logits.view(*stream.tokens.shape, -1)
+
+
+@pytest.mark.parametrize(
+    "cuts", [[0, 1, 63, 130, 131, 259, 300, TOKENS], [0, 3, 125, *range(126, 142)]], ids=["pieces", "steps"]
+)
+def test_pieces_equal_the_whole(model: Model, oracle: DeepseekV4ForCausalLM, cuts: list[int]) -> None:
+    """Cuts within windows of both ratios, and single steps across the end of one."""
+    tokens = _tokens()[:, : cuts[-1]]
+    _assert_same(torch.cat(list(_in_pieces(model, tokens, cuts)), dim=1), oracle, tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("index_topk", {"index_topk": 99}), ("window", {"sliding_window": 60}), ("yarn", {"rope_scaling": None}),
+        ("sinkhorn", {"hc_sinkhorn_iters": 3}), ("clamp", {"swiglu_limit": 2.0}),
+    ],
+)  # fmt: skip
+def test_every_setting_matters(name: str, change: dict[str, object], model: Model) -> None:
+    """The oracle with one setting changed is far from us: the comparison above would notice."""
+    tokens = _tokens(1)
+    with torch.no_grad():
+        expected = deepseek_checkpoints.deepseek_model(**change)(tokens).logits
+    assert (runner_logits(model, tokens) - expected).norm() / expected.norm() > 1e-3
