@@ -23,7 +23,7 @@ types: .venv/development
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 		$(PACKAGES:%=-p moecast.%) $(MODULES:%=-m moecast.%)
 
-.venv/runtime: pyproject.toml constraints.txt
+.venv/runtime: pyproject.toml constraints.txt setup.py $(wildcard quant/kernels/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e .
 	touch $@

@@ -12,16 +12,21 @@ from torch.nn import functional
 LARGEST_E4M3 = 448.0
 
 
-def quantize_fp8_blocks(weight: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_fp8_blocks(
+    weight: torch.Tensor, block: int, power_of_two: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantises `[rows, columns]` to float8_e4m3fn with one float32 factor per `block` x `block` values.
 
     Returns the values `[rows, columns]` and the factors `[ceil(rows / block), ceil(columns / block)]`; their product
-    restores the weight. Blocks at the edges may be partial.
+    restores the weight. Blocks at the edges may be partial. Factors that fill the range of float8_e4m3fn are used, or
+    the next larger `power_of_two`.
     """
     rows, columns = weight.shape
     padded = functional.pad(weight.detach().float(), (0, -columns % block, 0, -rows % block))
     blocks = padded.view(-(-rows // block), block, -(-columns // block), block)
     scale = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-12) / LARGEST_E4M3
+    if power_of_two:
+        scale = scale.log2().ceil().exp2()
     values = (blocks / scale[:, None, :, None]).flatten(2, 3).flatten(0, 1)[:rows, :columns]
     return values.to(torch.float8_e4m3fn), scale
 

@@ -3,6 +3,7 @@
     bible -f gen1:1-rev22:21 > kjv.txt          # Debian: apt install bible-kjv bible-kjv-text; public domain
     python examples/train.py minimax-m2 --text kjv.txt --output examples/minimax-m2-tiny
     python examples/train.py nemotron-h --text kjv.txt --output examples/nemotron-3-tiny --steps 1400 --window 256
+    python examples/train.py deepseek-v4 --text kjv.txt --output examples/deepseek-v4-tiny --steps 900 --batch 2
 
 They need 10 to 30 minutes on one core and repeat to the bit on the same machine and library versions.
 Larger variants: --layers, --hidden-size, --intermediate-size, --experts, --vocabulary. `--write-text FOLDER` also
@@ -13,6 +14,7 @@ import argparse
 from dataclasses import fields, replace
 from pathlib import Path
 
+import deepseek_v4
 import minimax_m2
 import nemotron_h
 import torch
@@ -23,7 +25,11 @@ from tokenizer import train_tokenizer, write_tokenizer
 from training import initialise, perplexity, train
 from transformers import PreTrainedModel
 
-ARCHITECTURES: dict[str, Architecture] = {"minimax-m2": minimax_m2, "nemotron-h": nemotron_h}
+ARCHITECTURES: dict[str, Architecture] = {
+    "minimax-m2": minimax_m2,
+    "nemotron-h": nemotron_h,
+    "deepseek-v4": deepseek_v4,
+}
 
 
 def arguments() -> argparse.Namespace:

@@ -183,7 +183,8 @@ def _scale_words(scales: Tensor, signs: Tensor) -> Tensor:
     word = scales << 28
     for group in range(4):
         word = word | (signs[group::4].to(torch.int64) & 127) << 7 * group
-    return _to_bytes(word, 4).unflatten(0, (8, 4))
+    words: Tensor = _to_bytes(word, 4).unflatten(0, (8, 4))
+    return words
 
 
 def _encode_iq2_xs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:

@@ -96,7 +96,8 @@ class Lattice:
         while len(parts) > 1:
             pairs = zip(parts[::2], parts[1::2], strict=True)
             parts = [(left.unsqueeze(1) + right).flatten(0, 1) for left, right in pairs]
-        return parts[0]
+        whole: Tensor = parts[0]
+        return whole
 
 
 def _tagged(distances: Tensor, tags: Tensor) -> Tensor:

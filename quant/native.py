@@ -34,7 +34,7 @@ def available() -> bool:
 def paths() -> tuple[str, ...]:
     """What can quantise on this machine, fastest first: instruction sets that there are kernels for, then "torch"."""
     library = _library()
-    names = []
+    names: list[str] = []
     while library and (name := library.kernels_instruction_set(len(names))):
         names.append(name.decode())
     return (*names, TORCH)
@@ -105,7 +105,9 @@ def _support(path: str, format: Format) -> int:
 def _hand_over_lattices() -> None:
     """Lattices are data of the gguf package, which the kernels cannot read themselves."""
     library = _library()
-    for name in lattice.LATTICES if library else ():
+    if library is None:
+        return
+    for name in lattice.LATTICES:
         digits, levels = lattice.digits(name)
         library.kernels_set_lattice(format_named(name).id, digits.data_ptr(), *digits.shape, levels)
 

@@ -197,7 +197,7 @@ def _advance_together(reference: Stream, candidate: Stream, progress: Progress) 
 
 def _unpadded(hidden: Tensor, size: int) -> Tensor:
     """States of a padded model are larger by the root of its growth and followed by zeros (see quant.padding)."""
-    return hidden[..., :size] * math.sqrt(size / hidden.shape[-1])
+    return hidden if hidden.shape[-1] == size else hidden[..., :size] * math.sqrt(size / hidden.shape[-1])
 
 
 def _compare_heads(reference: Stream, candidate: Stream, targets: Tensor, context: int) -> Divergence:

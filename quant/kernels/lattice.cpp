@@ -45,11 +45,12 @@ template <class Lattice, int COUNT_, bool EVEN> struct Signed {
 
     template <bool WEIGHTED>
     static void choose(const Floats* scaled, Weights<WEIGHTED> weights, Floats* levels, Ints* codes) {
-        for (int point = 0; point < POINTS; point++) {
+        for (int point = 0; point < POINTS; point += 2) {
             int first = point * Lattice::SIZE;
-            codes[point] = nearest<Lattice>(scaled + first, weights.from(first));
-            for (int i = 0; i < Lattice::SIZE; i++) levels[first + i] = Halves<Lattice>::level(codes[point], i);
+            nearest_two<Lattice>(scaled + first, weights.from(first), codes + point);
         }
+        for (int i = 0; i < SUB_BLOCK; i++)
+            levels[i] = Halves<Lattice>::level(codes[i / Lattice::SIZE], i % Lattice::SIZE);
     }
 
     struct Codes {
@@ -259,6 +260,8 @@ template <int COUNT_, int PARTS> struct Shifted {
     template <bool WEIGHTED>
     static void choose(const Floats* scaled, Weights<WEIGHTED> weights, Floats* levels, Ints* codes) {
         constexpr int EACH = SUB_BLOCK / PARTS;
+        Floats shifted[SUB_BLOCK];
+        Ints marks[POINTS];
         for (int first = 0; first < SUB_BLOCK; first += EACH) {
             auto distance = [&](float shift) {
                 return ordered_sum<EACH>([&](int i) {
@@ -267,14 +270,13 @@ template <int COUNT_, int PARTS> struct Shifted {
                 });
             };
             Ints down = distance(-SHIFT) < distance(SHIFT);
-            for (int i = first; i < first + EACH; i += 8) {
-                Floats values[8];
-                for (int j = 0; j < 8; j++) values[j] = scaled[i + j] - (down ? all(-SHIFT) : all(SHIFT));
-                Ints code = nearest<Lattice1>(values, weights.from(i)) | (down & 1 << 16);
-                codes[i / 8] = code;
-                for (int j = 0; j < 8; j++) levels[i + j] = level(code, j);
-            }
+            for (int i = first; i < first + EACH; i++) shifted[i] = scaled[i] - (down ? all(-SHIFT) : all(SHIFT));
+            for (int i = first; i < first + EACH; i += 8) marks[i / 8] = down & 1 << 16;
         }
+        for (int point = 0; point < POINTS; point += 2)
+            nearest_two<Lattice1>(shifted + 8 * point, weights.from(8 * point), codes + point);
+        for (int point = 0; point < POINTS; point++) codes[point] |= marks[point];
+        for (int i = 0; i < SUB_BLOCK; i++) levels[i] = level(codes[i / 8], i % 8);
     }
 
     static Ints number(Ints code) { return looked_up(Lattice1::points().numbers, code & 65535) | code >> 16 << 11; }

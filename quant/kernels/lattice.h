@@ -63,38 +63,43 @@ template <class Lattice> struct Halves {
     }
 };
 
-// The pair whose point is nearest to values.
-template <class Lattice, bool WEIGHTED> Ints nearest(const Floats* values, Weights<WEIGHTED> weights) {
+// The pairs whose points are nearest to values, two points at a time: one list of partners serves both.
+template <class Lattice, bool WEIGHTED>
+void nearest_two(const Floats* values, Weights<WEIGHTED> weights, Ints* pairs) {
     using Half = Halves<Lattice>;
     const LatticePoints& points = Lattice::points();
     constexpr auto& numbers = Half::NUMBERS.of;
-    Floats firsts[Half::COUNT], distances[Half::COUNT];
-    Ints seconds[Half::COUNT];  // distances, not negative, sort as whole numbers do
-    Half::distances(values, weights, firsts);
-    Half::distances(values + Half::SIZE, weights.from(Half::SIZE), distances);
-    for (int place = 0; place < Half::COUNT; place++)
-        seconds[place] = (bits(distances[place]) & ~255) | numbers[place];
-    Floats least = all(__builtin_inff());
-    Ints chosen_first = all(0), chosen_second = all(0);
+    Floats firsts[2][Half::COUNT];
+    Ints seconds[Half::COUNT][2];  // distances, not negative, sort as whole numbers do
+    for (int point = 0; point < 2; point++) {
+        int first = point * Lattice::SIZE, second = first + Half::SIZE;
+        Floats distances[Half::COUNT];
+        Half::distances(values + first, weights.from(first), firsts[point]);
+        Half::distances(values + second, weights.from(second), distances);
+        for (int place = 0; place < Half::COUNT; place++)
+            seconds[place][point] = (bits(distances[place]) & ~255) | numbers[place];
+    }
+    Floats least[2] = {all(__builtin_inff()), all(__builtin_inff())};
+    Ints chosen_first[2] = {}, chosen_second[2] = {};
     const uint8_t* partner = points.partners;
     for (int place = 0; place < Half::COUNT; place++) {
         const uint8_t* end = partner + points.partner_counts[place];
         if (partner == end) continue;
-        // Two chains of comparisons, because each waits for the one before.
-        Ints even = seconds[*partner], odd = even;
-        for (; partner + 1 < end; partner += 2) {
-            even = smaller(even, seconds[partner[0]]);
-            odd = smaller(odd, seconds[partner[1]]);
+        Ints second[2] = {seconds[*partner][0], seconds[*partner][1]};
+#pragma GCC unroll 4
+        while (++partner != end) {
+            second[0] = smaller(second[0], seconds[*partner][0]);
+            second[1] = smaller(second[1], seconds[*partner][1]);
         }
-        if (partner < end) even = smaller(even, seconds[*partner++]);
-        Ints second = smaller(even, odd);
-        Floats distance = firsts[place] + from_bits(second);
-        Ints nearer = distance < least;
-        least = nearer ? distance : least;
-        chosen_second = nearer ? second : chosen_second;
-        chosen_first = nearer ? all(numbers[place]) : chosen_first;
+        for (int point = 0; point < 2; point++) {
+            Floats distance = firsts[point][place] + from_bits(second[point]);
+            Ints nearer = distance < least[point];
+            least[point] = nearer ? distance : least[point];
+            chosen_second[point] = nearer ? second[point] : chosen_second[point];
+            chosen_first[point] = nearer ? all(numbers[place]) : chosen_first[point];
+        }
     }
-    return chosen_first << 8 | (chosen_second & 255);
+    for (int point = 0; point < 2; point++) pairs[point] = chosen_first[point] << 8 | (chosen_second[point] & 255);
 }
 
 // Sub-blocks of SIZE values whose scales are odd multiples, up to LARGEST, of a float16 step.

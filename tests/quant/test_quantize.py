@@ -123,6 +123,16 @@ def test_importance_of_nothing_is_no_importance(name: str) -> None:
     np.testing.assert_array_equal(quantize(x, name, np.full(512, 7e-9, np.float32)), quantize(x, name))
 
 
+def test_every_expert_has_its_importance() -> None:
+    x, columns = heavy_tailed(8, 12, 512), np.stack([importance(seed, 512) for seed in range(3)])
+    columns[1] = 0
+    each = [quantize(x[4 * expert : 4 * expert + 4], "Q4_K", columns[expert]) for expert in range(3)]
+    np.testing.assert_array_equal(quantize(x, "Q4_K", columns), np.concatenate(each))
+    x[9, 7] = np.nan
+    with pytest.raises(BadInput, match="row 9 holds a value that is not finite"):
+        quantize(x, "Q4_K", columns)
+
+
 @pytest.mark.parametrize("name", QUANTISED)
 def test_unimportant_columns_still_count(name: str) -> None:
     """Half of the columns never saw a token: their error is far from total."""
