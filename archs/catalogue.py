@@ -74,7 +74,7 @@ class Catalogue:
         scale = next((name for suffix in _BLOCK_SCALES if (name := f"{module}.{suffix}") in self), None)
         if scale and tensor.dtype == "F8_E4M3" and len(tensor.shape) == 2:
             return BlockScaled(self.take(tensor.name), self._typed(scale, *PLAIN_DTYPES, "F8_E8M0"), self.block)
-        if scale and tensor.dtype == "I8" and len(tensor.shape) == 2:
+        if scale and tensor.dtype == "I8" and self._tensors[scale].dtype == "F8_E8M0" and len(tensor.shape) == 2:
             return Mxfp4(self.take(tensor.name), self._typed(scale, "F8_E8M0", dimensions=2))
         raise BadInput(
             f"{tensor.name} in {tensor.file} has dtype {tensor.dtype} and shape {list(tensor.shape)}, expected "

@@ -50,7 +50,8 @@ class CompressedAttentionMixer:
         self._operation = operation
         self._query_down, self._query_up = load(operation.query_down), load(operation.query_up)
         self._key_value, self._sink = load(operation.key_value), load(operation.sink)
-        self._output_down = load(operation.output_down).unflatten(0, (operation.groups, -1))
+        output_down = load(operation.output_down)
+        self._output_down = output_down.view(operation.groups, -1, output_down.shape[1])
         self._output_up = load(operation.output_up)
         self._normalise_query = normaliser(operation.query_norm, load)
         self._normalise_key = normaliser(operation.key_value_norm, load)
@@ -100,14 +101,12 @@ class CompressedAttentionMixer:
         """queries [heads, tokens, size], keys [keys, size], visible [tokens, keys] -> [heads, tokens, size]"""
         scores = (queries @ keys.T * self._operation.head_size**-0.5).masked_fill(~visible, -torch.inf)
         sink = self._sink[:, None, None].expand(-1, scores.shape[1], 1)
-        mixed: Tensor = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1] @ keys
-        return mixed
+        return torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1] @ keys
 
     def _project(self, heads: Tensor) -> Tensor:
         """[heads, tokens, size] -> [tokens, hidden size]"""
-        groups = heads.transpose(0, 1).flatten(1).unflatten(1, (self._operation.groups, -1)).transpose(0, 1)
-        mixed: Tensor = (groups @ self._output_down.transpose(1, 2)).transpose(0, 1).flatten(1)
-        return mixed @ self._output_up.T
+        groups = heads.transpose(0, 1).reshape(heads.shape[1], self._operation.groups, -1).transpose(0, 1)
+        return (groups @ self._output_down.transpose(1, 2)).transpose(0, 1).flatten(1) @ self._output_up.T
 
 
 class CompressorMixer:
