@@ -44,7 +44,7 @@ def quantize(x: Array, name: str, importance: Array | None = None, threads: int 
     of what each column is multiplied with, or [experts, columns], each for its equal share of consecutive rows; None
     weights all alike. threads: how many CPU threads to use, as many as torch does by default.
     Returns uint8 [rows, row bytes], of x's kind, on x's device. What no float16 scale can reach saturates.
-    Raises BadInput for an unknown or read-only format, a row length that does not divide into blocks, values that are
+    Raises BadInput for a format that is unknown or holds no weights, a row length that does not divide into blocks, values that are
     not finite (naming the first such row), and an importance of the wrong shape or with values below 0 or not finite.
     """
     format = format_named(name)
@@ -124,8 +124,8 @@ def _encoder(format: Format) -> Callable[[Tensor, Tensor | None], Tensor]:
     if format.name in FLOATS:
         return lambda values, _: _to_float(values, FLOATS[format.name])
     codec = CODECS.get(format.name)
-    if codec is None or codec.encode is None:
-        writable = ", ".join((*FLOATS, *(name for name, codec in CODECS.items() if codec.encode)))
+    if codec is None:
+        writable = ", ".join((*FLOATS, *CODECS))
         raise BadInput(f"cannot quantise to {format.name}; choose one of {writable}")
     return partial(_encode, codec.encode, format)
 

@@ -35,7 +35,7 @@ class Codec:
     """
 
     decode: Callable[[Tensor], Tensor]
-    encode: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    encode: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def ordered_sum(terms: Tensor) -> Tensor:
