@@ -44,8 +44,9 @@ def quantize(x: Array, name: str, importance: Array | None = None, threads: int 
     of what each column is multiplied with, or [experts, columns], each for its equal share of consecutive rows; None
     weights all alike. threads: how many CPU threads to use, as many as torch does by default.
     Returns uint8 [rows, row bytes], of x's kind, on x's device. What no float16 scale can reach saturates.
-    Raises BadInput for a format that is unknown or holds no weights, a row length that does not divide into blocks, values that are
-    not finite (naming the first such row), and an importance of the wrong shape or with values below 0 or not finite.
+    Raises BadInput for a format that is unknown or holds no weights, a row length that does not divide into blocks,
+    values that are not finite (naming the first such row), and an importance of the wrong shape or with values below 0
+    or not finite.
     """
     format = format_named(name)
     encode = _encoder(format)
