@@ -91,6 +91,16 @@ class Scaled:
         return self.codes.shape
 
 
+def _check_group_scales(codes: TensorInfo, scale: TensorInfo, shape: tuple[int, ...], group: int) -> None:
+    """Every `group` columns of a matrix of that shape have a scale. Raises BadInput where they do not."""
+    rows, columns = shape
+    if scale.shape != (rows, columns // group) or columns % group:
+        raise BadInput(
+            f"{scale.name} in {scale.file} has shape {list(scale.shape)}, expected "
+            f"[{rows}, {columns / group:g}]: one scale for each {group} columns of {codes.name}"
+        )
+
+
 @dataclass(frozen=True)
 class Nvfp4:
     """NVIDIA's 4-bit floats: `e2m1(code) * scale[row, column // 16] * global scale`.
@@ -107,12 +117,7 @@ class Nvfp4:
     GROUP: ClassVar[int] = 16
 
     def __post_init__(self) -> None:
-        rows, columns = self.shape
-        if self.scale.shape != (rows, columns // self.GROUP) or columns % self.GROUP:
-            raise BadInput(
-                f"{self.scale.name} in {self.scale.file} has shape {list(self.scale.shape)}, expected "
-                f"[{rows}, {columns / self.GROUP:g}]: one scale for each {self.GROUP} columns of {self.codes.name}"
-            )
+        _check_group_scales(self.codes, self.scale, self.shape, self.GROUP)
         if self.global_scale and prod(self.global_scale.shape) != 1:
             raise BadInput(
                 f"{self.global_scale.name} in {self.global_scale.file} has shape {list(self.global_scale.shape)}, "
@@ -190,12 +195,7 @@ class Mxfp4:
     GROUP: ClassVar[int] = 32
 
     def __post_init__(self) -> None:
-        rows, columns = self.shape
-        if self.scale.shape != (rows, columns // self.GROUP) or columns % self.GROUP:
-            raise BadInput(
-                f"{self.scale.name} in {self.scale.file} has shape {list(self.scale.shape)}, expected "
-                f"[{rows}, {columns / self.GROUP:g}]: one scale for each {self.GROUP} columns of {self.codes.name}"
-            )
+        _check_group_scales(self.codes, self.scale, self.shape, self.GROUP)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
 from .encode import write_tensors
 from .gguf_writer import GGUFWriter
-from .pipeline import Conversion, peak_rss_bytes
+from .pipeline import QUANTIZATION_VERSION, Conversion, peak_rss_bytes
 
 _UNQUANTISED_BITS = 16
 
@@ -82,7 +82,7 @@ def _refuse_quantised(model: Model, plan: Plan) -> None:
 
 def _metadata(model: Model, plan: Plan, importance: ImportanceMatrix | None) -> dict[str, object]:
     kept = {key: value for key, value in model.metadata.items() if not key.startswith(("split.", "quantize.imatrix."))}
-    metadata = kept | {"general.file_type": plan.recipe.file_type, "general.quantization_version": 2}
+    metadata = kept | {"general.file_type": plan.recipe.file_type, "general.quantization_version": QUANTIZATION_VERSION}
     if importance:
         metadata |= {
             "quantize.imatrix.file": importance.file,

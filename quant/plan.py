@@ -64,16 +64,15 @@ class Plan:
         """What the user should know before starting: the notes, and one line for each kind of fallback."""
         fallen = [tensor for tensor in self.tensors if tensor.type != tensor.wanted]
         counts = Counter((tensor.wanted, tensor.type, tensor.weight.columns) for tensor in fallen)
+        elements: Counter[tuple[Format, Format, int]] = Counter()
+        for tensor in fallen:
+            elements[tensor.wanted, tensor.type, tensor.weight.columns] += tensor.weight.elements
         total = sum(tensor.weight.elements for tensor in self.tensors)
         lines = list(self.notes)
         for (wanted, used, columns), count in counts.items():
-            share = sum(
-                tensor.weight.elements
-                for tensor in fallen
-                if (tensor.wanted, tensor.type, tensor.weight.columns) == (wanted, used, columns)
-            )
+            share = elements[wanted, used, columns] / total
             lines.append(
-                f"{count} tensors ({share / total:.0%} of all weights) have rows of {columns}, not a multiple of "
+                f"{count} tensors ({share:.0%} of all weights) have rows of {columns}, not a multiple of "
                 f"{wanted.block_size}: stored as {used.name} instead of {wanted.name}"
             )
         return tuple(lines)
@@ -101,8 +100,7 @@ def plan_file(graph: Graph, recipe: Recipe, padding: bool = True, mtp: bool | No
     if mtp is False:
         graph = replace(graph, predictions=())
     plan = plan_tensors(graph, recipe)
-    padded = pad(graph, base.block_size)
-    if padding and padded != graph:
+    if padding and (padded := pad(graph, base.block_size)) != graph:
         unpadded, plan = plan, plan_tensors(padded, recipe)
         notes.append(_describe_padding(unpadded, plan))
     return replace(plan, notes=tuple(notes))
