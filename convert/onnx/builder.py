@@ -17,15 +17,13 @@ from ...quant.packing import PACKINGS
 
 OPSETS = {"": 24, "com.microsoft": 1}
 IR_VERSION = 11
-_TYPES = {
-    "float32": ir.DataType.FLOAT,
-    "int32": ir.DataType.INT32,
-    "int64": ir.DataType.INT64,
-    "uint8": ir.DataType.UINT8,
-}
 
 Shape = Sequence[int | str]
 Made = TypeVar("Made")
+
+
+def _type(dtype: str) -> ir.DataType:
+    return ir.DataType.from_numpy(np.dtype(dtype))
 
 
 @dataclass(frozen=True)
@@ -68,11 +66,11 @@ class Builder:
     def input(self, name: str, dtype: str, shape: Shape) -> ir.Value:
         """An input of the model; asking twice gives the same one."""
         if name not in self._inputs:
-            self._inputs[name] = ir.Value(name=name, type=ir.TensorType(_TYPES[dtype]), shape=ir.Shape(shape))
+            self._inputs[name] = ir.Value(name=name, type=ir.TensorType(_type(dtype)), shape=ir.Shape(shape))
         return self._inputs[name]
 
     def output(self, name: str, value: ir.Value, dtype: str, shape: Shape) -> None:
-        value.name, value.type, value.shape = name, ir.TensorType(_TYPES[dtype]), ir.Shape(shape)
+        value.name, value.type, value.shape = name, ir.TensorType(_type(dtype)), ir.Shape(shape)
         self._outputs.append(value)
 
     def state(
@@ -181,13 +179,13 @@ class Builder:
     def _stored(self, array: StoredArray, shape: Sequence[int]) -> ir.Value:
         if array.name not in self._initializers:
             tensor = ir.ExternalTensor(
-                array.file, array.offset, array.bytes, _TYPES[array.dtype], shape=ir.Shape(shape), name=array.name
+                array.file, array.offset, array.bytes, _type(array.dtype), shape=ir.Shape(shape), name=array.name
             )
             self._initializer(array.name, tensor)
         return self._initializers[array.name]
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        shape = ir.Shape(tensor.shape)
+        shape = ir.Shape(tensor.shape.numpy())
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
         self._initializers[name] = value
         return value
