@@ -8,7 +8,6 @@ from torch import Tensor
 from ...quant import dequantize, format_named
 from ...quant.packing import PACKINGS
 
-
 _CHUNK = 1 << 18  # values at a time: what a core's cache holds
 
 
