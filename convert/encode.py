@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -12,11 +16,26 @@ from ..quant.plan import Plan, PlannedTensor
 from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import Model, pieces
 from ..sources.progress import Progress
-from .gguf_writer import GGUFWriter
+
+
+class Writer(Protocol):
+    """Files in the making, as a context manager: leaving it normally completes them, by an exception removes them."""
+
+    paths: list[Path]
+
+    def write(self, name: str, first_row: int, rows: Tensor) -> None:
+        """Put rows of a tensor's planned type, uint8 [rows, row bytes], in their place; rows count over all leading
+        dimensions."""
+
+    def __enter__(self) -> Writer: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 def write_tensors(
-    writer: GGUFWriter,
+    writer: Writer,
     model: Model,
     plan: Plan,
     progress: Progress,
