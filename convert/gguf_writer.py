@@ -93,7 +93,7 @@ class GGUFWriter:
                 os.close(descriptor)
             for temporary, final in zip(self._temporary, self.paths, strict=True):
                 os.replace(temporary, final)
-            _sync_folder(self.paths[0].parent)
+            sync_folder(self.paths[0].parent)
         except OSError as failure:
             self._discard()
             raise self._failure(failure) from None
@@ -191,7 +191,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
             writer.add_array(key, value)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the new names durable too."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
