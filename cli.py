@@ -31,6 +31,7 @@ for command in (
     cli_convert.quantize,
     cli_evaluate.perplexity,
     cli_evaluate.parity,
+    cli_evaluate.run,
     cli_models.download,
     cli_models.doctor,
     cli_convert.demo,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,13 +17,28 @@ from ..quant.plan import Plan, PlannedTensor
 from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import Model
 from ..sources.progress import Progress
-from .gguf_writer import GGUFWriter
 
 _PIECE_ELEMENTS = 1 << 23  # rows of a plain matrix are taken in pieces of about this many numbers (32 MB)
 
 
+class Writer(Protocol):
+    """Files in the making, as a context manager: leaving it normally completes them, by an exception removes them."""
+
+    paths: list[Path]
+
+    def write(self, name: str, first_row: int, rows: Tensor) -> None:
+        """Put rows of a tensor's planned type, uint8 [rows, row bytes], in their place; rows count over all leading
+        dimensions."""
+
+    def __enter__(self) -> Writer: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 def write_tensors(
-    writer: GGUFWriter,
+    writer: Writer,
     model: Model,
     plan: Plan,
     progress: Progress,

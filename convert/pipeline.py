@@ -12,14 +12,17 @@ from typing import Any
 from .. import __version__
 from ..archs.errors import BadInput
 from ..archs.graph import Graph
-from ..quant.plan import Plan, plan_file, plan_tensors
-from ..quant.recipes import Recipe, recipe_named
+from ..quant.onnx_plan import OnnxPlan
+from ..quant.plan import Plan, plan_tensors
+from ..quant.recipes import Recipe
+from ..quant.targets import plan_target
 from ..runner.evaluate import DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, parity
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
-from .encode import write_tensors
+from .encode import Writer, write_tensors
 from .gguf_tokenizer import tokenizer_metadata
 from .gguf_writer import GGUFWriter
+from .onnx.export import open_onnx_writer
 
 QUANTIZATION_VERSION = 2  # of ggml's block formats, as general.quantization_version
 
@@ -49,8 +52,10 @@ class Conversion:
 def convert(
     source: str | Path,
     output: str | Path = ".",
-    quant: str = "Q4_K_M",
+    quant: str | None = None,
     *,
+    target: str = "gguf",
+    activations: str | None = None,
     padding: bool = True,
     mtp: bool | None = None,
     name: str | None = None,
@@ -65,12 +70,15 @@ def convert(
     provenance: dict[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Convert a checkpoint folder to GGUF.
+    """Convert a checkpoint folder to GGUF or ONNX.
 
     Args:
         source: checkpoint folder.
-        output: a .gguf file, or a folder for `<name>-<quant>.gguf`.
-        quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds.
+        output: a .gguf file, or a folder for `<name>-<quant>.gguf` or the folder `<name>-<quant>-onnx`.
+        quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds; Q4_K_M by
+            default, for ONNX Q4_0.
+        target: gguf or onnx.
+        activations: what ONNX Runtime rounds activations to before it multiplies: int8 (fast, the default) or float32.
         padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
         mtp: keep the blocks of multi-token prediction; by default, unless they rule out padding. Where they are a
             draft of their own they make a second file, `<file>-mtp.gguf`.
@@ -90,10 +98,18 @@ def convert(
     if model.metadata:
         raise BadInput(f"{source} is a GGUF file, expected a checkpoint folder")
     name = name or model.path.resolve().name
-    plan = plan_file(model.graph, recipe_named(quant), padding, mtp)
-    path = _output_path(Path(output), name, plan.recipe.name)
-    metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
-    with GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite) as writer:
+    plan = plan_target(target, model.graph, quant, padding, mtp)
+    path = _output_path(Path(output), name, plan)
+    metadata: dict[str, Any] = {}
+    writer: Writer
+    if isinstance(plan, OnnxPlan):
+        _refuse("an ONNX model", {"--pre": pre, "--split-max-size": split_max_bytes})
+        writer = open_onnx_writer(model, plan, path, activations or "int8", overwrite, verify)
+    else:
+        _refuse("a GGUF file", {"--activations": activations})
+        metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
+        writer = GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite)
+    with writer:
         write_tensors(writer, model, plan, progress, threads=threads)
     files = [*writer.paths]
     if mtp and model.graph.draft:
@@ -108,6 +124,12 @@ def convert(
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+def _refuse(what: str, options: dict[str, object]) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise BadInput(f"{option} means nothing for {what}; leave it out")
 
 
 def _write_draft(
@@ -149,12 +171,17 @@ def gguf_metadata(
     return {**general, **source, **model.architecture.gguf_metadata(plan.graph), **tokenizer}
 
 
-def _output_path(output: Path, name: str, quant: str) -> Path:
-    path = output if output.suffix == ".gguf" else output / f"{name}-{quant}.gguf"
+def _output_path(output: Path, name: str, plan: Plan) -> Path:
+    """The GGUF file or the ONNX folder, in a folder that exists."""
+    if isinstance(plan, OnnxPlan):
+        path = output / f"{name}-{plan.recipe.name}-onnx"
+    else:
+        path = output if output.suffix == ".gguf" else output / f"{name}-{plan.recipe.name}.gguf"
+    folder = path if isinstance(plan, OnnxPlan) else path.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"{path.parent} cannot be made: {error.strerror}; choose another --output") from None
+        raise BadInput(f"{folder} cannot be made: {error.strerror}; choose another --output") from None
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...archs.errors import BadInput
 from ...quant.onnx_plan import OnnxPlan
 from ...runner.onnx_model import check_operators
 from ...sources.model import Model
@@ -27,9 +26,5 @@ def open_onnx_writer(
     onnx_model, states = build_model(plan, activations)
     if verify:
         check_operators(operators(onnx_model))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{folder} cannot be made: {error.strerror}; choose another --output") from None
     contents = model_files(onnx_model, states, plan, model.path, model.tokenizer, activations)
     return OnnxWriter(folder, plan, contents, overwrite)

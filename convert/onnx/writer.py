@@ -24,10 +24,11 @@ _DATA_PATTERN = "model-*.onnx_data"
 
 
 class OnnxWriter:
-    """The data files of a model in a folder. Use it as a context manager.
+    """An ONNX model in a folder, whose first path is the model itself. Use it as a context manager.
 
-    Leaving the context normally makes the files durable and gives them their names; the model's own file, which `texts`
-    has beside others (name -> contents), comes last. Leaving it by an exception removes everything that was written.
+    Leaving the context normally makes the data files durable, adds the finished `contents` (file name -> bytes), of
+    which the model itself comes last, and gives all their names. Leaving it by an exception removes everything that was
+    written.
 
     Raises BadInput when the folder holds a model already and `overwrite` is not set, when the disk is full or the files
     cannot be written.
@@ -37,6 +38,7 @@ class OnnxWriter:
         self._folder, self._plan, self._contents = folder, plan, contents
         if not overwrite and (folder / MODEL_NAME).exists():
             raise BadInput(f"{folder / MODEL_NAME} exists: use --overwrite to replace it, or another --output")
+        self.paths = [folder / name for name in sorted((*plan.files, *contents), key=lambda name: name != MODEL_NAME)]
         self._temporary = {name: folder / f".{name}.part" for name in (*plan.files, *contents)}
         self._descriptors: dict[str, int] = {}
         try:
@@ -46,12 +48,6 @@ class OnnxWriter:
         except OSError as error:
             self._discard()
             raise self._failure(error) from None
-
-    @property
-    def paths(self) -> list[Path]:
-        """The finished files, the model first."""
-        names = (MODEL_NAME, *(name for name in self._temporary if name != MODEL_NAME))
-        return [self._folder / name for name in names]
 
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
         """Put rows of the planned ggml type, uint8 [rows, row bytes], where they belong; rows count over all leading
