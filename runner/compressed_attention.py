@@ -158,6 +158,8 @@ class IndexerMixer:
     def choose(self, states: Tensor, latent: Tensor, positions: Tensor, keys: Tensor, complete: Tensor) -> Tensor:
         """The entries each token attends to, bool [tokens, entries]: the best of those that are `complete` for it.
 
+        Of entries with equal scores, which are zero where no head's key matches, the earliest are taken.
+
         Args:
             states: [tokens, hidden size].
             latent: the attention's latent queries, [tokens, latent size].
@@ -169,5 +171,6 @@ class IndexerMixer:
         queries = rotate(split_heads(latent @ self._query.T, block.heads), block.compressor.rope, positions)
         weights = states @ self._head_weight.T * (block.heads * block.head_size) ** -0.5  # [tokens, heads]
         scores = torch.einsum("hte,th->te", functional.relu(queries @ keys.T), weights)
-        best = scores.masked_fill(~complete, -torch.inf).topk(min(block.top_k, len(keys)), dim=-1).indices
+        ranking = scores.masked_fill(~complete, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        best = ranking[:, : block.top_k]
         return torch.zeros_like(complete).scatter_(1, best, True) & complete

@@ -53,7 +53,9 @@ def _starts(build: Builder, ratio: int) -> ir.Value:
     """Positions of the first tokens of the new entries, int64 [batch, new entries]."""
 
     def make() -> ir.Value:
-        starts = build.op("Mul", build.op("Range", *whole_windows(build, ratio), build.constant(1)), build.constant(ratio))
+        starts = build.op(
+            "Mul", build.op("Range", *whole_windows(build, ratio), build.constant(1)), build.constant(ratio)
+        )
         return build.op("Expand", starts, build.op("Concat", batch_size(build), build.constant([1]), axis=0))
 
     return build.once(("starts", ratio), make)
