@@ -19,7 +19,9 @@ from moecast.sources.model import open_model
 from onnx_models import Cast, cast, onnx_logits, relative_error
 
 EXACT, ROUNDED = 1e-5, 1e-2  # relative errors of logits: float32 activations, and activations of 8 bits
-MODELS = ("minimax-m2-tiny",)
+FOR_GENAI = ("minimax-m2-tiny", "nemotron-3-tiny")
+MODELS = (*FOR_GENAI, "deepseek-v4-tiny")
+PROMPT, COUNT = "And the Lord said", 24
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -90,20 +92,29 @@ def test_files_are_as_large_as_planned(example: Cast) -> None:
     )
 
 
+def test_continues_a_text_as_our_runner_does(example: Cast) -> None:
+    found, expected = (list(generate(model, PROMPT, COUNT)) for model in (example.engine(), open_model(example.gguf)))
+    assert found == expected
+
+
+@pytest.mark.parametrize("example", FOR_GENAI, indirect=True)
 def test_genai_continues_a_text_as_we_do(example: Cast) -> None:
-    prompt, count = "And the Lord said", 24
     model = onnxruntime_genai.Model(str(example.folder))
     tokenizer = onnxruntime_genai.Tokenizer(model)
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(PROMPT)
     parameters = onnxruntime_genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(ids) + count, do_sample=False)
+    parameters.set_search_options(max_length=len(ids) + COUNT, do_sample=False)
     generator = onnxruntime_genai.Generator(model, parameters)
     generator.append_tokens(ids)
     while not generator.is_done():
         generator.generate_next_token()
     expected = tokenizer.decode(generator.get_sequence(0)[len(ids) :])
-    for ours in (example.engine(), open_model(example.gguf)):
-        assert "".join(generate(ours, prompt, count)) == expected
+    assert "".join(generate(example.engine(), PROMPT, COUNT)) == expected
+
+
+@pytest.mark.parametrize("example", ["deepseek-v4-tiny"], indirect=True)
+def test_no_settings_for_genai_where_it_lacks_the_states(example: Cast) -> None:
+    assert not (example.folder / "genai_config.json").exists()
 
 
 def test_drawn_text_repeats_with_its_seed(example: Cast) -> None:
