@@ -27,7 +27,10 @@ def write_tensors(
     importance: ImportanceMatrix | None = None,
     threads: int | None = None,
 ) -> None:
-    """Read, decode, quantise and write every tensor of a plan. Raises BadInput naming a tensor that is not finite."""
+    """Read, decode, quantise and write every tensor of a plan, what an earlier run has written left out.
+
+    Raises BadInput naming a tensor that is not finite.
+    """
     if not native.available():
         progress.note(f"Quantising with {native.describe()}")
     progress.begin("Converting", sum(tensor.weight.elements for tensor in plan.tensors), "weights")
@@ -35,8 +38,11 @@ def write_tensors(
         weight = tensor.weight
         columns = importance.of(weight.name, weight.columns, weight.experts or 1) if importance else None
         for expert, rows in _pieces(weight):
+            first_row = _first_row(weight, expert, rows)
+            if writer.has(weight.name, first_row):
+                continue
             part = columns[expert or 0] if columns is not None else None
-            first_row, data = _encode(model, tensor, expert, rows, part, threads)
+            data = _encode(model, tensor, expert, rows, part, threads)
             writer.write(weight.name, first_row, data)
             progress.advance(len(data) * weight.columns, f"{weight.name} {tensor.type.name}")
 
@@ -52,6 +58,11 @@ def _pieces(weight: Weight) -> Iterator[tuple[int | None, tuple[int, int] | None
         yield from ((None, (row, min(row + step, weight.shape[0]))) for row in range(0, weight.shape[0], step))
 
 
+def _first_row(weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> int:
+    """Where a piece begins within the whole tensor."""
+    return expert * weight.shape[-2] if expert is not None else (rows[0] if rows else 0)
+
+
 def _encode(
     model: Model,
     tensor: PlannedTensor,
@@ -59,18 +70,17 @@ def _encode(
     rows: tuple[int, int] | None,
     importance: Tensor | None,
     threads: int | None,
-) -> tuple[int, Tensor]:
-    """One piece in its stored form: its first row within the whole tensor, and uint8 [rows, row bytes]."""
+) -> Tensor:
+    """One piece in its stored form, uint8 [rows, row bytes]."""
     weight = tensor.weight
-    first_row = expert * weight.shape[-2] if expert is not None else (rows[0] if rows else 0)
     data = model.repacked(weight, tensor.type.name, expert, rows)
     if data is not None:
-        return first_row, data
+        return data
     try:
         values = model.load(weight, expert, rows).view(-1, weight.columns)
         if tensor.type.name == "I32":
-            return first_row, values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
-        return first_row, quantize(values, tensor.type.name, importance, threads)
+            return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
+        return quantize(values, tensor.type.name, importance, threads)
     except BadInput as error:
         stored = first_tensor(of_expert(weight.source, expert))
         raise BadInput(f"{stored.name} in {stored.file}: {error}; the checkpoint is damaged, fetch it again") from None

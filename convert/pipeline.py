@@ -11,15 +11,16 @@ from typing import Any
 
 from .. import __version__
 from ..archs.errors import BadInput
-from ..archs.graph import Graph
 from ..quant.plan import Plan, plan_file, plan_tensors
 from ..quant.recipes import Recipe, recipe_named
 from ..runner.evaluate import DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, parity
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
 from .encode import write_tensors
+from .fingerprint import fingerprint
 from .gguf_tokenizer import tokenizer_metadata
 from .gguf_writer import GGUFWriter
+from .journal import Journal
 
 QUANTIZATION_VERSION = 2  # of ggml's block formats, as general.quantization_version
 
@@ -81,8 +82,10 @@ def convert(
         verify: compare the result with the source on `file`, `chunks` chunks of `context` tokens.
         provenance: further facts about the source to store in the file.
 
-    Raises BadInput for anything wrong with the input, an existing output, or a full disk; then nothing is left
-    under the output's name.
+    A journal beside the output records what is done: stopped by whatever means, the same call continues.
+
+    Raises BadInput for anything wrong with the input or an existing output; then nothing is left under the output's
+    name. Raises Interruption for a full disk or a lost connection.
     """
     started = time.monotonic()
     progress = progress or Silent()
@@ -93,12 +96,13 @@ def convert(
     plan = plan_file(model.graph, recipe_named(quant), padding, mtp)
     path = _output_path(Path(output), name, plan.recipe.name)
     metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
-    with GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite) as writer:
-        write_tensors(writer, model, plan, progress, threads=threads)
-    files = [*writer.paths]
-    if mtp and model.graph.draft:
-        files.append(_write_draft(model, model.graph.draft, plan.recipe, path, metadata, overwrite, threads, progress))
-    result = parity(model, writer.paths[0], file, context, chunks, progress) if verify else None
+    with Journal(path, fingerprint(model, plan, metadata, split_max_bytes=split_max_bytes), overwrite) as journal:
+        with GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite, journal) as writer:
+            write_tensors(writer, model, plan, progress, threads=threads)
+        files = [*writer.paths]
+        if mtp and model.graph.draft:
+            files.append(_write_draft(model, plan.recipe, path, metadata, overwrite, journal, threads, progress))
+        result = parity(model, writer.paths[0], file, context, chunks, progress) if verify else None
     return Conversion(
         files=tuple(files),
         bytes=sum(file.stat().st_size for file in files),
@@ -112,19 +116,19 @@ def convert(
 
 def _write_draft(
     model: Model,
-    draft: Graph,
     recipe: Recipe,
     path: Path,
     metadata: dict[str, Any],
     overwrite: bool,
+    journal: Journal,
     threads: int | None,
     progress: Progress,
 ) -> Path:
-    assert model.architecture.draft_metadata
-    plan = plan_tensors(draft, recipe)
+    assert model.graph.draft and model.architecture.draft_metadata
+    plan = plan_tensors(model.graph.draft, recipe)
     metadata = metadata | dict(model.architecture.draft_metadata(model.graph))
     path = path.with_name(f"{path.stem}-mtp.gguf")
-    with GGUFWriter(path, metadata, plan.tensors, None, overwrite) as writer:
+    with GGUFWriter(path, metadata, plan.tensors, None, overwrite, journal) as writer:
         write_tensors(writer, model, plan, progress, threads=threads)
     return path
 
