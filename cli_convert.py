@@ -1,0 +1,179 @@
+"""Commands that make files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .cli_evaluate import judge
+from .options import (
+    Size,
+    TypeOverride,
+    hub_options,
+    json_option,
+    mtp_option,
+    pad_option,
+    quant_option,
+    text_options,
+    threads_option,
+)
+
+_VERIFY_CHUNKS = 16
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--output", default=".", type=click.Path(path_type=Path), help="A .gguf file or a folder.")
+@click.option("--to", "target", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="File format.")
+@quant_option
+@pad_option
+@mtp_option
+@click.option("--split-max-size", type=Size(), help="Start a new file beyond this size, for example 40G.")
+@click.option("--pre", help="Name of llama.cpp's text splitter, where the automatic choice is wrong.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare the result with the source.")
+@click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
+@text_options
+@threads_option
+@hub_options
+@json_option
+def convert(
+    source: str,
+    output: Path,
+    target: str,
+    quant: str,
+    pad: bool,
+    mtp: bool | None,
+    split_max_size: int | None,
+    pre: str | None,
+    overwrite: bool,
+    dry_run: bool,
+    verify: bool,
+    max_kld: float | None,
+    file: Path | None,
+    context: int,
+    chunks: int | None,
+    threads: int | None,
+    revision: str | None,
+    token: str | None,
+    as_json: bool,
+) -> None:
+    """Convert a checkpoint and compare the result with it.
+
+    SOURCE is a checkpoint folder, a Hub id, an hf:// or an https:// address.
+
+    \b
+    Examples:
+      moecast convert CHECKPOINT -o out/ --quant Q4_K_M
+      moecast convert OWNER/NAME --quant Q4_K_M --revision main --split-max-size 40G
+    """
+    from .console import watch
+    from .convert.pipeline import convert as run
+    from .quant.plan import plan_file
+    from .quant.recipes import recipe_named
+    from .report import show_conversion, show_plan
+    from .runner.evaluate import EVALUATION_TEXT
+    from .sources.locate import describe, locate
+
+    if dry_run:
+        show_plan(plan_file(describe(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
+        return
+    with watch() as progress:
+        folder, provenance = locate(source, revision, token, progress)
+        result = run(
+            folder,
+            output,
+            quant,
+            padding=pad,
+            mtp=mtp,
+            name=provenance.get("repository", "").split("/")[-1] or None,
+            pre=pre,
+            split_max_bytes=split_max_size,
+            overwrite=overwrite,
+            verify=verify,
+            file=file or EVALUATION_TEXT,
+            context=context,
+            chunks=chunks or _VERIFY_CHUNKS,
+            threads=threads,
+            provenance=provenance,
+            progress=progress,
+        )
+    show_conversion(result, as_json)
+    judge(result.parity, max_kld)
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@quant_option
+@click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix of llama.cpp, GGUF or .dat.")
+@click.option(
+    "--tensor-type", "tensor_types", multiple=True, type=TypeOverride(), help="Type of tensors whose names match."
+)
+@click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantised already.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
+@threads_option
+@json_option
+def quantize(
+    source: Path,
+    output: Path,
+    quant: str,
+    imatrix: Path | None,
+    tensor_types: tuple[tuple[str, str], ...],
+    allow_requantize: bool,
+    overwrite: bool,
+    dry_run: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Quantise a GGUF file to another GGUF file.
+
+    \b
+    Examples:
+      moecast quantize model-BF16.gguf model-IQ4_XS.gguf --quant IQ4_XS --imatrix imatrix.gguf
+      moecast quantize in.gguf out.gguf --quant Q4_K_M --tensor-type ffn_down_exps=q6_k
+    """
+    from .console import watch
+    from .convert.requantize import plan_requantized, requantize
+    from .report import show_conversion, show_plan
+    from .sources.model import open_model
+
+    if dry_run:
+        show_plan(plan_requantized(open_model(source), quant, tensor_types, imatrix is not None), as_json)
+        return
+    with watch() as progress:
+        result = requantize(
+            source,
+            output,
+            quant,
+            imatrix=imatrix,
+            tensor_types=tensor_types,
+            allow_requantize=allow_requantize,
+            overwrite=overwrite,
+            threads=threads,
+            progress=progress,
+        )
+    show_conversion(result, as_json)
+
+
+@click.command()
+@click.option("-o", "--output", default="out", show_default=True, type=click.Path(path_type=Path), help="Folder.")
+@click.pass_context
+def demo(ctx: click.Context, output: Path) -> None:
+    """Convert the embedded tiny checkpoint, compare it with its source, and show how to serve it.
+
+    \b
+    Examples:
+      moecast demo
+    """
+    from .archs.registry import architectures
+    from .report import show_model
+    from .sources.locate import describe
+
+    source = Path(__file__).parent / "examples" / architectures()[0].example
+    show_model(describe(str(source), None, None), as_json=False)
+    # Padding pays on rows of thousands; it would multiply rows as short as these.
+    ctx.invoke(convert, source=str(source), output=output, pad=False, overwrite=True, chunks=32)

@@ -1,0 +1,107 @@
+"""Commands that look at models without changing anything, and fetch them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from .archs.errors import BadInput
+from .options import hub_options, json_option, mtp_option, pad_option, quant_option
+
+
+@click.command()
+@click.argument("source")
+@hub_options
+@json_option
+def inspect(source: str, revision: str | None, token: str | None, as_json: bool) -> None:
+    """Show what a model is made of: blocks, parameters, dtypes, memory per token.
+
+    \b
+    Examples:
+      moecast inspect CHECKPOINT
+      moecast inspect model.gguf --json
+    """
+    from .report import show_model
+    from .sources.locate import describe
+
+    show_model(describe(source, revision, token), as_json)
+
+
+@click.command()
+@click.argument("source")
+@quant_option
+@pad_option
+@mtp_option
+@hub_options
+@json_option
+def plan(
+    source: str, quant: str, pad: bool, mtp: bool | None, revision: str | None, token: str | None, as_json: bool
+) -> None:
+    """Show which type every tensor would get, and the exact size, without converting.
+
+    \b
+    Examples:
+      moecast plan CHECKPOINT --quant Q3_K_M
+      moecast plan OWNER/NAME --quant IQ4_XS --json
+    """
+    from .quant.plan import plan_file
+    from .quant.recipes import recipe_named
+    from .report import show_plan
+    from .sources.locate import describe
+
+    show_plan(plan_file(describe(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
+
+
+@click.command()
+@click.argument("repository")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the files, by default the Hub cache.")
+@click.option("--dry-run", is_flag=True, help="List the files and their sizes, fetch nothing.")
+@hub_options
+@json_option
+def download(
+    repository: str, output: Path | None, dry_run: bool, revision: str | None, token: str | None, as_json: bool
+) -> None:
+    """Fetch what a conversion needs from the Hub: one commit, resumed where it stopped, verified.
+
+    \b
+    Examples:
+      moecast download OWNER/NAME
+      moecast download OWNER/NAME --revision main -o NAME/ --dry-run
+    """
+    from .console import human_bytes, print_columns, print_json, watch
+    from .sources.hub import HubSource, fetch, list_files, parse_source
+
+    source = parse_source(repository)
+    if not isinstance(source, HubSource):
+        raise BadInput(f"{repository} is a folder on this machine, expected a Hub repository such as owner/name")
+    if dry_run:
+        listing = list_files(source, revision, token)
+        if as_json:
+            print_json({"commit": listing.commit, "bytes": listing.bytes, "files": [asdict(f) for f in listing.files]})
+        else:
+            rows = [(file.name, human_bytes(file.bytes)) for file in listing.files]
+            print_columns(f"{source.repository} at {listing.commit}", ("File", "Size"), rows)
+        return
+    with watch() as progress:
+        folder = fetch(source, revision, token, progress, output)
+    if as_json:
+        print_json({"folder": folder})
+    else:
+        click.echo(folder)
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Show what this machine offers: processor, kernels, GPU, memory, disk, engines.
+
+    \b
+    Examples:
+      moecast doctor
+      moecast doctor --json
+    """
+    from .doctor import examine, show
+
+    show(examine(Path.cwd()), as_json)
