@@ -113,6 +113,8 @@ class OnnxWriter:
         self._descriptors.clear()
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
+        if not any(self._folder.iterdir()):
+            self._folder.rmdir()
 
     def _failure(self, error: OSError) -> BadInput:
         return BadInput(f"{self._folder} cannot be written: {error.strerror}; free space or choose another --output")
