@@ -1,4 +1,4 @@
-"""Blocks that remember more than keys and values, in ONNX Runtime: state spaces, compressed attention, mixed streams."""
+"""Blocks that remember more than keys and values, in ONNX Runtime: state spaces and compressed attention."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import deepseek_checkpoints
 import nemotron_checkpoints
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from forward import runner_logits
@@ -106,6 +107,42 @@ def test_pieces_equal_the_whole(kind: str, cuts: list[int], request: pytest.Fixt
     tokens = _tokens()[: cuts[-1]]
     expected = runner_logits(open_model(result.gguf), tokens[None])[0]
     assert relative_error(_in_pieces(result.engine(), tokens, cuts)[0], expected) < EXACT
+
+
+@pytest.mark.parametrize("kind", ["nemotron", "deepseek"])
+def test_texts_of_a_batch_are_each_its_own(kind: str, request: pytest.FixtureRequest) -> None:
+    result: Cast = request.getfixturevalue(kind)
+    engine, texts = result.engine(), torch.stack([_tokens(150, seed=1), _tokens(150, seed=2)])
+    session = onnxruntime.InferenceSession(str(result.folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    names = [port.name for port in session.get_inputs()]
+    given = {name: np.repeat(value, 2, axis=0) for name, value in engine.initial_state().items() if name in names}
+    given |= {"input_ids": texts.numpy(), "attention_mask": np.ones((2, 150), np.int64)}
+    given |= {"position_ids": np.repeat(np.arange(150)[None], 2, axis=0)}
+    logits = session.run(["logits"], {name: given[name] for name in names})[0]
+    expected = torch.stack([onnx_logits(engine, text) for text in texts])
+    assert relative_error(torch.from_numpy(logits), expected) < EXACT
+
+
+def test_equal_scores_choose_the_earliest_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Index heads that never match: all scores are zero, and torch.topk would choose any entries."""
+    oracle = deepseek_checkpoints.deepseek_model()
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            if "indexer.q_b_proj" in name:
+                parameter.zero_()
+    checkpoint = deepseek_checkpoints.save_deepseek(tmp_path / "hf", oracle)
+    with torch.no_grad():
+        arbitrary = oracle(_tokens()[None]).logits[0]
+        monkeypatch.setattr(Tensor, "topk", _earliest_best)
+        expected = oracle(_tokens()[None]).logits[0]
+    assert relative_error(arbitrary, expected) > 1e-3
+    assert relative_error(onnx_logits(_in_full(checkpoint), _tokens()), expected) < EXACT
+    assert relative_error(runner_logits(open_model(checkpoint), _tokens()[None])[0], expected) < EXACT
+
+
+def _earliest_best(scores: Tensor, count: int, dim: int) -> torch.return_types.topk:
+    ranking = scores.sort(dim=dim, descending=True, stable=True)
+    return torch.return_types.topk(part.narrow(dim, 0, count) for part in ranking)
 
 
 def test_states_grow_by_compressed_entries_alone(deepseek: Cast) -> None:
