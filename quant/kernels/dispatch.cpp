@@ -10,10 +10,10 @@
 #include "kernels.h"
 #include "minima.h"
 
-#define FAMILIES_OF(set)                                    \
-    namespace kernels_##set {                               \
-    extern const Kernel AFFINE[], SYMMETRIC[], CODEBOOK[], LATTICE[];  \
-    const Kernel* const FAMILIES[] = {AFFINE, SYMMETRIC, CODEBOOK, LATTICE, nullptr}; \
+#define FAMILIES_OF(set)                                                                        \
+    namespace kernels_##set {                                                                   \
+    extern const Kernel AFFINE[], SYMMETRIC[], CODEBOOK[], LATTICE[], ROUNDING[];               \
+    const Kernel* const FAMILIES[] = {AFFINE, SYMMETRIC, CODEBOOK, LATTICE, ROUNDING, nullptr}; \
     }
 
 #ifdef WITH_AVX512

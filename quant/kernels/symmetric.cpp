@@ -1,4 +1,4 @@
-// Q8_0, Q5_0, Q4_0, Q6_K and Q3_K.
+// Q5_0, Q4_0, Q6_K and Q3_K.
 #include "length.h"
 #include "packing.h"
 #include "scaled.h"
@@ -13,24 +13,6 @@ template <class Levels> struct SmallScaled {
         pack_half(scale, bytes);
         Floats inverse = reciprocal(stored(scale, unit));
         for (int i = 0; i < 32; i++) codes[i] = Levels::code(values[i] * inverse);
-    }
-};
-
-struct Q8_0 {
-    static constexpr int ID = 8, SIZE = 32, BYTES = 34;
-
-    static void encode(const Floats* values, Weights<false>, Floats unit, Ints* bytes) {
-        Floats peak = magnitude(values[0]);
-        for (int i = 1; i < 32; i++) peak = larger(peak, magnitude(values[i]));
-        Ints scale = half_of(peak / 127.0f, unit);
-        pack_half(scale, bytes);
-        Floats inverse = reciprocal(stored(scale, unit));
-        for (int i = 0; i < 32; i++) bytes[2 + i] = truncated(Uniform<-127, 127>::nearest(values[i] * inverse)) & 255;
-    }
-
-    static void decode(const Ints* bytes, Floats* values) {
-        Floats scale = unpack_half(bytes);
-        for (int i = 0; i < 32; i++) values[i] = to_float(bytes[2 + i] << 24 >> 24) * scale;
     }
 };
 
@@ -164,8 +146,6 @@ struct Q3_K {
     }
 };
 
-extern const Kernel SYMMETRIC[] = {
-    kernel<Q8_0, false>(), kernel<Q5_0>(), kernel<Q4_0>(), kernel<Q6_K>(), kernel<Q3_K>(), {},
-};
+extern const Kernel SYMMETRIC[] = {kernel<Q5_0>(), kernel<Q4_0>(), kernel<Q6_K>(), kernel<Q3_K>(), {}};
 
 }  // namespace
