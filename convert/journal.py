@@ -30,6 +30,11 @@ Key = tuple[str | int, ...]
 _STARTED = "started"  # first part of the keys that name temporary files
 
 
+def journal_folder(output: Path) -> Path:
+    """Where the journal of an output lies."""
+    return output.with_name(f".{output.name}.journal")
+
+
 class Journal:
     """The record of one output. Use it as a context manager around everything that makes the output.
 
@@ -46,7 +51,7 @@ class Journal:
     """
 
     def __init__(self, output: Path, fingerprint: Mapping[str, str], overwrite: bool = False) -> None:
-        self.folder = output.with_name(f".{output.name}.journal")
+        self.folder = journal_folder(output)
         self._output = output
         self._fingerprint = dict(fingerprint)
         self._done: set[Key] = set()
@@ -88,6 +93,13 @@ class Journal:
         if size is not None and not (temporary.is_file() and temporary.stat().st_size == size):
             raise BadInput(f"{temporary} was removed or changed, so what it held is lost: run the command again")
         return size is not None
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """What the temporary files and everything beside the record take of the disk already."""
+        temporary = (self.folder.parent / str(key[1]) for key in self._done if key[0] == _STARTED)
+        files = (*temporary, *(path for path in self.folder.rglob("*") if path.is_file()))
+        return sum(path.stat().st_blocks * 512 for path in files if path.exists())
 
     def add(self, key: Key, size: int = 0, descriptor: int | None = None) -> None:
         """Record that `key` is done: `size` bytes were written through `descriptor`. Makes batches durable."""

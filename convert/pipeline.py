@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from ..archs.errors import BadInput
 from ..quant.plan import Plan, plan_file, plan_tensors
 from ..quant.recipes import Recipe, recipe_named
 from ..runner.evaluate import DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, parity
+from ..sources.hub import HubCheckpoint
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
+from ..sources.shards import open_streamed
 from .encode import write_tensors
 from .fingerprint import fingerprint
 from .gguf_tokenizer import tokenizer_metadata
 from .gguf_writer import GGUFWriter
-from .journal import Journal
+from .journal import Journal, journal_folder
+from .preflight import check_disk
 
 QUANTIZATION_VERSION = 2  # of ggml's block formats, as general.quantization_version
 
@@ -48,7 +52,7 @@ class Conversion:
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | HubCheckpoint,
     output: str | Path = ".",
     quant: str = "Q4_K_M",
     *,
@@ -63,23 +67,25 @@ def convert(
     context: int = DEFAULT_CONTEXT,
     chunks: int | None = 16,
     threads: int | None = None,
+    scratch: int | None = None,
     provenance: dict[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Convert a checkpoint folder to GGUF.
+    """Convert a checkpoint to GGUF.
 
     Args:
-        source: checkpoint folder.
+        source: checkpoint folder, or a commit on the Hub, whose shards are fetched when they are needed.
         output: a .gguf file, or a folder for `<name>-<quant>.gguf`.
         quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds.
         padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
         mtp: keep the blocks of multi-token prediction; by default, unless they rule out padding. Where they are a
             draft of their own they make a second file, `<file>-mtp.gguf`.
-        name: the model's name, by default that of the folder.
+        name: the model's name, by default that of the folder or repository.
         pre: llama.cpp's name of the text splitter, by default the architecture's.
         split_max_bytes: start a new file when the data section would grow beyond this.
         overwrite: replace an existing output.
         verify: compare the result with the source on `file`, `chunks` chunks of `context` tokens.
+        scratch: most bytes of shards from the Hub on disk; by default twice what a layer needs.
         provenance: further facts about the source to store in the file.
 
     A journal beside the output records what is done: stopped by whatever means, the same call continues.
@@ -89,14 +95,16 @@ def convert(
     """
     started = time.monotonic()
     progress = progress or Silent()
-    model = open_model(source)
-    if model.metadata:
-        raise BadInput(f"{source} is a GGUF file, expected a checkpoint folder")
-    name = name or model.path.resolve().name
-    plan = plan_file(model.graph, recipe_named(quant), padding, mtp)
-    path = _output_path(Path(output), name, plan.recipe.name)
-    metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
-    with Journal(path, fingerprint(model, plan, metadata, split_max_bytes=split_max_bytes), overwrite) as journal:
+    recipe = recipe_named(quant)
+    name = name or _name_of(source)
+    provenance = provenance or (source.provenance if isinstance(source, HubCheckpoint) else {})
+    path = _output_path(Path(output), name, recipe.name)
+    model = _open(source, scratch, path)
+    plan = plan_file(model.graph, recipe, padding, mtp)
+    metadata = gguf_metadata(model, plan, name, pre, provenance, progress)
+    identity = fingerprint(model, plan, metadata, split_max_bytes=split_max_bytes)
+    with closing(model), Journal(path, identity, overwrite) as journal:
+        check_disk(path, plan, model, journal, progress)
         with GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite, journal) as writer:
             write_tensors(writer, model, plan, progress, threads=threads)
         files = [*writer.paths]
@@ -112,6 +120,21 @@ def convert(
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+def _name_of(source: str | Path | HubCheckpoint) -> str:
+    if isinstance(source, HubCheckpoint):
+        return source.provenance["repository"].split("/")[-1]
+    return Path(source).resolve().name
+
+
+def _open(source: str | Path | HubCheckpoint, scratch: int | None, output: Path) -> Model:
+    if isinstance(source, HubCheckpoint):
+        return open_streamed(source, scratch, journal_folder(output) / "shards")
+    model = open_model(source)
+    if model.metadata:
+        raise BadInput(f"{source} is a GGUF file, expected a checkpoint folder")
+    return model
 
 
 def _write_draft(
