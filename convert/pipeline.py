@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,20 @@ from .. import __version__
 from ..archs.errors import BadInput
 from ..quant.plan import Plan, plan_file, plan_tensors
 from ..quant.recipes import Recipe, recipe_named
-from ..runner.evaluate import DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, parity
+from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, chunk_tokens
+from ..runner.memory import peak_rss_bytes
 from ..sources.hub import HubCheckpoint
+from ..sources.imatrix import read_imatrix
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
 from ..sources.shards import open_streamed
-from .encode import write_tensors
-from .fingerprint import fingerprint
+from .encode import MeasuredImportance
+from .fingerprint import file_identity, fingerprint, text_identity
 from .gguf_tokenizer import tokenizer_metadata
 from .gguf_writer import GGUFWriter
+from .imatrix import ImatrixWriter
 from .journal import Journal, journal_folder
+from .onepass import Lanes, cast
 from .preflight import check_disk
 
 QUANTIZATION_VERSION = 2  # of ggml's block formats, as general.quantization_version
@@ -50,6 +53,19 @@ class Conversion:
     seconds: float
     peak_rss_bytes: int
 
+    @classmethod
+    def of(cls, files: Sequence[Path], plan: Plan, started: float, parity: Parity | None = None) -> Conversion:
+        """The conversion to finished `files` that began when `time.monotonic()` was `started`."""
+        return cls(
+            files=tuple(files),
+            bytes=sum(file.stat().st_size for file in files),
+            bits_per_weight=plan.bits_per_weight,
+            parity=parity,
+            problems=plan.problems,
+            seconds=time.monotonic() - started,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
 
 def convert(
     source: str | Path | HubCheckpoint,
@@ -62,6 +78,9 @@ def convert(
     pre: str | None = None,
     split_max_bytes: int | None = None,
     overwrite: bool = False,
+    calibration: str | Path | None = CALIBRATION_TEXT,
+    imatrix: str | Path | None = None,
+    imatrix_out: str | Path | None = None,
     verify: bool = True,
     file: str | Path = EVALUATION_TEXT,
     context: int = DEFAULT_CONTEXT,
@@ -84,6 +103,10 @@ def convert(
         pre: llama.cpp's name of the text splitter, by default the architecture's.
         split_max_bytes: start a new file when the data section would grow beyond this.
         overwrite: replace an existing output.
+        calibration: the text, in chunks of `context` tokens, that shows which inputs of a weight matter; None weighs
+            all alike. Types of 8 bits and more do without.
+        imatrix: an importance matrix of llama.cpp, instead of calibration.
+        imatrix_out: where to write what calibration found, as llama.cpp's importance matrix.
         verify: compare the result with the source on `file`, `chunks` chunks of `context` tokens.
         scratch: most bytes of shards from the Hub on disk; by default twice what a layer needs.
         provenance: further facts about the source to store in the file.
@@ -98,28 +121,37 @@ def convert(
     recipe = recipe_named(quant)
     name = name or _name_of(source)
     provenance = provenance or (source.provenance if isinstance(source, HubCheckpoint) else {})
+    measured = read_imatrix(Path(imatrix)) if imatrix else None
+    text = None if measured or not (imatrix_out or recipe.weighs_columns) else calibration
+    if imatrix_out and not text:
+        raise BadInput("--imatrix-out writes what calibration finds: leave out --imatrix and --no-calibration")
     path = _output_path(Path(output), name, recipe.name)
     model = _open(source, scratch, path)
-    plan = plan_file(model.graph, recipe, padding, mtp)
+    plan = plan_file(model.graph, recipe, padding, mtp, importance=bool(measured or text))
     metadata = gguf_metadata(model, plan, name, pre, provenance, progress)
-    identity = fingerprint(model, plan, metadata, split_max_bytes=split_max_bytes)
-    with closing(model), Journal(path, identity, overwrite) as journal:
-        check_disk(path, plan, model, journal, progress)
+    lanes = Lanes(
+        chunk_tokens(model.tokenizer, Path(text), context, None) if text else None,
+        chunk_tokens(model.tokenizer, Path(file), context, chunks) if verify else None,
+    )
+    texts = {
+        "importance matrix": file_identity(Path(imatrix)) if imatrix else "none",
+        "calibration": text_identity(text, lanes.calibration),
+        "evaluation": text_identity(file, lanes.evaluation),
+    }
+    identity = fingerprint(model, plan, metadata, texts, split_max_bytes)
+    with closing(model), Journal(path, identity, overwrite) as journal, ExitStack() as stack:
+        check_disk(path, plan, model, lanes, journal, progress)
+        found = None
+        if imatrix_out and text and lanes.calibration is not None:
+            found = ImatrixWriter(Path(imatrix_out), Path(text), lanes.calibration, overwrite)
+            stack.enter_context(found)
         with GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite, journal) as writer:
-            write_tensors(writer, model, plan, progress, threads=threads)
+            importance = MeasuredImportance(measured) if measured else None
+            result = cast(model, plan, writer, lanes, progress, importance, found, threads, journal)
         files = [*writer.paths]
         if mtp and model.graph.draft:
             files.append(_write_draft(model, plan.recipe, path, metadata, overwrite, journal, threads, progress))
-        result = parity(model, writer.paths[0], file, context, chunks, progress) if verify else None
-    return Conversion(
-        files=tuple(files),
-        bytes=sum(file.stat().st_size for file in files),
-        bits_per_weight=plan.bits_per_weight,
-        parity=result,
-        problems=plan.problems,
-        seconds=time.monotonic() - started,
-        peak_rss_bytes=peak_rss_bytes(),
-    )
+    return Conversion.of(files, plan, started, result)
 
 
 def _name_of(source: str | Path | HubCheckpoint) -> str:
@@ -152,7 +184,7 @@ def _write_draft(
     metadata = metadata | dict(model.architecture.draft_metadata(model.graph))
     path = path.with_name(f"{path.stem}-mtp.gguf")
     with GGUFWriter(path, metadata, plan.tensors, None, overwrite, journal) as writer:
-        write_tensors(writer, model, plan, progress, threads=threads)
+        cast(model, plan, writer, Lanes(), progress, threads=threads)
     return path
 
 
@@ -183,13 +215,3 @@ def _output_path(output: Path, name: str, quant: str) -> Path:
     except OSError as error:
         raise BadInput(f"{path.parent} cannot be made: {error.strerror}; choose another --output") from None
     return path
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    try:  # getrusage would count the parent that forked us as well
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

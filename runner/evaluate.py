@@ -20,7 +20,9 @@ from .stream import Stream, advance
 from .weights import multiply
 
 DEFAULT_CONTEXT = 512
-EVALUATION_TEXT = Path(__file__).parent.parent / "examples" / "text" / "evaluation.txt"
+_TEXTS = Path(__file__).parent.parent / "examples" / "text"
+EVALUATION_TEXT = _TEXTS / "evaluation.txt"
+CALIBRATION_TEXT = _TEXTS / "calibration.txt"
 _POSITION_BLOCK = 4096  # positions whose logits over one vocabulary block are in memory at a time
 
 
@@ -81,21 +83,20 @@ def perplexity(
     """
     model, progress = _opened(model), progress or Silent()
     tokens = chunk_tokens(model.tokenizer, Path(file), context, chunks)
-    stream = Stream(model, _with_bos(tokens, model.tokenizer))
+    stream = Stream(model, with_bos(tokens, model.tokenizer))
     progress.begin("Perplexity", len(model.graph.layers), "layers")
     for layer in model.graph.layers:
         stream.advance(layer)
         progress.advance(1, f"layer {layer.index}")
-    targets = _targets(tokens)
-    scores = Scores(targets)
+    scores = Scores(targets(tokens))
     states = stream.final_states(_scored_positions(context))
     first_word = 0
     for block in stream.head_blocks():
-        for part in _parts(len(targets)):
+        for part in _parts(len(scores.targets)):
             scores.update(part, first_word, multiply(states[part], block))
         first_word += len(block)
     value, error = _perplexity_of(scores)
-    return Perplexity(value, error, len(targets), context, len(tokens))
+    return Perplexity(value, error, len(scores.targets), context, len(tokens))
 
 
 def parity(
@@ -113,10 +114,10 @@ def parity(
     reference, candidate, progress = _opened(reference), _opened(candidate), progress or Silent()
     tokens = chunk_tokens(reference.tokenizer, Path(file), context, chunks)
     _check_same_vocabulary(reference, candidate, tokens, Path(file), chunks, progress)
-    streams = [Stream(model, _with_bos(tokens, model.tokenizer)) for model in (reference, candidate)]
+    streams = [Stream(model, with_bos(tokens, model.tokenizer)) for model in (reference, candidate)]
     layer_errors = _advance_together(streams[0], streams[1], progress)
-    divergence = _compare_heads(streams[0], streams[1], _targets(tokens), context)
-    return _summarise(divergence, layer_errors, context, len(tokens))
+    divergence = compare_heads(streams[0], streams[1], tokens)
+    return summarise(divergence, layer_errors, context, len(tokens))
 
 
 def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | None) -> Tensor:
@@ -142,7 +143,7 @@ def _opened(model: Model | str | Path) -> Model:
     return model if isinstance(model, Model) else open_model(model)
 
 
-def _with_bos(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
+def with_bos(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
     """llama-perplexity puts the BOS token in place of each chunk's first token, where the model has one."""
     if not tokenizer.add_bos or tokenizer.bos is None:
         return tokens
@@ -155,7 +156,7 @@ def _scored_positions(context: int) -> slice:
     return slice(context // 2, context - 1)
 
 
-def _targets(tokens: Tensor) -> Tensor:
+def targets(tokens: Tensor) -> Tensor:
     context = tokens.shape[1]
     return tokens[:, context // 2 + 1 :].flatten()
 
@@ -186,12 +187,12 @@ def _advance_together(reference: Stream, candidate: Stream, progress: Progress) 
     errors = []
     for index, pair in enumerate(layers):
         advance((reference, candidate), pair)
-        errors.append(_relative_error(reference.hidden, candidate.hidden))
+        errors.append(relative_error(reference.hidden, candidate.hidden))
         progress.advance(1, f"layer {index}: relative error {errors[-1]:.2e}")
     return tuple(errors)
 
 
-def _relative_error(reference: Activations, candidate: Activations) -> float:
+def relative_error(reference: Activations, candidate: Activations) -> float:
     """|candidate - reference| / |reference| over all tokens."""
     difference = size = 0.0
     for chunk in range(len(reference)):
@@ -207,12 +208,14 @@ def _unpadded(hidden: Tensor, size: int) -> Tensor:
     return hidden if hidden.shape[-1] == size else hidden[..., :size] * math.sqrt(size / hidden.shape[-1])
 
 
-def _compare_heads(reference: Stream, candidate: Stream, targets: Tensor, context: int) -> Divergence:
-    divergence = Divergence(targets)
-    states = [stream.final_states(_scored_positions(context)) for stream in (reference, candidate)]
+def compare_heads(reference: Stream, candidate: Stream, expected: Tensor) -> Divergence:
+    """How two streams that have passed all layers predict the second half of every chunk; `expected` are its tokens
+    [chunks, context]."""
+    divergence = Divergence(targets(expected))
+    states = [stream.final_states(_scored_positions(expected.shape[1])) for stream in (reference, candidate)]
     first_word = 0
     for blocks in zip(reference.head_blocks(), candidate.head_blocks(), strict=True):
-        for part in _parts(len(targets)):
+        for part in _parts(len(divergence.reference.targets)):
             divergence.update(
                 part, first_word, *(multiply(s[part], block) for s, block in zip(states, blocks, strict=True))
             )
@@ -231,7 +234,7 @@ def _standard_error(values: Tensor) -> float:
     return math.sqrt(float(values.var(correction=0)) / max(len(values) - 1, 1))
 
 
-def _summarise(divergence: Divergence, layer_errors: tuple[float, ...], context: int, chunks: int) -> Parity:
+def summarise(divergence: Divergence, layer_errors: tuple[float, ...], context: int, chunks: int) -> Parity:
     kld = divergence.kld
     reference, candidate = divergence.reference, divergence.candidate
     delta = candidate.log_probability.exp() - reference.log_probability.exp()

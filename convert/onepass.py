@@ -1,0 +1,127 @@
+"""The one pass over a model's layers: calibration, conversion and proof side by side.
+
+Up to three lanes advance together. Calibration tokens run through the source while the inputs of its weights are
+watched. Evaluation tokens run through the source, and once more through what is written: the candidate's weights are
+encoded at the moment it asks for them, with the importance that calibration has just given. What no lane asked for,
+experts that no token reached for one, is encoded when the lanes are done with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+
+from torch import Tensor
+
+from ..quant.importance import Statistics
+from ..quant.plan import Plan
+from ..runner.evaluate import Parity, compare_heads, relative_error, summarise, with_bos
+from ..runner.memory import peak_rss_bytes
+from ..runner.observe import ObservingWeights
+from ..runner.stream import Stream, advance
+from ..runner.weights import ModelWeights, Weights
+from ..sources.model import Model
+from ..sources.progress import Progress
+from .checkpoints import Checkpoints
+from .encode import CastingWeights, Encoder, Importance
+from .gguf_writer import GGUFWriter
+from .imatrix import ImatrixWriter
+from .journal import Journal
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Token ids [chunks, context] to calibrate with and to evaluate on; None leaves out what they are for."""
+
+    calibration: Tensor | None = None
+    evaluation: Tensor | None = None
+
+
+def cast(
+    model: Model,
+    plan: Plan,
+    writer: GGUFWriter,
+    lanes: Lanes,
+    progress: Progress,
+    importance: Importance | None = None,
+    imatrix: ImatrixWriter | None = None,
+    threads: int | None = None,
+    journal: Journal | None = None,
+) -> Parity | None:
+    """Write every tensor of a plan, and compare the result with its source on the evaluation tokens.
+
+    Args:
+        importance: what to weigh columns by where there is no calibration.
+        imatrix: receives what calibration finds.
+        journal: keeps the lanes' states after each layer, and those of an earlier run to go on from.
+
+    Raises BadInput naming a stored tensor, a block or an expert whose numbers are not finite.
+    """
+    source, statistics = ModelWeights(model), Statistics()
+    known = importance if lanes.calibration is None else statistics
+    encoder = Encoder(source, plan, writer, progress, known, threads)
+    checkpoints = Checkpoints(journal, model.graph.layers)
+    runs: list[tuple[Tensor, Weights]] = []
+    if lanes.calibration is not None:
+        runs.append((lanes.calibration, ObservingWeights(source, statistics)))
+    if lanes.evaluation is not None:
+        candidate = CastingWeights(encoder, f"{model.path} as {plan.recipe.name}")
+        runs += [(lanes.evaluation, source), (lanes.evaluation, candidate)]
+    streams = [
+        Stream(model, with_bos(tokens, model.tokenizer), None, weights, checkpoints.hidden(len(tokens)))
+        for tokens, weights in runs
+    ]
+    errors = checkpoints.errors
+    lines = _Lines(plan, progress)
+    for layers in zip(*(stream.weights.graph.layers for stream in streams), strict=True):
+        index = layers[0].index
+        if checkpoints.last is not None and index <= checkpoints.last:
+            if imatrix:
+                imatrix.add(checkpoints.statistics(index))
+            continue
+        advance(streams, layers, partial(encoder.finish_expert, index))
+        encoder.finish(index)
+        if lanes.evaluation is not None:
+            errors.append(relative_error(streams[-2].hidden, streams[-1].hidden))
+        if imatrix:
+            imatrix.add(statistics)
+        lines.write(index, errors[-1] if errors else None, statistics)
+        checkpoints.save(index, streams, statistics if imatrix else None)
+        statistics.clear()
+    result = None
+    if lanes.evaluation is not None:
+        chunks, context = lanes.evaluation.shape
+        divergence = compare_heads(streams[-2], streams[-1], lanes.evaluation)
+        result = summarise(divergence, tuple(errors), context, chunks)
+    encoder.finish_all()
+    return result
+
+
+class _Lines:
+    """A line for each layer that is done."""
+
+    def __init__(self, plan: Plan, progress: Progress) -> None:
+        self._progress = progress
+        self._layers = len(plan.graph.layers)
+        self._started = time.monotonic()
+        self._passed = 0
+        self._types: dict[int | None, Counter[str]] = defaultdict(Counter)
+        for tensor in plan.tensors:
+            if not tensor.weight.role.protected:
+                self._types[tensor.weight.layer][tensor.type.name] += 1
+
+    def write(self, layer: int, error: float | None, statistics: Statistics) -> None:
+        facts = [" + ".join(f"{count} {name}" for name, count in self._types[layer].most_common())]
+        if error is not None:
+            facts.append(f"relative error {error:.1e}")
+        tokens = statistics.expert_tokens
+        if tokens is not None:
+            facts.append(f"{int((tokens > 0).sum())} of {len(tokens)} experts seen, fewest {int(tokens.min())} tokens")
+        facts.append(f"{peak_rss_bytes() / 1e9:.1f} GB")
+        self._passed += 1
+        left = (time.monotonic() - self._started) / self._passed * (self._layers - layer - 1)
+        facts.append(f"{timedelta(seconds=round(left))} left")
+        self._progress.note(f"Layer {layer}: {', '.join(facts)}")
