@@ -12,8 +12,9 @@
 
 #define FAMILIES_OF(set)                                                                        \
     namespace kernels_##set {                                                                   \
-    extern const Kernel AFFINE[], SYMMETRIC[], CODEBOOK[], LATTICE[], ROUNDING[];               \
-    const Kernel* const FAMILIES[] = {AFFINE, SYMMETRIC, CODEBOOK, LATTICE, ROUNDING, nullptr}; \
+    extern const Kernel AFFINE[], SYMMETRIC[], CODEBOOK[], LATTICE[], ROUNDING[], TERNARY[];    \
+    const Kernel* const FAMILIES[] = {AFFINE,  SYMMETRIC, CODEBOOK, LATTICE,                    \
+                                      ROUNDING, TERNARY,  nullptr};                             \
     }
 
 #ifdef WITH_AVX512

@@ -46,8 +46,7 @@ template <class Input> int64_t encode_8_0(const Input* values, uint8_t* bytes, i
         int64_t count = last - first < LANES ? last - first : LANES;
         const Input* from = values + first * BLOCK;
         Ints largest = largest_of(from, count);
-        for (int block = 0; block < count; block++)
-            if (largest[block] >= 0x7f800000) return first + block;
+        if (int bad = first_bad(largest); bad >= 0) return first + bad;
         Floats unit = unit_of(largest), inverse_unit = 1.0f / unit;
         Ints scales = half_of(from_bits(largest) * inverse_unit / 127.0f, unit);
         Floats inverses = reciprocal(stored(scales, unit)) * inverse_unit;

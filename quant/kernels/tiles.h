@@ -160,13 +160,29 @@ template <bool WEIGHTED> struct Weights {
     Weights from(int i) const { return {WEIGHTED ? values + i : nullptr}; }
 };
 
+// The largest magnitude, as bits; in runs of four, which need not wait for each other.
+template <int SIZE> Ints largest_bits(const Floats* values) {
+    Ints largest[4] = {};
+    for (int i = 0; i < SIZE; i += 4)
+        for (int j = 0; j < 4; j++) largest[j] = larger(largest[j], bits(magnitude(values[i + j])));
+    return larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
+}
+
+// The first lane of a largest magnitude that is not finite, or -1.
+inline int first_bad(Ints largest) {
+    Ints bad = largest >= 0x7f800000;
+    int64_t any = 0, parts[sizeof bad / sizeof any];
+    std::memcpy(parts, &bad, sizeof bad);
+    for (int64_t part : parts) any |= part;
+    for (int lane = 0; any && lane < LANES; lane++)
+        if (bad[lane]) return lane;
+    return -1;
+}
+
 // Divides a tile by its unit, which it returns; `bad` becomes the first lane that is not finite, or -1.
 template <int SIZE> Floats to_unit(Floats* values, int& bad) {
-    Ints largest = all(0);
-    for (int i = 0; i < SIZE; i++) largest = larger(largest, bits(magnitude(values[i])));
-    bad = -1;
-    for (int lane = LANES - 1; lane >= 0; lane--)
-        if (largest[lane] >= 0x7f800000) bad = lane;
+    Ints largest = largest_bits<SIZE>(values);
+    bad = first_bad(largest);
     Floats unit = unit_of(largest), inverse = 1.0f / unit;
     for (int i = 0; i < SIZE; i++) values[i] = values[i] * inverse;
     return unit;
