@@ -1,4 +1,5 @@
 // IQ4_NL, IQ4_XS, MXFP4 and NVFP4: codes that index sixteen uneven levels.
+#include "length.h"
 #include "packing.h"
 #include "scaled.h"
 
@@ -31,15 +32,26 @@ struct NonLinear {
     static constexpr float middle(int i) { return (LEVELS[i - 1] + LEVELS[i]) * 0.5f; }
 };
 
+// Fills in the codes of 32 values; returns the weighted sum of level times value.
+template <bool WEIGHTED>
+Floats code_non_linear(const Floats* values, Weights<WEIGHTED> weights, Floats scale, Ints* codes) {
+    Floats inverse = reciprocal(scale);
+    return ordered_sum<32>([&](int i) {
+        Floats scaled = values[i] * inverse;
+        codes[i] = NonLinear::code(scaled);
+        return weights.times(i, NonLinear::nearest(scaled)) * values[i];
+    });
+}
+
 struct IQ4_NL {
     static constexpr int ID = 20, SIZE = 32, BYTES = 18;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
-        Ints codes[32], scale = search_scale<NonLinear, 32>(values, weights, unit);
-        pack_half(scale, bytes);
-        Floats inverse = reciprocal(stored(scale, unit));
-        for (int i = 0; i < 32; i++) codes[i] = NonLinear::code(values[i] * inverse);
+        Ints codes[32];
+        Floats scale = stored(search_scale<NonLinear, 32>(values, weights, unit), unit);
+        Floats product = code_non_linear(values, weights, scale, codes);
+        pack_half(half_of(scale * lengthening<32>(values, weights, product * scale), unit), bytes);
         pack<4, 16>(codes, bytes + 2);
     }
 
@@ -57,8 +69,7 @@ struct IQ4_XS {
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
         auto found = ScaledSuperBlock<NonLinear, 8, 32, -32, 31, WEIGHTED>(values, weights).search(unit);
-        Ints step = half_of(found.step, unit);
-        pack_half(step, bytes);
+        Floats step = half(found.step, unit), products[8];
         bytes[2] = bytes[3] = all(0);
         for (int i = 0; i < 8; i++) {
             Ints multiple = truncated(found.scales[i]) + 32;
@@ -66,10 +77,12 @@ struct IQ4_XS {
             Ints low = multiple & 15;
             bytes[4 + i / 2] = i % 2 ? bytes[4 + i / 2] | low << 4 : low;
             Ints codes[32];
-            Floats inverse = reciprocal(stored(step, unit) * found.scales[i]);
-            for (int j = 0; j < 32; j++) codes[j] = NonLinear::code(values[32 * i + j] * inverse);
+            Floats product = code_non_linear(values + 32 * i, weights.from(32 * i), step * found.scales[i], codes);
+            products[i] = product * found.scales[i];
             pack<4, 16>(codes, bytes + 8 + 16 * i);
         }
+        Floats kept = ordered_sum<8>([&](int i) { return products[i]; }) * step;
+        pack_half(half_of(step * lengthening<256>(values, weights, kept), unit), bytes);
     }
 
     static void decode(const Ints* bytes, Floats* values) {
