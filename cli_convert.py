@@ -151,11 +151,9 @@ def quantize(
     from .report import show_conversion, show_plan
     from .sources.model import open_model
 
+    quant = quant or DEFAULT_QUANT["gguf"]
     if dry_run:
-        show_plan(
-            plan_requantized(open_model(source), quant or DEFAULT_QUANT["gguf"], tensor_types, imatrix is not None),
-            as_json,
-        )
+        show_plan(plan_requantized(open_model(source), quant, tensor_types, imatrix is not None), as_json)
         return
     with watch() as progress:
         result = requantize(
