@@ -52,7 +52,7 @@ class Commands(click.Group):
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("Interrupted: nothing half-written is left; run the same command again.", err=True)
+            click.echo("Interrupted: run the same command again, it continues where it stopped.", err=True)
             ctx.exit(130)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from .. import __version__
 from ..archs.errors import BadInput
-from ..archs.graph import Graph
 from ..quant.onnx_plan import OnnxPlan
 from ..quant.plan import Plan, plan_tensors
 from ..quant.recipes import Recipe
@@ -20,8 +19,10 @@ from ..runner.evaluate import DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, parity
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
 from .encode import Writer, write_tensors
+from .fingerprint import fingerprint
 from .gguf_tokenizer import tokenizer_metadata
 from .gguf_writer import GGUFWriter
+from .journal import Journal
 from .onnx.export import open_onnx_writer
 
 QUANTIZATION_VERSION = 2  # of ggml's block formats, as general.quantization_version
@@ -89,8 +90,10 @@ def convert(
         verify: compare the result with the source on `file`, `chunks` chunks of `context` tokens.
         provenance: further facts about the source to store in the file.
 
-    Raises BadInput for anything wrong with the input, an existing output, or a full disk; then nothing is left
-    under the output's name.
+    A journal beside the output records what is done: stopped by whatever means, the same call continues.
+
+    Raises BadInput for anything wrong with the input or an existing output; then nothing is left under the output's
+    name. Raises Interruption for a full disk or a lost connection.
     """
     started = time.monotonic()
     progress = progress or Silent()
@@ -101,20 +104,25 @@ def convert(
     plan = plan_target(target, model.graph, quant, padding, mtp)
     path = _output_path(Path(output), name, plan)
     metadata: dict[str, Any] = {}
-    writer: Writer
     if isinstance(plan, OnnxPlan):
         _refuse("an ONNX model", {"--pre": pre, "--split-max-size": split_max_bytes})
-        writer = open_onnx_writer(model, plan, path, activations or "int8", overwrite, verify)
+        activations = activations or "int8"
     else:
         _refuse("a GGUF file", {"--activations": activations})
         metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
-        writer = GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite)
-    with writer:
-        write_tensors(writer, model, plan, progress, threads=threads)
-    files = [*writer.paths]
-    if mtp and model.graph.draft:
-        files.append(_write_draft(model, model.graph.draft, plan.recipe, path, metadata, overwrite, threads, progress))
-    result = parity(model, writer.paths[0], file, context, chunks, progress) if verify else None
+    made = fingerprint(model, plan, metadata, split_max_bytes=split_max_bytes, activations=activations)
+    with Journal(path, made, overwrite) as journal:
+        writer: Writer
+        if isinstance(plan, OnnxPlan):
+            writer = open_onnx_writer(model, plan, path, activations or "int8", overwrite, verify, journal)
+        else:
+            writer = GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite, journal)
+        with writer:
+            write_tensors(writer, model, plan, progress, threads=threads)
+        files = [*writer.paths]
+        if mtp and model.graph.draft:
+            files.append(_write_draft(model, plan.recipe, path, metadata, overwrite, journal, threads, progress))
+        result = parity(model, writer.paths[0], file, context, chunks, progress) if verify else None
     return Conversion(
         files=tuple(files),
         bytes=sum(file.stat().st_size for file in files),
@@ -134,19 +142,19 @@ def _refuse(what: str, options: dict[str, object]) -> None:
 
 def _write_draft(
     model: Model,
-    draft: Graph,
     recipe: Recipe,
     path: Path,
     metadata: dict[str, Any],
     overwrite: bool,
+    journal: Journal,
     threads: int | None,
     progress: Progress,
 ) -> Path:
-    assert model.architecture.draft_metadata
-    plan = plan_tensors(draft, recipe)
+    assert model.graph.draft and model.architecture.draft_metadata
+    plan = plan_tensors(model.graph.draft, recipe)
     metadata = metadata | dict(model.architecture.draft_metadata(model.graph))
     path = path.with_name(f"{path.stem}-mtp.gguf")
-    with GGUFWriter(path, metadata, plan.tensors, None, overwrite) as writer:
+    with GGUFWriter(path, metadata, plan.tensors, None, overwrite, journal) as writer:
         write_tensors(writer, model, plan, progress, threads=threads)
     return path
 

@@ -7,13 +7,20 @@ from pathlib import Path
 from ...quant.onnx_plan import OnnxPlan
 from ...runner.onnx_model import check_operators
 from ...sources.model import Model
+from ..journal import Journal
 from .files import model_files, operators
 from .model import build_model
 from .writer import OnnxWriter
 
 
 def open_onnx_writer(
-    model: Model, plan: OnnxPlan, folder: Path, activations: str, overwrite: bool, verify: bool
+    model: Model,
+    plan: OnnxPlan,
+    folder: Path,
+    activations: str,
+    overwrite: bool,
+    verify: bool,
+    journal: Journal | None = None,
 ) -> OnnxWriter:
     """The writer of a plan's weights, with the finished graph and the files around it.
 
@@ -27,4 +34,4 @@ def open_onnx_writer(
     if verify:
         check_operators(operators(onnx_model))
     contents = model_files(onnx_model, states, plan, model.path, model.tokenizer, activations)
-    return OnnxWriter(folder, plan, contents, overwrite)
+    return OnnxWriter(folder, plan, contents, overwrite, journal)
