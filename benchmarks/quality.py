@@ -1,6 +1,6 @@
 """KL divergence of models with our encoding against ggml's: same types, same importance, same tokens.
 
-    python benchmarks/quality.py [--orders 8] [--models NAME ...] [--json FILE]
+    python benchmarks/quality.py [--orders 8] [--models NAME ...] [--recipes NAME ...] [--json FILE]
 
 Weights have the types of llama-quantize's stock mixes; they are encoded once by moecast and once by ggml's kernels,
 which are those of the installed xllamacpp. Importance comes from llama-imatrix, run on examples/text/calibration.txt.
@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +105,9 @@ def log_probabilities(model: Model, tokens: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=1).view(len(tokens), -1, logits.shape[1])
 
 
-def measure(folder: Path, importance: ImportanceMatrix, orders: int) -> list[dict[str, float | str]]:
+def measure(
+    folder: Path, importance: ImportanceMatrix, recipes: Sequence[str], orders: int
+) -> list[dict[str, float | str]]:
     rows: list[dict[str, float | str]] = []
     with tempfile.TemporaryDirectory() as temporary:
         model = open_model(convert(folder, temporary, "F32", verify=False, padding=False).files[0])
@@ -113,7 +115,7 @@ def measure(folder: Path, importance: ImportanceMatrix, orders: int) -> list[dic
         if model.tokenizer.add_bos and model.tokenizer.bos is not None:
             tokens[:, 0] = model.tokenizer.bos
         reference = log_probabilities(model, tokens)
-        for recipe in RECIPES:
+        for recipe in recipes:
             plan = plan_tensors(model.graph, recipe_named(recipe), importance=True)
             means: list[list[Tensor]] = [[], []]  # of the chunks' divergences, for each order: ours, ggml's
             for order in range(orders):
@@ -151,13 +153,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--orders", type=int, default=1, help="of columns, the first being the model's own")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     options = parser.parse_args()
     print("| model | recipe | mean KL, ours | mean KL, ggml's kernels | ratio |\n|---|---|---|---|---|")
     rows = []
     for name in options.models:
         importance = read_imatrix(Path(__file__).parent / "data" / f"{name}-imatrix.gguf")
-        rows += measure(ROOT / "examples" / name, importance, options.orders)
+        rows += measure(ROOT / "examples" / name, importance, options.recipes, options.orders)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
