@@ -162,7 +162,7 @@ struct MXFP4 {
 
     static void decode(const Ints* bytes, Floats* values) {
         Ints exponent = bytes[0];  // of the scale of undoubled levels; 2^-128 and 2^-127 are subnormal
-        Floats scale = from_bits(exponent < 2 ? 0x00200000 << exponent : (exponent - 1) << 23);
+        Floats scale = from_bits(exponent < 2 ? all(0x00200000) << exponent : (exponent - 1) << 23);
         Ints codes[32];
         unpack<4, 16>(bytes + 1, codes);
         for (int i = 0; i < 32; i++) values[i] = scale * Microfloat::decoded(codes[i]);

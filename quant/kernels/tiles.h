@@ -140,12 +140,22 @@ template <int BYTES> void load_bytes(const uint8_t* blocks, int64_t count, Ints*
     }
 }
 
-template <int SIZE> void store_values(const Floats* values, float* blocks, int64_t count) {
+inline void store(Floats values, float* to) { std::memcpy(to, &values, sizeof values); }
+
+// The nearest bfloat16, a tie going to the even one; what is not a number stays that.
+inline void store(Floats values, Brain* to) {
+    Ints number = bits(values), nearest = number + 0x7fff + (number >> 16 & 1);
+    Ints upper = values == values ? nearest : (number | 0x400000);
+    Shorts shorts = __builtin_convertvector(upper >> 16 & 0xffff, Shorts);
+    std::memcpy(to, &shorts, sizeof shorts);
+}
+
+template <int SIZE, class Output> void store_values(const Floats* values, Output* blocks, int64_t count) {
     for (int first = 0; first < SIZE; first += LANES) {
         Ints rows[LANES];
         for (int i = 0; i < LANES; i++) rows[i] = bits(values[first + i]);
         transpose(rows);
-        for (int lane = 0; lane < count; lane++) std::memcpy(blocks + lane * SIZE + first, &rows[lane], 4 * LANES);
+        for (int lane = 0; lane < count; lane++) store(from_bits(rows[lane]), blocks + lane * SIZE + first);
     }
 }
 
@@ -209,7 +219,8 @@ template <class Format> int64_t encode(const Rows& rows, int64_t first, int64_t 
     return encode_blocks<Format, false>(rows, first, last);
 }
 
-template <class Format> void decode(const uint8_t* blocks, float* values, int64_t first, int64_t last) {
+template <class Format, class Output>
+void decode_blocks(const uint8_t* blocks, Output* values, int64_t first, int64_t last) {
     Ints bytes[4 * words_of(Format::BYTES)];
     Floats tile[Format::SIZE];
     for (; first < last; first += LANES) {
@@ -218,6 +229,12 @@ template <class Format> void decode(const uint8_t* blocks, float* values, int64_
         Format::decode(bytes, tile);
         store_values<Format::SIZE>(tile, values + first * Format::SIZE, count);
     }
+}
+
+template <class Format>
+void decode(const uint8_t* blocks, void* values, int type, int64_t first, int64_t last) {
+    if (type == 0) decode_blocks<Format>(blocks, static_cast<float*>(values), first, last);
+    else decode_blocks<Format>(blocks, static_cast<Brain*>(values), first, last);
 }
 
 template <class Format> constexpr Kernel kernel() {
