@@ -29,6 +29,7 @@ for command in (
     cli_models.plan,
     cli_convert.convert,
     cli_convert.quantize,
+    cli_convert.prepack,
     cli_evaluate.perplexity,
     cli_evaluate.parity,
     cli_evaluate.run,
