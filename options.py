@@ -85,5 +85,5 @@ quant_option = click.option("--quant", help="Recipe, as llama-quantize names it.
 target_option = click.option(
     "--to", "target", type=click.Choice(["gguf", "onnx"]), default="gguf", show_default=True, help="File format."
 )
-low_memory_option = click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file, mapped; slower.")
+low_memory_option = click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file; much slower.")
 threads_option = click.option("--threads", type=int, help="Threads to quantise with, all cores by default.")
