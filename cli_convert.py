@@ -12,6 +12,7 @@ from .options import (
     TypeOverride,
     hub_options,
     json_option,
+    memory_option,
     mtp_option,
     pad_option,
     quant_option,
@@ -47,6 +48,7 @@ _VERIFY_CHUNKS = 16
 @click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
 @text_options
 @threads_option
+@memory_option
 @hub_options
 @json_option
 def convert(
@@ -71,6 +73,7 @@ def convert(
     context: int,
     chunks: int | None,
     threads: int | None,
+    memory: int | None,
     revision: str | None,
     token: str | None,
     as_json: bool,
@@ -117,6 +120,7 @@ def convert(
             context=context,
             chunks=chunks or _VERIFY_CHUNKS,
             threads=threads,
+            memory=memory,
             provenance=provenance,
             progress=progress,
         )
@@ -188,6 +192,7 @@ def quantize(
 @click.option("-c", "--context", default=512, show_default=True, help="Tokens in a chunk.")
 @click.option("--chunks", type=int, help="Use at most this many chunks of the text.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@memory_option
 @hub_options
 @json_option
 def imatrix(
@@ -197,6 +202,7 @@ def imatrix(
     context: int,
     chunks: int | None,
     overwrite: bool,
+    memory: int | None,
     revision: str | None,
     token: str | None,
     as_json: bool,
@@ -223,6 +229,7 @@ def imatrix(
             context=context,
             chunks=chunks,
             overwrite=overwrite,
+            memory=memory,
             progress=progress,
         )
     show_calibration(result, as_json)

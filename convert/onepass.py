@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..quant.importance import Statistics
 from ..quant.plan import Plan
+from ..runner.activations import Workspace
 from ..runner.evaluate import Parity, compare_heads, relative_error, summarise, with_bos
 from ..runner.memory import peak_rss_bytes
 from ..runner.observe import ObservingWeights
@@ -36,6 +37,12 @@ class Lanes:
     calibration: Tensor | None = None
     evaluation: Tensor | None = None
 
+    @property
+    def tokens(self) -> int:
+        """How many there are in all lanes; those to evaluate on run through two models."""
+        calibration, evaluation = (0 if ids is None else ids.numel() for ids in (self.calibration, self.evaluation))
+        return calibration + 2 * evaluation
+
 
 def cast(
     model: Model,
@@ -46,12 +53,14 @@ def cast(
     importance: Importance | None = None,
     imatrix: ImatrixWriter | None = None,
     threads: int | None = None,
+    workspace: Workspace | None = None,
 ) -> Parity | None:
     """Write every tensor of a plan, and compare the result with its source on the evaluation tokens.
 
     Args:
         importance: what to weigh columns by where there is no calibration.
         imatrix: receives what calibration finds.
+        workspace: where activations are kept, by default in memory.
 
     Raises BadInput naming a stored tensor, a block or an expert whose numbers are not finite.
     """
@@ -61,11 +70,11 @@ def cast(
     streams: list[Stream] = []
     if lanes.calibration is not None:
         tokens = with_bos(lanes.calibration, model.tokenizer)
-        streams.append(Stream(model, tokens, weights=ObservingWeights(source, statistics)))
+        streams.append(Stream(model, tokens, weights=ObservingWeights(source, statistics), workspace=workspace))
     if lanes.evaluation is not None:
         tokens = with_bos(lanes.evaluation, model.tokenizer)
         candidate = CastingWeights(encoder, f"{model.path} as {plan.recipe.name}")
-        streams += [Stream(model, tokens, weights=source), Stream(model, tokens, weights=candidate)]
+        streams += [Stream(model, tokens, weights=weights, workspace=workspace) for weights in (source, candidate)]
     errors: list[float] = []
     lines = _Lines(plan, progress)
     for layers in zip(*(stream.weights.graph.layers for stream in streams), strict=True):
