@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from .archs.errors import BadInput
 from .cli_evaluate import judge
 from .options import (
     Size,
@@ -49,6 +50,8 @@ _VERIFY_CHUNKS = 16
 @text_options
 @threads_option
 @memory_option
+@click.option("--scratch", type=Size(), help="Most disk for shards from the Hub; by default, that of two layers.")
+@click.option("--keep-source", is_flag=True, help="Download everything from the Hub first, and keep it in its cache.")
 @hub_options
 @json_option
 def convert(
@@ -74,6 +77,8 @@ def convert(
     chunks: int | None,
     threads: int | None,
     memory: int | None,
+    scratch: int | None,
+    keep_source: bool,
     revision: str | None,
     token: str | None,
     as_json: bool,
@@ -87,21 +92,24 @@ def convert(
       moecast convert CHECKPOINT -o out/ --quant Q4_K_M
       moecast convert OWNER/NAME --quant Q4_K_M --revision main --split-max-size 40G
       moecast convert CHECKPOINT --to onnx -o out/
+      moecast convert OWNER/NAME --quant IQ4_XS --scratch 20GB
     """
     from .console import watch
     from .convert.pipeline import convert as run
     from .quant.targets import plan_target
     from .report import show_conversion, show_plan
     from .runner.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT
-    from .sources.locate import describe, locate
+    from .sources.locate import describe, locate, locate_to_stream
 
+    if keep_source and scratch is not None:
+        raise BadInput("--keep-source keeps every shard and --scratch limits them: leave one of them out")
     if dry_run:
         show_plan(plan_target(target, describe(source, revision, token).graph, quant, pad, mtp), as_json)
         return
     with watch() as progress:
-        folder, provenance = locate(source, revision, token, progress)
+        found, provenance = (locate if keep_source else locate_to_stream)(source, revision, token, progress)
         result = run(
-            folder,
+            found,
             output,
             quant,
             target=target,
@@ -110,6 +118,7 @@ def convert(
             mtp=mtp,
             name=provenance.get("repository", "").split("/")[-1] or None,
             pre=pre,
+            scratch=scratch,
             split_max_bytes=split_max_size,
             overwrite=overwrite,
             calibration=None if no_calibration else calibration or CALIBRATION_TEXT,

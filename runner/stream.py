@@ -6,7 +6,7 @@ Memory holds the states, the dense weights of one sublayer and one expert; nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +46,7 @@ class Stream:
 
     `hidden` is the residual: [chunks, context, hidden size], or with hyper-connections
     [chunks, context, streams, hidden size]. With a `cache`, the tokens follow those of the stream that filled it.
+    A stream that goes on where another stopped is given that one's `hidden`, chunk by chunk.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Stream:
         tokens: Tensor,
         cache: Cache | None = None,
         weights: Weights | None = None,
+        hidden: Iterable[Tensor] | None = None,
         workspace: Workspace | None = None,
     ) -> None:
         self.model = model
@@ -63,7 +65,11 @@ class Stream:
         self._residual = residual_of(self.weights)
         self._workspace = workspace or Workspace()
         self.hidden = self._workspace.activations(*tokens.shape, *self._residual.width, whole_chunks=True)
-        self._embed()
+        if hidden is None:
+            self._embed()
+        else:
+            for chunk, states in enumerate(hidden):
+                self.hidden[chunk] = states
 
     def advance(self, layer: Layer) -> None:
         """Run all chunks through one layer. Raises BadInput when its output is not finite."""

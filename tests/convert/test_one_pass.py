@@ -201,6 +201,6 @@ def test_importance_file_instead(minimax_fp8: Checkpoint, tmp_path: Path) -> Non
 def test_options_that_exclude_each_other(minimax: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="--imatrix-out writes what calibration finds"):
         convert(minimax.folder, tmp_path / "out.gguf", calibration=None, imatrix_out=tmp_path / "imatrix.gguf")
-    with pytest.raises(BadInput, match="nowhere.txt cannot be read"):
+    with pytest.raises(BadInput, match=r"nowhere\.txt cannot be read"):
         convert(minimax.folder, tmp_path / "out.gguf", calibration=tmp_path / "nowhere.txt")
     assert list(tmp_path.iterdir()) == []
