@@ -16,6 +16,7 @@ from .options import (
     mtp_option,
     pad_option,
     quant_option,
+    target_option,
     text_options,
     threads_option,
 )
@@ -26,10 +27,15 @@ _VERIFY_CHUNKS = 16
 @click.command()
 @click.argument("source")
 @click.option("-o", "--output", default=".", type=click.Path(path_type=Path), help="A .gguf file or a folder.")
-@click.option("--to", "target", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="File format.")
+@target_option
 @quant_option
 @pad_option
 @mtp_option
+@click.option(
+    "--activations",
+    type=click.Choice(["int8", "float32"]),
+    help="ONNX: what activations are rounded to before products.  [default: int8]",
+)
 @click.option("--split-max-size", type=Size(), help="Start a new file beyond this size, for example 40G.")
 @click.option("--pre", help="Name of llama.cpp's text splitter, where the automatic choice is wrong.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
@@ -50,9 +56,10 @@ def convert(
     source: str,
     output: Path,
     target: str,
-    quant: str,
+    quant: str | None,
     pad: bool,
     mtp: bool | None,
+    activations: str | None,
     split_max_size: int | None,
     pre: str | None,
     overwrite: bool,
@@ -81,12 +88,12 @@ def convert(
     Examples:
       moecast convert CHECKPOINT -o out/ --quant Q4_K_M
       moecast convert OWNER/NAME --quant Q4_K_M --revision main --split-max-size 40G
+      moecast convert CHECKPOINT --to onnx -o out/
       moecast convert OWNER/NAME --quant IQ4_XS --scratch 20GB
     """
     from .console import watch
     from .convert.pipeline import convert as run
-    from .quant.plan import plan_file
-    from .quant.recipes import recipe_named
+    from .quant.targets import plan_target
     from .report import show_conversion, show_plan
     from .runner.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT
     from .sources.locate import describe, locate, locate_to_stream
@@ -94,7 +101,7 @@ def convert(
     if keep_source and scratch is not None:
         raise BadInput("--keep-source keeps every shard and --scratch limits them: leave one of them out")
     if dry_run:
-        show_plan(plan_file(describe(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
+        show_plan(plan_target(target, describe(source, revision, token).graph, quant, pad, mtp), as_json)
         return
     with watch() as progress:
         found, provenance = (locate if keep_source else locate_to_stream)(source, revision, token, progress)
@@ -102,6 +109,8 @@ def convert(
             found,
             output,
             quant,
+            target=target,
+            activations=activations,
             padding=pad,
             mtp=mtp,
             name=provenance.get("repository", "").split("/")[-1] or None,
@@ -140,7 +149,7 @@ def convert(
 def quantize(
     source: Path,
     output: Path,
-    quant: str,
+    quant: str | None,
     imatrix: Path | None,
     tensor_types: tuple[tuple[str, str], ...],
     allow_requantize: bool,
@@ -158,9 +167,11 @@ def quantize(
     """
     from .console import watch
     from .convert.requantize import plan_requantized, requantize
+    from .quant.targets import DEFAULT_QUANT
     from .report import show_conversion, show_plan
     from .sources.model import open_model
 
+    quant = quant or DEFAULT_QUANT["gguf"]
     if dry_run:
         show_plan(plan_requantized(open_model(source), quant, tensor_types, imatrix is not None), as_json)
         return

@@ -81,5 +81,9 @@ pad_option = click.option(
 mtp_option = click.option(
     "--mtp/--no-mtp", default=None, help="Keep multi-token prediction.  [default: if that allows --pad]"
 )
-quant_option = click.option("--quant", default="Q4_K_M", show_default=True, help="Recipe, as llama-quantize names it.")
+quant_option = click.option("--quant", help="Recipe, as llama-quantize names it.  [default: Q4_K_M, for ONNX Q4_0]")
+target_option = click.option(
+    "--to", "target", type=click.Choice(["gguf", "onnx"]), default="gguf", show_default=True, help="File format."
+)
+low_memory_option = click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file, mapped; slower.")
 threads_option = click.option("--threads", type=int, help="Threads to quantise with, all cores by default.")

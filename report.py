@@ -58,7 +58,7 @@ def show_model(model: Model, as_json: bool) -> None:
 def show_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
         tensors = [
-            {"name": t.weight.name, "type": t.type.name, "shape": t.weight.shape, "bytes": t.bytes}
+            {"name": t.weight.name, "type": t.type.name, "shape": t.weight.shape, "bytes": plan.bytes_of(t)}
             for t in plan.tensors
         ]
         print_json(
@@ -74,7 +74,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     sizes: Counter[tuple[str, str]] = Counter()
     for tensor in plan.tensors:
         counts[tensor.weight.role.value, tensor.type.name] += 1
-        sizes[tensor.weight.role.value, tensor.type.name] += tensor.bytes
+        sizes[tensor.weight.role.value, tensor.type.name] += plan.bytes_of(tensor)
     rows = [(role, name, str(counts[role, name]), human_bytes(size)) for (role, name), size in sizes.items()]
     title = f"{plan.recipe.name}: {human_bytes(plan.bytes)}, {plan.bits_per_weight:.2f} bits per weight"
     print_columns(title, ("Role", "Type", "Tensors", "Size"), rows)
@@ -106,7 +106,9 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     rows.append(("Time, peak memory", f"{result.seconds:.1f} s, {human_bytes(result.peak_rss_bytes)}"))
     print_table(str(result.files[0]), rows)
     show_problems(result.problems)
-    print(f"Serve it with\n\n    {server_line(result.files[0])}\n")
+    file = result.files[0]
+    line = server_line(file) if file.suffix == ".gguf" else f'moecast run {file.parent} -p "Once upon a time"'
+    print(f"Run it with\n\n    {line}\n")
 
 
 def show_calibration(result: Calibration, as_json: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
+from types import TracebackType
 from typing import Protocol
 
 import torch
@@ -17,7 +19,31 @@ from ..runner.weights import KeptWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import pieces
 from ..sources.progress import Progress
-from .gguf_writer import GGUFWriter
+
+
+class Writer(Protocol):
+    """Files in the making, as a context manager: leaving it normally completes them.
+
+    Leaving it by an exception removes them, or keeps them for the same command to go on with.
+    """
+
+    paths: list[Path]
+
+    def has(self, name: str, first_row: int) -> bool:
+        """Whether the piece of a tensor that begins with this row is written, by this run or an earlier one."""
+
+    def read(self, name: str, first_row: int, count: int) -> Tensor | None:
+        """`count` written rows as they were given; None where the file holds their numbers in another form."""
+
+    def write(self, name: str, first_row: int, rows: Tensor) -> None:
+        """Put rows of a tensor's planned type, uint8 [rows, row bytes], in their place; rows count over all leading
+        dimensions."""
+
+    def __enter__(self) -> Writer: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 class Importance(Protocol):
@@ -49,7 +75,7 @@ class Encoder:
         self,
         source: ModelWeights,
         plan: Plan,
-        writer: GGUFWriter,
+        writer: Writer,
         progress: Progress,
         importance: Importance | None = None,
         threads: int | None = None,
@@ -73,9 +99,13 @@ class Encoder:
         Raises BadInput naming a stored tensor that is not finite.
         """
         weight, first_row = tensor.weight, _first_row(tensor.weight, expert, rows)
-        if self._has(weight, expert, rows):
-            return self._writer.read(weight.name, first_row, _row_count(weight, rows))
+        written = self._has(weight, expert, rows)
+        stored = self._writer.read(weight.name, first_row, _row_count(weight, rows)) if written else None
+        if stored is not None:
+            return stored
         data = self._stored(tensor, expert, rows)
+        if written:
+            return data
         self._writer.write(weight.name, first_row, data)
         self._progress.advance(len(data) * weight.columns, f"{weight.name} {tensor.type.name}")
         return data

@@ -24,6 +24,7 @@ def fingerprint(
     metadata: Mapping[str, Any],
     others: Mapping[str, str] | None = None,
     split_max_bytes: int | None = None,
+    activations: str | None = None,
 ) -> dict[str, str]:
     """The fingerprint of a conversion, for a `Journal`. `others` are further facts that change bytes."""
     types = [(tensor.weight.name, tensor.type.name, tensor.weight.shape) for tensor in plan.tensors]
@@ -31,7 +32,7 @@ def fingerprint(
         "source": source_identity(model, metadata),
         "quant": plan.recipe.name,
         **(others or {}),
-        "the list of tensors": digest([types, split_max_bytes]),
+        "the list of tensors": digest([types, split_max_bytes, activations]),
         "the metadata": digest(metadata),
         "moecast": f"{__version__} ({code_digest()})",
     }

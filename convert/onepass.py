@@ -26,8 +26,7 @@ from ..runner.weights import ModelWeights, Weights
 from ..sources.model import Model
 from ..sources.progress import Progress
 from .checkpoints import Checkpoints
-from .encode import CastingWeights, Encoder, Importance
-from .gguf_writer import GGUFWriter
+from .encode import CastingWeights, Encoder, Importance, Writer
 from .imatrix import ImatrixWriter
 from .journal import Journal
 
@@ -43,7 +42,7 @@ class Lanes:
 def cast(
     model: Model,
     plan: Plan,
-    writer: GGUFWriter,
+    writer: Writer,
     lanes: Lanes,
     progress: Progress,
     importance: Importance | None = None,

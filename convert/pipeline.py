@@ -11,8 +11,10 @@ from typing import Any
 
 from .. import __version__
 from ..archs.errors import BadInput
-from ..quant.plan import Plan, plan_file, plan_tensors
-from ..quant.recipes import Recipe, recipe_named
+from ..quant.onnx_plan import OnnxPlan
+from ..quant.plan import Plan, plan_tensors
+from ..quant.recipes import Recipe
+from ..quant.targets import plan_target, recipe_for
 from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, chunk_tokens
 from ..runner.memory import peak_rss_bytes
 from ..sources.hub import HubCheckpoint
@@ -20,13 +22,14 @@ from ..sources.imatrix import read_imatrix
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
 from ..sources.shards import open_streamed
-from .encode import MeasuredImportance
+from .encode import MeasuredImportance, Writer
 from .fingerprint import file_identity, fingerprint, text_identity
 from .gguf_tokenizer import tokenizer_metadata
 from .gguf_writer import GGUFWriter
 from .imatrix import ImatrixWriter
 from .journal import Journal, journal_folder
 from .onepass import Lanes, cast
+from .onnx.export import open_onnx_writer
 from .preflight import check_disk
 
 QUANTIZATION_VERSION = 2  # of ggml's block formats, as general.quantization_version
@@ -70,8 +73,10 @@ class Conversion:
 def convert(
     source: str | Path | HubCheckpoint,
     output: str | Path = ".",
-    quant: str = "Q4_K_M",
+    quant: str | None = None,
     *,
+    target: str = "gguf",
+    activations: str | None = None,
     padding: bool = True,
     mtp: bool | None = None,
     name: str | None = None,
@@ -90,12 +95,15 @@ def convert(
     provenance: dict[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Convert a checkpoint to GGUF.
+    """Convert a checkpoint to GGUF or ONNX.
 
     Args:
         source: checkpoint folder, or a commit on the Hub, whose shards are fetched when they are needed.
-        output: a .gguf file, or a folder for `<name>-<quant>.gguf`.
-        quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds.
+        output: a .gguf file, or a folder for `<name>-<quant>.gguf` or the folder `<name>-<quant>-onnx`.
+        quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds; Q4_K_M by
+            default, for ONNX Q4_0.
+        target: gguf or onnx.
+        activations: what ONNX Runtime rounds activations to before it multiplies: int8 (fast, the default) or float32.
         padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
         mtp: keep the blocks of multi-token prediction; by default, unless they rule out padding. Where they are a
             draft of their own they make a second file, `<file>-mtp.gguf`.
@@ -118,17 +126,22 @@ def convert(
     """
     started = time.monotonic()
     progress = progress or Silent()
-    recipe = recipe_named(quant)
+    recipe = recipe_for(target, quant)
     name = name or _name_of(source)
     provenance = provenance or (source.provenance if isinstance(source, HubCheckpoint) else {})
     measured = read_imatrix(Path(imatrix)) if imatrix else None
     text = None if measured or not (imatrix_out or recipe.weighs_columns) else calibration
     if imatrix_out and not text:
         raise BadInput("--imatrix-out writes what calibration finds: leave out --imatrix and --no-calibration")
-    path = _output_path(Path(output), name, recipe.name)
+    if target == "onnx":
+        _refuse("an ONNX model", {"--pre": pre, "--split-max-size": split_max_bytes})
+        activations = activations or "int8"
+    else:
+        _refuse("a GGUF file", {"--activations": activations})
+    path = _output_path(Path(output), name, recipe.name, target)
     model = _open(source, scratch, path)
-    plan = plan_file(model.graph, recipe, padding, mtp, importance=bool(measured or text))
-    metadata = gguf_metadata(model, plan, name, pre, provenance, progress)
+    plan = plan_target(target, model.graph, quant, padding, mtp, importance=bool(measured or text))
+    metadata = {} if target == "onnx" else gguf_metadata(model, plan, name, pre, provenance, progress)
     lanes = Lanes(
         chunk_tokens(model.tokenizer, Path(text), context, None) if text else None,
         chunk_tokens(model.tokenizer, Path(file), context, chunks) if verify else None,
@@ -138,20 +151,42 @@ def convert(
         "calibration": text_identity(text, lanes.calibration),
         "evaluation": text_identity(file, lanes.evaluation),
     }
-    identity = fingerprint(model, plan, metadata, texts, split_max_bytes)
+    identity = fingerprint(model, plan, metadata, texts, split_max_bytes, activations)
     with closing(model), Journal(path, identity, overwrite) as journal, ExitStack() as stack:
         check_disk(path, plan, model, lanes, journal, progress)
         found = None
         if imatrix_out and text and lanes.calibration is not None:
             found = ImatrixWriter(Path(imatrix_out), Path(text), lanes.calibration, overwrite)
             stack.enter_context(found)
-        with GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite, journal) as writer:
+        with _writer(model, plan, path, metadata, split_max_bytes, activations, overwrite, verify, journal) as writer:
             importance = MeasuredImportance(measured) if measured else None
             result = cast(model, plan, writer, lanes, progress, importance, found, threads, journal)
         files = [*writer.paths]
         if mtp and model.graph.draft:
             files.append(_write_draft(model, plan.recipe, path, metadata, overwrite, journal, threads, progress))
     return Conversion.of(files, plan, started, result)
+
+
+def _writer(
+    model: Model,
+    plan: Plan,
+    path: Path,
+    metadata: dict[str, Any],
+    split_max_bytes: int | None,
+    activations: str | None,
+    overwrite: bool,
+    verify: bool,
+    journal: Journal,
+) -> Writer:
+    if isinstance(plan, OnnxPlan):
+        return open_onnx_writer(model, plan, path, activations or "int8", overwrite, verify, journal)
+    return GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite, journal)
+
+
+def _refuse(what: str, options: dict[str, object]) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise BadInput(f"{option} means nothing for {what}; leave it out")
 
 
 def _name_of(source: str | Path | HubCheckpoint) -> str:
@@ -208,10 +243,15 @@ def gguf_metadata(
     return {**general, **source, **model.architecture.gguf_metadata(plan.graph), **tokenizer}
 
 
-def _output_path(output: Path, name: str, quant: str) -> Path:
-    path = output if output.suffix == ".gguf" else output / f"{name}-{quant}.gguf"
+def _output_path(output: Path, name: str, quant: str, target: str) -> Path:
+    """The GGUF file or the ONNX folder, in a folder that exists."""
+    if target == "onnx":
+        folder = path = output / f"{name}-{quant}-onnx"
+    else:
+        path = output if output.suffix == ".gguf" else output / f"{name}-{quant}.gguf"
+        folder = path.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"{path.parent} cannot be made: {error.strerror}; choose another --output") from None
+        raise BadInput(f"{folder} cannot be made: {error.strerror}; choose another --output") from None
     return path

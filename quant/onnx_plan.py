@@ -39,6 +39,13 @@ class StoredArray:
     def row_bytes(self) -> int:
         return self.shape[-1] * _ITEM_BYTES[self.dtype]
 
+    def rows(self, first: int, last: int) -> StoredArray:
+        """Rows `first` to before `last` of a matrix."""
+        if (first, last) == (0, self.shape[0]):
+            return self
+        offset = self.offset + first * self.row_bytes
+        return replace(self, name=f"{self.name}.{first}", shape=(last - first, *self.shape[1:]), offset=offset)
+
 
 _ITEM_BYTES = {"uint8": 1, "float32": 4, "int32": 4}
 

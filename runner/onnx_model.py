@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..archs.errors import BadInput
+from ..sources.model import Model, open_model
 from ..sources.tokenizer import Tokenizer
 
 DESCRIPTION_NAME = "moecast.json"
@@ -75,8 +76,12 @@ class OnnxModel:
         return torch.from_numpy(logits[0]), following | {"tokens": np.asarray(seen + count)}
 
 
-def is_onnx_folder(path: Path) -> bool:
-    return (path / MODEL_NAME).is_file()
+def open_runnable(path: str | Path, low_memory: bool = False) -> Model | OnnxModel:
+    """A checkpoint folder, a GGUF file or an ONNX folder. Raises BadInput as `open_model` and `OnnxModel` do."""
+    path = Path(path)
+    if path.name == MODEL_NAME:
+        path = path.parent
+    return OnnxModel(path, low_memory) if (path / MODEL_NAME).is_file() else open_model(path)
 
 
 def check_operators(operators: Iterable[str]) -> None:

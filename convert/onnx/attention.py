@@ -41,7 +41,7 @@ def _prepared(
     projected = build.project(states, weight)
     if norm:
         projected = build.norm(projected, norm)
-    return rotate(build, projected, operation.rope, heads) if operation.rope else projected
+    return rotate(build, projected, (heads, operation.head_size), operation.rope) if operation.rope else projected
 
 
 def _lengths(build: Builder) -> tuple[ir.Value, ir.Value]:

@@ -18,6 +18,8 @@ from ...quant.packing import PACKINGS
 OPSETS = {"": 24, "com.microsoft": 1}
 IR_VERSION = 11
 
+_END = 1 << 62  # behind the last element of any axis
+
 Shape = Sequence[int | str]
 Made = TypeVar("Made")
 
@@ -113,6 +115,28 @@ class Builder:
         key = (array.dtype.str, array.shape, array.tobytes())
         return self.once(key, lambda: self._initializer(f"constant_{len(self._initializers)}", ir.tensor(array)))
 
+    def split(self, value: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
+        """Parts of the given sizes along the last axis."""
+        if len(sizes) == 1:
+            return [value]
+        return self.ops("Split", value, self.constant([*sizes]), outputs=len(sizes), axis=-1)
+
+    def slice(self, value: ir.Value, start: ir.Value, stop: ir.Value | None, axis: int) -> ir.Value:
+        """From `start` to before `stop`, int64 [1], or to the end."""
+        end = self.constant([_END]) if stop is None else stop
+        return self.op("Slice", value, start, end, self.constant([axis]))
+
+    def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """In another shape, where 0 keeps a dimension and -1 is what the others leave."""
+        return self.op("Reshape", value, self.constant([*shape]))
+
+    def filled(self, scalar: bool, like: ir.Value) -> ir.Value:
+        """A value of the same shape that is `scalar` everywhere."""
+        return self.op("Expand", self.constant(scalar), self.op("Shape", like))
+
+    def silu(self, value: ir.Value) -> ir.Value:
+        return self.microsoft("QuickGelu", value, alpha=1.0)  # x * sigmoid(x)
+
     def to_int32(self, value: ir.Value) -> ir.Value:
         return self.op("Cast", value, to=ir.DataType.INT32)
 
@@ -152,16 +176,20 @@ class Builder:
         packing = PACKINGS.get(self._plan.placements[weight.name].type.name)
         return {"bits": packing.bits, "block_size": packing.block} if packing else None
 
-    def project(self, states: ir.Value, weight: Weight) -> ir.Value:
-        """states [..., columns] -> [..., rows]"""
+    def project(self, states: ir.Value, weight: Weight, part: tuple[int, int] | None = None) -> ir.Value:
+        """states [..., columns] -> [..., rows], or through rows `part` of the matrix alone."""
+        first, last = part or (0, weight.shape[0])
+        arrays = [array.rows(first, last) for array in self._plan.placements[weight.name].arrays]
         packing = self.packing(weight)
         if packing is None:
-            return self.microsoft("FusedMatMul", states, self.weight(weight), transB=1)
-        rows, columns = weight.shape
-        block_bytes = packing["block_size"] * packing["bits"] // 8
-        packed = self.packed(weight, (rows, columns // packing["block_size"], block_bytes))
-        size = {"N": rows, "K": columns}
-        return self.microsoft("MatMulNBits", states, *packed, accuracy_level=self.accuracy_level, **size, **packing)
+            return self.microsoft("FusedMatMul", states, self._stored(arrays[0], arrays[0].shape), transB=1)
+        blocks, block_bytes = weight.columns // packing["block_size"], packing["block_size"] * packing["bits"] // 8
+        numbers = self._stored(arrays[0], (last - first, blocks, block_bytes))
+        scales = self._stored(arrays[1], arrays[1].shape)
+        shape = {"N": last - first, "K": weight.columns}
+        return self.microsoft(
+            "MatMulNBits", states, numbers, scales, **shape, accuracy_level=self.accuracy_level, **packing
+        )
 
     def rows(self, indices: ir.Value, weight: Weight) -> ir.Value:
         """The rows of a matrix that whole numbers [...] name: [..., columns]"""

@@ -119,5 +119,5 @@ def mlp(build: Builder, operation: MLP, states: ir.Value) -> ir.Value:
     if operation.clamp is not None:
         gate = build.op("Clip", gate, None, build.constant(operation.clamp))
         up = build.op("Clip", up, build.constant(-operation.clamp), build.constant(operation.clamp))
-    inner = build.op("Mul", build.microsoft("QuickGelu", gate, alpha=1.0), up)  # x * sigmoid(x)
+    inner = build.op("Mul", build.silu(gate), up)
     return build.project(inner, operation.down)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...archs.errors import BadInput
 from ...quant.onnx_plan import OnnxPlan
 from ...runner.onnx_model import check_operators
 from ...sources.model import Model
+from ..journal import Journal
 from .files import model_files, operators
 from .model import build_model
 from .writer import OnnxWriter
 
 
 def open_onnx_writer(
-    model: Model, plan: OnnxPlan, folder: Path, activations: str, overwrite: bool, verify: bool
+    model: Model,
+    plan: OnnxPlan,
+    folder: Path,
+    activations: str,
+    overwrite: bool,
+    verify: bool,
+    journal: Journal | None = None,
 ) -> OnnxWriter:
     """The writer of a plan's weights, with the finished graph and the files around it.
 
@@ -27,9 +33,5 @@ def open_onnx_writer(
     onnx_model, states = build_model(plan, activations)
     if verify:
         check_operators(operators(onnx_model))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{folder} cannot be made: {error.strerror}; choose another --output") from None
     contents = model_files(onnx_model, states, plan, model.path, model.tokenizer, activations)
-    return OnnxWriter(folder, plan, contents, overwrite)
+    return OnnxWriter(folder, plan, contents, overwrite, journal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,8 +27,13 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_KEY_VALUE = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
-_PRESENT = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+_GENAI_STATES = {
+    "past_key_values.%d.key": "key",
+    "past_key_values.%d.value": "value",
+    "past.%d.conv": "conv",
+    "past.%d.recurrent": "recurrent",
+}
+"""The states that onnxruntime-genai knows, by their inputs' names, and what its settings call them."""
 
 
 def model_files(
@@ -45,8 +51,9 @@ def model_files(
         "states": [asdict(state) for state in states],
     }
     files = {DESCRIPTION_NAME: _json(description), MODEL_NAME: ir.serde.serialize_model(model).SerializeToString()}
-    if all(state.input.startswith("past_key_values.") for state in states):
-        files["genai_config.json"] = _json(genai_config(plan.graph, model, tokenizer))
+    attention = next((operation for operation in plan.graph.operations() if isinstance(operation, Attention)), None)
+    if attention and {*_patterns(states)} <= {*_GENAI_STATES}:
+        files["genai_config.json"] = _json(genai_config(plan.graph, attention, model, states, tokenizer))
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             try:
@@ -61,11 +68,21 @@ def operators(model: ir.Model) -> list[str]:
     return sorted({f"{node.domain}.{node.op_type}".lstrip(".") for node in model.graph})
 
 
-def genai_config(graph: Graph, model: ir.Model, tokenizer: Tokenizer) -> dict[str, Any]:
+def _patterns(states: Sequence[State]) -> dict[str, str]:
+    """Names of the states' inputs and outputs, with %d for the layer."""
+    return {re.sub(r"\d+", "%d", state.input): re.sub(r"\d+", "%d", state.output) for state in states}
+
+
+def genai_config(
+    graph: Graph, attention: Attention, model: ir.Model, states: Sequence[State], tokenizer: Tokenizer
+) -> dict[str, Any]:
     """What onnxruntime-genai needs to know, for its generic kind of decoder."""
-    attention = next(operation for operation in graph.operations() if isinstance(operation, Attention))
-    inputs = {value.name for value in model.graph.inputs}
-    named = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+    given = {value.name for value in model.graph.inputs}
+    inputs: dict[str, str] = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in given}
+    outputs: dict[str, str] = {"logits": "logits"}
+    for past, present in _patterns(states).items():
+        inputs[f"past_{_GENAI_STATES[past]}_names"] = past
+        outputs[f"present_{_GENAI_STATES[past]}_names"] = present
     ends = sorted(tokenizer.end_of_generation)
     padding = tokenizer.padding if tokenizer.padding is not None else tokenizer.eos
     return {
@@ -84,8 +101,8 @@ def genai_config(graph: Graph, model: ir.Model, tokenizer: Tokenizer) -> dict[st
                 "num_attention_heads": attention.heads,
                 "num_key_value_heads": attention.key_value_heads,
                 "num_hidden_layers": len(graph.layers),
-                "inputs": named | _KEY_VALUE,
-                "outputs": {"logits": "logits"} | _PRESENT,
+                "inputs": inputs,
+                "outputs": outputs,
             },
         },
         "search": {"max_length": graph.context_length, "past_present_share_buffer": False, "do_sample": False},

@@ -9,35 +9,34 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ...archs.errors import BadInput
-from ...archs.graph import MLP, Attention, MoE, Operation
+from ...archs.graph import MLP, Attention, CompressedAttention, Mamba2, MoE, Operation
 from ...quant.onnx_plan import OnnxPlan
 from .attention import attention
 from .builder import Builder, State
+from .compressed_attention import compressed_attention
 from .experts import mlp, moe
+from .mamba import mamba
+from .residual import residual_of
 
 ACTIVATIONS = {"int8": 4, "float32": 0}
 """What products with packed weights round activations to, and ONNX Runtime's accuracy level for it."""
 
 
 def build_model(plan: OnnxPlan, activations: str = "int8") -> tuple[ir.Model, list[State]]:
-    """The model that computes a plan's graph, and its states.
-
-    Raises BadInput for a graph with blocks that have no form in ONNX.
-    """
+    """The model that computes a plan's graph, and its states."""
     graph = plan.graph
-    if graph.residual:
-        raise BadInput(f"{graph.architecture}: hyper-connections cannot be written as ONNX, use --to gguf")
     build = Builder(plan, ACTIVATIONS[activations])
     tokens = build.input("input_ids", "int64", ["batch", "sequence"])
-    hidden = build.rows(tokens, graph.embedding)
+    residual = residual_of(graph, build)
+    hidden = residual.begin(build.rows(tokens, graph.embedding))
     for layer in graph.layers:
         for number, sublayer in enumerate(layer.sublayers):
             build.scope = f"layer.{layer.index}.{number}"
-            normed = build.norm(hidden, sublayer.norm)
-            hidden = build.op("Add", hidden, _operation(build, sublayer.operation, normed, tokens, layer.index))
+            read, join = residual.branch(sublayer, hidden)
+            normed = build.norm(read, sublayer.norm)
+            hidden = join(_operation(build, sublayer.operation, normed, tokens, layer.index))
     build.scope = "head"
-    logits = build.project(build.norm(hidden, graph.final_norm), graph.head)
+    logits = build.project(build.norm(residual.end(hidden), graph.final_norm), graph.head)
     build.output("logits", logits, "float32", ["batch", "sequence", graph.vocabulary_size])
     return build.model(), build.states
 
@@ -47,8 +46,11 @@ def _operation(build: Builder, operation: Operation, normed: ir.Value, tokens: i
     match operation:
         case Attention():
             return attention(build, operation, normed, layer)
+        case CompressedAttention():
+            return compressed_attention(build, operation, normed, layer)
+        case Mamba2():
+            return mamba(build, operation, normed, layer)
         case MoE():
             return moe(build, operation, normed, tokens)
         case MLP():
             return mlp(build, operation, normed)
-    raise BadInput(f"{type(operation).__name__} cannot be written as ONNX, use --to gguf")

@@ -61,7 +61,7 @@ def attempt(
     if child == 0:
         try:
             counter = Calls(*calls)
-            convert(source, folder / "model.gguf", threads=1, **options)
+            convert(source, folder if options.get("target") == "onnx" else folder / "model.gguf", threads=1, **options)
             os.write(writer, str(counter.count).encode())
             os._exit(0)
         except BaseException as error:
@@ -82,7 +82,8 @@ def attempt(
 
 
 def outcome(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def main() -> None:
