@@ -42,12 +42,17 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """Types for all tensors of a graph, in file order; `notes` tell how the graph came to differ from the model."""
+    """Types for all tensors of a graph, in file order.
+
+    `notes` tell how the graph came to differ from the model; `expected_kld` is the KL divergence in nats that
+    measurements of single weights let expect, None without any.
+    """
 
     recipe: Recipe
     graph: Graph
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...] = ()
+    expected_kld: float | None = None
 
     @property
     def bytes(self) -> int:
