@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput
-from ..archs.weights import Weight, first_tensor, of_expert
+from ..archs.weights import first_tensor, of_expert
 from ..quant import native, quantize
 from ..quant.plan import Plan, PlannedTensor
 from ..sources.imatrix import ImportanceMatrix
-from ..sources.model import Model
+from ..sources.model import Model, pieces
 from ..sources.progress import Progress
 from .gguf_writer import GGUFWriter
-
-_PIECE_ELEMENTS = 1 << 23  # rows of a plain matrix are taken in pieces of about this many numbers (32 MB)
 
 
 def write_tensors(
@@ -34,22 +30,11 @@ def write_tensors(
     for tensor in plan.tensors:
         weight = tensor.weight
         columns = importance.of(weight.name, weight.columns, weight.experts or 1) if importance else None
-        for expert, rows in _pieces(weight):
+        for expert, rows in pieces(weight):
             part = columns[expert or 0] if columns is not None else None
             first_row, data = _encode(model, tensor, expert, rows, part, threads)
             writer.write(weight.name, first_row, data)
             progress.advance(len(data) * weight.columns, f"{weight.name} {tensor.type.name}")
-
-
-def _pieces(weight: Weight) -> Iterator[tuple[int | None, tuple[int, int] | None]]:
-    """How a weight is taken through memory: expert by expert, or some rows at a time; vectors whole."""
-    if weight.experts is not None:
-        yield from ((expert, None) for expert in range(weight.experts))
-    elif len(weight.shape) == 1:
-        yield None, None
-    else:
-        step = max(1, _PIECE_ELEMENTS // weight.columns)
-        yield from ((None, (row, min(row + step, weight.shape[0]))) for row in range(0, weight.shape[0], step))
 
 
 def _encode(

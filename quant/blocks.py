@@ -19,7 +19,6 @@ from ..archs.errors import BadInput
 from . import affine, codebook, lattice, native, symmetric, ternary
 from .formats import Format, format_named
 from .lanes import Codec, unit_of
-from .shrinkage import FACTORS, restore_length
 
 Array = TypeVar("Array", Tensor, NDArray[np.generic])
 
@@ -59,8 +58,6 @@ def quantize(x: Array, name: str, importance: Array | None = None, threads: int 
         bad_row = _quantize(rows[part], format, encode, weights, result[part], threads or torch.get_num_threads())
         if bad_row is not None:
             raise BadInput(f"row {part.start + bad_row} holds a value that is not finite")
-        if name in FACTORS:
-            _restore_length(rows[part], format, weights, result[part], threads)
     return _like(x, result)
 
 
@@ -111,13 +108,6 @@ def _quantize(
                 return start + int(finite.long().argmin())
             result[start : start + len(chunk)] = encode(values, weights)
     return None
-
-
-def _restore_length(rows: Tensor, format: Format, weights: Tensor | None, result: Tensor, threads: int | None) -> None:
-    with _threads(threads):
-        for start, chunk in _chunks(rows, rows.shape[1]):
-            data = result[start : start + len(chunk)]
-            restore_length(chunk.to(torch.float32), dequantize(data, format.name, threads), weights, data, format)
 
 
 def _encoder(format: Format) -> Callable[[Tensor, Tensor | None], Tensor]:

@@ -11,8 +11,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .lanes import Codec, from_bytes, half_from_bytes, half_to_bytes, ordered_sum, pack, spread, unpack
+from .lanes import Codec, from_bytes, half, half_from_bytes, half_to_bytes, ordered_sum, pack, spread, unpack
 from .lattice_search import Choice, Lattice, even_signs, search_odd_multiples
+from .shrinkage import lengthening
 
 LATTICES: Final = ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")  # IQ1_M has the points of IQ1_S
 
@@ -160,9 +161,11 @@ def _signed_codes(
         numbers = lattice.nearest(scaled.unflatten(1, (-1, points)), point_weights)
         return Choice(lattice.point(numbers).flatten(1, 2), numbers)
 
-    step, multiples, codes = search_odd_multiples(
-        magnitudes, weights.view_as(magnitudes), unit, [lattice.levels], (0.92, 1.12), largest=31, nearest=nearest
+    weights = weights.view_as(magnitudes)
+    step, multiples, codes, product = search_odd_multiples(
+        magnitudes, weights, unit, [lattice.levels], (0.92, 1.12), largest=31, nearest=nearest
     )
+    step = half(step * lengthening(magnitudes, weights, step * product), unit)
     signs = pack(negative.unsqueeze(2), 1).flatten(0, 1)
     return half_to_bytes(step, unit), multiples.to(torch.int64) >> 1, codes.flatten(0, 1), signs
 
@@ -250,7 +253,7 @@ def _shifted_codes(
         return Choice((lattice.point(numbers) + shift).flatten(1, 3), codes.flatten(1, 2))
 
     levels = [lattice.levels + shift for shift in (_IQ1_SHIFT, -_IQ1_SHIFT)]
-    step, multiples, codes = search_odd_multiples(values, weights, unit, levels, (1.0,), largest=15, nearest=nearest)
+    step, multiples, codes, _ = search_odd_multiples(values, weights, unit, levels, (1.0,), largest=15, nearest=nearest)
     return step, multiples.to(torch.int64) >> 1, codes
 
 

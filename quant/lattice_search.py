@@ -36,11 +36,14 @@ class Choice(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """A block's step [lanes], divided by the unit; odd multiples of it [s, lanes]; and points [s, points, lanes]."""
+    """A block's step [lanes], divided by the unit; odd multiples of it [s, lanes]; points [s, points, lanes]; and the
+    weighted sum [lanes] of values times what is stored for them, in steps.
+    """
 
     step: Tensor
     multiples: Tensor
     codes: Tensor
+    product: Tensor
 
 
 class Lattice:
@@ -169,7 +172,8 @@ def search_odd_multiples(
     stored, codes = choose(half(step, unit) * multiples)
     multiples = _nearest_odd(stored.scale, step, largest)
     step = half(stored.with_multiples(multiples).scale, unit)
-    return Scaled(step, _nearest_odd(stored.scale, step, largest), codes)
+    multiples = _nearest_odd(stored.scale, step, largest)
+    return Scaled(step, multiples, codes, stored.with_multiples(multiples).product)
 
 
 def _nearest_odd(scale: Tensor, step: Tensor, largest: int) -> Tensor:

@@ -12,37 +12,17 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .formats import Format
+from .lanes import ordered_sum, reciprocal
 
-# Where a block of these types holds its float16 factors.
-FACTORS: Final = {
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "IQ2_XXS": (0,),
-    "IQ2_XS": (0,),
-    "IQ2_S": (0,),
-    "IQ3_XXS": (0,),
-    "IQ3_S": (0,),
-}
-_LARGEST_FACTOR: Final = 1.5  # a block that lost more than this is noise, and noise is not to be amplified
+_LARGEST: Final = 1.5  # a block that lost more than this is noise, and noise is not to be amplified
 _SHARE: Final = 0.7  # of the way: the length lost falls in proportion, the squared error grows with the square
-_HALF: Final = torch.finfo(torch.float16)
 
 
-def restore_length(values: Tensor, decoded: Tensor, weights: Tensor | None, data: Tensor, format: Format) -> None:
-    """Scale every block so that its projection on the weights it stands for is as long as they are, in place.
+def lengthening(values: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
+    """What to multiply the steps of blocks with, so that their projections on their values become as long as those.
 
-    values, decoded: float32 [rows, columns]; weights: [columns] or None; data: uint8 [rows, row bytes].
+    values, weights: float32 [s, n, lanes]; kept: the weighted sums of value times stored value [lanes], in units of
+    the values. Returns factors from 1 up, [lanes].
     """
-    size = format.block_size
-    original, stored = values.reshape(-1, size), decoded.reshape(-1, size)
-    unit = original.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    original, stored = original / unit, stored / unit  # squares of the largest float32 are out of reach
-    pull = original if weights is None else original * weights.expand_as(values).reshape(-1, size)
-    factor = ((pull * original).sum(dim=1) / (pull * stored).sum(dim=1)).nan_to_num(nan=1.0)
-    factor = torch.where((factor > 1) & (factor <= _LARGEST_FACTOR), factor**_SHARE, 1.0)
-    blocks = data.view(-1, format.block_bytes)
-    for offset in FACTORS[format.name]:
-        field = blocks[:, offset : offset + 2]
-        scaled = field.contiguous().view(torch.float16).flatten().float() * factor
-        field.copy_(scaled.clamp(_HALF.min, _HALF.max).to(torch.float16).view(-1, 1).view(torch.uint8))
+    factor = ordered_sum(ordered_sum(weights * values * values)) * reciprocal(kept)
+    return torch.where((factor > 1) & (factor <= _LARGEST), 1 + _SHARE * (factor - 1), 1.0)

@@ -7,8 +7,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .lanes import Codec, half, half_from_bytes, half_to_bytes, pack, reciprocal, spread, unpack
+from .lanes import Codec, half, half_from_bytes, half_to_bytes, ordered_sum, pack, reciprocal, spread, unpack
 from .scaled import Uniform, search_multiples, search_scale
+from .shrinkage import lengthening
 
 _LEVELS_8_0: Final = Uniform(-127, 127)
 _LEVELS_5_0: Final = Uniform(-16, 15)
@@ -68,18 +69,18 @@ def unpack_5_bits(data: Tensor) -> Tensor:
 def _super_block_codes(
     values: Tensor, weights: Tensor, unit: Tensor, levels: Uniform, lowest: int, highest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The bytes of the step [2, lanes], the multiples [16, lanes] and the codes [16, 16, lanes]."""
-    values, weights = values.unflatten(0, (16, 16)), weights.unflatten(0, (16, 16))
+    """For [16, 16, lanes]: the step [lanes], divided by the unit, the multiples [16, lanes] and the codes."""
     step, multiples = search_multiples(values, weights, unit, levels, lowest, highest)
     codes = levels.codes(values * spread(reciprocal(step * multiples)))
-    return half_to_bytes(step, unit), multiples.to(torch.int8), codes
+    return step, multiples.to(torch.int8), codes
 
 
 def _encode_6_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    values, weights = values.unflatten(0, (16, 16)), weights.unflatten(0, (16, 16))
     step, multiples, codes = _super_block_codes(values, weights, unit, _LEVELS_6_K, -128, 127)
     low = pack((codes & 15).reshape(2, 2, 64, -1), 4).flatten(0, 1)
     high = pack((codes >> 4).reshape(2, 4, 32, -1), 2).flatten(0, 1)
-    return torch.cat([low, high, multiples.view(torch.uint8), step])
+    return torch.cat([low, high, multiples.view(torch.uint8), half_to_bytes(step, unit)])
 
 
 def _decode_6_k(data: Tensor) -> Tensor:
@@ -90,12 +91,15 @@ def _decode_6_k(data: Tensor) -> Tensor:
 
 
 def _encode_3_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    values, weights = values.unflatten(0, (16, 16)), weights.unflatten(0, (16, 16))
     step, multiples, codes = _super_block_codes(values, weights, unit, _LEVELS_3_K, -32, 31)
+    product = ordered_sum(ordered_sum(weights * (codes.to(torch.float32) - 4) * values) * multiples)
+    step = half(step * lengthening(values, weights, product * step), unit)
     third = pack((codes >> 2).reshape(8, 32, -1), 1)
     low = pack((codes & 3).reshape(2, 4, 32, -1), 2).flatten(0, 1)
     scales = (multiples + 32).view(torch.uint8)
     scales = torch.cat([pack((scales & 15).unflatten(0, (2, 8)), 4), pack((scales >> 4).unflatten(0, (4, 4)), 2)])
-    return torch.cat([third, low, scales, step])
+    return torch.cat([third, low, scales, half_to_bytes(step, unit)])
 
 
 def _decode_3_k(data: Tensor) -> Tensor:

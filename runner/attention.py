@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..archs.graph import Attention, Norm, Rope
-from .blocks import Load, normaliser, split_heads
+from .blocks import normaliser, split_heads
 from .rotary import rotate
+from .weights import Weights
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,13 @@ class AttentionState:
 
 
 class AttentionMixer:
-    """The operation with its weights loaded."""
+    """The operation with its weights."""
 
-    def __init__(self, operation: Attention, load: Load) -> None:
+    def __init__(self, operation: Attention, weights: Weights) -> None:
         self._operation = operation
-        self._query, self._key, self._value = load(operation.query), load(operation.key), load(operation.value)
-        self._output = load(operation.output)
-        self._prepare_query = _preparation(operation.query_norm, operation.heads, operation.rope, load)
-        self._prepare_key = _preparation(operation.key_norm, operation.key_value_heads, operation.rope, load)
+        self._weights = weights
+        self._prepare_query = _preparation(operation.query_norm, operation.heads, operation.rope, weights)
+        self._prepare_key = _preparation(operation.key_norm, operation.key_value_heads, operation.rope, weights)
 
     def initial_state(self) -> AttentionState:
         """The state before the first token."""
@@ -41,21 +41,25 @@ class AttentionMixer:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         o, past = self._operation, memory.keys.shape[1]
         positions = past + torch.arange(len(states))
-        keys = torch.cat((memory.keys, self._prepare_key(states @ self._key.T, positions)), dim=1)
-        values = torch.cat((memory.values, split_heads(states @ self._value.T, o.key_value_heads)), dim=1)
+        query, key, value = (self._weights.project(states, weight) for weight in (o.query, o.key, o.value))
+        keys = torch.cat((memory.keys, self._prepare_key(key, positions)), dim=1)
+        values = torch.cat((memory.values, split_heads(value, o.key_value_heads)), dim=1)
         mixed = functional.scaled_dot_product_attention(
-            self._prepare_query(states @ self._query.T, positions)[None],
+            self._prepare_query(query, positions)[None],
             keys[None],
             values[None],
             attn_mask=torch.ones(len(states), keys.shape[1], dtype=torch.bool).tril(past),
             enable_gqa=True,
         )  # [1, heads, tokens, head size]
-        return mixed[0].transpose(0, 1).flatten(1) @ self._output.T, AttentionState(keys, values)
+        output = self._weights.project(mixed[0].transpose(0, 1).flatten(1), o.output)
+        return output, AttentionState(keys, values)
 
 
-def _preparation(norm: Norm | None, heads: int, rope: Rope | None, load: Load) -> Callable[[Tensor, Tensor], Tensor]:
+def _preparation(
+    norm: Norm | None, heads: int, rope: Rope | None, weights: Weights
+) -> Callable[[Tensor, Tensor], Tensor]:
     """What happens to projected queries or keys [tokens, width] before they meet: norm, head split, rotation."""
-    normalise = normaliser(norm, load) if norm else None
+    normalise = normaliser(norm, weights) if norm else None
 
     def prepare(states: Tensor, positions: Tensor) -> Tensor:
         heads_apart = split_heads(normalise(states) if normalise else states, heads)

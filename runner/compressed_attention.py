@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..archs.graph import CompressedAttention, Compressor, Indexer
-from .blocks import Load, normaliser, split_heads
+from .blocks import normaliser, split_heads
 from .rotary import rotate
+from .weights import Weights
 
 _TOKENS = 256  # at a time: the scores of a whole chunk would be [heads, tokens, window + entries]
 
@@ -44,19 +45,15 @@ class AttentionState:
 
 
 class CompressedAttentionMixer:
-    """The operation with its weights loaded."""
+    """The operation with its weights."""
 
-    def __init__(self, operation: CompressedAttention, load: Load) -> None:
-        self._operation = operation
-        self._query_down, self._query_up = load(operation.query_down), load(operation.query_up)
-        self._key_value, self._sink = load(operation.key_value), load(operation.sink)
-        output_down = load(operation.output_down)
-        self._output_down = output_down.view(operation.groups, -1, output_down.shape[1])
-        self._output_up = load(operation.output_up)
-        self._normalise_query = normaliser(operation.query_norm, load)
-        self._normalise_key = normaliser(operation.key_value_norm, load)
-        self._compressor = CompressorMixer(operation.compressor, load) if operation.compressor else None
-        self._indexer = IndexerMixer(operation.indexer, load) if operation.indexer else None
+    def __init__(self, operation: CompressedAttention, weights: Weights) -> None:
+        self._operation, self._weights = operation, weights
+        self._sink = weights.load(operation.sink)
+        self._normalise_query = normaliser(operation.query_norm, weights)
+        self._normalise_key = normaliser(operation.key_value_norm, weights)
+        self._compressor = CompressorMixer(operation.compressor, weights) if operation.compressor else None
+        self._indexer = IndexerMixer(operation.indexer, weights) if operation.indexer else None
 
     def initial_state(self) -> AttentionState:
         """The state before the first token."""
@@ -76,12 +73,12 @@ class CompressedAttentionMixer:
         return torch.cat(outputs), memory
 
     def _run(self, states: Tensor, memory: AttentionState) -> tuple[Tensor, AttentionState]:
-        o = self._operation
+        o, project = self._operation, self._weights.project
         positions = memory.tokens + torch.arange(len(states))
-        latent = self._normalise_query(states @ self._query_down.T)
-        queries = split_heads(latent @ self._query_up.T, o.heads)
+        latent = self._normalise_query(project(states, o.query_down))
+        queries = split_heads(project(latent, o.query_up), o.heads)
         queries = rotate(functional.rms_norm(queries, (o.head_size,), eps=o.query_norm.epsilon), o.rope, positions)
-        own = rotate(self._normalise_key(states @ self._key_value.T), o.rope, positions)
+        own = rotate(self._normalise_key(project(states, o.key_value)), o.rope, positions)
         keys = window = torch.cat((memory.keys, own))
         distance = positions[:, None] - (memory.tokens - len(memory.keys) + torch.arange(len(keys)))
         visible = (distance >= 0) & (distance < o.window)
@@ -105,30 +102,33 @@ class CompressedAttentionMixer:
 
     def _project(self, heads: Tensor) -> Tensor:
         """[heads, tokens, size] -> [tokens, hidden size]"""
-        groups = heads.transpose(0, 1).reshape(heads.shape[1], self._operation.groups, -1).transpose(0, 1)
-        return (groups @ self._output_down.transpose(1, 2)).transpose(0, 1).flatten(1) @ self._output_up.T
+        o = self._operation
+        groups = heads.transpose(0, 1).reshape(heads.shape[1], o.groups, -1).transpose(0, 1)
+        inner = self._weights.project_groups(groups, o.output_down).transpose(0, 1).flatten(1)
+        return self._weights.project(inner, o.output_up)
 
 
 class CompressorMixer:
-    """A compressor with its weights loaded: tokens in, a state with more entries out."""
+    """A compressor with its weights: tokens in, a state with more entries out."""
 
-    def __init__(self, block: Compressor, load: Load) -> None:
-        self._block = block
-        self._value, self._gate, self._position = load(block.value), load(block.gate), load(block.position)
-        self._normalise = normaliser(block.norm, load)
+    def __init__(self, block: Compressor, weights: Weights) -> None:
+        self._block, self._weights = block, weights
+        self._position = weights.load(block.position)
+        self._normalise = normaliser(block.norm, weights)
         self.ratio = block.ratio
 
     def initial_state(self) -> CompressorState:
         """The state before the first token."""
-        width, size = len(self._value), self._block.norm.weight.columns
+        width, size = self._block.value.shape[0], self._block.norm.weight.columns
         nothing, none = torch.empty(0, width), torch.zeros(self.ratio, size)
         return CompressorState(torch.empty(0, size), nothing, nothing, none, torch.full_like(none, -torch.inf))
 
     def __call__(self, states: Tensor, memory: CompressorState) -> CompressorState:
         """states: [tokens, hidden size] that follow those the state has seen."""
         slots = (len(memory.values) + torch.arange(len(states))) % self.ratio
-        values = torch.cat((memory.values, states @ self._value.T))
-        gates = torch.cat((memory.gates, states @ self._gate.T + self._position[slots]))
+        project, block = self._weights.project, self._block
+        values = torch.cat((memory.values, project(states, block.value)))
+        gates = torch.cat((memory.gates, project(states, block.gate) + self._position[slots]))
         complete = len(values) // self.ratio * self.ratio
         ready_values, previous_values = self._slots(values[:complete], memory.previous_values)
         ready_gates, previous_gates = self._slots(gates[:complete], memory.previous_gates)
@@ -148,12 +148,11 @@ class CompressorMixer:
 
 
 class IndexerMixer:
-    """An indexer with its weights loaded."""
+    """An indexer with its weights."""
 
-    def __init__(self, block: Indexer, load: Load) -> None:
-        self._block = block
-        self._query, self._head_weight = load(block.query), load(block.head_weight)
-        self.compressor = CompressorMixer(block.compressor, load)
+    def __init__(self, block: Indexer, weights: Weights) -> None:
+        self._block, self._weights = block, weights
+        self.compressor = CompressorMixer(block.compressor, weights)
 
     def choose(self, states: Tensor, latent: Tensor, positions: Tensor, keys: Tensor, complete: Tensor) -> Tensor:
         """The entries each token attends to, bool [tokens, entries]: the best of those that are `complete` for it.
@@ -165,9 +164,9 @@ class IndexerMixer:
             keys: [entries, head size].
             complete: bool [tokens, entries].
         """
-        block = self._block
-        queries = rotate(split_heads(latent @ self._query.T, block.heads), block.compressor.rope, positions)
-        weights = states @ self._head_weight.T * (block.heads * block.head_size) ** -0.5  # [tokens, heads]
-        scores = torch.einsum("hte,th->te", functional.relu(queries @ keys.T), weights)
+        block, project = self._block, self._weights.project
+        queries = rotate(split_heads(project(latent, block.query), block.heads), block.compressor.rope, positions)
+        shares = project(states, block.head_weight) * (block.heads * block.head_size) ** -0.5  # [tokens, heads]
+        scores = torch.einsum("hte,th->te", functional.relu(queries @ keys.T), shares)
         best = scores.masked_fill(~complete, -torch.inf).topk(min(block.top_k, len(keys)), dim=-1).indices
         return torch.zeros_like(complete).scatter_(1, best, True) & complete

@@ -14,8 +14,10 @@ from ..archs.errors import BadInput
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
 from ..sources.tokenizer import Tokenizer
+from .activations import Activations
 from .scores import Divergence, Scores
-from .stream import Stream
+from .stream import Stream, advance
+from .weights import multiply
 
 DEFAULT_CONTEXT = 512
 EVALUATION_TEXT = Path(__file__).parent.parent / "examples" / "text" / "evaluation.txt"
@@ -90,7 +92,7 @@ def perplexity(
     first_word = 0
     for block in stream.head_blocks():
         for part in _parts(len(targets)):
-            scores.update(part, first_word, states[part] @ block.T)
+            scores.update(part, first_word, multiply(states[part], block))
         first_word += len(block)
     value, error = _perplexity_of(scores)
     return Perplexity(value, error, len(targets), context, len(tokens))
@@ -182,17 +184,22 @@ def _advance_together(reference: Stream, candidate: Stream, progress: Progress) 
     layers = list(zip_longest(reference.model.graph.layers, candidate.model.graph.layers))
     progress.begin("Parity", len(layers), "layers")
     errors = []
-    for index, (reference_layer, candidate_layer) in enumerate(layers):
-        if reference_layer:
-            reference.advance(reference_layer)
-        if candidate_layer:
-            candidate.advance(candidate_layer)
-        size = min(stream.hidden.shape[-1] for stream in (reference, candidate))
-        expected = _unpadded(reference.hidden, size)
-        difference = torch.linalg.vector_norm(_unpadded(candidate.hidden, size) - expected)
-        errors.append(float(difference / torch.linalg.vector_norm(expected)))
+    for index, pair in enumerate(layers):
+        advance((reference, candidate), pair)
+        errors.append(_relative_error(reference.hidden, candidate.hidden))
         progress.advance(1, f"layer {index}: relative error {errors[-1]:.2e}")
     return tuple(errors)
+
+
+def _relative_error(reference: Activations, candidate: Activations) -> float:
+    """|candidate - reference| / |reference| over all tokens."""
+    difference = size = 0.0
+    for chunk in range(len(reference)):
+        width = min(reference[chunk].shape[-1], candidate[chunk].shape[-1])
+        expected = _unpadded(reference[chunk], width)
+        difference += float((_unpadded(candidate[chunk], width) - expected).square().sum(dtype=torch.float64))
+        size += float(expected.square().sum(dtype=torch.float64))
+    return math.sqrt(difference / size) if difference else 0.0
 
 
 def _unpadded(hidden: Tensor, size: int) -> Tensor:
@@ -206,7 +213,9 @@ def _compare_heads(reference: Stream, candidate: Stream, targets: Tensor, contex
     first_word = 0
     for blocks in zip(reference.head_blocks(), candidate.head_blocks(), strict=True):
         for part in _parts(len(targets)):
-            divergence.update(part, first_word, *(s[part] @ block.T for s, block in zip(states, blocks, strict=True)))
+            divergence.update(
+                part, first_word, *(multiply(s[part], block) for s, block in zip(states, blocks, strict=True))
+            )
         first_word += len(blocks[0])
     return divergence
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..archs.graph import Mamba2
-from .blocks import Load, normaliser
+from .blocks import normaliser
+from .weights import Weights
 
 _CHUNK = 128  # tokens whose mutual influence is one matrix per head
 
@@ -23,16 +24,16 @@ class MambaState:
 
 
 class MambaMixer:
-    """A Mamba-2 operation with its weights loaded."""
+    """The operation with its weights."""
 
-    def __init__(self, operation: Mamba2, load: Load) -> None:
+    def __init__(self, operation: Mamba2, weights: Weights) -> None:
         self._operation = operation
-        self._input, self._output = load(operation.input), load(operation.output)
+        self._weights, load = weights, weights.load
         self._convolution = load(operation.convolution)
         self._convolution_bias = load(operation.convolution_bias)
         self._step_bias = load(operation.step_bias)
         self._decay, self._skip = load(operation.decay).flatten(), load(operation.skip)
-        self._normalise = normaliser(operation.norm, load)
+        self._normalise = normaliser(operation.norm, weights)
 
     def initial_state(self) -> MambaState:
         """The state before the first token."""
@@ -43,7 +44,7 @@ class MambaMixer:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         o = self._operation
         tokens, channels = len(states), len(self._convolution)
-        projected = states @ self._input.T
+        projected = self._weights.project(states, o.input)
         gate, convolved, step = torch.split(projected, [o.inner_size, channels, o.heads], dim=-1)
         convolved = torch.cat((memory.convolution, convolved))
         mixed = functional.conv1d(
@@ -61,7 +62,7 @@ class MambaMixer:
         )
         gated = (y + self._skip * x).flatten(1) * functional.silu(gate)
         normed = self._normalise(gated.view(tokens, o.groups, -1)).flatten(1)
-        return normed @ self._output.T, MambaState(convolved[tokens:], space)
+        return self._weights.project(normed, o.output), MambaState(convolved[tokens:], space)
 
 
 def scan(x: Tensor, step: Tensor, decay: Tensor, b: Tensor, c: Tensor, space: Tensor) -> tuple[Tensor, Tensor]:

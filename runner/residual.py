@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..archs.graph import Graph, HyperConnections, StreamMix, SubLayer
-from .blocks import Load
+from ..archs.graph import HyperConnections, StreamMix, SubLayer
+from .weights import Weights
 
 
 class Residual(Protocol):
-    """What flows from sublayer to sublayer, [chunks, tokens, ...]."""
+    """What flows from sublayer to sublayer, [tokens, *width] of one chunk."""
+
+    width: tuple[int, ...]
 
     def begin(self, embedded: Tensor) -> Tensor:
-        """The residual that holds embedded tokens [chunks, tokens, hidden size]."""
+        """The residual that holds embedded tokens [tokens, hidden size]."""
 
     def branch(self, sublayer: SubLayer, residual: Tensor) -> Branch:
         """Opens a sublayer's way out of the residual and back."""
@@ -26,20 +28,24 @@ class Residual(Protocol):
 
 
 class Branch(Protocol):
-    """One sublayer's way out of the residual and back; `input` is [chunks, tokens, hidden size]."""
+    """One sublayer's way out of the residual and back; `input` is [tokens, hidden size]."""
 
     input: Tensor
 
-    def join(self, output: Tensor) -> None:
-        """Writes the sublayer's output [chunks, tokens, hidden size] to the residual, in place."""
+    def join(self, output: Tensor) -> Tensor:
+        """The residual with the sublayer's output [tokens, hidden size] in it."""
 
 
-def residual_of(graph: Graph, load: Load) -> Residual:
-    return HyperResidual(graph.residual, load) if graph.residual else Sum()
+def residual_of(weights: Weights) -> Residual:
+    kind, size = weights.graph.residual, weights.graph.hidden_size
+    return HyperResidual(kind, size, weights) if kind else Sum(size)
 
 
 class Sum:
     """One stream, to which every sublayer adds its output."""
+
+    def __init__(self, size: int) -> None:
+        self.width: tuple[int, ...] = (size,)
 
     def begin(self, embedded: Tensor) -> Tensor:
         return embedded
@@ -55,16 +61,17 @@ class _SumBranch:
     def __init__(self, residual: Tensor) -> None:
         self.input = residual
 
-    def join(self, output: Tensor) -> None:
-        self.input += output
+    def join(self, output: Tensor) -> Tensor:
+        return self.input + output
 
 
 class HyperResidual:
-    """Streams [chunks, tokens, streams, hidden size], mixed anew for every token (see `graph.HyperConnections`)."""
+    """Streams [tokens, streams, hidden size], mixed anew for every token (see `graph.HyperConnections`)."""
 
-    def __init__(self, kind: HyperConnections, load: Load) -> None:
+    def __init__(self, kind: HyperConnections, size: int, weights: Weights) -> None:
+        self.width: tuple[int, ...] = (kind.streams, size)
         self.kind = kind
-        self.load = load
+        self.weights = weights
 
     def begin(self, embedded: Tensor) -> Tensor:
         return embedded.unsqueeze(-2).repeat_interleave(self.kind.streams, dim=-2)
@@ -82,7 +89,7 @@ class HyperResidual:
 
     def _coefficients(self, mix: StreamMix, residual: Tensor, kinds: tuple[int, ...]) -> Tensor:
         """[..., streams, hidden size] -> [..., coefficients]; the norm has no weight, so it can follow the product."""
-        function, base, scale = self.load(mix.function), self.load(mix.base), self.load(mix.scale)
+        function, base, scale = (self.weights.load(weight) for weight in (mix.function, mix.base, mix.scale))
         flat = residual.flatten(-2)
         mean_square = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square() / flat.shape[-1]
         normed = functional.linear(flat, function) * torch.rsqrt(mean_square + self.kind.norm_epsilon)
@@ -109,6 +116,6 @@ class _HyperBranch:
         self._write = write
         self._mixing = mixing
 
-    def join(self, output: Tensor) -> None:
-        for streams, own, write, mixing in zip(self._residual, output, self._write, self._mixing, strict=True):
-            streams.copy_(mixing.transpose(-1, -2) @ streams + write.unsqueeze(-1) * own.unsqueeze(-2))
+    def join(self, output: Tensor) -> Tensor:
+        mixed = self._mixing.transpose(-1, -2) @ self._residual
+        return mixed + self._write.unsqueeze(-1) * output.unsqueeze(-2)

@@ -1,31 +1,34 @@
-"""A model's hidden states for a set of token chunks, advanced one layer at a time.
+"""Hidden states of token chunks, advanced one layer at a time; several streams advance together.
 
-Memory holds the states, one layer's dense weights and one expert; nothing of the model stays between layers.
+Memory holds the states, the dense weights of one sublayer and one expert; nothing of a model stays between layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput
-from ..archs.graph import MLP, Attention, CompressedAttention, Layer, Mamba2, MoE, Operation
-from ..sources.model import Model
+from ..archs.graph import MLP, Attention, CompressedAttention, Layer, Mamba2, MoE, SubLayer
+from ..sources.model import Model, pieces
+from .activations import Activations
 from .attention import AttentionMixer
-from .blocks import mlp, moe, normaliser
+from .blocks import mlp, normaliser
 from .compressed_attention import CompressedAttentionMixer
+from .experts import ExpertLane, run_experts
 from .mamba import MambaMixer
 from .residual import residual_of
+from .weights import ModelWeights, Weights
 
-_BLOCK_ROWS = 4096  # vocabulary rows of the embedding or the head in memory at a time
+_TOKENS = 1024  # embedded at a time
 
 
 class Mixer(Protocol):
-    """An operation through which the tokens of a chunk act on later ones, with its weights loaded."""
+    """An operation through which the tokens of a chunk act on later ones."""
 
     def initial_state(self) -> Any:
         """The state before the first token."""
@@ -35,76 +38,118 @@ class Mixer(Protocol):
 
 
 Cache = dict[tuple[int, int, int], Any]  # (layer, sublayer, chunk) -> what a mixer remembers
+Block = Callable[[int, Tensor], Tensor]  # (chunk, normed states [tokens, hidden size]) -> the same shape
 
 
 class Stream:
-    """Runs `tokens` [chunks, context] through `model`.
+    """Runs `tokens` [chunks, context] through `weights`, by default those of `model` as they are stored.
 
-    `hidden` is the residual: float32 [chunks, context, hidden size], or with hyper-connections
+    `hidden` is the residual: [chunks, context, hidden size], or with hyper-connections
     [chunks, context, streams, hidden size]. With a `cache`, the tokens follow those of the stream that filled it.
     """
 
-    def __init__(self, model: Model, tokens: Tensor, cache: Cache | None = None) -> None:
+    def __init__(
+        self, model: Model, tokens: Tensor, cache: Cache | None = None, weights: Weights | None = None
+    ) -> None:
         self.model = model
         self.tokens = tokens
+        self.weights = weights or ModelWeights(model)
         self._cache = cache
-        self._residual = residual_of(model.graph, model.load)
-        self.hidden = self._residual.begin(self._embed(tokens))
+        self._residual = residual_of(self.weights)
+        self.hidden = Activations(*tokens.shape, *self._residual.width)
+        self._embed()
 
     def advance(self, layer: Layer) -> None:
         """Run all chunks through one layer. Raises BadInput when its output is not finite."""
-        for number, sublayer in enumerate(layer.sublayers):
-            branch = self._residual.branch(sublayer, self.hidden)
-            normed = normaliser(sublayer.norm, self.model.load)(branch.input)
-            branch.join(self._run(sublayer.operation, normed, (layer.index, number)))
-            if not math.isfinite(float(self.hidden.sum())):
-                block = type(sublayer.operation).__name__
-                raise BadInput(f"{self.model.path}: layer {layer.index}, {block}: the output is NaN or infinite")
+        advance([self], [layer])
 
-    def _run(self, operation: Operation, normed: Tensor, place: tuple[int, int]) -> Tensor:
-        """[chunks, tokens, hidden size] -> the same shape."""
-        load = self.model.load
+    def enter(self, layer: Layer, number: int) -> ExpertLane | None:
+        """Run all chunks through a sublayer; through a MoE only up to its experts, which are given back."""
+        sublayer = layer.sublayers[number]
+        operation = sublayer.operation
+        if not isinstance(operation, MoE):
+            self._pass(layer, sublayer, self._block(operation, (layer.index, number)))
+            return None
+        experts = ExpertLane(operation, self.weights, self.tokens, f"{self.model.path}: layer {layer.index}")
+        normalise = normaliser(sublayer.norm, self.weights)
+        for chunk in range(len(self.hidden)):
+            experts.route(normalise(self._residual.branch(sublayer, self.hidden[chunk]).input))
+        experts.seal()
+        return experts
+
+    def leave(self, layer: Layer, number: int, experts: ExpertLane) -> None:
+        """Complete a MoE whose experts have run."""
+        self._pass(layer, layer.sublayers[number], experts.answer)
+
+    def _pass(self, layer: Layer, sublayer: SubLayer, block: Block) -> None:
+        normalise = normaliser(sublayer.norm, self.weights)
+        for chunk in range(len(self.hidden)):
+            branch = self._residual.branch(sublayer, self.hidden[chunk])
+            joined = branch.join(block(chunk, normalise(branch.input)))
+            if not math.isfinite(float(joined.sum())):
+                name = type(sublayer.operation).__name__
+                raise BadInput(f"{self.model.path}: layer {layer.index}, {name}: the output is NaN or infinite")
+            self.hidden[chunk] = joined
+
+    def _block(self, operation: Attention | CompressedAttention | Mamba2 | MLP, place: tuple[int, int]) -> Block:
         match operation:
             case Attention():
-                return self._mix(AttentionMixer(operation, load), normed, place)
+                return self._mixed(AttentionMixer(operation, self.weights), place)
             case CompressedAttention():
-                return self._mix(CompressedAttentionMixer(operation, load), normed, place)
+                return self._mixed(CompressedAttentionMixer(operation, self.weights), place)
             case Mamba2():
-                return self._mix(MambaMixer(operation, load), normed, place)
-            case MoE():
-                return moe(operation, normed, self.tokens, load)
+                return self._mixed(MambaMixer(operation, self.weights), place)
             case MLP():
-                return mlp(operation, normed, load)
+                return lambda _, normed: mlp(operation, normed, self.weights)
 
-    def _mix(self, mixer: Mixer, normed: Tensor, place: tuple[int, int]) -> Tensor:
-        """One chunk at a time, because the scores of a chunk are [heads, tokens, keys]."""
-        outputs = []
-        for number, chunk in enumerate(normed):
-            past = self._cache.get((*place, number)) if self._cache is not None else None
-            output, state = mixer(chunk, past or mixer.initial_state())
-            outputs.append(output)
+    def _mixed(self, mixer: Mixer, place: tuple[int, int]) -> Block:
+        def block(chunk: int, normed: Tensor) -> Tensor:
+            past = self._cache.get((*place, chunk)) if self._cache is not None else None
+            output, state = mixer(normed, past or mixer.initial_state())
             if self._cache is not None:
-                self._cache[*place, number] = state
-        return torch.stack(outputs)
+                self._cache[*place, chunk] = state
+            return output
+
+        return block
 
     def final_states(self, positions: slice) -> Tensor:
         """States ready for the head, [chunks * positions, hidden size], of the given positions of every chunk."""
-        states = self._residual.end(self.hidden[:, positions]).flatten(0, 1)
-        return normaliser(self.model.graph.final_norm, self.model.load)(states)
+        normalise = normaliser(self.weights.graph.final_norm, self.weights)
+        return torch.cat(
+            [normalise(self._residual.end(self.hidden[chunk][positions])) for chunk in range(len(self.hidden))]
+        )
 
     def head_blocks(self) -> Iterator[Tensor]:
         """The rows of the output projection, [block rows, hidden size] at a time, in vocabulary order."""
-        rows = self.model.graph.vocabulary_size
-        for start in range(0, rows, _BLOCK_ROWS):
-            yield self.model.load(self.model.graph.head, None, (start, min(start + _BLOCK_ROWS, rows)))
+        for _, rows in pieces(self.weights.graph.head):
+            yield self.weights.load(self.weights.graph.head, None, rows)
+            self.weights.forget()
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        embedding = self.model.graph.embedding
-        rows, columns = embedding.shape
-        hidden = torch.empty((*tokens.shape, columns))
-        for start in range(0, rows, _BLOCK_ROWS):
-            inside = (tokens >= start) & (tokens < start + _BLOCK_ROWS)
-            if inside.any():
-                block = self.model.load(embedding, None, (start, min(start + _BLOCK_ROWS, rows)))
-                hidden[inside] = block[tokens[inside] - start]
-        return hidden
+    def _embed(self) -> None:
+        embedding, tokens = self.weights.graph.embedding, self.tokens.flatten()
+        for _, rows in pieces(embedding):
+            assert rows
+            places = torch.where((tokens >= rows[0]) & (tokens < rows[1]))[0]
+            for part in places.split(_TOKENS) if len(places) else ():
+                block = self.weights.load(embedding, None, rows)
+                self.hidden.add_rows(part, self._residual.begin(block[tokens[part] - rows[0]]))
+            self.weights.forget()
+
+
+def advance(streams: Sequence[Stream], layers: Sequence[Layer | None]) -> None:
+    """Run every stream through a layer of its own (None: it has no more), all of them together.
+
+    Streams of the same weights share what is loaded, an expert at a time. Raises BadInput naming the first block or
+    expert whose output is not finite.
+    """
+    pairs = [(stream, layer) for stream, layer in zip(streams, layers, strict=True) if layer]
+    for number in range(max(len(layer.sublayers) for _, layer in pairs)):
+        here = [(stream, layer) for stream, layer in pairs if number < len(layer.sublayers)]
+        entered = [(stream, layer, stream.enter(layer, number)) for stream, layer in here]
+        waiting = [(stream, layer, experts) for stream, layer, experts in entered if experts]
+        if waiting:
+            run_experts([experts for _, _, experts in waiting])
+        for stream, layer, experts in waiting:
+            stream.leave(layer, number, experts)
+        for stream, _ in here:
+            stream.weights.forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,21 @@ from .fp4 import repack
 from .gguf import read_gguf
 from .storage import Storage
 from .tokenizer import Tokenizer
+
+_PIECE_ROWS = 1024
+
+Piece = tuple[int | None, tuple[int, int] | None]  # (expert, rows) of a weight, as `Model.load` takes them
+
+
+def pieces(weight: Weight) -> Iterator[Piece]:
+    """How a weight is taken through memory: expert by expert, some rows at a time, vectors whole."""
+    if weight.experts is not None:
+        yield from ((expert, None) for expert in range(weight.experts))
+    elif len(weight.shape) == 1:
+        yield None, None
+    else:
+        for row in range(0, weight.shape[0], _PIECE_ROWS):
+            yield None, (row, min(row + _PIECE_ROWS, weight.shape[0]))
 
 
 class Model:

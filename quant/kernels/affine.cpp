@@ -1,5 +1,6 @@
 // Q4_1, Q5_1, Q2_K, Q4_K and Q5_K.
 #include "affine.h"
+#include "length.h"
 #include "packing.h"
 
 namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
@@ -57,8 +58,9 @@ struct Q5_1 {
     }
 };
 
-// Blocks of 256 values in COUNT sub-blocks with codes up to TOP and multiples up to LARGEST.
-template <int COUNT, int TOP, int LARGEST> struct SuperAffine {
+// Blocks of 256 values in COUNT sub-blocks with codes up to TOP and multiples up to LARGEST. LENGTHENED blocks get back
+// the length that least squares takes from them.
+template <int COUNT, int TOP, int LARGEST, bool LENGTHENED> struct SuperAffine {
     static constexpr int SIZE = 256 / COUNT;
 
     template <bool WEIGHTED>
@@ -69,15 +71,28 @@ template <int COUNT, int TOP, int LARGEST> struct SuperAffine {
         auto found = super_block.search(unit);
         Ints scale_bits = half_of(found.scale_step, unit), minimum_bits = half_of(found.minimum_step, unit);
         Floats scale_step = stored(scale_bits, unit), minimum_step = stored(minimum_bits, unit);
-        pack_half(scale_bits, steps);
-        pack_half(minimum_bits, steps + 2);
+        Floats products[COUNT];
         for (int i = 0; i < COUNT; i++) {
-            Floats minimum = minimum_step * found.minima[i], inverse = reciprocal(scale_step * found.scales[i]);
+            Floats scale = scale_step * found.scales[i], minimum = minimum_step * found.minima[i];
+            Floats inverse = reciprocal(scale);
             const Block& block = super_block.blocks[i];
-            for (int j = 0; j < SIZE; j++) codes[i * SIZE + j] = truncated(block.code(j, minimum, inverse));
+            Floats product = ordered_sum<SIZE>([&](int j) {
+                Floats code = block.code(j, minimum, inverse);
+                codes[i * SIZE + j] = truncated(code);
+                return block.weights.times(j, code) * block.values[j];
+            });
+            products[i] = product * scale - block.value_sum * minimum;
             scales[i] = truncated(found.scales[i]);
             minima[i] = truncated(found.minima[i]);
         }
+        if constexpr (LENGTHENED) {
+            Floats kept = ordered_sum<COUNT>([&](int i) { return products[i]; });
+            Floats factor = lengthening<COUNT, SIZE>(values, weights, kept);
+            scale_bits = half_of(scale_step * factor, unit);
+            minimum_bits = half_of(minimum_step * factor, unit);
+        }
+        pack_half(scale_bits, steps);
+        pack_half(minimum_bits, steps + 2);
     }
 
     static void decode(const Ints* steps, const Ints* scales, const Ints* minima, const Ints* codes, Floats* values) {
@@ -91,7 +106,7 @@ template <int COUNT, int TOP, int LARGEST> struct SuperAffine {
 
 struct Q2_K {
     static constexpr int ID = 10, SIZE = 256, BYTES = 84;
-    using Super = SuperAffine<16, 3, 15>;
+    using Super = SuperAffine<16, 3, 15, true>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -130,7 +145,7 @@ inline void unpack_6_bits(const Ints* bytes, Ints* scales, Ints* minima) {
 
 struct Q4_K {
     static constexpr int ID = 12, SIZE = 256, BYTES = 144;
-    using Super = SuperAffine<8, 15, 63>;
+    using Super = SuperAffine<8, 15, 63, false>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -150,7 +165,7 @@ struct Q4_K {
 
 struct Q5_K {
     static constexpr int ID = 13, SIZE = 256, BYTES = 176;
-    using Super = SuperAffine<8, 31, 63>;
+    using Super = SuperAffine<8, 31, 63, false>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {

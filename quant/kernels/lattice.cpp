@@ -1,6 +1,7 @@
 // IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ1_S and IQ1_M: codes that index points of a lattice.
 #include "lattice.h"
 
+#include "length.h"
 #include "packing.h"
 
 namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
@@ -64,7 +65,8 @@ template <class Lattice, int COUNT_, bool EVEN> struct Signed {
         for (int group = 0; group < 32; group++)
             found.signs[group] = take_signs(values + 8 * group, weights.from(8 * group), magnitudes + 8 * group);
         LatticeBlock<Format, WEIGHTED> block(magnitudes, weights, unit);
-        found.step = block.step;
+        Floats step = stored(block.step, unit);
+        found.step = half_of(step * lengthening<COUNT, SUB_BLOCK>(magnitudes, weights, step * block.product), unit);
         for (int i = 0; i < COUNT; i++) found.scales[i] = block.multiples[i];
         for (int i = 0; i < ALL_POINTS; i++) found.numbers[i] = looked_up(Lattice::points().numbers, block.codes[i]);
         return found;

@@ -114,6 +114,7 @@ template <class Format, bool WEIGHTED> struct LatticeBlock {
     Ints step;  // bits of float16
     Ints multiples[COUNT];  // halved
     Ints codes[COUNT * Format::POINTS];
+    Floats product;  // weighted sum of values times what is stored for them, in steps
 
     LatticeBlock(const Floats* values, Weights<WEIGHTED> weights, Floats unit) {
         ScaledFit fits[COUNT];
@@ -131,7 +132,11 @@ template <class Format, bool WEIGHTED> struct LatticeBlock {
         best_step = joint(fits, multiple).scale();
         step = half_of(best_step, unit);
         Floats inverse = reciprocal(half(best_step, unit));
-        for (int i = 0; i < COUNT; i++) multiples[i] = truncated(nearest_odd(scale[i], inverse)) >> 1;
+        for (int i = 0; i < COUNT; i++) {
+            multiple[i] = nearest_odd(scale[i], inverse);
+            multiples[i] = truncated(multiple[i]) >> 1;
+        }
+        product = joint(fits, multiple).product;
     }
 
   private:

@@ -13,7 +13,8 @@ template <int LOWEST, int HIGHEST> struct Uniform {
     static constexpr float PEAKS[] = {LOWEST, LOWEST - 1.0f, LOWEST + 1.0f, LOWEST + 2.0f};
 
     static Floats nearest(Floats values) { return rounded(clamp(values, LOWEST, HIGHEST)); }
-    static Ints code(Floats values) { return truncated(nearest(values)) - LOWEST; }
+    static Ints code(Floats values) { return code_of(nearest(values)); }
+    static Ints code_of(Floats level) { return truncated(level) - LOWEST; }
 };
 
 // Weighted sums of level² and level * value: all that the best scale for given levels depends on.

@@ -1,4 +1,5 @@
 // Q8_0, Q5_0, Q4_0, Q6_K and Q3_K.
+#include "length.h"
 #include "packing.h"
 #include "scaled.h"
 
@@ -69,19 +70,30 @@ struct Q5_0 {
     }
 };
 
-// Blocks of 256 values in 16 sub-blocks, whose multiples of the step go from LOWEST to HIGHEST.
-template <class Levels, int LOWEST, int HIGHEST> struct SuperScaled {
+// Blocks of 256 values in 16 sub-blocks, whose multiples of the step go from LOWEST to HIGHEST. LENGTHENED blocks get
+// back the length that least squares takes from them.
+template <class Levels, int LOWEST, int HIGHEST, bool LENGTHENED> struct SuperScaled {
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* step, Ints* multiples,
                        Ints* codes) {
         auto found = ScaledSuperBlock<Levels, 16, 16, LOWEST, HIGHEST, WEIGHTED>(values, weights).search(unit);
         Ints step_bits = half_of(found.step, unit);
-        pack_half(step_bits, step);
+        Floats rounded_step = stored(step_bits, unit), products[16];
         for (int i = 0; i < 16; i++) {
-            Floats inverse = reciprocal(stored(step_bits, unit) * found.scales[i]);
-            for (int j = 16 * i; j < 16 * i + 16; j++) codes[j] = Levels::code(values[j] * inverse);
+            Floats inverse = reciprocal(rounded_step * found.scales[i]);
+            auto coded = [&](int j) {
+                Floats level = Levels::nearest(values[j] * inverse);
+                codes[j] = Levels::code_of(level);
+                return weights.times(j, level) * values[j];
+            };
+            products[i] = ordered_sum<16>([&](int j) { return coded(16 * i + j); }) * found.scales[i];
             multiples[i] = truncated(found.scales[i]);
         }
+        if constexpr (LENGTHENED) {
+            Floats kept = ordered_sum<16>([&](int i) { return products[i]; }) * rounded_step;
+            step_bits = half_of(rounded_step * lengthening<16, 16>(values, weights, kept), unit);
+        }
+        pack_half(step_bits, step);
     }
 
     static void decode(const Ints* step, const Ints* multiples, const Ints* levels, Floats* values) {
@@ -95,7 +107,7 @@ template <class Levels, int LOWEST, int HIGHEST> struct SuperScaled {
 
 struct Q6_K {
     static constexpr int ID = 14, SIZE = 256, BYTES = 210;
-    using Super = SuperScaled<Uniform<-32, 31>, -128, 127>;
+    using Super = SuperScaled<Uniform<-32, 31>, -128, 127, false>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -125,7 +137,7 @@ struct Q6_K {
 
 struct Q3_K {
     static constexpr int ID = 11, SIZE = 256, BYTES = 110;
-    using Super = SuperScaled<Uniform<-4, 3>, -32, 31>;
+    using Super = SuperScaled<Uniform<-4, 3>, -32, 31, true>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {

@@ -12,6 +12,7 @@ import torch
 from moecast.archs.graph import Mamba2
 from moecast.runner.mamba import MambaMixer, scan
 from moecast.runner.stream import Stream
+from moecast.runner.weights import ModelWeights
 from moecast.sources.model import Model, open_model
 from nemotron_checkpoints import DENSE, GROUPED, LATENT, WITH_DENSE_LAYER
 from torch import Tensor
@@ -100,7 +101,7 @@ def test_stepping_equals_chunks(tmp_path: Path) -> None:
     """One token at a time from the remembered state, and any split of the prompt, give what one pass gives."""
     model = open_model(nemotron.save_nemotron(tmp_path / "m", nemotron.nemotron_model(seed=5)))
     operation = next(op for op in model.graph.operations() if isinstance(op, Mamba2))
-    mixer = MambaMixer(operation, model.load)
+    mixer = MambaMixer(operation, ModelWeights(model))
     states = torch.randn(300, model.graph.hidden_size, generator=torch.Generator().manual_seed(0))
     whole, last = mixer(states, mixer.initial_state())
     for sizes in ([1] * 300, [200, 1, 1, 98], [3, 297]):
