@@ -22,6 +22,12 @@ class Activations:
     def __setitem__(self, chunk: int, values: Tensor) -> None:
         self._values[chunk] = values
 
+    def copy(self) -> Activations:
+        """The same numbers, to go another way."""
+        twin = Activations.__new__(Activations)
+        twin._values = self._values.clone()
+        return twin
+
     def rows(self, indices: Tensor) -> Tensor:
         """The tokens of these numbers, counted over all chunks, [indices, ...]."""
         return self._values.flatten(0, 1)[indices]

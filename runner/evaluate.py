@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput
-from ..sources.model import Model, open_model
+from ..sources.model import Model, open_model, pieces
 from ..sources.progress import Progress, Silent
 from ..sources.tokenizer import Tokenizer
 from .activations import Activations
@@ -81,12 +82,12 @@ def perplexity(
     """
     model, progress = _opened(model), progress or Silent()
     tokens = chunk_tokens(model.tokenizer, Path(file), context, chunks)
-    stream = Stream(model, _with_bos(tokens, model.tokenizer))
+    stream = Stream(model, with_bos(tokens, model.tokenizer))
     progress.begin("Perplexity", len(model.graph.layers), "layers")
     for layer in model.graph.layers:
         stream.advance(layer)
         progress.advance(1, f"layer {layer.index}")
-    targets = _targets(tokens)
+    targets = targets_of(tokens)
     scores = Scores(targets)
     states = stream.final_states(_scored_positions(context))
     first_word = 0
@@ -113,9 +114,9 @@ def parity(
     reference, candidate, progress = _opened(reference), _opened(candidate), progress or Silent()
     tokens = chunk_tokens(reference.tokenizer, Path(file), context, chunks)
     _check_same_vocabulary(reference, candidate, tokens, Path(file), chunks, progress)
-    streams = [Stream(model, _with_bos(tokens, model.tokenizer)) for model in (reference, candidate)]
+    streams = [Stream(model, with_bos(tokens, model.tokenizer)) for model in (reference, candidate)]
     layer_errors = _advance_together(streams[0], streams[1], progress)
-    divergence = _compare_heads(streams[0], streams[1], _targets(tokens), context)
+    (divergence,) = compare_heads(streams[0], streams[1:], targets_of(tokens), context)
     return _summarise(divergence, layer_errors, context, len(tokens))
 
 
@@ -142,7 +143,7 @@ def _opened(model: Model | str | Path) -> Model:
     return model if isinstance(model, Model) else open_model(model)
 
 
-def _with_bos(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
+def with_bos(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
     """llama-perplexity puts the BOS token in place of each chunk's first token, where the model has one."""
     if not tokenizer.add_bos or tokenizer.bos is None:
         return tokens
@@ -155,7 +156,8 @@ def _scored_positions(context: int) -> slice:
     return slice(context // 2, context - 1)
 
 
-def _targets(tokens: Tensor) -> Tensor:
+def targets_of(tokens: Tensor) -> Tensor:
+    """The tokens that are scored, of [chunks, context]: those of each chunk's second half."""
     context = tokens.shape[1]
     return tokens[:, context // 2 + 1 :].flatten()
 
@@ -207,17 +209,22 @@ def _unpadded(hidden: Tensor, size: int) -> Tensor:
     return hidden if hidden.shape[-1] == size else hidden[..., :size] * math.sqrt(size / hidden.shape[-1])
 
 
-def _compare_heads(reference: Stream, candidate: Stream, targets: Tensor, context: int) -> Divergence:
-    divergence = Divergence(targets)
-    states = [stream.final_states(_scored_positions(context)) for stream in (reference, candidate)]
+def compare_heads(reference: Stream, candidates: Sequence[Stream], targets: Tensor, context: int) -> list[Divergence]:
+    """The divergence of every candidate from the reference at `targets`, a block of the vocabulary at a time."""
+    streams = (reference, *candidates)
+    divergences = [Divergence(targets) for _ in candidates]
+    states = [stream.final_states(_scored_positions(context)) for stream in streams]
     first_word = 0
-    for blocks in zip(reference.head_blocks(), candidate.head_blocks(), strict=True):
+    for _, rows in pieces(reference.weights.graph.head):
+        blocks = [stream.weights.load(stream.weights.graph.head, None, rows) for stream in streams]
         for part in _parts(len(targets)):
-            divergence.update(
-                part, first_word, *(multiply(s[part], block) for s, block in zip(states, blocks, strict=True))
-            )
+            expected = multiply(states[0][part], blocks[0])
+            for divergence, own, block in zip(divergences, states[1:], blocks[1:], strict=True):
+                divergence.update(part, first_word, expected, multiply(own[part], block))
         first_word += len(blocks[0])
-    return divergence
+        for stream in streams:
+            stream.weights.forget()
+    return divergences
 
 
 def _perplexity_of(scores: Scores) -> tuple[float, float]:

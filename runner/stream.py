@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any, Protocol
 
 import torch
@@ -62,6 +63,13 @@ class Stream:
     def advance(self, layer: Layer) -> None:
         """Run all chunks through one layer. Raises BadInput when its output is not finite."""
         advance([self], [layer])
+
+    def fork(self, weights: Weights) -> Stream:
+        """A stream that has come as far as this one and goes on with other weights."""
+        fork = copy(self)
+        fork.weights, fork.hidden = weights, self.hidden.copy()
+        fork._residual = residual_of(weights)
+        return fork
 
     def enter(self, layer: Layer, number: int) -> ExpertLane | None:
         """Run all chunks through a sublayer; through a MoE only up to its experts, which are given back."""

@@ -33,10 +33,13 @@ class Weights(Protocol):
 
 
 class ModelWeights:
-    """The weights of a model as they are stored; lanes of one model share them, so each is decoded once for all."""
+    """The weights of a model as they are stored; lanes of one model share them, so each is decoded once for all.
 
-    def __init__(self, model: Model) -> None:
-        self.graph = model.graph
+    `graph` may be another form of the model's own, with weights that read the same tensors.
+    """
+
+    def __init__(self, model: Model, graph: Graph | None = None) -> None:
+        self.graph = graph or model.graph
         self._model = model
         self._kept: dict[tuple[str, int | None, tuple[int, int] | None], Tensor] = {}
 

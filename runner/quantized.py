@@ -1,0 +1,90 @@
+"""Weights as a file with certain types would hold them, without the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..archs.weights import Padded, Weight
+from ..quant import dequantize, quantize
+from ..quant.formats import format_named
+from ..sources.imatrix import ImportanceMatrix
+from .weights import Weights, multiply, multiply_groups
+
+Key = tuple[str, str, int | None, tuple[int, int] | None]
+
+
+class Quantizer:
+    """Rounds weights to types and back; what it made is kept until `forget`, for all lanes that ask for the same."""
+
+    def __init__(self, source: Weights, importance: ImportanceMatrix | None) -> None:
+        self.source = source
+        self.importance = importance
+        self._kept: dict[Key, Tensor] = {}
+
+    def load(self, weight: Weight, type: str, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+        """The weight's numbers after storing them in that type: float32, of the shape that `Weights.load` gives."""
+        key = (weight.name, type, expert, rows)
+        if key not in self._kept:
+            self._kept[key] = self.round(self.source.load(weight, expert, rows), weight, type, expert)
+        return self._kept[key]
+
+    def round(self, values: Tensor, weight: Weight, type: str, expert: int | None) -> Tensor:
+        """Some rows of a weight after storing them; rows that blocks do not divide are filled up with zeros first."""
+        matrix = values.reshape(-1, weight.columns)
+        missing = -weight.columns % format_named(type).block_size
+        importance = columns_importance(self.importance, weight, expert)
+        if missing:
+            matrix = functional.pad(matrix, (0, missing))
+            importance = functional.pad(importance, (0, missing)) if importance is not None else None
+        stored = dequantize(quantize(matrix, type, importance), type)
+        return stored[:, : weight.columns].reshape(values.shape)
+
+    def forget(self, expert: int | None = None) -> None:
+        self._kept = {} if expert is None else {key: kept for key, kept in self._kept.items() if key[2] != expert}
+        self.source.forget(expert)
+
+
+class QuantizedWeights:
+    """The weights of a graph, those named in `types` rounded to them; the others are the source's."""
+
+    def __init__(self, quantizer: Quantizer, types: Mapping[str, str]) -> None:
+        self.graph = quantizer.source.graph
+        self._quantizer = quantizer
+        self._types = types
+
+    def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
+        type = self._types.get(weight.name)
+        if type is None:
+            return self._quantizer.source.load(weight, expert, rows)
+        return self._quantizer.load(weight, type, expert, rows)
+
+    def project(self, states: Tensor, weight: Weight, expert: int | None = None) -> Tensor:
+        return multiply(states, self.load(weight, expert))
+
+    def project_groups(self, states: Tensor, weight: Weight) -> Tensor:
+        return multiply_groups(states, self.load(weight))
+
+    def forget(self, expert: int | None = None) -> None:
+        self._quantizer.forget(expert)
+
+
+def columns_importance(matrix: ImportanceMatrix | None, weight: Weight, expert: int | None) -> Tensor | None:
+    """The importance of a weight's columns [columns], zero where they are padding; None where nothing is known.
+
+    An expert that no token reached is taken to see what the others see.
+    """
+    if matrix is None:
+        return None
+    own = weight.source.source.shape[-1] if isinstance(weight.source, Padded) else weight.columns
+    means = matrix.of(weight.name, own, weight.experts or 1)
+    if means is None:
+        return None
+    columns = means[expert or 0]
+    if not columns.any():
+        known = means[means.any(dim=1)]
+        columns = known.mean(dim=0) if len(known) else torch.ones(own)
+    return functional.pad(columns, (0, weight.columns - own))
