@@ -9,6 +9,7 @@ from pathlib import Path
 from ..archs.errors import BadInput
 from ..archs.graph import Graph
 from ..quant.allocation import Damage, Key, plan_within, typical_damage
+from ..quant.fit import Fit, Machine, fit
 from ..quant.padding import pad
 from ..quant.plan import Plan, plan_file, plan_tensors
 from ..quant.plan_file import StoredTypes, plan_like, read_plan_file
@@ -54,9 +55,11 @@ def choose_plan(
     target: Target,
     padding: bool = True,
     mtp: bool | None = None,
-    damage: Damage | None = None,
+    importance: bool = False,
 ) -> Plan:
-    """The plan for a model. Without `damage`, a budget is shared out by what is typical of each role.
+    """The plan for a model that nothing is known of: a budget is shared out by what is typical of each role.
+
+    `importance` tells whether weights will be rounded with an importance matrix.
 
     Raises BadInput for a budget that is too small, or a file that does not belong to this model.
     """
@@ -65,43 +68,65 @@ def choose_plan(
     if target.like:
         return plan_like(model.graph, types_of_gguf(target.like))
     if target.is_budget:
-        return plan_for_budget(model, target, padding, mtp, damage or typical_damage(model.graph))
-    return plan_file(model.graph, recipe_named(target.quant), padding, mtp)
+        damage = typical_damage(model.graph)
+        return plan_for_budget(
+            model.graph, budget_of(model, target), damage, padding=padding, mtp=mtp, importance=importance
+        )
+    return plan_file(model.graph, recipe_named(target.quant), padding, mtp, importance)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a plan may take: bytes of the data section, bytes that one token touches; and what to call the plan."""
+
+    name: str
+    bytes: int
+    bytes_per_token: float | None = None
+
+
+def budget_of(model: Model, target: Target) -> Budget:
+    """What the header leaves of a size, or so many bits for each weight of the model."""
+    if target.size is not None:
+        return Budget(f"{target.size / 1e9:.3g}GB", target.size - _header_bytes(model), target.bytes_per_token)
+    assert target.bits_per_weight is not None
+    size = int(target.bits_per_weight * model.graph.parameters() / 8)
+    return Budget(f"{target.bits_per_weight:.2f}bpw", size, target.bytes_per_token)
 
 
 def plan_for_budget(
-    model: Model, target: Target, padding: bool, mtp: bool | None, damage: Damage, together: Key | None = None
+    graph: Graph,
+    budget: Budget,
+    damage: Damage,
+    *,
+    padding: bool = True,
+    mtp: bool | None = None,
+    importance: bool = False,
+    together: Key | None = None,
 ) -> Plan:
     """The plan of least damage under a budget, with rows padded where that does less; see `plan_within`."""
     found: list[tuple[float, Plan]] = []
     refusal: BadInput | None = None
-    for graph in variants(model.graph, padding, mtp):
+    for form in variants(graph, padding, mtp):
         try:
             plan = plan_within(
-                graph,
-                data_budget(model, target, graph),
+                form,
+                budget.bytes,
                 damage,
-                name=_name(target),
-                importance=damage.measured,
+                name=budget.name,
+                importance=importance,
                 together=together,
-                active_budget=target.bytes_per_token,
+                active_budget=budget.bytes_per_token,
             )
         except BadInput as error:
             refusal = error
             continue
-        own = {weight.name for weight in replace(graph, predictions=()).weights()}
+        own = {weight.name for weight in replace(form, predictions=()).weights()}
         found.append((sum(damage.of(t.weight, t.type) for t in plan.tensors if t.weight.name in own), plan))
     if not found:
         assert refusal
         raise refusal
     best = min(found, key=lambda pair: pair[0])[1]
-    return replace(best, notes=_notes(model.graph, best, damage))
-
-
-def _name(target: Target) -> str:
-    if target.size is not None:
-        return f"{target.size / 1e9:.3g}GB"
-    return f"{target.bits_per_weight:.2f}bpw"
+    return replace(best, notes=_notes(graph, best, damage))
 
 
 def _notes(graph: Graph, plan: Plan, damage: Damage) -> tuple[str, ...]:
@@ -118,29 +143,38 @@ def _notes(graph: Graph, plan: Plan, damage: Damage) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _header_bytes(model: Model, graph: Graph) -> int:
+def _header_bytes(model: Model) -> int:
     """Bytes of a file before its first tensor; an estimate where the tokenizer is not on this machine."""
-    plan = plan_tensors(graph, recipe_named("F32"))
+    plan = plan_tensors(model.graph, recipe_named("F32"))
     try:
-        metadata = gguf_metadata(model, plan, model.path.resolve().name, None, {}, Silent())
+        metadata = model.metadata or gguf_metadata(model, plan, model.path.resolve().name, None, {}, Silent())
     except BadInput:
-        return _HEADER_SLACK + _HEADER_PER_WORD * graph.vocabulary_size
+        return _HEADER_SLACK + _HEADER_PER_WORD * model.graph.vocabulary_size
     with tempfile.TemporaryDirectory() as folder:
         return header_bytes(Path(folder, "header"), metadata, plan.tensors) + _HEADER_SLACK
 
 
-def data_budget(model: Model, target: Target, graph: Graph) -> int:
-    """Bytes that the data section may take: what the header leaves of a size, or so many bits for each weight."""
-    if target.size is not None:
-        return target.size - _header_bytes(model, graph)
-    assert target.bits_per_weight is not None
-    return int(target.bits_per_weight * model.graph.parameters() / 8)
+def fit_machine(graph: Graph, machine: Machine, padding: bool, mtp: bool | None) -> Fit:
+    """The plan for a machine's memory, by what is typical of each role. Raises BadInput when the model cannot fit."""
+    damage = typical_damage(graph)
+    found: list[Fit] = []
+    refusal: BadInput | None = None
+    for form in variants(graph, padding, mtp):
+        try:
+            found.append(fit(form, machine, damage))
+        except BadInput as error:
+            refusal = error
+    if not found:
+        assert refusal
+        raise refusal
+    best = min(found, key=lambda fit: sum(damage.of(t.weight, t.type) for t in fit.plan.tensors))
+    return replace(best, plan=replace(best.plan, notes=_notes(graph, best.plan, damage)))
 
 
 def variants(graph: Graph, padding: bool, mtp: bool | None) -> list[Graph]:
     """The forms in which a model may be stored: as it is, and with rows padded so that all types fit them."""
     if mtp and not graph.predictions:
-        raise BadInput("--mtp: a plan under a budget has no blocks for multi-token prediction here; leave it out")
+        raise BadInput("--mtp: this model keeps no blocks for multi-token prediction in the same file; leave it out")
     plain = replace(graph, predictions=()) if mtp is False else graph
     forms = [plain]
     padded = pad(plain if mtp else replace(graph, predictions=()), _BLOCK)

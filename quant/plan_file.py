@@ -54,6 +54,14 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def write_plan_file(plan: Plan, path: Path) -> None:
+    """Raises BadInput when the file cannot be written."""
+    try:
+        path.write_text(json.dumps(plan_as_json(plan), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written: {error.strerror}") from None
+
+
 def read_plan_file(path: Path) -> StoredTypes:
     """Raises BadInput when the file cannot be read, is no plan, or of a version that is not known."""
     try:

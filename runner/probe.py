@@ -21,11 +21,10 @@ from ..archs.graph import Graph
 from ..archs.weights import Weight
 from ..quant.allocation import Damage, candidates, typical_damage
 from ..quant.formats import format_named
-from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import Model, pieces
 from ..sources.progress import Progress
 from .evaluate import compare_heads, targets_of, with_bos
-from .quantized import QuantizedWeights, Quantizer
+from .quantized import Importance, QuantizedWeights, Quantizer
 from .stream import Stream, advance
 from .weights import ModelWeights, Weights, multiply, multiply_groups
 
@@ -37,7 +36,7 @@ _LEAST_SENSITIVITY = 0.02  # of the role's median: noise may hide what little a 
 
 
 def measure_damage(
-    model: Model, tokens: Tensor, importance: ImportanceMatrix | None, forms: Sequence[Graph], progress: Progress
+    model: Model, tokens: Tensor, importance: Importance | None, forms: Sequence[Graph], progress: Progress
 ) -> Damage:
     """Sensitivities and errors of all weights that may be quantised.
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..archs.weights import Padded, Weight
+from ..archs.weights import Weight
 from ..quant import dequantize, quantize
 from ..quant.formats import format_named
-from ..sources.imatrix import ImportanceMatrix
 from .weights import Weights, multiply, multiply_groups
 
 Key = tuple[str, str, int | None, tuple[int, int] | None]
 
 
+class Importance(Protocol):
+    """How much the columns of a weight matter."""
+
+    def of(self, weight: Weight, expert: int | None) -> Tensor | None:
+        """[columns], not negative, zero where columns are padding; None where nothing is known."""
+
+
 class Quantizer:
     """Rounds weights to types and back; what it made is kept until `forget`, for all lanes that ask for the same."""
 
-    def __init__(self, source: Weights, importance: ImportanceMatrix | None) -> None:
+    def __init__(self, source: Weights, importance: Importance | None) -> None:
         self.source = source
         self.importance = importance
         self._kept: dict[Key, Tensor] = {}
@@ -36,7 +42,7 @@ class Quantizer:
         """Some rows of a weight after storing them; rows that blocks do not divide are filled up with zeros first."""
         matrix = values.reshape(-1, weight.columns)
         missing = -weight.columns % format_named(type).block_size
-        importance = columns_importance(self.importance, weight, expert)
+        importance = self.importance.of(weight, expert) if self.importance else None
         if missing:
             matrix = functional.pad(matrix, (0, missing))
             importance = functional.pad(importance, (0, missing)) if importance is not None else None
@@ -70,21 +76,3 @@ class QuantizedWeights:
 
     def forget(self, expert: int | None = None) -> None:
         self._quantizer.forget(expert)
-
-
-def columns_importance(matrix: ImportanceMatrix | None, weight: Weight, expert: int | None) -> Tensor | None:
-    """The importance of a weight's columns [columns], zero where they are padding; None where nothing is known.
-
-    An expert that no token reached is taken to see what the others see.
-    """
-    if matrix is None:
-        return None
-    own = weight.source.source.shape[-1] if isinstance(weight.source, Padded) else weight.columns
-    means = matrix.of(weight.name, own, weight.experts or 1)
-    if means is None:
-        return None
-    columns = means[expert or 0]
-    if not columns.any():
-        known = means[means.any(dim=1)]
-        columns = known.mean(dim=0) if len(known) else torch.ones(own)
-    return functional.pad(columns, (0, weight.columns - own))

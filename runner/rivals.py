@@ -9,17 +9,16 @@ from torch import Tensor
 from ..archs.graph import Graph
 from ..quant.formats import Format
 from ..quant.plan import Plan
-from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import Model
 from ..sources.progress import Progress
 from .evaluate import compare_heads, targets_of, with_bos
-from .quantized import QuantizedWeights, Quantizer
+from .quantized import Importance, QuantizedWeights, Quantizer
 from .stream import Stream, advance
 from .weights import ModelWeights
 
 
 def divergences(
-    model: Model, plans: Sequence[Plan], tokens: Tensor, importance: ImportanceMatrix | None, progress: Progress
+    model: Model, plans: Sequence[Plan], tokens: Tensor, importance: Importance | None, progress: Progress
 ) -> list[Tensor]:
     """KL(model || plan) in nats, float64 [positions], of each plan on `tokens` [chunks, context].
 
@@ -37,7 +36,7 @@ def divergences(
 
 
 def _lane(
-    model: Model, plan: Plan, tokens: Tensor, importance: ImportanceMatrix | None, forms: list[tuple[Graph, Quantizer]]
+    model: Model, plan: Plan, tokens: Tensor, importance: Importance | None, forms: list[tuple[Graph, Quantizer]]
 ) -> Stream:
     quantizer = next((known for graph, known in forms if graph == plan.graph), None)
     if quantizer is None:

@@ -1,0 +1,127 @@
+"""The best plan under a byte budget: measure what each weight's rounding does, solve, compare whole plans, choose."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..archs.errors import BadInput
+from ..archs.graph import Graph
+from ..archs.weights import Weight
+from ..quant.allocation import Damage, Key
+from ..quant.plan import Plan, plan_file
+from ..quant.recipes import RECIPES
+from ..runner.probe import measure_damage
+from ..runner.quantized import Importance
+from ..runner.rivals import divergences
+from ..sources.model import Model
+from ..sources.progress import Progress
+from .choose import Budget, plan_for_budget, variants
+
+_EXPONENTS = (1.0, 0.8, 1.25)  # of the error in the damage: how much more low bits hurt than high ones
+_EDGE = 8  # the first and last of so many parts of the layers are the edges
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A plan that took part: its size, and its mean KL divergence in nats on text that no plan was made from."""
+
+    name: str
+    bytes: int
+    mean_kld: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The plan that won, the damages it was made from, and all that took part, the winner first."""
+
+    plan: Plan
+    damage: Damage
+    rivals: tuple[Rival, ...]
+
+
+def allocate(
+    model: Model,
+    budget: Budget,
+    probes: Tensor,
+    held_out: Tensor,
+    importance: Importance | None,
+    progress: Progress,
+    *,
+    padding: bool = True,
+    mtp: bool | None = None,
+) -> Allocation:
+    """The plan with the least measured divergence within a budget.
+
+    Args:
+        probes: tokens [chunks, context] on which single weights are measured.
+        held_out: tokens on which whole plans are compared.
+
+    The largest stock mix within the budget takes part; unless another plan is better than it beyond doubt (one
+    standard error of the difference), it wins. Raises BadInput for a budget that is too small.
+    """
+    damage = measure_damage(model, probes, importance, variants(model.graph, padding, mtp), progress)
+    solve = partial(plan_for_budget, model.graph, budget, padding=padding, mtp=mtp, importance=importance is not None)
+    plans = {f"exponent {x:g}": solve(replace(damage, exponent=x)) for x in _EXPONENTS}
+    plans["one type a role"] = solve(damage, together=_by_role)
+    plans["edges apart"] = solve(damage, together=_by_edge(model.graph))
+    stock = stock_within(model.graph, budget.bytes, padding, mtp, importance is not None)
+    if stock:
+        plans[stock.recipe.name] = stock
+    klds = dict(zip(plans, divergences(model, list(plans.values()), held_out, importance, progress), strict=True))
+    best = min(klds, key=lambda name: float(klds[name].mean()))
+    if stock and not _better(klds[best], klds[stock.recipe.name]):
+        best = stock.recipe.name
+    order = sorted(plans, key=lambda name: (name != best, float(klds[name].mean())))
+    rivals = tuple(Rival(name, plans[name].bytes, float(klds[name].mean())) for name in order)
+    plan = replace(plans[best], expected_kld=rivals[0].mean_kld)
+    return Allocation(replace(plan, notes=(*plan.notes, _verdict(rivals))), damage, rivals)
+
+
+def _better(candidate: Tensor, stock: Tensor) -> bool:
+    difference = stock - candidate
+    return float(difference.mean()) > float(difference.std()) / math.sqrt(len(difference))
+
+
+def stock_within(graph: Graph, size: int, padding: bool, mtp: bool | None, importance: bool) -> Plan | None:
+    """The largest of llama.cpp's mixes whose data section is within a size; None where none is."""
+    recipes = (recipe for recipe in RECIPES.values() if recipe.quantised and not recipe.native)
+    plans = (plan_file(graph, recipe, padding, mtp, importance) for recipe in recipes)
+    return max((plan for plan in plans if plan.bytes <= size), key=lambda plan: plan.bytes, default=None)
+
+
+def _by_role(weight: Weight) -> object:
+    return weight.role
+
+
+def _by_edge(graph: Graph) -> Key:
+    count = len(graph.layers)
+    edge = max(1, count // _EDGE)
+
+    def key(weight: Weight) -> object:
+        return weight.role, weight.layer is not None and not edge <= weight.layer < count - edge
+
+    return key
+
+
+def _verdict(rivals: tuple[Rival, ...]) -> str:
+    winner, *others = rivals
+    compared = ", ".join(f"{r.name} {r.mean_kld:.5f} ({r.mean_kld / max(winner.mean_kld, 1e-12):.2f}x)" for r in others)
+    kept = "the stock mix stays; " if winner.name in RECIPES else ""
+    return f"{kept}KL divergence on held-out text: {winner.name} {winner.mean_kld:.5f}; {compared}"
+
+
+def split_tokens(tokens: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Calibration chunks for probes and for comparing plans, at most so many each; none is in both.
+
+    Raises BadInput when there are fewer than two.
+    """
+    if len(tokens) < 2:
+        raise BadInput("the calibration text has one chunk, expected two or more: use more text or less --context")
+    count = min(most, len(tokens) // 2)
+    spread = torch.linspace(0, len(tokens) - 1, 2 * count).long()
+    return tokens[spread[0::2]], tokens[spread[1::2]]
