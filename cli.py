@@ -29,6 +29,7 @@ for command in (
     cli_plan.plan,
     cli_convert.convert,
     cli_convert.quantize,
+    cli_convert.imatrix,
     cli_evaluate.perplexity,
     cli_evaluate.parity,
     cli_models.download,

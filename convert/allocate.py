@@ -13,10 +13,10 @@ from ..archs.errors import BadInput
 from ..archs.graph import Graph
 from ..archs.weights import Weight
 from ..quant.allocation import Damage, Key
+from ..quant.importance import Importance
 from ..quant.plan import Plan, plan_file
 from ..quant.recipes import RECIPES
 from ..runner.probe import measure_damage
-from ..runner.quantized import Importance
 from ..runner.rivals import divergences
 from ..sources.model import Model
 from ..sources.progress import Progress
@@ -49,6 +49,7 @@ def allocate(
     budget: Budget,
     probes: Tensor,
     held_out: Tensor,
+    calibration: Tensor | None,
     importance: Importance | None,
     progress: Progress,
     *,
@@ -60,19 +61,22 @@ def allocate(
     Args:
         probes: tokens [chunks, context] on which single weights are measured.
         held_out: tokens on which whole plans are compared.
+        calibration: tokens that show which inputs of a weight matter; without, `importance` does.
 
     The largest stock mix within the budget takes part; unless another plan is better than it beyond doubt (one
     standard error of the difference), it wins. Raises BadInput for a budget that is too small.
     """
-    damage = measure_damage(model, probes, importance, variants(model.graph, padding, mtp), progress)
-    solve = partial(plan_for_budget, model.graph, budget, padding=padding, mtp=mtp, importance=importance is not None)
+    damage = measure_damage(model, probes, calibration, importance, variants(model.graph, padding, mtp), progress)
+    weighed = importance is not None or calibration is not None
+    solve = partial(plan_for_budget, model.graph, budget, padding=padding, mtp=mtp, importance=weighed)
     plans = {f"exponent {x:g}": solve(replace(damage, exponent=x)) for x in _EXPONENTS}
     plans["one type a role"] = solve(damage, together=_by_role)
     plans["edges apart"] = solve(damage, together=_by_edge(model.graph))
-    stock = stock_within(model.graph, budget.bytes, padding, mtp, importance is not None)
+    stock = stock_within(model.graph, budget.bytes, padding, mtp, weighed)
     if stock:
         plans[stock.recipe.name] = stock
-    klds = dict(zip(plans, divergences(model, list(plans.values()), held_out, importance, progress), strict=True))
+    measured = divergences(model, list(plans.values()), held_out, calibration, importance, progress)
+    klds = dict(zip(plans, measured, strict=True))
     best = min(klds, key=lambda name: float(klds[name].mean()))
     if stock and not _better(klds[best], klds[stock.recipe.name]):
         best = stock.recipe.name

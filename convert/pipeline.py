@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,16 @@ from ..archs.errors import BadInput
 from ..archs.graph import Graph
 from ..quant.plan import Plan, plan_file, plan_tensors
 from ..quant.recipes import Recipe, recipe_named
-from ..runner.evaluate import DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, parity
+from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, chunk_tokens
+from ..runner.memory import peak_rss_bytes
+from ..sources.imatrix import read_imatrix
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
-from .encode import write_tensors
+from .encode import MeasuredImportance
 from .gguf_tokenizer import tokenizer_metadata
 from .gguf_writer import GGUFWriter
+from .imatrix import ImatrixWriter
+from .onepass import Lanes, cast
 
 QUANTIZATION_VERSION = 2  # of ggml's block formats, as general.quantization_version
 
@@ -45,6 +49,19 @@ class Conversion:
     seconds: float
     peak_rss_bytes: int
 
+    @classmethod
+    def of(cls, files: Sequence[Path], plan: Plan, started: float, parity: Parity | None = None) -> Conversion:
+        """The conversion to finished `files` that began when `time.monotonic()` was `started`."""
+        return cls(
+            files=tuple(files),
+            bytes=sum(file.stat().st_size for file in files),
+            bits_per_weight=plan.bits_per_weight,
+            parity=parity,
+            problems=plan.problems,
+            seconds=time.monotonic() - started,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
 
 def convert(
     source: str | Path,
@@ -57,6 +74,9 @@ def convert(
     pre: str | None = None,
     split_max_bytes: int | None = None,
     overwrite: bool = False,
+    calibration: str | Path | None = CALIBRATION_TEXT,
+    imatrix: str | Path | None = None,
+    imatrix_out: str | Path | None = None,
     verify: bool = True,
     file: str | Path = EVALUATION_TEXT,
     context: int = DEFAULT_CONTEXT,
@@ -78,6 +98,10 @@ def convert(
         pre: llama.cpp's name of the text splitter, by default the architecture's.
         split_max_bytes: start a new file when the data section would grow beyond this.
         overwrite: replace an existing output.
+        calibration: the text, in chunks of `context` tokens, that shows which inputs of a weight matter; None weighs
+            all alike. Types of 8 bits and more do without.
+        imatrix: an importance matrix of llama.cpp, instead of calibration.
+        imatrix_out: where to write what calibration found, as llama.cpp's importance matrix.
         verify: compare the result with the source on `file`, `chunks` chunks of `context` tokens.
         provenance: further facts about the source to store in the file.
 
@@ -90,24 +114,30 @@ def convert(
     if model.metadata:
         raise BadInput(f"{source} is a GGUF file, expected a checkpoint folder")
     name = name or model.path.resolve().name
-    plan = plan_file(model.graph, recipe_named(quant), padding, mtp)
+    measured = read_imatrix(Path(imatrix)) if imatrix else None
+    recipe = recipe_named(quant)
+    text = None if measured or not (imatrix_out or recipe.weighs_columns) else calibration
+    if imatrix_out and not text:
+        raise BadInput("--imatrix-out writes what calibration finds: leave out --imatrix and --no-calibration")
+    plan = plan_file(model.graph, recipe, padding, mtp, importance=bool(measured or text))
     path = _output_path(Path(output), name, plan.recipe.name)
     metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
-    with GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite) as writer:
-        write_tensors(writer, model, plan, progress, threads=threads)
+    lanes = Lanes(
+        chunk_tokens(model.tokenizer, Path(text), context, None) if text else None,
+        chunk_tokens(model.tokenizer, Path(file), context, chunks) if verify else None,
+    )
+    with ExitStack() as stack:
+        found = None
+        if imatrix_out and text and lanes.calibration is not None:
+            found = ImatrixWriter(Path(imatrix_out), Path(text), lanes.calibration, overwrite)
+            stack.enter_context(found)
+        writer = stack.enter_context(GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite))
+        importance = MeasuredImportance(measured) if measured else None
+        result = cast(model, plan, writer, lanes, progress, importance, found, threads)
     files = [*writer.paths]
     if mtp and model.graph.draft:
         files.append(_write_draft(model, model.graph.draft, plan.recipe, path, metadata, overwrite, threads, progress))
-    result = parity(model, writer.paths[0], file, context, chunks, progress) if verify else None
-    return Conversion(
-        files=tuple(files),
-        bytes=sum(file.stat().st_size for file in files),
-        bits_per_weight=plan.bits_per_weight,
-        parity=result,
-        problems=plan.problems,
-        seconds=time.monotonic() - started,
-        peak_rss_bytes=peak_rss_bytes(),
-    )
+    return Conversion.of(files, plan, started, result)
 
 
 def _write_draft(
@@ -125,7 +155,7 @@ def _write_draft(
     metadata = metadata | dict(model.architecture.draft_metadata(model.graph))
     path = path.with_name(f"{path.stem}-mtp.gguf")
     with GGUFWriter(path, metadata, plan.tensors, None, overwrite) as writer:
-        write_tensors(writer, model, plan, progress, threads=threads)
+        cast(model, plan, writer, Lanes(), progress, threads=threads)
     return path
 
 
@@ -156,13 +186,3 @@ def _output_path(output: Path, name: str, quant: str) -> Path:
     except OSError as error:
         raise BadInput(f"{path.parent} cannot be made: {error.strerror}; choose another --output") from None
     return path
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    try:  # getrusage would count the parent that forked us as well
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

@@ -21,7 +21,9 @@ from .stream import Stream, advance
 from .weights import multiply
 
 DEFAULT_CONTEXT = 512
-EVALUATION_TEXT = Path(__file__).parent.parent / "examples" / "text" / "evaluation.txt"
+_TEXTS = Path(__file__).parent.parent / "examples" / "text"
+EVALUATION_TEXT = _TEXTS / "evaluation.txt"
+CALIBRATION_TEXT = _TEXTS / "calibration.txt"
 _POSITION_BLOCK = 4096  # positions whose logits over one vocabulary block are in memory at a time
 
 
@@ -87,16 +89,15 @@ def perplexity(
     for layer in model.graph.layers:
         stream.advance(layer)
         progress.advance(1, f"layer {layer.index}")
-    targets = targets_of(tokens)
-    scores = Scores(targets)
+    scores = Scores(targets(tokens))
     states = stream.final_states(_scored_positions(context))
     first_word = 0
     for block in stream.head_blocks():
-        for part in _parts(len(targets)):
+        for part in _parts(len(scores.targets)):
             scores.update(part, first_word, multiply(states[part], block))
         first_word += len(block)
     value, error = _perplexity_of(scores)
-    return Perplexity(value, error, len(targets), context, len(tokens))
+    return Perplexity(value, error, len(scores.targets), context, len(tokens))
 
 
 def parity(
@@ -116,8 +117,8 @@ def parity(
     _check_same_vocabulary(reference, candidate, tokens, Path(file), chunks, progress)
     streams = [Stream(model, with_bos(tokens, model.tokenizer)) for model in (reference, candidate)]
     layer_errors = _advance_together(streams[0], streams[1], progress)
-    (divergence,) = compare_heads(streams[0], streams[1:], targets_of(tokens), context)
-    return _summarise(divergence, layer_errors, context, len(tokens))
+    (divergence,) = compare_heads(streams[0], streams[1:], tokens)
+    return summarise(divergence, layer_errors, context, len(tokens))
 
 
 def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | None) -> Tensor:
@@ -156,8 +157,7 @@ def _scored_positions(context: int) -> slice:
     return slice(context // 2, context - 1)
 
 
-def targets_of(tokens: Tensor) -> Tensor:
-    """The tokens that are scored, of [chunks, context]: those of each chunk's second half."""
+def targets(tokens: Tensor) -> Tensor:
     context = tokens.shape[1]
     return tokens[:, context // 2 + 1 :].flatten()
 
@@ -188,12 +188,12 @@ def _advance_together(reference: Stream, candidate: Stream, progress: Progress) 
     errors = []
     for index, pair in enumerate(layers):
         advance((reference, candidate), pair)
-        errors.append(_relative_error(reference.hidden, candidate.hidden))
+        errors.append(relative_error(reference.hidden, candidate.hidden))
         progress.advance(1, f"layer {index}: relative error {errors[-1]:.2e}")
     return tuple(errors)
 
 
-def _relative_error(reference: Activations, candidate: Activations) -> float:
+def relative_error(reference: Activations, candidate: Activations) -> float:
     """|candidate - reference| / |reference| over all tokens."""
     difference = size = 0.0
     for chunk in range(len(reference)):
@@ -209,18 +209,21 @@ def _unpadded(hidden: Tensor, size: int) -> Tensor:
     return hidden if hidden.shape[-1] == size else hidden[..., :size] * math.sqrt(size / hidden.shape[-1])
 
 
-def compare_heads(reference: Stream, candidates: Sequence[Stream], targets: Tensor, context: int) -> list[Divergence]:
-    """The divergence of every candidate from the reference at `targets`, a block of the vocabulary at a time."""
+def compare_heads(reference: Stream, candidates: Sequence[Stream], expected: Tensor) -> list[Divergence]:
+    """How each candidate predicts the second half of every chunk, against the reference; all have passed all layers.
+
+    `expected` are the tokens [chunks, context]. The vocabulary comes in blocks, each loaded once for all streams.
+    """
     streams = (reference, *candidates)
-    divergences = [Divergence(targets) for _ in candidates]
-    states = [stream.final_states(_scored_positions(context)) for stream in streams]
+    divergences = [Divergence(targets(expected)) for _ in candidates]
+    states = [stream.final_states(_scored_positions(expected.shape[1])) for stream in streams]
     first_word = 0
     for _, rows in pieces(reference.weights.graph.head):
         blocks = [stream.weights.load(stream.weights.graph.head, None, rows) for stream in streams]
-        for part in _parts(len(targets)):
-            expected = multiply(states[0][part], blocks[0])
+        for part in _parts(len(states[0])):
+            logits = multiply(states[0][part], blocks[0])
             for divergence, own, block in zip(divergences, states[1:], blocks[1:], strict=True):
-                divergence.update(part, first_word, expected, multiply(own[part], block))
+                divergence.update(part, first_word, logits, multiply(own[part], block))
         first_word += len(blocks[0])
         for stream in streams:
             stream.weights.forget()
@@ -238,7 +241,7 @@ def _standard_error(values: Tensor) -> float:
     return math.sqrt(float(values.var(correction=0)) / max(len(values) - 1, 1))
 
 
-def _summarise(divergence: Divergence, layer_errors: tuple[float, ...], context: int, chunks: int) -> Parity:
+def summarise(divergence: Divergence, layer_errors: tuple[float, ...], context: int, chunks: int) -> Parity:
     kld = divergence.kld
     reference, candidate = divergence.reference, divergence.candidate
     delta = candidate.log_probability.exp() - reference.log_probability.exp()

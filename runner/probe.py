@@ -10,74 +10,85 @@ error than it does in a model in which everything is rounded and tokens move any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from ..archs.graph import Graph
+from ..archs.graph import Graph, weights_in
 from ..archs.weights import Weight
 from ..quant.allocation import Damage, candidates, typical_damage
 from ..quant.formats import format_named
-from ..sources.model import Model, pieces
+from ..quant.importance import Importance, Statistics
+from ..sources.model import Model
 from ..sources.progress import Progress
-from .evaluate import compare_heads, targets_of, with_bos
-from .quantized import Importance, QuantizedWeights, Quantizer
+from .evaluate import compare_heads, with_bos
+from .observe import ObservingWeights
+from .quantized import Quantizer, RoundedWeights
+from .rounding_error import ErrorWeights
 from .stream import Stream, advance
-from .weights import ModelWeights, Weights, multiply, multiply_groups
+from .weights import ModelWeights
 
-_COARSE = ("IQ2_XXS", "Q2_0", "Q4_0")  # the type of a probe: the first whose blocks fit
-_TOKENS = 32  # of each expert, on which the errors of types are measured
-_ROWS = 256  # of each matrix
-_EXPERTS = 16  # of each stack, those with the most tokens
+_COARSE, _COARSE_SHORT_ROWS = "IQ2_XXS", "Q2_0"  # the type of a probe, where blocks of 256 fit and where they do not
 _LEAST_SENSITIVITY = 0.02  # of the role's median: noise may hide what little a weight matters
 
 
 def measure_damage(
-    model: Model, tokens: Tensor, importance: Importance | None, forms: Sequence[Graph], progress: Progress
+    model: Model,
+    tokens: Tensor,
+    calibration: Tensor | None,
+    importance: Importance | None,
+    forms: Sequence[Graph],
+    progress: Progress,
 ) -> Damage:
     """Sensitivities and errors of all weights that may be quantised.
 
     Args:
-        tokens: int64 [chunks, context] of calibration text; the second half of each chunk is scored.
-        importance: what weights are rounded with.
+        tokens: int64 [chunks, context], on which probes run; the second half of each chunk is scored.
+        calibration: tokens [chunks, context] that show which inputs of a weight matter.
+        importance: what to weigh columns by where there is no calibration.
         forms: the graphs that will be planned for; their types' errors are measured.
 
-    Weights that this text does not reach get what is typical of their role.
+    Weights that this text does not reach get what is usual in their role.
     """
-    source = ModelWeights(model)
-    quantizer = Quantizer(source, importance)
-    types = _types(forms, importance is not None)
+    source, statistics = ModelWeights(model), Statistics()
+    known = importance if calibration is None else statistics
+    quantizer = Quantizer(source, known)
+    types = _types(forms, known is not None)
     probed = {weight.name: _coarse(weight) for weight in model.graph.weights() if weight.name in types}
-    own = {weight.name: weight for weight in model.graph.weights() if probed.get(weight.name)}
-    errors = ErrorWeights(source, quantizer, {name: {*types[name], probed[name]} for name in own})
+    errors = ErrorWeights(source, quantizer, {name: {*types[name], probed[name]} for name in probed})
     inputs = with_bos(tokens, model.tokenizer)
     reference = Stream(model, inputs, weights=errors)
+    observers = []
+    if calibration is not None:
+        watched = ObservingWeights(source, statistics)
+        observers.append(Stream(model, with_bos(calibration, model.tokenizer), weights=watched))
+
+    def rounded(name: str) -> RoundedWeights:
+        return RoundedWeights(quantizer, model.graph, {name: probed[name]})
+
     embedding, head = model.graph.embedding, model.graph.head
-    errors.note_embedding(embedding, inputs)
     probes: dict[str, Stream] = {}
-    if embedding.name in own:
-        rounded = QuantizedWeights(quantizer, {embedding.name: probed[embedding.name]})
-        probes[embedding.name] = Stream(model, inputs, weights=rounded)
+    if embedding.name in probed:
+        errors.note_rows(embedding, torch.bincount(inputs.flatten(), minlength=embedding.shape[0]))
+        probes[embedding.name] = Stream(model, inputs, weights=rounded(embedding.name))
         probes[embedding.name].weights = source
     progress.begin("Measuring", len(model.graph.layers), "layers")
     for layer in model.graph.layers:
-        here = [name for name, weight in own.items() if weight.layer == layer.index]
-        for name in here:
-            probes[name] = reference.fork(QuantizedWeights(quantizer, {name: probed[name]}))
-        streams = [reference, *probes.values()]
+        here = [weight.name for weight in weights_in(layer) if weight.name in probed]
+        probes |= {name: reference.fork(rounded(name)) for name in here}
+        streams = [*observers, reference, *probes.values()]
         advance(streams, [layer] * len(streams))
         for name in here:
             probes[name].weights = source
+        statistics.clear()
         progress.advance(1, f"layer {layer.index}: {len(here)} weights")
-    reference.weights = source
-    if head.name in own:
-        errors.note_head(head)
-        probes[head.name] = reference.fork(QuantizedWeights(quantizer, {head.name: probed[head.name]}))
-    divergences = compare_heads(reference, list(probes.values()), targets_of(tokens), tokens.shape[1])
+    if head.name in probed:
+        errors.note_rows(head, torch.ones(head.shape[0]))
+        probes[head.name] = reference.fork(rounded(head.name))
     measured = errors.relative()
+    divergences = compare_heads(reference, list(probes.values()), tokens)
     sensitivity = {
         name: float(divergence.kld.mean()) / measured[name][probed[name]]
         for name, divergence in zip(probes, divergences, strict=True)
@@ -96,8 +107,7 @@ def _types(forms: Sequence[Graph], importance: bool) -> dict[str, set[str]]:
 
 
 def _coarse(weight: Weight) -> str:
-    fitting = (name for name in _COARSE if format_named(name).fits(weight.columns))
-    return next(fitting, _COARSE[0])  # rows are filled up where none fits
+    return _COARSE if format_named(_COARSE).fits(weight.columns) else _COARSE_SHORT_ROWS
 
 
 def _damage(
@@ -114,81 +124,3 @@ def _damage(
         complete[weight.name] = max(sensitivity.get(weight.name, usual), _LEAST_SENSITIVITY * usual)
     probe = {name: errors[name][type] for name, type in probed.items() if errors.get(name, {}).get(type)}
     return Damage(complete, errors, probe=probe, measured=True)
-
-
-class ErrorWeights:
-    """A source's weights, which measure on the inputs of `project` what rounding would do to its outputs.
-
-    The relative squared error of a type is that of the products of some rows, some tokens and the busiest experts, so
-    an expert counts by what it contributes.
-    """
-
-    def __init__(self, source: Weights, quantizer: Quantizer, types: Mapping[str, set[str]]) -> None:
-        self.graph = source.graph
-        self._source = source
-        self._quantizer = quantizer
-        self._types = types
-        self._squares: dict[str, dict[str, float]] = {}
-        self._seen: dict[str, set[int | None]] = {}
-
-    def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
-        return self._source.load(weight, expert, rows)
-
-    def project(self, states: Tensor, weight: Weight, expert: int | None = None) -> Tensor:
-        self._note(states, weight, expert)
-        return multiply(states, self.load(weight, expert))
-
-    def project_groups(self, states: Tensor, weight: Weight) -> Tensor:
-        self._note(states.flatten(0, 1), weight, None)
-        return multiply_groups(states, self.load(weight))
-
-    def forget(self, expert: int | None = None) -> None:
-        self._source.forget(expert)
-
-    def relative(self) -> dict[str, dict[str, float]]:
-        """By weight name and type, the squared error of the outputs over their square."""
-        return {
-            name: {type: error / squares[""] for type, error in squares.items() if type}
-            for name, squares in self._squares.items()
-            if squares[""]
-        }
-
-    def note_embedding(self, weight: Weight, tokens: Tensor) -> None:
-        """Errors of the rows that the tokens look up, each as often as it is looked up."""
-        if weight.name not in self._types:
-            return
-        counts = torch.bincount(tokens.flatten(), minlength=weight.shape[0])
-        for _, rows in pieces(weight):
-            assert rows
-            used = torch.where(counts[rows[0] : rows[1]])[0][:: max(1, weight.shape[0] // (16 * _ROWS))]
-            values = self.load(weight, None, rows)[used]
-            shares = counts[rows[0] : rows[1]][used].sqrt()[:, None]
-            self._add(weight, None, values, partial(torch.mul, shares))
-            self.forget()
-
-    def note_head(self, weight: Weight) -> None:
-        """Errors of the rows themselves: what all logits have in common would not matter."""
-        for _, rows in pieces(weight):
-            self._add(weight, None, _some(self.load(weight, None, rows), _ROWS), torch.clone)
-            self.forget()
-
-    def _note(self, states: Tensor, weight: Weight, expert: int | None) -> None:
-        seen = self._seen.setdefault(weight.name, set())
-        if weight.name not in self._types or expert in seen or len(seen) >= _EXPERTS:
-            return
-        seen.add(expert)
-        some = _some(states, _TOKENS) * (len(states) / min(len(states), _TOKENS)) ** 0.5
-        matrix = _some(self.load(weight, expert), _ROWS)
-        self._add(weight, expert, matrix, lambda rows: multiply(some, rows))
-
-    def _add(self, weight: Weight, expert: int | None, matrix: Tensor, output: Callable[[Tensor], Tensor]) -> None:
-        squares = self._squares.setdefault(weight.name, {"": 0.0})
-        squares[""] += float(output(matrix).square().sum())
-        for type in self._types[weight.name]:
-            rounded = self._quantizer.round(matrix, weight, type, expert)
-            squares[type] = squares.get(type, 0.0) + float(output(rounded - matrix).square().sum())
-
-
-def _some(rows: Tensor, count: int) -> Tensor:
-    """At most so many rows, evenly spread."""
-    return rows[:: max(1, -(-len(rows) // count))]

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 from torch import Tensor
 from torch.nn import functional
 
+from ..archs.graph import Graph
 from ..archs.weights import Weight
 from ..quant import dequantize, quantize
 from ..quant.formats import format_named
-from .weights import Weights, multiply, multiply_groups
-
-Key = tuple[str, str, int | None, tuple[int, int] | None]
-
-
-class Importance(Protocol):
-    """How much the columns of a weight matter."""
-
-    def of(self, weight: Weight, expert: int | None) -> Tensor | None:
-        """[columns], not negative, zero where columns are padding; None where nothing is known."""
+from ..quant.importance import Importance
+from .weights import KeptWeights, Weights
 
 
 class Quantizer:
@@ -28,12 +20,12 @@ class Quantizer:
 
     def __init__(self, source: Weights, importance: Importance | None) -> None:
         self.source = source
-        self.importance = importance
-        self._kept: dict[Key, Tensor] = {}
+        self._importance = importance
+        self._kept: dict[tuple[int, str, int | None, tuple[int, int] | None], Tensor] = {}
 
     def load(self, weight: Weight, type: str, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
         """The weight's numbers after storing them in that type: float32, of the shape that `Weights.load` gives."""
-        key = (weight.name, type, expert, rows)
+        key = (id(weight), type, expert, rows)
         if key not in self._kept:
             self._kept[key] = self.round(self.source.load(weight, expert, rows), weight, type, expert)
         return self._kept[key]
@@ -42,7 +34,7 @@ class Quantizer:
         """Some rows of a weight after storing them; rows that blocks do not divide are filled up with zeros first."""
         matrix = values.reshape(-1, weight.columns)
         missing = -weight.columns % format_named(type).block_size
-        importance = self.importance.of(weight, expert) if self.importance else None
+        importance = self._importance.of(weight, expert) if self._importance else None
         if missing:
             matrix = functional.pad(matrix, (0, missing))
             importance = functional.pad(importance, (0, missing)) if importance is not None else None
@@ -54,11 +46,14 @@ class Quantizer:
         self.source.forget(expert)
 
 
-class QuantizedWeights:
-    """The weights of a graph, those named in `types` rounded to them; the others are the source's."""
+class RoundedWeights(KeptWeights):
+    """The weights of a graph, those named in `types` rounded to them; the others are the source's.
 
-    def __init__(self, quantizer: Quantizer, types: Mapping[str, str]) -> None:
-        self.graph = quantizer.source.graph
+    The graph is the source's own or another form of it, whose weights read the same stored tensors.
+    """
+
+    def __init__(self, quantizer: Quantizer, graph: Graph, types: Mapping[str, str]) -> None:
+        super().__init__(graph, quantizer.source.label)
         self._quantizer = quantizer
         self._types = types
 
@@ -67,12 +62,6 @@ class QuantizedWeights:
         if type is None:
             return self._quantizer.source.load(weight, expert, rows)
         return self._quantizer.load(weight, type, expert, rows)
-
-    def project(self, states: Tensor, weight: Weight, expert: int | None = None) -> Tensor:
-        return multiply(states, self.load(weight, expert))
-
-    def project_groups(self, states: Tensor, weight: Weight) -> Tensor:
-        return multiply_groups(states, self.load(weight))
 
     def forget(self, expert: int | None = None) -> None:
         self._quantizer.forget(expert)

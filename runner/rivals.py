@@ -6,45 +6,48 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..archs.graph import Graph
-from ..quant.formats import Format
+from ..quant.importance import Importance, Statistics
 from ..quant.plan import Plan
 from ..sources.model import Model
 from ..sources.progress import Progress
-from .evaluate import compare_heads, targets_of, with_bos
-from .quantized import Importance, QuantizedWeights, Quantizer
+from .evaluate import compare_heads, with_bos
+from .observe import ObservingWeights
+from .quantized import Quantizer, RoundedWeights
 from .stream import Stream, advance
 from .weights import ModelWeights
 
 
 def divergences(
-    model: Model, plans: Sequence[Plan], tokens: Tensor, importance: Importance | None, progress: Progress
+    model: Model,
+    plans: Sequence[Plan],
+    tokens: Tensor,
+    calibration: Tensor | None,
+    importance: Importance | None,
+    progress: Progress,
 ) -> list[Tensor]:
     """KL(model || plan) in nats, float64 [positions], of each plan on `tokens` [chunks, context].
 
-    Plans for padded forms of the model's graph may take part. The second half of each chunk is scored.
+    Columns are weighed by what the calibration tokens show, or else by `importance`. Plans for padded forms of the
+    model's graph may take part. The second half of each chunk is scored.
     """
-    reference = Stream(model, with_bos(tokens, model.tokenizer))
-    forms: list[tuple[Graph, Quantizer]] = []
-    streams = [_lane(model, plan, reference.tokens, importance, forms) for plan in plans]
+    source, statistics = ModelWeights(model), Statistics()
+    quantizer = Quantizer(source, importance if calibration is None else statistics)
+    inputs = with_bos(tokens, model.tokenizer)
+    observers = []
+    if calibration is not None:
+        watched = ObservingWeights(source, statistics)
+        observers.append(Stream(model, with_bos(calibration, model.tokenizer), weights=watched))
+    reference = Stream(model, inputs, weights=source)
+    candidates = [Stream(model, inputs, weights=_rounded(quantizer, plan)) for plan in plans]
+    streams = [*observers, reference, *candidates]
     progress.begin("Comparing plans", len(model.graph.layers), "layers")
-    for index, layer in enumerate(model.graph.layers):
-        advance([reference, *streams], [layer, *(stream.weights.graph.layers[index] for stream in streams)])
-        progress.advance(1, f"layer {index}")
-    found = compare_heads(reference, streams, targets_of(tokens), tokens.shape[1])
-    return [divergence.kld for divergence in found]
+    for layers in zip(*(stream.weights.graph.layers for stream in streams), strict=True):
+        advance(streams, layers)
+        statistics.clear()
+        progress.advance(1, f"layer {layers[0].index}")
+    return [divergence.kld for divergence in compare_heads(reference, candidates, tokens)]
 
 
-def _lane(
-    model: Model, plan: Plan, tokens: Tensor, importance: Importance | None, forms: list[tuple[Graph, Quantizer]]
-) -> Stream:
-    quantizer = next((known for graph, known in forms if graph == plan.graph), None)
-    if quantizer is None:
-        quantizer = Quantizer(ModelWeights(model, plan.graph), importance)
-        forms.append((plan.graph, quantizer))
-    types = {t.weight.name: t.type.name for t in plan.tensors if _rounds(t.type)}
-    return Stream(model, tokens, weights=QuantizedWeights(quantizer, types))
-
-
-def _rounds(type: Format) -> bool:
-    return type.name not in ("F32", "I32")
+def _rounded(quantizer: Quantizer, plan: Plan) -> RoundedWeights:
+    types = {t.weight.name: t.type.name for t in plan.tensors if t.type.name not in ("F32", "I32")}
+    return RoundedWeights(quantizer, plan.graph, types)
