@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,9 +16,14 @@ from .options import (
     mtp_option,
     pad_option,
     quant_option,
+    target_options,
     text_options,
     threads_option,
 )
+
+if TYPE_CHECKING:
+    from .convert.choose import Target
+    from .quant.plan import Plan
 
 _VERIFY_CHUNKS = 16
 
@@ -25,8 +31,9 @@ _VERIFY_CHUNKS = 16
 @click.command()
 @click.argument("source")
 @click.option("-o", "--output", default=".", type=click.Path(path_type=Path), help="A .gguf file or a folder.")
-@click.option("--to", "target", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="File format.")
-@quant_option
+@click.option("--to", "form", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="File format.")
+@target_options
+@click.option("--measure/--no-measure", default=True, show_default=True, help="With --size or --bpw: probe the model.")
 @pad_option
 @mtp_option
 @click.option("--split-max-size", type=Size(), help="Start a new file beyond this size, for example 40G.")
@@ -46,8 +53,9 @@ _VERIFY_CHUNKS = 16
 def convert(
     source: str,
     output: Path,
-    target: str,
-    quant: str,
+    form: str,
+    target: Target,
+    measure: bool,
     pad: bool,
     mtp: bool | None,
     split_max_size: int | None,
@@ -75,32 +83,51 @@ def convert(
     \b
     Examples:
       moecast convert CHECKPOINT -o out/ --quant Q4_K_M
+      moecast convert OWNER/NAME --size 96GB
       moecast convert OWNER/NAME --quant Q4_K_M --revision main --split-max-size 40G
     """
     from .console import watch
+    from .convert.allocate import allocate_for
+    from .convert.choose import choose_plan
     from .convert.pipeline import convert as run
-    from .quant.plan import plan_file
-    from .quant.recipes import recipe_named
     from .report import show_conversion, show_plan
     from .runner.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT
     from .sources.locate import describe, locate
+    from .sources.model import open_model
 
     if dry_run:
-        show_plan(plan_file(describe(source, revision, token).graph, recipe_named(quant), pad, mtp), as_json)
+        show_plan(choose_plan(describe(source, revision, token), target, pad, mtp), as_json)
         return
+    text = None if no_calibration else calibration or CALIBRATION_TEXT
     with watch() as progress:
         folder, provenance = locate(source, revision, token, progress)
+        model = open_model(folder)
+        plan: str | Plan = target.quant
+        if target.is_budget and measure:
+            found = allocate_for(
+                model,
+                target,
+                calibration=text,
+                imatrix=imatrix,
+                context=context,
+                padding=pad,
+                mtp=mtp,
+                progress=progress,
+            )
+            plan = found.plan
+        elif not target.is_recipe:
+            plan = choose_plan(model, target, pad, mtp, importance=bool(text or imatrix))
         result = run(
-            folder,
+            model,
             output,
-            quant,
+            plan,
             padding=pad,
             mtp=mtp,
             name=provenance.get("repository", "").split("/")[-1] or None,
             pre=pre,
             split_max_bytes=split_max_size,
             overwrite=overwrite,
-            calibration=None if no_calibration else calibration or CALIBRATION_TEXT,
+            calibration=text,
             imatrix=imatrix,
             imatrix_out=imatrix_out,
             verify=verify,

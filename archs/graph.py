@@ -361,19 +361,6 @@ class Graph:
                     values += (operation.head_size + (indexer.head_size if indexer else 0)) // ratio
         return values * bytes_per_value
 
-    def fixed_state_bytes(self, bytes_per_value: int = 2) -> int:
-        """Bytes of state that do not grow with the tokens: recurrent states, in float32, and windows of keys."""
-        size = 0
-        for operation in self.operations():
-            match operation:
-                case Mamba2():
-                    channels = operation.inner_size + 2 * operation.groups * operation.state_size
-                    taps = operation.convolution.columns
-                    size += 4 * (operation.inner_size * operation.state_size + (taps - 1) * channels)
-                case CompressedAttention():
-                    size += bytes_per_value * operation.window * operation.head_size
-        return size
-
     def operations(self) -> Iterator[Operation]:
         return (sublayer.operation for layer in self.layers for sublayer in layer.sublayers)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,13 +17,17 @@ from ..quant.allocation import Damage, Key
 from ..quant.importance import Importance
 from ..quant.plan import Plan, plan_file
 from ..quant.recipes import RECIPES
+from ..runner.evaluate import CALIBRATION_TEXT, chunk_tokens
 from ..runner.probe import measure_damage
 from ..runner.rivals import divergences
+from ..sources.imatrix import read_imatrix
 from ..sources.model import Model
 from ..sources.progress import Progress
-from .choose import Budget, plan_for_budget, variants
+from .choose import Budget, Target, budget_of, plan_for_budget, variants
+from .encode import MeasuredImportance
 
 _EXPONENTS = (1.0, 0.8, 1.25)  # of the error in the damage: how much more low bits hurt than high ones
+_CHUNKS = 8  # of text, for probes and for comparing plans each
 _EDGE = 8  # the first and last of so many parts of the layers are the edges
 
 
@@ -75,6 +80,7 @@ def allocate(
     stock = stock_within(model.graph, budget.bytes, padding, mtp, weighed)
     if stock:
         plans[stock.recipe.name] = stock
+    plans = _distinct(plans)
     measured = divergences(model, list(plans.values()), held_out, calibration, importance, progress)
     klds = dict(zip(plans, measured, strict=True))
     best = min(klds, key=lambda name: float(klds[name].mean()))
@@ -89,6 +95,44 @@ def allocate(
 def _better(candidate: Tensor, stock: Tensor) -> bool:
     difference = stock - candidate
     return float(difference.mean()) > float(difference.std()) / math.sqrt(len(difference))
+
+
+def allocate_for(
+    model: Model,
+    target: Target,
+    *,
+    calibration: Path | None,
+    imatrix: Path | None,
+    context: int,
+    padding: bool = True,
+    mtp: bool | None = None,
+    progress: Progress,
+) -> Allocation:
+    """`allocate` with what `convert` knows: texts and files.
+
+    Probes and comparisons take parts of the calibration text, of the bundled one where columns are not weighed by any.
+    """
+    text = chunk_tokens(model.tokenizer, calibration or CALIBRATION_TEXT, context, None)
+    probes, held_out = split_tokens(text, _CHUNKS)
+    return allocate(
+        model,
+        budget_of(model, target),
+        probes,
+        held_out,
+        text if calibration and not imatrix else None,
+        MeasuredImportance(read_imatrix(imatrix)) if imatrix else None,
+        progress,
+        padding=padding,
+        mtp=mtp,
+    )
+
+
+def _distinct(plans: dict[str, Plan]) -> dict[str, Plan]:
+    """Of plans that are alike, the last: the stock mix must stay."""
+    unlike = {
+        tuple((tensor.weight.shape, tensor.type.id) for tensor in plan.tensors): name for name, plan in plans.items()
+    }
+    return {name: plans[name] for name in unlike.values()}
 
 
 def stock_within(graph: Graph, size: int, padding: bool, mtp: bool | None, importance: bool) -> Plan | None:

@@ -46,6 +46,10 @@ class Target:
     bytes_per_token: float | None = None
 
     @property
+    def is_recipe(self) -> bool:
+        return not (self.plan or self.like or self.is_budget)
+
+    @property
     def is_budget(self) -> bool:
         return not self.plan and not self.like and (self.size is not None or self.bits_per_weight is not None)
 

@@ -64,9 +64,9 @@ class Conversion:
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Model,
     output: str | Path = ".",
-    quant: str = "Q4_K_M",
+    quant: str | Plan = "Q4_K_M",
     *,
     padding: bool = True,
     mtp: bool | None = None,
@@ -90,7 +90,8 @@ def convert(
     Args:
         source: checkpoint folder.
         output: a .gguf file, or a folder for `<name>-<quant>.gguf`.
-        quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds.
+        quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds; or a plan for
+            the model's graph, to which `padding` and `mtp` do not apply.
         padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
         mtp: keep the blocks of multi-token prediction; by default, unless they rule out padding. Where they are a
             draft of their own they make a second file, `<file>-mtp.gguf`.
@@ -110,16 +111,19 @@ def convert(
     """
     started = time.monotonic()
     progress = progress or Silent()
-    model = open_model(source)
+    model = source if isinstance(source, Model) else open_model(source)
     if model.metadata:
-        raise BadInput(f"{source} is a GGUF file, expected a checkpoint folder")
+        raise BadInput(f"{model.path} is a GGUF file, expected a checkpoint folder")
     name = name or model.path.resolve().name
     measured = read_imatrix(Path(imatrix)) if imatrix else None
-    recipe = recipe_named(quant)
-    text = None if measured or not (imatrix_out or recipe.weighs_columns) else calibration
+    weighs = quant.weighs_columns if isinstance(quant, Plan) else recipe_named(quant).weighs_columns
+    text = None if measured or not (imatrix_out or weighs) else calibration
     if imatrix_out and not text:
         raise BadInput("--imatrix-out writes what calibration finds: leave out --imatrix and --no-calibration")
-    plan = plan_file(model.graph, recipe, padding, mtp, importance=bool(measured or text))
+    if isinstance(quant, Plan):
+        plan = quant
+    else:
+        plan = plan_file(model.graph, recipe_named(quant), padding, mtp, importance=bool(measured or text))
     path = _output_path(Path(output), name, plan.recipe.name)
     metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
     lanes = Lanes(

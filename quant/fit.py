@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from ..archs.errors import BadInput
-from ..archs.graph import Graph
+from ..archs.graph import CompressedAttention, Graph, Mamba2
 from ..archs.weights import Role, Weight
 from .allocation import Damage, active_share, plan_with, types_within
 from .formats import Format
@@ -47,7 +47,7 @@ class Fit:
 
 def fit(graph: Graph, machine: Machine, damage: Damage, importance: bool = False, name: str = "fit") -> Fit:
     """The plan of least damage for a machine's memory. Raises BadInput when the model cannot fit."""
-    state = graph.state_bytes_per_token() * machine.context + graph.fixed_state_bytes()
+    state = graph.state_bytes_per_token() * machine.context + fixed_state_bytes(graph)
     streams = graph.residual.streams if graph.residual else 1
     working = 4 * _BATCH * (graph.vocabulary_size + _WORKING_ROWS * streams * graph.hidden_size)
     ram = machine.ram - max(_RESERVE, machine.ram // _RESERVE_SHARE)
@@ -60,6 +60,20 @@ def fit(graph: Graph, machine: Machine, damage: Damage, importance: bool = False
     plan = plan_with(graph, types, name)
     expected = sum(damage.of(t.weight, t.type) for t in plan.tensors) if damage.measured else None
     return Fit(replace(plan, expected_kld=expected), machine, state, working, layers)
+
+
+def fixed_state_bytes(graph: Graph) -> int:
+    """Bytes of state that do not grow with the context: recurrent states in float32, windows of keys in 16 bits."""
+    size = 0
+    for operation in graph.operations():
+        match operation:
+            case Mamba2():
+                channels = operation.inner_size + 2 * operation.groups * operation.state_size
+                taps = operation.convolution.columns
+                size += 4 * (operation.inner_size * operation.state_size + (taps - 1) * channels)
+            case CompressedAttention():
+                size += 2 * operation.window * operation.head_size
+    return size
 
 
 def _split(graph: Graph, ram: int, vram: int, damage: Damage, importance: bool) -> tuple[dict[str, Format], int]:

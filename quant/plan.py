@@ -65,6 +65,11 @@ class Plan:
         return 8 * self.bytes / sum(_model_elements(tensor.weight) for tensor in self.tensors)
 
     @property
+    def weighs_columns(self) -> bool:
+        """Whether any tensor is rounded so coarsely that knowing which of its inputs matter pays."""
+        return any(tensor.type.block_size > 1 and tensor.type.bits_per_weight < 8 for tensor in self.tensors)
+
+    @property
     def problems(self) -> tuple[str, ...]:
         """What the user should know before starting: the notes, and one line for each kind of fallback."""
         fallen = [tensor for tensor in self.tensors if tensor.type != tensor.wanted]
