@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from .encode import MeasuredImportance
 
 _EXPONENTS = (1.0, 0.8, 1.25)  # of the error in the damage: how much more low bits hurt than high ones
 _CHUNKS = 8  # of text, for probes and for comparing plans each
+ROLES = "one type a role"  # the name of that plan
 _EDGE = 8  # the first and last of so many parts of the layers are the edges
 
 
@@ -73,28 +75,36 @@ def allocate(
     """
     damage = measure_damage(model, probes, calibration, importance, variants(model.graph, padding, mtp), progress)
     weighed = importance is not None or calibration is not None
-    solve = partial(plan_for_budget, model.graph, budget, padding=padding, mtp=mtp, importance=weighed)
-    plans = {f"exponent {x:g}": solve(replace(damage, exponent=x)) for x in _EXPONENTS}
-    plans["one type a role"] = solve(damage, together=_by_role)
-    plans["edges apart"] = solve(damage, together=_by_edge(model.graph))
-    stock = stock_within(model.graph, budget.bytes, padding, mtp, weighed)
-    if stock:
-        plans[stock.recipe.name] = stock
-    plans = _distinct(plans)
+    plans = rivals_within(model.graph, budget, damage, padding=padding, mtp=mtp, importance=weighed)
     measured = divergences(model, list(plans.values()), held_out, calibration, importance, progress)
     klds = dict(zip(plans, measured, strict=True))
-    best = min(klds, key=lambda name: float(klds[name].mean()))
-    if stock and not _better(klds[best], klds[stock.recipe.name]):
-        best = stock.recipe.name
+    best = winner(klds)
     order = sorted(plans, key=lambda name: (name != best, float(klds[name].mean())))
     rivals = tuple(Rival(name, plans[name].bytes, float(klds[name].mean())) for name in order)
     plan = replace(plans[best], expected_kld=rivals[0].mean_kld)
     return Allocation(replace(plan, notes=(*plan.notes, _verdict(rivals))), damage, rivals)
 
 
-def _better(candidate: Tensor, stock: Tensor) -> bool:
-    difference = stock - candidate
-    return float(difference.mean()) > float(difference.std()) / math.sqrt(len(difference))
+def winner(klds: Mapping[str, Tensor]) -> str:
+    """The plan with the least divergence [positions]; a stock mix, unless the best is better beyond doubt."""
+    best = min(klds, key=lambda name: float(klds[name].mean()))
+    stock = next((name for name in klds if name in RECIPES), best)
+    gain = klds[stock] - klds[best]
+    return best if float(gain.mean()) > float(gain.std()) / math.sqrt(len(gain)) else stock
+
+
+def rivals_within(
+    graph: Graph, budget: Budget, damage: Damage, *, padding: bool = True, mtp: bool | None = None, importance: bool
+) -> dict[str, Plan]:
+    """The plans to compare, by name: from several exponents of the error, role by role, and the stock mix."""
+    solve = partial(plan_for_budget, graph, budget, padding=padding, mtp=mtp, importance=importance)
+    plans = {f"exponent {x:g}": solve(replace(damage, exponent=x)) for x in _EXPONENTS}
+    plans["edges apart"] = solve(damage, together=_by_edge(graph))
+    plans[ROLES] = solve(damage, together=_by_role)
+    stock = stock_within(graph, budget.bytes, padding, mtp, importance)
+    if stock:
+        plans[stock.recipe.name] = stock
+    return _distinct(plans)
 
 
 def allocate_for(
