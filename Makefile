@@ -29,7 +29,7 @@ types: .venv/development
 	touch $@
 
 .venv/development: .venv/runtime
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,llama]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,llama,onnx]'
 	touch $@
 
 clean:

@@ -32,6 +32,7 @@ for command in (
     cli_convert.imatrix,
     cli_evaluate.perplexity,
     cli_evaluate.parity,
+    cli_evaluate.run,
     cli_models.download,
     cli_models.doctor,
     cli_convert.demo,

@@ -11,18 +11,19 @@ from .cli_evaluate import judge
 from .options import (
     Size,
     TypeOverride,
+    goal_options,
     hub_options,
     json_option,
     mtp_option,
     pad_option,
     quant_option,
-    target_options,
+    target_option,
     text_options,
     threads_option,
 )
 
 if TYPE_CHECKING:
-    from .convert.choose import Target
+    from .convert.choose import Goal
     from .quant.plan import Plan
 
 _VERIFY_CHUNKS = 16
@@ -31,11 +32,16 @@ _VERIFY_CHUNKS = 16
 @click.command()
 @click.argument("source")
 @click.option("-o", "--output", default=".", type=click.Path(path_type=Path), help="A .gguf file or a folder.")
-@click.option("--to", "form", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="File format.")
-@target_options
+@target_option
+@goal_options
 @click.option("--measure/--no-measure", default=True, show_default=True, help="With --size or --bpw: probe the model.")
 @pad_option
 @mtp_option
+@click.option(
+    "--activations",
+    type=click.Choice(["int8", "float32"]),
+    help="ONNX: what activations are rounded to before products.  [default: int8]",
+)
 @click.option("--split-max-size", type=Size(), help="Start a new file beyond this size, for example 40G.")
 @click.option("--pre", help="Name of llama.cpp's text splitter, where the automatic choice is wrong.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
@@ -53,11 +59,12 @@ _VERIFY_CHUNKS = 16
 def convert(
     source: str,
     output: Path,
-    form: str,
-    target: Target,
+    target: str,
+    goal: Goal,
     measure: bool,
     pad: bool,
     mtp: bool | None,
+    activations: str | None,
     split_max_size: int | None,
     pre: str | None,
     overwrite: bool,
@@ -85,6 +92,7 @@ def convert(
       moecast convert CHECKPOINT -o out/ --quant Q4_K_M
       moecast convert OWNER/NAME --size 96GB
       moecast convert OWNER/NAME --quant Q4_K_M --revision main --split-max-size 40G
+      moecast convert CHECKPOINT --to onnx -o out/
     """
     from .console import watch
     from .convert.allocate import allocate_for
@@ -96,16 +104,17 @@ def convert(
     from .sources.model import open_model
 
     if dry_run:
-        show_plan(choose_plan(describe(source, revision, token), target, pad, mtp), as_json)
+        show_plan(choose_plan(describe(source, revision, token), goal, target, pad, mtp), as_json)
         return
     text = None if no_calibration else calibration or CALIBRATION_TEXT
     with watch() as progress:
         folder, provenance = locate(source, revision, token, progress)
         model = open_model(folder)
-        plan: str | Plan = target.quant
-        if target.is_budget and measure:
-            found = allocate_for(
+        plan: str | Plan | None = goal.quant
+        if goal.is_budget and measure:
+            plan = allocate_for(
                 model,
+                goal,
                 target,
                 calibration=text,
                 imatrix=imatrix,
@@ -113,14 +122,15 @@ def convert(
                 padding=pad,
                 mtp=mtp,
                 progress=progress,
-            )
-            plan = found.plan
-        elif not target.is_recipe:
-            plan = choose_plan(model, target, pad, mtp, importance=bool(text or imatrix))
+            ).plan
+        elif not goal.is_recipe:
+            plan = choose_plan(model, goal, target, pad, mtp, importance=bool(text or imatrix))
         result = run(
             model,
             output,
             plan,
+            target=target,
+            activations=activations,
             padding=pad,
             mtp=mtp,
             name=provenance.get("repository", "").split("/")[-1] or None,
@@ -158,7 +168,7 @@ def convert(
 def quantize(
     source: Path,
     output: Path,
-    quant: str,
+    quant: str | None,
     imatrix: Path | None,
     tensor_types: tuple[tuple[str, str], ...],
     allow_requantize: bool,
@@ -176,9 +186,11 @@ def quantize(
     """
     from .console import watch
     from .convert.requantize import plan_requantized, requantize
+    from .quant.targets import DEFAULT_QUANT
     from .report import show_conversion, show_plan
     from .sources.model import open_model
 
+    quant = quant or DEFAULT_QUANT["gguf"]
     if dry_run:
         show_plan(plan_requantized(open_model(source), quant, tensor_types, imatrix is not None), as_json)
         return

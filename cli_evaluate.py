@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import hub_options, json_option, text_options
+from .options import hub_options, json_option, low_memory_option, text_options
 
 if TYPE_CHECKING:
     from .runner.evaluate import Parity
+    from .runner.onnx_model import OnnxModel
     from .sources.model import Model
 
 
 @click.command()
 @click.argument("model")
 @text_options
+@low_memory_option
 @hub_options
 @json_option
 def perplexity(
@@ -25,11 +27,12 @@ def perplexity(
     file: Path | None,
     context: int,
     chunks: int | None,
+    low_memory: bool,
     revision: str | None,
     token: str | None,
     as_json: bool,
 ) -> None:
-    """Perplexity of a checkpoint or a GGUF file on a text, defined as llama-perplexity does.
+    """Perplexity of a checkpoint, a GGUF file or an ONNX folder on a text, defined as llama-perplexity does.
 
     \b
     Examples:
@@ -41,7 +44,7 @@ def perplexity(
     from .runner.evaluate import EVALUATION_TEXT
     from .runner.evaluate import perplexity as run
 
-    opened = _open(model, revision, token)
+    opened = _open(model, revision, token, low_memory)
     with watch() as progress:
         result = run(opened, file or EVALUATION_TEXT, context, chunks, progress)
     show_perplexity(str(opened.path), result, as_json)
@@ -52,6 +55,7 @@ def perplexity(
 @click.argument("candidate")
 @text_options
 @click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
+@low_memory_option
 @hub_options
 @json_option
 def parity(
@@ -61,6 +65,7 @@ def parity(
     context: int,
     chunks: int | None,
     max_kld: float | None,
+    low_memory: bool,
     revision: str | None,
     token: str | None,
     as_json: bool,
@@ -77,7 +82,7 @@ def parity(
     from .runner.evaluate import EVALUATION_TEXT
     from .runner.evaluate import parity as run
 
-    first, second = _open(reference, revision, token), _open(candidate, None, token)
+    first, second = _open(reference, revision, token, low_memory), _open(candidate, None, token, low_memory)
     with watch() as progress:
         result = run(first, second, file or EVALUATION_TEXT, context, chunks, progress)
     show_parity(f"{second.path} against {first.path}", result, as_json)
@@ -91,10 +96,53 @@ def judge(result: Parity | None, max_kld: float | None) -> None:
         sys.exit(1)
 
 
-def _open(source: str, revision: str | None, token: str | None) -> Model:
+@click.command()
+@click.argument("model")
+@click.option("-p", "--prompt", required=True, help="Text to continue, control tokens included.")
+@click.option("-n", "--tokens", default=128, show_default=True, help="Write at most this many tokens.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most probable token every time.")
+@click.option("--seed", type=int, help="For the same random choices again.")
+@low_memory_option
+@hub_options
+@json_option
+def run(
+    model: str,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int | None,
+    low_memory: bool,
+    revision: str | None,
+    token: str | None,
+    as_json: bool,
+) -> None:
+    """Continue a text with a checkpoint, a GGUF file or an ONNX folder.
+
+    Checkpoints and GGUF files are read anew for every token: that shows what they say, not how fast they are.
+
+    \b
+    Examples:
+      moecast run CHECKPOINT -p "Once upon a time"
+      moecast run model-onnx/ -p "Once upon a time" --temperature 0.8
+    """
+    from .console import print_json
+    from .runner.generate import generate
+
+    pieces = []
+    for piece in generate(_open(model, revision, token, low_memory), prompt, tokens, temperature, seed):
+        pieces.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False)
+    if as_json:
+        print_json({"prompt": prompt, "text": "".join(pieces)})
+    else:
+        click.echo()
+
+
+def _open(source: str, revision: str | None, token: str | None, low_memory: bool) -> Model | OnnxModel:
     from .console import watch
+    from .runner.onnx_model import open_runnable
     from .sources.locate import locate
-    from .sources.model import open_model
 
     with watch() as progress:
-        return open_model(locate(source, revision, token, progress)[0])
+        return open_runnable(locate(source, revision, token, progress)[0], low_memory)

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 import click
 
 from .archs.errors import BadInput
-from .options import Size, hub_options, json_option, mtp_option, pad_option, target_options
+from .options import Size, goal_options, hub_options, json_option, mtp_option, pad_option, target_option
 
 if TYPE_CHECKING:
-    from .convert.choose import Target
+    from .convert.choose import Goal
     from .quant.fit import Machine
 
 
 @click.command()
 @click.argument("source")
-@target_options
+@target_option
+@goal_options
 @click.option("--fit", is_flag=True, help="Best plan for the memory of this machine.")
 @click.option("--ram", type=Size(), help="With --fit: a machine with so much RAM instead.")
 @click.option("--vram", type=Size(), help="With --fit: a GPU with so much memory instead, 0 for none.")
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 @json_option
 def plan(
     source: str,
-    target: Target,
+    target: str,
+    goal: Goal,
     fit: bool,
     ram: int | None,
     vram: int | None,
@@ -49,6 +51,7 @@ def plan(
     Examples:
       moecast plan CHECKPOINT --quant Q3_K_M
       moecast plan OWNER/NAME --size 96GB -o plan.json
+      moecast plan OWNER/NAME --to onnx
       moecast plan OWNER/NAME --fit --vram 24GB --ram 96GB --context 32768
     """
     from .convert.choose import choose_plan, fit_machine
@@ -64,7 +67,7 @@ def plan(
         chosen = found.plan
         show_fit(found, as_json)
     else:
-        chosen = choose_plan(model, target, pad, mtp)
+        chosen = choose_plan(model, goal, target, pad, mtp)
         show_plan(chosen, as_json)
     if output:
         write_plan_file(chosen, output)

@@ -53,7 +53,7 @@ class Commands(click.Group):
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("Interrupted: nothing half-written is left; run the same command again.", err=True)
+            click.echo("Interrupted: run the same command again, it continues where it stopped.", err=True)
             ctx.exit(130)
 
 
@@ -82,13 +82,19 @@ pad_option = click.option(
 mtp_option = click.option(
     "--mtp/--no-mtp", default=None, help="Keep multi-token prediction.  [default: if that allows --pad]"
 )
+quant_option = click.option("--quant", help="Recipe, as llama-quantize names it.  [default: Q4_K_M, for ONNX Q4_0]")
+target_option = click.option(
+    "--to", "target", type=click.Choice(["gguf", "onnx"]), default="gguf", show_default=True, help="File format."
+)
+low_memory_option = click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file, mapped; slower.")
+threads_option = click.option("--threads", type=int, help="Threads to quantise with, all cores by default.")
 
 
-def target_options(command: Command) -> Command:
-    """What a file should be: the command gets a `target`, whichever option said it."""
+def goal_options(command: Command) -> Command:
+    """What a file should amount to: the command gets a `goal`, whichever option said it."""
 
     @shared(
-        click.option("--quant", default="Q4_K_M", show_default=True, help="Recipe, as llama-quantize names it."),
+        quant_option,
         click.option("--size", type=Size(), help="Best plan for a file of this size, for example 96GB."),
         click.option("--bpw", "bits_per_weight", type=float, help="Best plan for so many bits for each weight."),
         click.option("--bytes-per-token", type=Size(), help="With --size or --bpw: most that a token may touch."),
@@ -96,8 +102,8 @@ def target_options(command: Command) -> Command:
         click.option("--like", type=click.Path(path_type=Path), help="Types from another GGUF file."),
     )
     @wraps(command)
-    def with_target(
-        quant: str,
+    def with_goal(
+        quant: str | None,
         size: int | None,
         bits_per_weight: float | None,
         bytes_per_token: int | None,
@@ -105,16 +111,12 @@ def target_options(command: Command) -> Command:
         like: Path | None,
         **others: Any,
     ) -> Any:
-        from .convert.choose import Target
+        from .convert.choose import Goal
 
-        given = {"size": size, "bpw": bits_per_weight, "plan": plan, "like": like}
+        given = {"quant": quant, "size": size, "bpw": bits_per_weight, "plan": plan, "like": like}
         named = [f"--{name}" for name, value in given.items() if value is not None]
         if len(named) > 1:
             raise BadInput(f"{' and '.join(named)} exclude each other: give one")
-        return command(target=Target(quant, size, bits_per_weight, plan, like, bytes_per_token), **others)
+        return command(goal=Goal(quant, size, bits_per_weight, plan, like, bytes_per_token), **others)
 
-    return cast(Command, with_target)
-
-
-quant_option = click.option("--quant", default="Q4_K_M", show_default=True, help="Recipe, as llama-quantize names it.")
-threads_option = click.option("--threads", type=int, help="Threads to quantise with, all cores by default.")
+    return cast(Command, with_goal)

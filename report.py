@@ -69,7 +69,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     for tensor in plan.tensors:
         key = tensor.weight.role.value, tensor.type.name
         counts[key] += 1
-        sizes[key] += tensor.bytes
+        sizes[key] += plan.bytes_of(tensor)
         if tensor.weight.layer is not None:
             layers.setdefault(key, []).append(tensor.weight.layer)
     rows = [
@@ -142,7 +142,9 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     rows.append(("Time, peak memory", f"{result.seconds:.1f} s, {human_bytes(result.peak_rss_bytes)}"))
     print_table(str(result.files[0]), rows)
     show_problems(result.problems)
-    print(f"Serve it with\n\n    {server_line(result.files[0])}\n")
+    file = result.files[0]
+    line = server_line(file) if file.suffix == ".gguf" else f'moecast run {file.parent} -p "Once upon a time"'
+    print(f"Run it with\n\n    {line}\n")
 
 
 def show_calibration(result: Calibration, as_json: bool) -> None:

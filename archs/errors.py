@@ -1,4 +1,4 @@
-"""The one error a user can cause."""
+"""The errors a user can cause or must live with."""
 
 from __future__ import annotations
 
@@ -8,4 +8,11 @@ class BadInput(ValueError):
 
     The message is one line: what is wrong, where (file, tensor or key), what was expected, what to do.
     The command line prints it and exits with code 2.
+    """
+
+
+class Interruption(BadInput):
+    """The input is sound but the work cannot go on now: the disk is full, the connection is lost.
+
+    What was done is kept, and the same command continues once the cause is removed.
     """

@@ -24,7 +24,7 @@ from ..runner.rivals import divergences
 from ..sources.imatrix import read_imatrix
 from ..sources.model import Model
 from ..sources.progress import Progress
-from .choose import Budget, Target, budget_of, plan_for_budget, variants
+from .choose import Budget, Goal, budget_of, plan_for_budget, refuse_mixed_types, variants
 from .encode import MeasuredImportance
 
 _EXPONENTS = (1.0, 0.8, 1.25)  # of the error in the damage: how much more low bits hurt than high ones
@@ -109,7 +109,8 @@ def rivals_within(
 
 def allocate_for(
     model: Model,
-    target: Target,
+    goal: Goal,
+    target: str = "gguf",
     *,
     calibration: Path | None,
     imatrix: Path | None,
@@ -122,11 +123,12 @@ def allocate_for(
 
     Probes and comparisons take parts of the calibration text, of the bundled one where columns are not weighed by any.
     """
+    refuse_mixed_types(target)
     text = chunk_tokens(model.tokenizer, calibration or CALIBRATION_TEXT, context, None)
     probes, held_out = split_tokens(text, _CHUNKS)
     return allocate(
         model,
-        budget_of(model, target),
+        budget_of(model, goal),
         probes,
         held_out,
         text if calibration and not imatrix else None,

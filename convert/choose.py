@@ -11,9 +11,10 @@ from ..archs.graph import Graph
 from ..quant.allocation import Damage, Key, plan_within, typical_damage
 from ..quant.fit import Fit, Machine, fit
 from ..quant.padding import pad
-from ..quant.plan import Plan, plan_file, plan_tensors
+from ..quant.plan import Plan, plan_tensors
 from ..quant.plan_file import StoredTypes, plan_like, read_plan_file
 from ..quant.recipes import recipe_named
+from ..quant.targets import plan_target
 from ..sources.gguf import read_gguf
 from ..sources.model import Model
 from ..sources.progress import Silent
@@ -26,7 +27,7 @@ _HEADER_PER_WORD = 32  # bytes of a header for each word of a vocabulary that is
 
 
 @dataclass(frozen=True)
-class Target:
+class Goal:
     """What a file should be; the first of the fields that is set counts.
 
     Attributes:
@@ -34,11 +35,11 @@ class Target:
         like: a GGUF file whose types to take.
         size: bytes of the finished file, all parts together.
         bits_per_weight: average over all weights.
-        quant: a recipe name.
+        quant: a recipe name; where nothing is set, the usual one of the file format.
         bytes_per_token: with a size, the most that one token may touch.
     """
 
-    quant: str = "Q4_K_M"
+    quant: str | None = None
     size: int | None = None
     bits_per_weight: float | None = None
     plan: Path | None = None
@@ -56,7 +57,8 @@ class Target:
 
 def choose_plan(
     model: Model,
-    target: Target,
+    goal: Goal,
+    target: str = "gguf",
     padding: bool = True,
     mtp: bool | None = None,
     importance: bool = False,
@@ -67,16 +69,27 @@ def choose_plan(
 
     Raises BadInput for a budget that is too small, or a file that does not belong to this model.
     """
-    if target.plan:
-        return plan_like(model.graph, read_plan_file(target.plan))
-    if target.like:
-        return plan_like(model.graph, types_of_gguf(target.like))
-    if target.is_budget:
+    if not goal.is_recipe:
+        refuse_mixed_types(target)
+    if goal.plan:
+        return plan_like(model.graph, read_plan_file(goal.plan))
+    if goal.like:
+        return plan_like(model.graph, types_of_gguf(goal.like))
+    if goal.is_budget:
         damage = typical_damage(model.graph)
         return plan_for_budget(
-            model.graph, budget_of(model, target), damage, padding=padding, mtp=mtp, importance=importance
+            model.graph, budget_of(model, goal), damage, padding=padding, mtp=mtp, importance=importance
         )
-    return plan_file(model.graph, recipe_named(target.quant), padding, mtp, importance)
+    return plan_target(target, model.graph, goal.quant, padding, mtp, importance)
+
+
+def refuse_mixed_types(target: str) -> None:
+    """Raises BadInput for a file format that cannot hold whatever a plan says of each weight."""
+    if target != "gguf":
+        raise BadInput(
+            f"--to {target}: its experts have one width for all projections of a layer, so that types cannot be "
+            "chosen weight by weight; use --quant"
+        )
 
 
 @dataclass(frozen=True)
@@ -88,13 +101,13 @@ class Budget:
     bytes_per_token: float | None = None
 
 
-def budget_of(model: Model, target: Target) -> Budget:
+def budget_of(model: Model, goal: Goal) -> Budget:
     """What the header leaves of a size, or so many bits for each weight of the model."""
-    if target.size is not None:
-        return Budget(f"{target.size / 1e9:.3g}GB", target.size - _header_bytes(model), target.bytes_per_token)
-    assert target.bits_per_weight is not None
-    size = int(target.bits_per_weight * model.graph.parameters() / 8)
-    return Budget(f"{target.bits_per_weight:.2f}bpw", size, target.bytes_per_token)
+    if goal.size is not None:
+        return Budget(f"{goal.size / 1e9:.3g}GB", goal.size - _header_bytes(model), goal.bytes_per_token)
+    assert goal.bits_per_weight is not None
+    size = int(goal.bits_per_weight * model.graph.parameters() / 8)
+    return Budget(f"{goal.bits_per_weight:.2f}bpw", size, goal.bytes_per_token)
 
 
 def plan_for_budget(

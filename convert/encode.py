@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +20,28 @@ from ..runner.weights import KeptWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import pieces
 from ..sources.progress import Progress
-from .gguf_writer import GGUFWriter
+
+
+class Writer(Protocol):
+    """Files in the making, as a context manager: leaving it normally completes them.
+
+    Leaving it by an exception removes them, or keeps them for the same command to go on with.
+    """
+
+    paths: list[Path]
+
+    def has(self, name: str, first_row: int) -> bool:
+        """Whether the piece of a tensor that begins with this row is written, by this run or an earlier one."""
+
+    def write(self, name: str, first_row: int, rows: Tensor) -> None:
+        """Put rows of a tensor's planned type, uint8 [rows, row bytes], in their place; rows count over all leading
+        dimensions."""
+
+    def __enter__(self) -> Writer: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 class MeasuredImportance:
@@ -42,7 +66,7 @@ class Encoder:
         self,
         source: ModelWeights,
         plan: Plan,
-        writer: GGUFWriter,
+        writer: Writer,
         progress: Progress,
         importance: Importance | None = None,
         threads: int | None = None,
@@ -69,7 +93,8 @@ class Encoder:
         name, first_row = tensor.weight.name, _first_row(tensor.weight, expert, rows)
         data = self._stored(tensor, expert, rows)
         if (name, first_row) not in self._written:
-            self._writer.write(name, first_row, data)
+            if not self._writer.has(name, first_row):
+                self._writer.write(name, first_row, data)
             self._written.add((name, first_row))
             self._progress.advance(len(data) * tensor.weight.columns, f"{name} {tensor.type.name}")
         return data
@@ -94,7 +119,9 @@ class Encoder:
             self.finish(layer)
 
     def _has(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> bool:
-        return (weight.name, _first_row(weight, expert, rows)) in self._written
+        """Whether it is in the file; an earlier run may have put it there."""
+        first_row = _first_row(weight, expert, rows)
+        return (weight.name, first_row) in self._written or self._writer.has(weight.name, first_row)
 
     def _stored(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
         weight, type_name = tensor.weight, tensor.type.name

@@ -16,9 +16,10 @@ import gguf
 import numpy as np
 from torch import Tensor
 
-from ..archs.errors import BadInput
+from ..archs.errors import BadInput, Interruption
 from ..quant.plan import ALIGNMENT, PlannedTensor
 from ..sources.gguf import SPLIT_NAME
+from .journal import Journal, synchronise
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class _Slot:
 class GGUFWriter:
     """One GGUF file, or several when a split size is given. Use it as a context manager.
 
-    Leaving the context normally makes the files durable and gives them their names; leaving it by an exception
-    removes everything that was written.
+    Leaving the context normally makes the files durable and gives them their names. Leaving it by an exception removes
+    what was written, unless there is a journal that keeps it.
 
     Args:
         path: the file; splits are named `<stem>-00001-of-00003.gguf`.
@@ -40,6 +41,7 @@ class GGUFWriter:
         tensors: what will be written, in file order.
         split_max_bytes: largest data section of one file; a single tensor may exceed it.
         overwrite: replace files of these names, once the new ones are complete.
+        journal: goes on with what an earlier run has written, and records every piece.
 
     Raises BadInput when a file exists already, when the disk is full or the files cannot be written.
     """
@@ -51,21 +53,30 @@ class GGUFWriter:
         tensors: Sequence[PlannedTensor],
         split_max_bytes: int | None = None,
         overwrite: bool = False,
+        journal: Journal | None = None,
     ) -> None:
         parts = _split(tensors, split_max_bytes)
         self.paths = _names(path, len(parts))
-        existing = next((file for file in self.paths if file.exists()), None)
-        if existing and not overwrite:
-            raise BadInput(f"{existing} exists: use --overwrite to replace it, or another --output")
         self._temporary = [file.with_name(f".{file.name}.part") for file in self.paths]
+        self._journal = journal
+        self._name = path.name
         self._descriptors: list[int] = []
         self._slots: dict[str, _Slot] = {}
+        existing = next((file for file in self.paths if file.exists()), None)
+        if existing and not overwrite and not self._complete:
+            raise BadInput(f"{existing} exists: use --overwrite to replace it, or another --output")
         try:
             for number, part in enumerate(parts):
-                self._begin(number, part, _split_metadata(metadata, number, len(parts), len(tensors)))
+                if not self._ready(number):
+                    self._begin(number, part, _split_metadata(metadata, number, len(parts), len(tensors)))
+                self._open(number, part)
         except OSError as error:
-            self._discard()
+            self._discard(error)
             raise self._failure(error) from None
+
+    def has(self, name: str, first_row: int) -> bool:
+        """Whether the piece of a tensor that begins with this row is written, by this run or an earlier one."""
+        return self._journal is not None and (self._name, name, first_row) in self._journal
 
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
         """Put stored rows, uint8 [rows, row bytes], into a tensor's slot; rows count over all leading dimensions."""
@@ -77,47 +88,82 @@ class GGUFWriter:
                 done += os.pwrite(slot.descriptor, data[done:], position + done)
         except OSError as error:
             raise self._failure(error) from None
+        if self._journal:
+            self._journal.add((self._name, name, first_row), len(data), slot.descriptor)
 
     def __enter__(self) -> GGUFWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._discard()
+        if error is not None:
+            self._discard(error)
             return
         try:
-            for descriptor in self._descriptors:
-                os.fsync(descriptor)
-                os.close(descriptor)
-            for temporary, final in zip(self._temporary, self.paths, strict=True):
-                os.replace(temporary, final)
-            _sync_folder(self.paths[0].parent)
+            self._finish()
         except OSError as failure:
-            self._discard()
+            self._discard(failure)
             raise self._failure(failure) from None
+
+    @property
+    def _complete(self) -> bool:
+        """Whether all data are there, and at most the names are missing."""
+        return self._journal is not None and (self._name, "complete") in self._journal
+
+    def _ready(self, number: int) -> bool:
+        """Whether an earlier run has made the file, so that it can be filled further."""
+        if self._complete and self.paths[number].exists():
+            return True
+        return self._journal is not None and self._journal.started(self._temporary[number])
 
     def _begin(self, number: int, tensors: Sequence[PlannedTensor], metadata: Mapping[str, Any]) -> None:
         """Write one file's header and reserve the space of its data."""
         path = self._temporary[number]
         offset = header_bytes(path, metadata, tensors)
-        descriptor = os.open(path, os.O_RDWR)
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, offset + sum(tensor.aligned_bytes for tensor in tensors))
+            os.fsync(file.fileno())
+        if self._journal:
+            self._journal.start(path)
+
+    def _open(self, number: int, tensors: Sequence[PlannedTensor]) -> None:
+        path = self._temporary[number]
+        descriptor = os.open(path if path.exists() else self.paths[number], os.O_RDWR)
         self._descriptors.append(descriptor)
+        offset = os.fstat(descriptor).st_size - sum(tensor.aligned_bytes for tensor in tensors)
         for tensor in tensors:
             self._slots[tensor.weight.name] = _Slot(descriptor, offset, tensor.row_bytes)
             offset += tensor.aligned_bytes
-        os.posix_fallocate(descriptor, 0, offset)
 
-    def _discard(self) -> None:
+    def _finish(self) -> None:
+        """Make everything durable and give the files their names."""
         for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors.clear()
-        for path in self._temporary:
-            path.unlink(missing_ok=True)
+            os.fsync(descriptor)
+        if self._journal:  # from here on the files may have their names before the journal is gone
+            self._journal.add((self._name, "complete"))
+            self._journal.commit()
+        for temporary, final in zip(self._temporary, self.paths, strict=True):
+            if temporary.exists():
+                os.replace(temporary, final)
+        synchronise(self.paths[0].parent)
+        self._close()
 
-    def _failure(self, error: OSError) -> BadInput:
-        return BadInput(f"{self.paths[0]} cannot be written: {error.strerror}; free space or choose another --output")
+    def _close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def _discard(self, error: BaseException) -> None:
+        kept = self._journal is not None and self._journal.keeps(error)
+        self._close()
+        if not kept:
+            for path in self._temporary:
+                path.unlink(missing_ok=True)
+
+    def _failure(self, error: OSError) -> Interruption:
+        return Interruption(
+            f"{self.paths[0]} cannot be written: {error.strerror}; free space or choose another --output"
+        )
 
 
 def _split(tensors: Sequence[PlannedTensor], most: int | None) -> list[list[PlannedTensor]]:
@@ -194,12 +240,3 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
             writer.add_string(key, value)
         case _:
             writer.add_array(key, value)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new names durable too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -25,8 +25,7 @@ from ..runner.stream import Stream, advance
 from ..runner.weights import ModelWeights
 from ..sources.model import Model
 from ..sources.progress import Progress
-from .encode import CastingWeights, Encoder
-from .gguf_writer import GGUFWriter
+from .encode import CastingWeights, Encoder, Writer
 from .imatrix import ImatrixWriter
 
 
@@ -41,7 +40,7 @@ class Lanes:
 def cast(
     model: Model,
     plan: Plan,
-    writer: GGUFWriter,
+    writer: Writer,
     lanes: Lanes,
     progress: Progress,
     importance: Importance | None = None,

@@ -11,19 +11,23 @@ from typing import Any
 
 from .. import __version__
 from ..archs.errors import BadInput
-from ..archs.graph import Graph
-from ..quant.plan import Plan, plan_file, plan_tensors
-from ..quant.recipes import Recipe, recipe_named
+from ..quant.onnx_plan import OnnxPlan
+from ..quant.plan import Plan, plan_tensors
+from ..quant.recipes import Recipe
+from ..quant.targets import plan_target, recipe_for
 from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, chunk_tokens
 from ..runner.memory import peak_rss_bytes
 from ..sources.imatrix import read_imatrix
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
-from .encode import MeasuredImportance
+from .encode import MeasuredImportance, Writer
+from .fingerprint import file_identity, fingerprint
 from .gguf_tokenizer import tokenizer_metadata
 from .gguf_writer import GGUFWriter
 from .imatrix import ImatrixWriter
+from .journal import Journal
 from .onepass import Lanes, cast
+from .onnx.export import open_onnx_writer
 
 QUANTIZATION_VERSION = 2  # of ggml's block formats, as general.quantization_version
 
@@ -66,8 +70,10 @@ class Conversion:
 def convert(
     source: str | Path | Model,
     output: str | Path = ".",
-    quant: str | Plan = "Q4_K_M",
+    quant: str | Plan | None = None,
     *,
+    target: str = "gguf",
+    activations: str | None = None,
     padding: bool = True,
     mtp: bool | None = None,
     name: str | None = None,
@@ -85,13 +91,15 @@ def convert(
     provenance: dict[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Convert a checkpoint folder to GGUF.
+    """Convert a checkpoint folder to GGUF or ONNX.
 
     Args:
         source: checkpoint folder.
-        output: a .gguf file, or a folder for `<name>-<quant>.gguf`.
-        quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds; or a plan for
-            the model's graph, to which `padding` and `mtp` do not apply.
+        output: a .gguf file, or a folder for `<name>-<quant>.gguf` or the folder `<name>-<quant>-onnx`.
+        quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds; Q4_K_M by
+            default, for ONNX Q4_0. Or a plan for the model's graph, to which `padding` and `mtp` do not apply.
+        target: gguf or onnx.
+        activations: what ONNX Runtime rounds activations to before it multiplies: int8 (fast, the default) or float32.
         padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
         mtp: keep the blocks of multi-token prediction; by default, unless they rule out padding. Where they are a
             draft of their own they make a second file, `<file>-mtp.gguf`.
@@ -106,8 +114,10 @@ def convert(
         verify: compare the result with the source on `file`, `chunks` chunks of `context` tokens.
         provenance: further facts about the source to store in the file.
 
-    Raises BadInput for anything wrong with the input, an existing output, or a full disk; then nothing is left
-    under the output's name.
+    A journal beside the output records what is done: stopped by whatever means, the same call continues.
+
+    Raises BadInput for anything wrong with the input or an existing output; then nothing is left under the output's
+    name. Raises Interruption for a full disk or a lost connection.
     """
     started = time.monotonic()
     progress = progress or Silent()
@@ -116,49 +126,81 @@ def convert(
         raise BadInput(f"{model.path} is a GGUF file, expected a checkpoint folder")
     name = name or model.path.resolve().name
     measured = read_imatrix(Path(imatrix)) if imatrix else None
-    weighs = quant.weighs_columns if isinstance(quant, Plan) else recipe_named(quant).weighs_columns
+    weighs = (quant if isinstance(quant, Plan) else recipe_for(target, quant)).weighs_columns
     text = None if measured or not (imatrix_out or weighs) else calibration
     if imatrix_out and not text:
         raise BadInput("--imatrix-out writes what calibration finds: leave out --imatrix and --no-calibration")
     if isinstance(quant, Plan):
         plan = quant
     else:
-        plan = plan_file(model.graph, recipe_named(quant), padding, mtp, importance=bool(measured or text))
-    path = _output_path(Path(output), name, plan.recipe.name)
-    metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
+        plan = plan_target(target, model.graph, quant, padding, mtp, importance=bool(measured or text))
+    path = _output_path(Path(output), name, plan)
+    metadata: dict[str, Any] = {}
+    if isinstance(plan, OnnxPlan):
+        _refuse("an ONNX model", {"--pre": pre, "--split-max-size": split_max_bytes})
+        activations = activations or "int8"
+    else:
+        _refuse("a GGUF file", {"--activations": activations})
+        metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
     lanes = Lanes(
         chunk_tokens(model.tokenizer, Path(text), context, None) if text else None,
         chunk_tokens(model.tokenizer, Path(file), context, chunks) if verify else None,
     )
+    texts = {"importance matrix": imatrix, "calibration": text}
+    facts = {what: file_identity(Path(text)) for what, text in texts.items() if text} | {"context": str(context)}
+    made = fingerprint(model, plan, metadata, facts, split_max_bytes, activations)
     with ExitStack() as stack:
+        journal = stack.enter_context(Journal(path, made, overwrite))
         found = None
         if imatrix_out and text and lanes.calibration is not None:
             found = ImatrixWriter(Path(imatrix_out), Path(text), lanes.calibration, overwrite)
             stack.enter_context(found)
-        writer = stack.enter_context(GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite))
-        importance = MeasuredImportance(measured) if measured else None
-        result = cast(model, plan, writer, lanes, progress, importance, found, threads)
-    files = [*writer.paths]
-    if mtp and model.graph.draft:
-        files.append(_write_draft(model, model.graph.draft, plan.recipe, path, metadata, overwrite, threads, progress))
+        with _writer(model, plan, path, metadata, split_max_bytes, activations, overwrite, verify, journal) as writer:
+            importance = MeasuredImportance(measured) if measured else None
+            result = cast(model, plan, writer, lanes, progress, importance, found, threads)
+        files = [*writer.paths]
+        if mtp and model.graph.draft:
+            files.append(_write_draft(model, plan.recipe, path, metadata, overwrite, journal, threads, progress))
     return Conversion.of(files, plan, started, result)
+
+
+def _writer(
+    model: Model,
+    plan: Plan,
+    path: Path,
+    metadata: dict[str, Any],
+    split_max_bytes: int | None,
+    activations: str | None,
+    overwrite: bool,
+    verify: bool,
+    journal: Journal,
+) -> Writer:
+    if isinstance(plan, OnnxPlan):
+        return open_onnx_writer(model, plan, path, activations or "int8", overwrite, verify, journal)
+    return GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite, journal)
+
+
+def _refuse(what: str, options: dict[str, object]) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise BadInput(f"{option} means nothing for {what}; leave it out")
 
 
 def _write_draft(
     model: Model,
-    draft: Graph,
     recipe: Recipe,
     path: Path,
     metadata: dict[str, Any],
     overwrite: bool,
+    journal: Journal,
     threads: int | None,
     progress: Progress,
 ) -> Path:
-    assert model.architecture.draft_metadata
-    plan = plan_tensors(draft, recipe)
+    assert model.graph.draft and model.architecture.draft_metadata
+    plan = plan_tensors(model.graph.draft, recipe)
     metadata = metadata | dict(model.architecture.draft_metadata(model.graph))
     path = path.with_name(f"{path.stem}-mtp.gguf")
-    with GGUFWriter(path, metadata, plan.tensors, None, overwrite) as writer:
+    with GGUFWriter(path, metadata, plan.tensors, None, overwrite, journal) as writer:
         cast(model, plan, writer, Lanes(), progress, threads=threads)
     return path
 
@@ -183,10 +225,15 @@ def gguf_metadata(
     return {**general, **source, **model.architecture.gguf_metadata(plan.graph), **tokenizer}
 
 
-def _output_path(output: Path, name: str, quant: str) -> Path:
-    path = output if output.suffix == ".gguf" else output / f"{name}-{quant}.gguf"
+def _output_path(output: Path, name: str, plan: Plan) -> Path:
+    """The GGUF file or the ONNX folder, in a folder that exists."""
+    if isinstance(plan, OnnxPlan):
+        path = output / f"{name}-{plan.recipe.name}-onnx"
+    else:
+        path = output if output.suffix == ".gguf" else output / f"{name}-{plan.recipe.name}.gguf"
+    folder = path if isinstance(plan, OnnxPlan) else path.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"{path.parent} cannot be made: {error.strerror}; choose another --output") from None
+        raise BadInput(f"{folder} cannot be made: {error.strerror}; choose another --output") from None
     return path

@@ -14,7 +14,9 @@ from ..sources.imatrix import ImportanceMatrix, read_imatrix
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
 from .encode import MeasuredImportance
+from .fingerprint import file_identity, fingerprint
 from .gguf_writer import GGUFWriter
+from .journal import Journal
 from .onepass import Lanes, cast
 from .pipeline import QUANTIZATION_VERSION, Conversion
 
@@ -52,7 +54,12 @@ def requantize(
     if not allow_requantize:
         _refuse_quantised(model, plan)
     metadata = _metadata(model, plan, importance)
-    with GGUFWriter(Path(output), metadata, plan.tensors, None, overwrite) as writer:
+    path = Path(output)
+    others = {"importance matrix": file_identity(Path(imatrix))} if imatrix else {}
+    with (
+        Journal(path, fingerprint(model, plan, metadata, others), overwrite) as journal,
+        GGUFWriter(path, metadata, plan.tensors, None, overwrite, journal) as writer,
+    ):
         measured = MeasuredImportance(importance) if importance else None
         cast(model, plan, writer, Lanes(), progress, measured, threads=threads)
     return Conversion.of(writer.paths, plan, started)

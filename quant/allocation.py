@@ -178,7 +178,7 @@ def types_within(
 def bytes_per_token(plan: Plan) -> float:
     """Bytes of weights that one token touches on average, which bound the speed of decoding."""
     shares = active_share(plan.graph)
-    return sum(tensor.bytes * shares.get(tensor.weight.name, 1.0) for tensor in plan.tensors)
+    return sum(plan.bytes_of(tensor) * shares.get(tensor.weight.name, 1.0) for tensor in plan.tensors)
 
 
 def _expected(weights: Sequence[Weight], types: Mapping[str, Format], damage: Damage) -> float | None:

@@ -70,16 +70,19 @@ def _decode_iq4_xs(data: Tensor) -> Tensor:
 
 
 def _encode_mxfp4(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    """Tries three shared exponents: the one that puts the peak between 4 and 8 (6 is the top), one less, one more."""
+    """Tries two shared exponents: the one that puts the peak between 4 and 8 (6 is the top), and one more where the
+    peak is then above 6.5, else one less, which suits blocks whose peak has little weight.
+    """
     peak = unit.view(torch.int32) >> 23
 
-    def trial(shift: int) -> tuple[Tensor, Tensor]:
+    def trial(shift: int | Tensor) -> tuple[Tensor, Tensor]:
         exponent = (peak + shift).clamp(min=0)
         scale = spread(_mxfp4_scale(exponent - peak))
         miss = _E2M1.nearest(values * (1 / scale)) * scale - values
         return -ordered_sum(weights * miss * miss), exponent
 
-    _, exponent = best_of(map(trial, (-2, -3, -1)))
+    other = torch.where(values.abs().amax(0) > 6.5 / 4, -1, -3).to(torch.int32)
+    _, exponent = best_of((trial(-2), trial(other)))
     codes = _E2M1.codes(values * spread(1 / _mxfp4_scale(exponent - peak)))
     return torch.cat([exponent.unsqueeze(0).to(torch.uint8), pack(codes.unflatten(0, (2, 16)), 4)])
 

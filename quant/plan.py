@@ -59,6 +59,10 @@ class Plan:
         """Size of the data section of a GGUF file; its header comes on top."""
         return sum(tensor.aligned_bytes for tensor in self.tensors)
 
+    def bytes_of(self, tensor: PlannedTensor) -> int:
+        """What one tensor takes."""
+        return tensor.bytes
+
     @property
     def bits_per_weight(self) -> float:
         """Padding counts as bytes, not as weights."""

@@ -48,7 +48,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "expected_kld": plan.expected_kld,
         "problems": list(plan.problems),
         "tensors": [
-            {"name": t.weight.name, "type": t.type.name, "shape": list(t.weight.shape), "bytes": t.bytes}
+            {"name": t.weight.name, "type": t.type.name, "shape": list(t.weight.shape), "bytes": plan.bytes_of(t)}
             for t in plan.tensors
         ],
     }

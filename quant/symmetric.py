@@ -15,7 +15,7 @@ _LEVELS_8_0: Final = Uniform(-127, 127)
 _LEVELS_5_0: Final = Uniform(-16, 15)
 _LEVELS_4_0: Final = Uniform(-8, 7)
 _LEVELS_6_K: Final = Uniform(-32, 31)
-_LEVELS_3_K: Final = Uniform(-4, 3)
+_LEVELS_3_K: Final = Uniform(-4, 3, peaks=(-4.2, -3.3, -5.6))
 
 
 def _block_codes(values: Tensor, weights: Tensor, unit: Tensor, levels: Uniform) -> tuple[Tensor, Tensor]:

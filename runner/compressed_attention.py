@@ -157,6 +157,8 @@ class IndexerMixer:
     def choose(self, states: Tensor, latent: Tensor, positions: Tensor, keys: Tensor, complete: Tensor) -> Tensor:
         """The entries each token attends to, bool [tokens, entries]: the best of those that are `complete` for it.
 
+        Of entries with equal scores, which are zero where no head's key matches, the earliest are taken.
+
         Args:
             states: [tokens, hidden size].
             latent: the attention's latent queries, [tokens, latent size].
@@ -168,5 +170,6 @@ class IndexerMixer:
         queries = rotate(split_heads(project(latent, block.query), block.heads), block.compressor.rope, positions)
         shares = project(states, block.head_weight) * (block.heads * block.head_size) ** -0.5  # [tokens, heads]
         scores = torch.einsum("hte,th->te", functional.relu(queries @ keys.T), shares)
-        best = scores.masked_fill(~complete, -torch.inf).topk(min(block.top_k, len(keys)), dim=-1).indices
+        ranking = scores.masked_fill(~complete, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        best = ranking[:, : block.top_k]
         return torch.zeros_like(complete).scatter_(1, best, True) & complete

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput
-from ..sources.model import Model, open_model, pieces
+from ..sources.model import Model, pieces
 from ..sources.progress import Progress, Silent
 from ..sources.tokenizer import Tokenizer
 from .activations import Activations
+from .logits import compare, logit_source, score
+from .onnx_model import OnnxModel, open_runnable
 from .scores import Divergence, Scores
 from .stream import Stream, advance
 from .weights import multiply
@@ -71,7 +73,7 @@ class Parity:
 
 
 def perplexity(
-    model: Model | str | Path,
+    model: Model | OnnxModel | str | Path,
     file: str | Path,
     context: int = DEFAULT_CONTEXT,
     chunks: int | None = None,
@@ -84,25 +86,33 @@ def perplexity(
     """
     model, progress = _opened(model), progress or Silent()
     tokens = chunk_tokens(model.tokenizer, Path(file), context, chunks)
-    stream = Stream(model, with_bos(tokens, model.tokenizer))
+    scores = Scores(targets(tokens))
+    inputs = with_bos(tokens, model.tokenizer)
+    if isinstance(model, OnnxModel):
+        score(logit_source(model, inputs, _scored_positions(context), progress), scores, len(tokens), progress)
+    else:
+        _score_stream(model, inputs, scores, progress)
+    value, error = _perplexity_of(scores)
+    return Perplexity(value, error, len(scores.targets), context, len(tokens))
+
+
+def _score_stream(model: Model, tokens: Tensor, scores: Scores, progress: Progress) -> None:
+    stream = Stream(model, tokens)
     progress.begin("Perplexity", len(model.graph.layers), "layers")
     for layer in model.graph.layers:
         stream.advance(layer)
         progress.advance(1, f"layer {layer.index}")
-    scores = Scores(targets(tokens))
-    states = stream.final_states(_scored_positions(context))
+    states = stream.final_states(_scored_positions(tokens.shape[1]))
     first_word = 0
     for block in stream.head_blocks():
         for part in _parts(len(scores.targets)):
             scores.update(part, first_word, multiply(states[part], block))
         first_word += len(block)
-    value, error = _perplexity_of(scores)
-    return Perplexity(value, error, len(scores.targets), context, len(tokens))
 
 
 def parity(
-    reference: Model | str | Path,
-    candidate: Model | str | Path,
+    reference: Model | OnnxModel | str | Path,
+    candidate: Model | OnnxModel | str | Path,
     file: str | Path,
     context: int = DEFAULT_CONTEXT,
     chunks: int | None = None,
@@ -110,14 +120,26 @@ def parity(
 ) -> Parity:
     """Compare two models on a text file. They advance together, layer by layer, so that neither is ever in memory.
 
-    Both get the tokens of the reference. Raises BadInput when the two do not share a vocabulary.
+    A model that ONNX Runtime runs is compared by its logits alone, without errors of layers. Both get the tokens
+    of the reference. Raises BadInput when the two do not share a vocabulary.
     """
     reference, candidate, progress = _opened(reference), _opened(candidate), progress or Silent()
     tokens = chunk_tokens(reference.tokenizer, Path(file), context, chunks)
     _check_same_vocabulary(reference, candidate, tokens, Path(file), chunks, progress)
-    streams = [Stream(model, with_bos(tokens, model.tokenizer)) for model in (reference, candidate)]
-    layer_errors = _advance_together(streams[0], streams[1], progress)
-    (divergence,) = compare_heads(streams[0], streams[1:], tokens)
+    inputs = [with_bos(tokens, model.tokenizer) for model in (reference, candidate)]
+    layer_errors: tuple[float, ...] = ()
+    if isinstance(reference, Model) and isinstance(candidate, Model):
+        streams = Stream(reference, inputs[0]), Stream(candidate, inputs[1])
+        layer_errors = _advance_together(*streams, progress)
+        (divergence,) = compare_heads(streams[0], streams[1:], tokens)
+    else:
+        divergence = Divergence(targets(tokens))
+        positions = _scored_positions(context)
+        first, second = (
+            logit_source(model, text, positions, progress)
+            for model, text in zip((reference, candidate), inputs, strict=True)
+        )
+        compare(first, second, divergence, len(tokens), progress)
     return summarise(divergence, layer_errors, context, len(tokens))
 
 
@@ -140,8 +162,8 @@ def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | N
     return torch.tensor(ids[: count * context], dtype=torch.int64).view(count, context)
 
 
-def _opened(model: Model | str | Path) -> Model:
-    return model if isinstance(model, Model) else open_model(model)
+def _opened(model: Model | OnnxModel | str | Path) -> Model | OnnxModel:
+    return open_runnable(model) if isinstance(model, str | Path) else model
 
 
 def with_bos(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
@@ -167,10 +189,15 @@ def _parts(count: int) -> list[slice]:
 
 
 def _check_same_vocabulary(
-    reference: Model, candidate: Model, tokens: Tensor, file: Path, chunks: int | None, progress: Progress
+    reference: Model | OnnxModel,
+    candidate: Model | OnnxModel,
+    tokens: Tensor,
+    file: Path,
+    chunks: int | None,
+    progress: Progress,
 ) -> None:
     """The ids must mean the same text to both; that the candidate would have split it otherwise is worth a line."""
-    sizes = [model.graph.vocabulary_size for model in (reference, candidate)]
+    sizes = [model.vocabulary_size for model in (reference, candidate)]
     ids = tokens.flatten().tolist()
     if sizes[0] != sizes[1] or reference.tokenizer.decode(ids) != candidate.tokenizer.decode(ids):
         raise BadInput(

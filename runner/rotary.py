@@ -13,7 +13,7 @@ from ..archs.graph import Rope, Yarn
 
 def rotate(states: Tensor, rope: Rope, positions: Tensor) -> Tensor:
     """Rotates [..., tokens, head size] by `positions` [tokens], in float32; by their negatives it rotates back."""
-    angles = positions[:, None] * _frequencies(rope)
+    angles = positions[:, None] * frequencies(rope)
     cosine, sine = angles.cos(), angles.sin()  # [tokens, size / 2]
     start = states.shape[-1] - rope.size if rope.last else 0
     before, turning, after = states.split((start, rope.size, states.shape[-1] - start - rope.size), dim=-1)
@@ -24,7 +24,7 @@ def rotate(states: Tensor, rope: Rope, positions: Tensor) -> Tensor:
 
 
 @cache
-def _frequencies(rope: Rope) -> Tensor:
+def frequencies(rope: Rope) -> Tensor:
     """base^(-2i/size), slowed where YaRN says so: radians per position, [size / 2]."""
     frequencies = 1.0 / rope.base ** (torch.arange(0, rope.size, 2, dtype=torch.float32) / rope.size)
     if rope.yarn is None:

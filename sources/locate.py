@@ -31,4 +31,4 @@ def describe(source: str, revision: str | None, token: str | None) -> Model:
 
 
 def _parsed(source: str) -> Path | HubSource:
-    return Path(source) if source.endswith(".gguf") and "://" not in source else parse_source(source)
+    return Path(source) if source.endswith((".gguf", ".onnx")) and "://" not in source else parse_source(source)

@@ -63,6 +63,10 @@ class Model:
         self.metadata = metadata
         self._storage = Storage()
 
+    @property
+    def vocabulary_size(self) -> int:
+        return self.graph.vocabulary_size
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises BadInput when the model has none."""

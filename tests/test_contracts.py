@@ -95,6 +95,7 @@ def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypa
                 "top1_agreement", "tokens",
             },
         ),
+        "run": ([folder, "-p", "And", "-n", "2"], {"prompt", "text"}),
         "quantize": (["full.gguf", "out.gguf", "--quant", "Q8_0"], {"files", "bytes", "bits_per_weight"}),
         "doctor": ([], {"kernels", "memory_bytes", "disk_free_bytes", "gpus", "engines", "features"}),
     }  # fmt: skip

@@ -169,12 +169,12 @@ struct Q5_K {
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
-        Ints scales[8], minima[8], codes[256], fifth[256];
+        Ints scales[8], minima[8], codes[256];
         Super::encode(values, weights, unit, bytes, scales, minima, codes);
         pack_6_bits(scales, minima, bytes + 4);
-        for (int i = 0; i < 256; i++) fifth[i] = codes[i] >> 4, codes[i] = codes[i] & 15;
-        pack<1, 32>(fifth, bytes + 16);
-        for (int i = 0; i < 4; i++) pack<4, 32>(codes + 64 * i, bytes + 48 + 32 * i);
+        pack_each<1, 32>([&](int i) { return codes[i] >> 4; }, bytes + 16);
+        for (int i = 0; i < 256; i += 64)
+            pack_each<4, 32>([&](int j) { return codes[i + j] & 15; }, bytes + 48 + i / 2);
     }
 
     static void decode(const Ints* bytes, Floats* values) {

@@ -86,16 +86,23 @@ struct IQ4_XS {
 
 // E2M1 of the OCP microscaling specification, doubled to whole numbers: 0, 1, 2, 3, 4, 6, 8 and 12, and a sign.
 struct Microfloat {
-    // Of a magnitude; a tie goes to the even mantissa, as in IEEE 754.
-    static Floats nearest(Floats positive) {
-        positive = smaller(positive, all(12.0f));
-        // Added to this, a magnitude is rounded to a multiple of the distance between levels: 1 below 4, 2 below 8.
-        Floats whole = from_bits(larger(bits(positive) & 0x7f800000, all(0x40000000)) + (22 << 23));
-        return (positive + whole) - whole;
-    }
+    // The levels times a power of two.
+    struct Scaled {
+        Floats top;
+        Ints least;
+
+        explicit Scaled(Floats scale) : top(12.0f * scale), least(bits(2.0f * scale)) {}
+
+        // Of a magnitude; a tie goes to the even mantissa, as in IEEE 754.
+        Floats nearest(Floats positive) const {
+            // Added to this, a magnitude is rounded to a multiple of the distance between levels: 1 below 4, 2 below 8.
+            Floats whole = from_bits(larger(bits(positive) & 0x7f800000, least) + (22 << 23));
+            return smaller((positive + whole) - whole, top);
+        }
+    };
 
     static Ints code(Floats values) {
-        Floats level = nearest(magnitude(values));
+        Floats level = Scaled(all(1.0f)).nearest(magnitude(values));
         Ints code = level < 2.0f ? truncated(level) : (bits(level) >> 22) - 254;
         return code | ((values < 0.0f) & (code != 0) & 8);  // minus zero is never written
     }
@@ -110,18 +117,20 @@ struct Microfloat {
 struct MXFP4 {
     static constexpr int ID = 39, SIZE = 32, BYTES = 17;
 
-    // Tries three shared exponents: the one that puts the peak between 4 and 8 (6 is the top), one less, one more.
+    // Tries two shared exponents: the one that puts the peak between 4 and 8 (6 is the top), and one more where the
+    // peak is then above 6.5, else one less, which suits blocks whose peak has little weight.
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
         Ints peak = bits(unit) >> 23, exponent = all(0);
+        Floats largest = magnitude(values[0]);
+        for (int i = 1; i < 32; i++) largest = larger(largest, magnitude(values[i]));
         Best gains;
-        constexpr int shifts[] = {-2, -3, -1};
-        for (int shift : shifts) {
+        const Ints shifts[] = {all(-2), largest > 6.5f / 4 ? all(-1) : all(-3)};
+        for (Ints shift : shifts) {
             Ints trial = larger(peak + shift, all(0));
-            Floats scale = scale_of(trial - peak), inverse = 1.0f / scale;
+            Microfloat::Scaled levels(scale_of(trial - peak));
             Ints better = gains.improved_by(-ordered_sum<32>([&](int i) {
-                Floats positive = magnitude(values[i]);
-                Floats miss = Microfloat::nearest(positive * inverse) * scale - positive;
+                Floats positive = magnitude(values[i]), miss = levels.nearest(positive) - positive;
                 return weights.times(i, miss) * miss;
             }));
             exponent = better ? trial : exponent;

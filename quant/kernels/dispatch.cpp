@@ -5,15 +5,15 @@
 #include <cstring>
 #include <system_error>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "kernels.h"
+#include "minima.h"
 
-#define FAMILIES_OF(set)                                    \
-    namespace kernels_##set {                               \
-    extern const Kernel AFFINE[], SYMMETRIC[], CODEBOOK[], LATTICE[];  \
-    const Kernel* const FAMILIES[] = {AFFINE, SYMMETRIC, CODEBOOK, LATTICE, nullptr}; \
+#define FAMILIES_OF(set)                                                                        \
+    namespace kernels_##set {                                                                   \
+    extern const Kernel AFFINE[], SYMMETRIC[], CODEBOOK[], LATTICE[], ROUNDING[];               \
+    const Kernel* const FAMILIES[] = {AFFINE, SYMMETRIC, CODEBOOK, LATTICE, ROUNDING, nullptr}; \
     }
 
 #ifdef WITH_AVX512
@@ -127,7 +127,9 @@ EXPORT void kernels_dequantize(const char* instruction_set, int format, const ui
 // Hands over the points of a format's lattice: the places of their `size` levels, 4 or 8, among `levels` rising ones.
 EXPORT void kernels_set_lattice(int format, const uint8_t* digits, int count, int size, int levels) {
     auto* points = new LatticePoints{};
-    std::vector<std::pair<int, int>> halves;  // the places of each point's, in lexical order
+    int halves = 1;
+    for (int i = 0; i < size / 2; i++) halves *= levels;
+    std::vector<std::vector<int>> partners(halves);  // of each first half, the places of its second halves
     for (int point = 0; point < count; point++) {
         int places[2] = {};
         for (int i = 0; i < size; i++) {
@@ -136,10 +138,8 @@ EXPORT void kernels_set_lattice(int format, const uint8_t* digits, int count, in
             points->pairs[point] |= digit << 16 / size * (size - 1 - i);
         }
         points->numbers[points->pairs[point]] = point;
-        points->partner_counts[places[0]]++;
-        halves.emplace_back(places[0], places[1]);
+        partners[places[0]].push_back(places[1]);
     }
-    std::sort(halves.begin(), halves.end());
-    for (int i = 0; i < count; i++) points->partners[i] = halves[i].second;
+    SharedMinima(partners, halves, *points);
     LATTICES[format] = points;
 }

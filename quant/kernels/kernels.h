@@ -21,12 +21,18 @@ struct Kernel {
     void (*decode)(const uint8_t* bytes, float* values, int64_t first, int64_t last);
 };
 
+constexpr int MOST_TERMS = 256;
+
 // The points of a lattice, laid out for the search. They are another package's data, handed over at run time.
 struct LatticePoints {
-    uint16_t pairs[2048];         // of each point: the numbers of its halves, see lattice.h
-    uint16_t numbers[1 << 16];    // of the point that a pair is
-    uint8_t partner_counts[81];   // how many second halves each first half has, in lexical order of halves
-    uint8_t partners[2048];       // the places of those second halves in that order
+    uint16_t pairs[2048];       // of each point: the numbers of its halves, see lattice.h
+    uint16_t numbers[1 << 16];  // of the point that a pair is
+    // Lists of terms, whose least is sought: first what lists have in common, which are terms themselves, then one list
+    // for each first half, in lexical order. Terms are the places of second halves, in that order, and shared lists.
+    int shared_count;
+    uint8_t shared[MOST_TERMS];       // what each shared list is called as a term
+    uint8_t term_counts[MOST_TERMS];  // of each list
+    uint8_t terms[2048];              // of one list after another
 };
 
 extern const LatticePoints* LATTICES[64];  // by the number of their format

@@ -63,14 +63,14 @@ template <class Lattice> struct Halves {
     }
 };
 
-// The pairs whose points are nearest to values, two points at a time: one list of partners serves both.
+// The pairs whose points are nearest to values, two points at a time: one search for the least serves both.
 template <class Lattice, bool WEIGHTED>
 void nearest_two(const Floats* values, Weights<WEIGHTED> weights, Ints* pairs) {
     using Half = Halves<Lattice>;
     const LatticePoints& points = Lattice::points();
     constexpr auto& numbers = Half::NUMBERS.of;
     Floats firsts[2][Half::COUNT];
-    Ints seconds[Half::COUNT][2];  // distances, not negative, sort as whole numbers do
+    Ints seconds[MOST_TERMS][2];  // distances, not negative, sort as whole numbers do
     for (int point = 0; point < 2; point++) {
         int first = point * Lattice::SIZE, second = first + Half::SIZE;
         Floats distances[Half::COUNT];
@@ -79,18 +79,27 @@ void nearest_two(const Floats* values, Weights<WEIGHTED> weights, Ints* pairs) {
         for (int place = 0; place < Half::COUNT; place++)
             seconds[place][point] = (bits(distances[place]) & ~255) | numbers[place];
     }
+    const uint8_t *term = points.terms, *count = points.term_counts;
+    auto least_of_list = [&](Ints (&least)[2]) {
+        const uint8_t* end = term + *count++;
+        for (int point = 0; point < 2; point++) least[point] = seconds[*term][point];
+        while (++term != end)
+            for (int point = 0; point < 2; point++) least[point] = smaller(least[point], seconds[*term][point]);
+    };
+    for (int list = 0; list < points.shared_count; list++) {
+        Ints least[2];
+        least_of_list(least);
+        for (int point = 0; point < 2; point++) seconds[points.shared[list]][point] = least[point];
+    }
     Floats least[2] = {all(__builtin_inff()), all(__builtin_inff())};
     Ints chosen_first[2] = {}, chosen_second[2] = {};
-    const uint8_t* partner = points.partners;
     for (int place = 0; place < Half::COUNT; place++) {
-        const uint8_t* end = partner + points.partner_counts[place];
-        if (partner == end) continue;
-        Ints second[2] = {seconds[*partner][0], seconds[*partner][1]};
-#pragma GCC unroll 4
-        while (++partner != end) {
-            second[0] = smaller(second[0], seconds[*partner][0]);
-            second[1] = smaller(second[1], seconds[*partner][1]);
+        if (!*count) {
+            count++;
+            continue;
         }
+        Ints second[2];
+        least_of_list(second);
         for (int point = 0; point < 2; point++) {
             Floats distance = firsts[point][place] + from_bits(second[point]);
             Ints nearer = distance < least[point];

@@ -5,13 +5,17 @@
 
 namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 
-// Codes of BITS bits into COUNT bytes; code i + COUNT * n lies in byte i above those with smaller n.
-template <int BITS, int COUNT> void pack(const Ints* codes, Ints* bytes) {
+// The codes code(i) of BITS bits into COUNT bytes; code i + COUNT * n lies in byte i above those with smaller n.
+template <int BITS, int COUNT, class Code> void pack_each(Code code, Ints* bytes) {
     for (int i = 0; i < COUNT; i++) {
-        Ints packed = codes[i];
-        for (int place = 1; place < 8 / BITS; place++) packed |= codes[i + COUNT * place] << BITS * place;
+        Ints packed = code(i);
+        for (int place = 1; place < 8 / BITS; place++) packed |= code(i + COUNT * place) << BITS * place;
         bytes[i] = packed;
     }
+}
+
+template <int BITS, int COUNT> void pack(const Ints* codes, Ints* bytes) {
+    pack_each<BITS, COUNT>([=](int i) { return codes[i]; }, bytes);
 }
 
 template <int BITS, int COUNT> void unpack(const Ints* bytes, Ints* codes) {

@@ -1,4 +1,4 @@
-// Q8_0, Q5_0, Q4_0, Q6_K and Q3_K.
+// Q5_0, Q4_0, Q6_K and Q3_K.
 #include "length.h"
 #include "packing.h"
 #include "scaled.h"
@@ -13,24 +13,6 @@ template <class Levels> struct SmallScaled {
         pack_half(scale, bytes);
         Floats inverse = reciprocal(stored(scale, unit));
         for (int i = 0; i < 32; i++) codes[i] = Levels::code(values[i] * inverse);
-    }
-};
-
-struct Q8_0 {
-    static constexpr int ID = 8, SIZE = 32, BYTES = 34;
-
-    static void encode(const Floats* values, Weights<false>, Floats unit, Ints* bytes) {
-        Floats peak = magnitude(values[0]);
-        for (int i = 1; i < 32; i++) peak = larger(peak, magnitude(values[i]));
-        Ints scale = half_of(peak / 127.0f, unit);
-        pack_half(scale, bytes);
-        Floats inverse = reciprocal(stored(scale, unit));
-        for (int i = 0; i < 32; i++) bytes[2 + i] = truncated(Uniform<-127, 127>::nearest(values[i] * inverse)) & 255;
-    }
-
-    static void decode(const Ints* bytes, Floats* values) {
-        Floats scale = unpack_half(bytes);
-        for (int i = 0; i < 32; i++) values[i] = to_float(bytes[2 + i] << 24 >> 24) * scale;
     }
 };
 
@@ -115,10 +97,8 @@ struct Q6_K {
         Super::encode(values, weights, unit, bytes + 208, bytes + 192, codes);
         for (int i = 0; i < 16; i++) bytes[192 + i] &= 255;
         for (int i = 0; i < 256; i += 128) {
-            Ints low[128], high[128];
-            for (int j = 0; j < 128; j++) low[j] = codes[i + j] & 15, high[j] = codes[i + j] >> 4;
-            pack<4, 64>(low, bytes + i / 2);
-            pack<2, 32>(high, bytes + 128 + i / 4);
+            pack_each<4, 64>([&](int j) { return codes[i + j] & 15; }, bytes + i / 2);
+            pack_each<2, 32>([&](int j) { return codes[i + j] >> 4; }, bytes + 128 + i / 4);
         }
     }
 
@@ -135,21 +115,23 @@ struct Q6_K {
     }
 };
 
+struct Levels3K : Uniform<-4, 3> {
+    static constexpr float PEAKS[] = {-4.2f, -3.3f, -5.6f};
+};
+
 struct Q3_K {
     static constexpr int ID = 11, SIZE = 256, BYTES = 110;
-    using Super = SuperScaled<Uniform<-4, 3>, -32, 31, true>;
+    using Super = SuperScaled<Levels3K, -32, 31, true>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
-        Ints codes[256], multiples[16], third[256];
+        Ints codes[256], multiples[16];
         Super::encode(values, weights, unit, bytes + 108, multiples, codes);
-        for (int i = 0; i < 256; i++) third[i] = codes[i] >> 2, codes[i] &= 3;
-        pack<1, 32>(third, bytes);
-        for (int i = 0; i < 2; i++) pack<2, 32>(codes + 128 * i, bytes + 32 + 32 * i);
-        Ints high[16];
-        for (int i = 0; i < 16; i++) multiples[i] += 32, high[i] = multiples[i] >> 4, multiples[i] &= 15;
-        pack<4, 8>(multiples, bytes + 96);
-        pack<2, 4>(high, bytes + 104);
+        pack_each<1, 32>([&](int i) { return codes[i] >> 2; }, bytes);
+        for (int i = 0; i < 256; i += 128)
+            pack_each<2, 32>([&](int j) { return codes[i + j] & 3; }, bytes + 32 + i / 4);
+        pack_each<4, 8>([&](int i) { return (multiples[i] + 32) & 15; }, bytes + 96);
+        pack_each<2, 4>([&](int i) { return (multiples[i] + 32) >> 4; }, bytes + 104);
     }
 
     static void decode(const Ints* bytes, Floats* values) {
@@ -164,8 +146,6 @@ struct Q3_K {
     }
 };
 
-extern const Kernel SYMMETRIC[] = {
-    kernel<Q8_0, false>(), kernel<Q5_0>(), kernel<Q4_0>(), kernel<Q6_K>(), kernel<Q3_K>(), {},
-};
+extern const Kernel SYMMETRIC[] = {kernel<Q5_0>(), kernel<Q4_0>(), kernel<Q6_K>(), kernel<Q3_K>(), {}};
 
 }  // namespace

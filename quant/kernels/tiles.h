@@ -70,7 +70,11 @@ template <class Input> struct Starts {
 template <int SIZE, class Input> void load_values(const Starts<Input>& starts, Floats* values) {
     for (int first = 0; first < SIZE; first += LANES) {
         Ints rows[LANES];
-        for (int lane = 0; lane < LANES; lane++) rows[lane] = bits(load(starts.lane[lane] + first));
+        for (int lane = 0; lane < LANES; lane++) {
+            const Input* from = starts.lane[lane] + first;
+            __builtin_prefetch(from + SIZE * LANES);  // most likely the same place of the next tile
+            rows[lane] = bits(load(from));
+        }
         transpose(rows);
         for (int i = 0; i < LANES; i++) values[first + i] = from_bits(rows[i]);
     }
@@ -184,9 +188,8 @@ template <class Format, bool WEIGHTED> int64_t encode_blocks(const Rows& rows, i
     return -1;
 }
 
-template <class Format, bool SEARCHES> int64_t encode(const Rows& rows, int64_t first, int64_t last) {
-    if constexpr (SEARCHES)
-        if (rows.weights) return encode_blocks<Format, true>(rows, first, last);
+template <class Format> int64_t encode(const Rows& rows, int64_t first, int64_t last) {
+    if (rows.weights) return encode_blocks<Format, true>(rows, first, last);
     return encode_blocks<Format, false>(rows, first, last);
 }
 
@@ -201,9 +204,8 @@ template <class Format> void decode(const uint8_t* blocks, float* values, int64_
     }
 }
 
-// A format that does not search has no use for weights.
-template <class Format, bool SEARCHES = true> constexpr Kernel kernel() {
-    return {Format::ID, Format::SIZE, Format::BYTES, encode<Format, SEARCHES>, decode<Format>};
+template <class Format> constexpr Kernel kernel() {
+    return {Format::ID, Format::SIZE, Format::BYTES, encode<Format>, decode<Format>};
 }
 
 }  // namespace

@@ -260,7 +260,7 @@ def test_drafting_block_or_padding_of_the_hidden_size(made: Make, tmp_path: Path
 def test_no_stack_of_experts_is_ever_held(
     nvfp4: Path, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No read, by conversion or verification, is larger than one expert or one piece of a plain matrix."""
+    """No read, by conversion or comparison, is larger than one expert or one piece of a plain matrix."""
     largest: dict[str, int] = {}
     read = Storage.read
 
@@ -270,7 +270,8 @@ def test_no_stack_of_experts_is_ever_held(
         return data
 
     monkeypatch.setattr(Storage, "read", watched)
-    convert(nvfp4, tmp_path, quant, calibration=None, context=64, chunks=2, file=checkpoints.TEXT)
+    path = convert(nvfp4, tmp_path, quant, calibration=None, context=64, chunks=2, file=checkpoints.TEXT).files[0]
+    parity(nvfp4, path, checkpoints.TEXT, context=64, chunks=2)
     stacks = {name: size for name, size in largest.items() if name.endswith("_exps.weight")}
     whole = {t.name: t.n_bytes for t in gguf.GGUFReader(next(tmp_path.glob("*.gguf"))).tensors}
     assert len(stacks) == 6 and all(size * 16 == whole[name] for name, size in stacks.items())

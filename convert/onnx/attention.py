@@ -1,0 +1,57 @@
+"""Grouped-query attention in ONNX, with its keys and values as state."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ...archs.graph import Attention, Norm
+from ...archs.weights import Weight
+from .builder import Builder
+from .rotary import rotate
+
+
+def attention(build: Builder, operation: Attention, states: ir.Value, layer: int) -> ir.Value:
+    """states [batch, sequence, hidden size] -> what attention adds, of the same shape."""
+    o = operation
+    query = _prepared(build, o, states, o.query, o.query_norm, o.heads)
+    key = _prepared(build, o, states, o.key, o.key_norm, o.key_value_heads)
+    value = build.project(states, o.value)
+    last, total = _lengths(build)
+    shape = (o.key_value_heads, 0, o.head_size)
+    memories = [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
+    results = [f"present.{layer}.{kind}" for kind in ("key", "value")]
+    past = [build.state(memory, result, shape, growing=1) for memory, result in zip(memories, results, strict=True)]
+    mixed, *present = build.ops(
+        "GroupQueryAttention",
+        *(query, key, value, *past, last, total),
+        outputs=3,
+        domain="com.microsoft",
+        num_heads=o.heads,
+        kv_num_heads=o.key_value_heads,
+    )
+    for name, state in zip(results, present, strict=True):
+        build.remember(name, state)
+    return build.project(mixed, o.output)
+
+
+def _prepared(
+    build: Builder, operation: Attention, states: ir.Value, weight: Weight, norm: Norm | None, heads: int
+) -> ir.Value:
+    """Queries or keys [batch, sequence, heads * head size], normed and rotated."""
+    projected = build.project(states, weight)
+    if norm:
+        projected = build.norm(projected, norm)
+    return rotate(build, projected, (heads, operation.head_size), operation.rope) if operation.rope else projected
+
+
+def _lengths(build: Builder) -> tuple[ir.Value, ir.Value]:
+    """Index of each text's last token, int32 [batch], and the number of tokens of the longest, int32 []."""
+
+    def make() -> tuple[ir.Value, ir.Value]:
+        mask = build.input("attention_mask", "int64", ["batch", "total_sequence"])
+        count = build.op("ReduceSum", mask, build.constant([1]), keepdims=0)
+        last = build.op("Sub", count, build.constant(1))
+        total = build.op("Squeeze", build.op("Shape", mask, start=1, end=2))
+        return build.to_int32(last), build.to_int32(total)
+
+    return build.once("lengths", make)

@@ -1,0 +1,123 @@
+"""Mixtures of experts and dense layers in ONNX."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ...archs.graph import MLP, Activation, HashRouter, MoE, Router, Score
+from .builder import Builder
+
+# relu(u)^2 = u * sigmoid(alpha * u) * u up to 1 / alpha: the gate of this SwiGLU is the projection itself.
+_SQUARED_RELU_ALPHA = 1e6
+_NEVER = -1e4  # the logarithm of no weight
+
+
+def moe(build: Builder, operation: MoE, states: ir.Value, tokens: ir.Value) -> ir.Value:
+    """states [batch, sequence, hidden size], token ids [batch, sequence] -> what the experts add, of states' shape."""
+    shares = route(build, operation.router, states, tokens)
+    inner = build.project(states, operation.latent_down) if operation.latent_down else states
+    answer = _experts(build, operation, inner, shares)
+    if operation.latent_up:
+        answer = build.project(answer, operation.latent_up)
+    if operation.shared:
+        answer = build.op("Add", answer, mlp(build, operation.shared, states))
+    return answer
+
+
+def route(build: Builder, router: Router | HashRouter, states: ir.Value, tokens: ir.Value) -> ir.Value:
+    """The share of every expert in every token, zeros for those not chosen: [tokens, experts]."""
+    experts = router.weight.shape[0]
+    logits = build.op("Reshape", build.project(states, router.weight), build.constant([-1, experts]))
+    scores = _score(build, router.score, logits)
+    if isinstance(router, HashRouter):
+        chosen = build.rows(build.op("Reshape", tokens, build.constant([-1])), router.table)
+    else:
+        candidates = _best_groups(build, router, build.op("Add", scores, build.weight(router.bias)))
+        chosen = build.ops("TopK", candidates, build.constant([router.top_k]), outputs=2, axis=-1)[1]
+    shares = build.op("GatherElements", scores, chosen, axis=1)
+    total = build.op("ReduceSum", shares, build.constant([-1]), keepdims=1)
+    if router.epsilon:
+        total = build.op("Add", total, build.constant(router.epsilon))
+    shares = build.op("Div", shares, total)
+    if router.scale != 1.0:
+        shares = build.op("Mul", shares, build.constant(router.scale))
+    nothing = build.op("Mul", scores, build.constant(0.0))
+    return build.op("ScatterElements", nothing, chosen, shares, axis=1)
+
+
+def _score(build: Builder, score: Score, logits: ir.Value) -> ir.Value:
+    match score:
+        case Score.SIGMOID:
+            return build.op("Sigmoid", logits)
+        case Score.SQRT_SOFTPLUS:
+            return build.op("Sqrt", build.op("Softplus", logits))
+
+
+def _best_groups(build: Builder, router: Router, scores: ir.Value) -> ir.Value:
+    """Scores [tokens, experts] with minus infinity wherever an expert's group is not among the best."""
+    if router.groups_used == router.groups:
+        return scores
+    experts = router.weight.shape[0]
+    grouped = build.op("Reshape", scores, build.constant([-1, router.groups, experts // router.groups]))
+    two_best = build.ops("TopK", grouped, build.constant([2]), outputs=2, axis=-1)[0]
+    ranking = build.op("ReduceSum", two_best, build.constant([-1]), keepdims=0)
+    best = build.ops("TopK", ranking, build.constant([router.groups_used]), outputs=2, axis=-1)[1]
+    excluded = build.op("Add", build.op("Mul", ranking, build.constant(0.0)), build.constant(-np.inf))
+    kept = build.op("Expand", build.constant(0.0), build.op("Shape", best))
+    offsets = build.op("ScatterElements", excluded, best, kept, axis=1)
+    masked = build.op("Add", grouped, build.op("Unsqueeze", offsets, build.constant([-1])))
+    return build.op("Reshape", masked, build.constant([-1, experts]))
+
+
+def _experts(build: Builder, operation: MoE, states: ir.Value, shares: ir.Value) -> ir.Value:
+    """[batch, sequence, width] -> the same shape; only experts with a share in some token are computed."""
+    attributes = {"k": operation.router.top_k, "activation_type": "swiglu", "swiglu_fusion": 1}
+    attributes |= {"activation_alpha": 1.0, "activation_beta": 0.0}
+    if operation.activation is Activation.RELU_SQUARED:
+        attributes["activation_alpha"] = _SQUARED_RELU_ALPHA
+    elif operation.clamp is not None:
+        attributes["swiglu_limit"] = operation.clamp
+    packing = build.packing(operation.up)
+    if packing is None:
+        return _float_experts(build, operation, states, shares, attributes)
+    up, up_scales = build.packed(operation.up)
+    down, down_scales = build.packed(operation.down)
+    inputs = [states, shares, up, up_scales, None, down, down_scales, *[None] * 7, shares]
+    return build.microsoft(
+        "QMoE",
+        *inputs,
+        expert_weight_bits=packing["bits"],
+        block_size=packing["block_size"],
+        accuracy_level=build.accuracy_level,
+        weights_prepacked=0,
+        **attributes,
+    )
+
+
+def _float_experts(
+    build: Builder, operation: MoE, states: ir.Value, shares: ir.Value, attributes: dict[str, object]
+) -> ir.Value:
+    """The float operator takes no shares, but softmax of their logarithms gives them, up to their sum."""
+    some = build.op("Greater", shares, build.constant(0.0))
+    logits = build.op("Where", some, build.op("Log", shares), build.constant(_NEVER))
+    inputs = [states, logits, build.weight(operation.up), None, build.weight(operation.down)]
+    answer = build.microsoft("MoE", *inputs, normalize_routing_weights=1, **attributes)
+    total = build.op("ReduceSum", shares, build.constant([-1]), keepdims=1)
+    shape = build.op("Concat", build.op("Shape", states, end=-1), build.constant([1]), axis=0)
+    return build.op("Mul", answer, build.op("Reshape", total, shape))
+
+
+def mlp(build: Builder, operation: MLP, states: ir.Value) -> ir.Value:
+    """[..., width] -> [..., width] through a dense layer."""
+    up = build.project(states, operation.up)
+    if operation.activation is Activation.RELU_SQUARED:
+        positive = build.op("Relu", up)
+        return build.project(build.op("Mul", positive, positive), operation.down)
+    assert operation.gate
+    gate = build.project(states, operation.gate)
+    if operation.clamp is not None:
+        gate = build.op("Clip", gate, None, build.constant(operation.clamp))
+        up = build.op("Clip", up, build.constant(-operation.clamp), build.constant(operation.clamp))
+    inner = build.op("Mul", build.silu(gate), up)
+    return build.project(inner, operation.down)

@@ -1,0 +1,104 @@
+"""Text from a prompt, token by token, from every kind of model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..archs.errors import BadInput
+from ..sources.model import Model
+from ..sources.tokenizer import Tokenizer
+from .onnx_model import OnnxModel
+from .stream import Cache, Stream
+from .weights import multiply
+
+Engine = Callable[[Tensor], Tensor]  # further token ids int64 [tokens] -> logits of what follows, [vocabulary size]
+
+
+def generate(
+    model: Model | OnnxModel, prompt: str, most: int = 128, temperature: float = 0.0, seed: int | None = None
+) -> Iterator[str]:
+    """Continue a prompt, in pieces of text as they come, until the model ends it or after `most` tokens.
+
+    Args:
+        prompt: text as it is; control tokens in it, such as those of a chat template, are recognised.
+        temperature: 0 takes the most probable token every time; otherwise tokens are drawn from the softmax of
+            logits / temperature.
+        seed: of the draws, for the same text again.
+
+    Raises BadInput for an empty prompt.
+    """
+    tokenizer = model.tokenizer
+    ids = tokenizer.encode(prompt, parse_special=True)
+    if not ids:
+        raise BadInput("--prompt is empty, expected some text")
+    return _text(_tokens(engine_of(model), ids, _chooser(temperature, seed)), tokenizer, most)
+
+
+def engine_of(model: Model | OnnxModel) -> Engine:
+    """A model that remembers the tokens it has seen."""
+    return _onnx_engine(model) if isinstance(model, OnnxModel) else _stream_engine(model)
+
+
+def _onnx_engine(model: OnnxModel) -> Engine:
+    state = model.initial_state()
+
+    def engine(tokens: Tensor) -> Tensor:
+        nonlocal state
+        logits, state = model.advance(tokens, state)
+        return logits[-1]
+
+    return engine
+
+
+def _stream_engine(model: Model) -> Engine:
+    cache: Cache = {}
+
+    def engine(tokens: Tensor) -> Tensor:
+        stream = Stream(model, tokens[None], cache)
+        for layer in model.graph.layers:
+            stream.advance(layer)
+        states = stream.final_states(slice(-1, None))
+        return torch.cat([multiply(states, block) for block in stream.head_blocks()], dim=1)[0]
+
+    return engine
+
+
+def _chooser(temperature: float, seed: int | None) -> Callable[[Tensor], int]:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+
+    def choose(logits: Tensor) -> int:
+        if temperature == 0:
+            return int(logits.argmax())
+        return int(torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator))
+
+    return choose
+
+
+def _tokens(engine: Engine, ids: list[int], choose: Callable[[Tensor], int]) -> Iterator[int]:
+    while True:
+        ids = [choose(engine(torch.tensor(ids)))]
+        yield ids[0]
+
+
+def _text(tokens: Iterator[int], tokenizer: Tokenizer, most: int) -> Iterator[str]:
+    """Text as soon as it is whole: a character may take several tokens."""
+    ids: list[int] = []
+    shown = 0
+    for count, token in zip(range(1, most + 1), tokens, strict=False):
+        if token in tokenizer.end_of_generation:
+            token_text = tokenizer.decode(ids)[shown:]
+            if token_text:
+                yield token_text
+            return
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd") or count == most:
+            yield text[shown:]
+            shown = len(text)

@@ -1,0 +1,263 @@
+"""Whatever stops a conversion, the same command continues it, and the file is the one an undisturbed run makes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import deepseek_checkpoints
+import moecast.convert.encode
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import Checkpoint
+from moecast.archs.errors import BadInput, Interruption
+from moecast.cli import main
+from moecast.convert import journal
+from moecast.convert.journal import Journal
+
+KILLED = Path(__file__).with_name("killed.py")
+FINGERPRINT = {"source": "this", "quant": "Q4_K_M"}
+
+
+@pytest.fixture(autouse=True)
+def every_piece_is_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "BATCH_SECONDS", 0.0)
+
+
+def _convert(folder: Path, output: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["convert", str(folder), "-o", str(output), "--no-verify", *options])
+
+
+def _errors(result: Result) -> list[str]:
+    return [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+
+
+def _hidden(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir() if file.name.startswith("."))
+
+
+@pytest.mark.parametrize(
+    ("example", "options"),
+    [
+        ("minimax-m2-tiny", {"padding": False}),
+        ("nemotron-3-tiny", {"split_max_bytes": 300_000}),
+        ("a draft", {"mtp": True}),  # it is a second file
+        ("minimax-m2-tiny", {"target": "onnx"}),
+    ],
+)
+def test_killed_at_random_moments(tmp_path: Path, example: str, options: dict[str, Any]) -> None:
+    """Ten kills each, forty together. Every finished output equals the undisturbed one, and nothing else is left."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    source = checkpoints.EXAMPLES / example
+    if options.get("mtp"):
+        source = tmp_path / "source"
+        deepseek_checkpoints.save_deepseek_hub(source, deepseek_checkpoints.deepseek_model())
+        deepseek_checkpoints.add_draft(source)
+    arguments = [str(source), str(tmp_path / "out"), "10", str(seed), json.dumps(options | {"verify": False})]
+    result = subprocess.run([sys.executable, str(KILLED), *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["outcomes"] >= 1 and report["wrong"] == []
+    assert not any(Path(name).name.startswith(".") for name in report["expected"])
+
+
+def _after(calls: int, raised: BaseException, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which raises from its nth call on."""
+    left = iter(range(calls))
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        if next(left, None) is None:
+            raise raised
+        return function(*arguments, **named)
+
+    return failing
+
+
+@pytest.fixture
+def expected(minimax_fp8: Checkpoint, tmp_path: Path) -> bytes:
+    assert _convert(minimax_fp8.folder, tmp_path / "undisturbed.gguf").exit_code == 0
+    return (tmp_path / "undisturbed.gguf").read_bytes()
+
+
+def test_interrupted(minimax_fp8: Checkpoint, tmp_path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C says how to go on; what is written is not computed again."""
+    output = tmp_path / "out" / "model.gguf"
+    quantize = moecast.convert.encode.quantize
+    with monkeypatch.context() as patched:
+        patched.setattr(moecast.convert.encode, "quantize", _after(60, KeyboardInterrupt(), quantize))
+        result = _convert(minimax_fp8.folder, output)
+    assert result.exit_code == 130 and "run the same command again, it continues" in result.stderr
+    assert _hidden(output.parent) == [".model.gguf.journal", ".model.gguf.part"]
+    calls = []
+    monkeypatch.setattr(moecast.convert.encode, "quantize", lambda *a: calls.append(a) or quantize(*a))
+    assert _convert(minimax_fp8.folder, output).exit_code == 0
+    assert output.read_bytes() == expected and _hidden(output.parent) == []
+    assert len(calls) < 80  # of more than 110
+
+
+def test_full_disk(minimax_fp8: Checkpoint, tmp_path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any write: what was done is kept, and the same command finishes once there is room."""
+    output = tmp_path / "out" / "model.gguf"
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for function, calls in (("pwrite", 5), ("pwrite", 40), ("fdatasync", 31), ("pwrite", 81)):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, function, _after(calls, full, getattr(os, function)))
+            result = _convert(minimax_fp8.folder, output)
+        assert result.exit_code == 2 and "cannot be written: No space left on device; free space" in result.stderr
+        assert len(_errors(result)) == 1
+        assert ".model.gguf.part" in _hidden(output.parent)
+    assert _convert(minimax_fp8.folder, output).exit_code == 0
+    assert output.read_bytes() == expected and _hidden(output.parent) == []
+
+
+def _interrupt(folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize = moecast.convert.encode.quantize
+    with monkeypatch.context() as patched:
+        patched.setattr(moecast.convert.encode, "quantize", _after(60, KeyboardInterrupt(), quantize))
+        assert _convert(folder, output).exit_code == 130
+
+
+def test_another_plan_is_refused(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out" / "model.gguf"
+    _interrupt(minimax_fp8.folder, output, monkeypatch)
+    result = _convert(minimax_fp8.folder, output, "--quant", "Q8_0")
+    assert result.exit_code == 2 and "quant was Q4_K_M, is now Q8_0" in result.stderr
+    assert "--overwrite" in result.stderr and len(_errors(result)) == 1
+    assert len(_hidden(output.parent)) == 2
+    assert _convert(minimax_fp8.folder, output, "--quant", "Q8_0", "--overwrite").exit_code == 0
+    assert _convert(minimax_fp8.folder, tmp_path / "q8.gguf", "--quant", "Q8_0").exit_code == 0
+    assert output.read_bytes() == (tmp_path / "q8.gguf").read_bytes() and _hidden(output.parent) == []
+
+
+def test_another_split_leaves_nothing_of_the_first(
+    minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out" / "model.gguf"
+    _interrupt(minimax_fp8.folder, output, monkeypatch)
+    assert _convert(minimax_fp8.folder, output, "--split-max-size", "500K").exit_code == 2
+    assert _convert(minimax_fp8.folder, output, "--split-max-size", "500K", "--overwrite").exit_code == 0
+    assert _hidden(output.parent) == []
+
+
+def test_changed_source_is_refused(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoints.copied(minimax_fp8.folder, tmp_path / "copy")
+    output = tmp_path / "out" / "model.gguf"
+    _interrupt(folder, output, monkeypatch)
+    shard = next(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes())
+    result = _convert(folder, output)
+    assert result.exit_code == 2 and re.search(r"source was \d+ bytes in \d+ files \(\w+\), is now", result.stderr)
+
+
+def test_part_that_is_gone(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record of a file that was changed is worth nothing: it goes, and the next run begins anew."""
+    output = tmp_path / "out" / "model.gguf"
+    _interrupt(minimax_fp8.folder, output, monkeypatch)
+    (output.parent / ".model.gguf.part").unlink()
+    result = _convert(minimax_fp8.folder, output)
+    assert result.exit_code == 2 and ".model.gguf.part was removed or changed" in result.stderr
+    assert _convert(minimax_fp8.folder, output).exit_code == 0
+
+
+@pytest.mark.parametrize("damage", [b"", b'[["x",', b"\0" * 100, b'[["x",1]]', b"[[}\n"])
+def test_record_torn_at_its_end(
+    minimax_fp8: Checkpoint, tmp_path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch, damage: bytes
+) -> None:
+    """A power cut may leave the last line in any condition."""
+    output = tmp_path / "out" / "model.gguf"
+    _interrupt(minimax_fp8.folder, output, monkeypatch)
+    records = output.parent / ".model.gguf.journal" / "records"
+    content = records.read_bytes()
+    records.write_bytes(content[: -len(content.splitlines()[-1]) // 2] + damage)
+    assert _convert(minimax_fp8.folder, output).exit_code == 0
+    assert output.read_bytes() == expected
+
+
+def test_quantize_continues(minimax: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GGUF to GGUF has a journal as well."""
+    source, whole, output = tmp_path / "bf16.gguf", tmp_path / "whole.gguf", tmp_path / "q.gguf"
+    assert _convert(minimax.folder, source, "--quant", "BF16").exit_code == 0
+    arguments = ["quantize", str(source), "--quant", "Q5_K_M"]
+    assert CliRunner().invoke(main, [*arguments, str(whole)]).exit_code == 0
+    with monkeypatch.context() as patched:
+        failing = _after(40, KeyboardInterrupt(), moecast.convert.encode.quantize)
+        patched.setattr(moecast.convert.encode, "quantize", failing)
+        assert CliRunner().invoke(main, [*arguments, str(output)]).exit_code == 130
+    result = CliRunner().invoke(main, [*arguments[:-1], "Q4_K_M", str(output)])
+    assert result.exit_code == 2 and "quant was Q5_K_M, is now Q4_K_M" in result.stderr
+    assert CliRunner().invoke(main, [*arguments, str(output)]).exit_code == 0
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_data_are_durable_before_their_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the last write of data and the line that vouches for it, the data's file is synchronised."""
+    done: list[tuple[str, int]] = []
+    for name in ("pwrite", "fdatasync"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda file, *rest, n=name, c=call: (done.append((n, file)), c(file, *rest))[1])
+    data = os.open(tmp_path / "data", os.O_RDWR | os.O_CREAT)
+    with Journal(tmp_path / "out", FINGERPRINT) as record:
+        done.clear()
+        monkeypatch.setattr(journal, "BATCH_SECONDS", 1e9)
+        for number in range(3):
+            os.pwrite(data, b"x", number)
+            record.add(("piece", number), 1, data)
+        assert done == [("pwrite", data)] * 3
+        record.commit()
+        (synchronised, first), (appended, second), (sealed, third) = done[3:]
+        assert (synchronised, first) == ("fdatasync", data)
+        assert (appended, sealed) == ("pwrite", "fdatasync") and second == third != data
+    os.close(data)
+
+
+def test_two_writers_of_one_output(tmp_path: Path) -> None:
+    with Journal(tmp_path / "out", FINGERPRINT):
+        for overwrite in (False, True):
+            with pytest.raises(BadInput, match="out is being written by another process"):
+                Journal(tmp_path / "out", FINGERPRINT, overwrite)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saved_tensors(tmp_path: Path) -> None:
+    """States survive an interruption; one that was dropped, or whose file is gone, counts as never saved."""
+    states = {"hidden": torch.randn(3, 5), "tokens": torch.arange(4)}
+    with pytest.raises(Interruption), Journal(tmp_path / "out", FINGERPRINT) as record:
+        record.save("layer-1", states)
+        record.save("layer-2", states)
+        record.drop("layer-1")
+        raise Interruption("the connection is lost")
+    with Journal(tmp_path / "out", FINGERPRINT) as record:
+        assert record.continues and record.load("layer-1") is None and record.load("layer-3") is None
+        loaded = record.load("layer-2")
+        assert loaded and loaded.keys() == states.keys()
+        assert all(torch.equal(loaded[name], states[name]) for name in states)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_states_that_find_no_room(tmp_path: Path) -> None:
+    """The library that writes them is stopped by the system itself: no file may grow beyond a page."""
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from pathlib import Path\n"
+        "from moecast.convert.journal import Journal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "with Journal(Path(sys.argv[1]), {'source': 'this'}) as record:\n"
+        "    record.add(('piece',))\n"
+        "    record.save('states', {'hidden': torch.zeros(10_000)})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
+    assert "Interruption" in result.stderr.splitlines()[-1] and "states cannot be written" in result.stderr
+    with Journal(tmp_path / "out", {"source": "this"}) as record:
+        assert ("piece",) in record and record.load("states") is None
