@@ -16,7 +16,6 @@ from .options import (
     json_option,
     mtp_option,
     pad_option,
-    quant_option,
     target_option,
     text_options,
     threads_option,
@@ -155,7 +154,7 @@ def convert(
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
-@quant_option
+@goal_options
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix of llama.cpp, GGUF or .dat.")
 @click.option(
     "--tensor-type", "tensor_types", multiple=True, type=TypeOverride(), help="Type of tensors whose names match."
@@ -168,7 +167,7 @@ def convert(
 def quantize(
     source: Path,
     output: Path,
-    quant: str | None,
+    goal: Goal,
     imatrix: Path | None,
     tensor_types: tuple[tuple[str, str], ...],
     allow_requantize: bool,
@@ -185,20 +184,24 @@ def quantize(
       moecast quantize in.gguf out.gguf --quant Q4_K_M --tensor-type ffn_down_exps=q6_k
     """
     from .console import watch
+    from .convert.choose import choose_plan
     from .convert.requantize import plan_requantized, requantize
     from .quant.targets import DEFAULT_QUANT
     from .report import show_conversion, show_plan
     from .sources.model import open_model
 
-    quant = quant or DEFAULT_QUANT["gguf"]
+    model = open_model(source)
+    plan: str | Plan = goal.quant or DEFAULT_QUANT["gguf"]
+    if not goal.is_recipe:
+        plan = choose_plan(model, goal, padding=False, importance=imatrix is not None)
     if dry_run:
-        show_plan(plan_requantized(open_model(source), quant, tensor_types, imatrix is not None), as_json)
+        show_plan(plan_requantized(model, plan, tensor_types, imatrix is not None), as_json)
         return
     with watch() as progress:
         result = requantize(
             source,
             output,
-            quant,
+            plan,
             imatrix=imatrix,
             tensor_types=tensor_types,
             allow_requantize=allow_requantize,
