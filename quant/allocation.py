@@ -22,10 +22,23 @@ from .recipes import GUESSED, LEAST_SENSITIVE, SENSITIVE, UNREPACKED, Recipe
 
 # What weights may become, in llama.cpp's names. Types of about one bit are worth nothing without importance.
 TYPES = (
-    *("IQ2_XXS", "Q2_0", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "IQ4_NL", "Q4_0"),
-    *("Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "BF16"),
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "Q2_K",
+    "IQ3_XXS",
+    "IQ3_S",
+    "Q3_K",
+    "IQ4_XS",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "Q8_0",
+    "BF16",
 )
 TYPES_WITH_IMPORTANCE = ("IQ1_S", "IQ1_M")
+TYPES_FOR_SHORT_ROWS = ("Q2_0", "MXFP4", "IQ4_NL", "Q5_0", "Q5_1")  # worse than others where blocks of 256 fit
+_BLOCK = 256
 _SCALE_BITS = 0.5  # what ggml's block scales cost: Q8_0 is not more than the 8 bits of an FP8 source
 _SAMPLE = (32, 2048)  # rows and columns of random numbers that typical errors are measured on
 
@@ -110,7 +123,9 @@ def candidates(weight: Weight, importance: bool = False) -> tuple[Format, ...]:
         return (format_named("F32"),)
     exact = exact_format(weight.source)
     most = source_bits(weight.source) + _SCALE_BITS
-    names = (*TYPES, *(TYPES_WITH_IMPORTANCE if importance else ()), *((exact.name,) if exact else ()))
+    names = [*TYPES, *(TYPES_WITH_IMPORTANCE if importance else ()), *((exact.name,) if exact else ())]
+    if weight.columns % _BLOCK or weight.role is Role.ATTENTION_OUTPUT_DOWN:
+        names += TYPES_FOR_SHORT_ROWS
     formats = {format_named(name) for name in names if _engine_takes(weight.role, name)}
     fitting = [format for format in formats if format.fits(weight.columns) and format.bits_per_weight <= most]
     if weight.role in SENSITIVE:
