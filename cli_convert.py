@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .archs.errors import BadInput
 from .cli_evaluate import judge
 from .options import (
     Size,
@@ -14,6 +15,7 @@ from .options import (
     goal_options,
     hub_options,
     json_option,
+    memory_option,
     mtp_option,
     pad_option,
     target_option,
@@ -53,6 +55,9 @@ _VERIFY_CHUNKS = 16
 @click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
 @text_options
 @threads_option
+@memory_option
+@click.option("--scratch", type=Size(), help="Most disk for shards from the Hub; by default, that of two layers.")
+@click.option("--keep-source", is_flag=True, help="Download everything from the Hub first, and keep it in its cache.")
 @hub_options
 @json_option
 def convert(
@@ -78,6 +83,9 @@ def convert(
     context: int,
     chunks: int | None,
     threads: int | None,
+    memory: int | None,
+    scratch: int | None,
+    keep_source: bool,
     revision: str | None,
     token: str | None,
     as_json: bool,
@@ -92,6 +100,7 @@ def convert(
       moecast convert OWNER/NAME --size 96GB
       moecast convert OWNER/NAME --quant Q4_K_M --revision main --split-max-size 40G
       moecast convert CHECKPOINT --to onnx -o out/
+      moecast convert OWNER/NAME --quant IQ4_XS --scratch 20GB
     """
     from .console import watch
     from .convert.allocate import allocate_for
@@ -99,20 +108,28 @@ def convert(
     from .convert.pipeline import convert as run
     from .report import show_conversion, show_plan
     from .runner.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT
-    from .sources.locate import describe, locate
-    from .sources.model import open_model
+    from .sources.hub import HubCheckpoint
+    from .sources.locate import describe, locate, locate_to_stream
+    from .sources.model import Model, open_model
 
+    if keep_source and scratch is not None:
+        raise BadInput("--keep-source keeps every shard and --scratch limits them: leave one of them out")
     if dry_run:
         show_plan(choose_plan(describe(source, revision, token), goal, target, pad, mtp), as_json)
         return
     text = None if no_calibration else calibration or CALIBRATION_TEXT
     with watch() as progress:
-        folder, provenance = locate(source, revision, token, progress)
-        model = open_model(folder)
+        # Measuring reads the model more than once, so it has to be here as a whole.
+        stay = keep_source or not goal.is_recipe
+        found, provenance = (locate if stay else locate_to_stream)(source, revision, token, progress)
+        origin: Path | HubCheckpoint | Model = found
         plan: str | Plan | None = goal.quant
-        if goal.is_budget and measure:
+        if not goal.is_recipe:
+            assert isinstance(found, Path)
+            origin = open_model(found)
+        if isinstance(origin, Model) and goal.is_budget and measure:
             plan = allocate_for(
-                model,
+                origin,
                 goal,
                 target,
                 calibration=text,
@@ -122,10 +139,10 @@ def convert(
                 mtp=mtp,
                 progress=progress,
             ).plan
-        elif not goal.is_recipe:
-            plan = choose_plan(model, goal, target, pad, mtp, importance=bool(text or imatrix))
+        elif isinstance(origin, Model):
+            plan = choose_plan(origin, goal, target, pad, mtp, importance=bool(text or imatrix))
         result = run(
-            model,
+            origin,
             output,
             plan,
             target=target,
@@ -134,6 +151,7 @@ def convert(
             mtp=mtp,
             name=provenance.get("repository", "").split("/")[-1] or None,
             pre=pre,
+            scratch=scratch,
             split_max_bytes=split_max_size,
             overwrite=overwrite,
             calibration=text,
@@ -144,6 +162,7 @@ def convert(
             context=context,
             chunks=chunks or _VERIFY_CHUNKS,
             threads=threads,
+            memory=memory,
             provenance=provenance,
             progress=progress,
         )
@@ -219,6 +238,7 @@ def quantize(
 @click.option("-c", "--context", default=512, show_default=True, help="Tokens in a chunk.")
 @click.option("--chunks", type=int, help="Use at most this many chunks of the text.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@memory_option
 @hub_options
 @json_option
 def imatrix(
@@ -228,6 +248,7 @@ def imatrix(
     context: int,
     chunks: int | None,
     overwrite: bool,
+    memory: int | None,
     revision: str | None,
     token: str | None,
     as_json: bool,
@@ -254,6 +275,7 @@ def imatrix(
             context=context,
             chunks=chunks,
             overwrite=overwrite,
+            memory=memory,
             progress=progress,
         )
     show_calibration(result, as_json)

@@ -26,7 +26,6 @@ DEFAULT_CONTEXT = 512
 _TEXTS = Path(__file__).parent.parent / "examples" / "text"
 EVALUATION_TEXT = _TEXTS / "evaluation.txt"
 CALIBRATION_TEXT = _TEXTS / "calibration.txt"
-_POSITION_BLOCK = 4096  # positions whose logits over one vocabulary block are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,11 @@ def _score_stream(model: Model, tokens: Tensor, scores: Scores, progress: Progre
     for layer in model.graph.layers:
         stream.advance(layer)
         progress.advance(1, f"layer {layer.index}")
-    states = stream.final_states(_scored_positions(tokens.shape[1]))
+    states = stream.final_activations(_scored_positions(tokens.shape[1]))
     first_word = 0
     for block in stream.head_blocks():
-        for part in _parts(len(scores.targets)):
-            scores.update(part, first_word, multiply(states[part], block))
+        for chunk, part in enumerate(_chunks(scores.targets, len(tokens))):
+            scores.update(part, first_word, multiply(states[chunk], block))
         first_word += len(block)
 
 
@@ -184,8 +183,10 @@ def targets(tokens: Tensor) -> Tensor:
     return tokens[:, context // 2 + 1 :].flatten()
 
 
-def _parts(count: int) -> list[slice]:
-    return [slice(start, min(start + _POSITION_BLOCK, count)) for start in range(0, count, _POSITION_BLOCK)]
+def _chunks(scored: Tensor, chunks: int) -> list[slice]:
+    """Which of all scored positions are those of each chunk."""
+    size = len(scored) // chunks
+    return [slice(chunk * size, (chunk + 1) * size) for chunk in range(chunks)]
 
 
 def _check_same_vocabulary(
@@ -243,14 +244,14 @@ def compare_heads(reference: Stream, candidates: Sequence[Stream], expected: Ten
     """
     streams = (reference, *candidates)
     divergences = [Divergence(targets(expected)) for _ in candidates]
-    states = [stream.final_states(_scored_positions(expected.shape[1])) for stream in streams]
+    states = [stream.final_activations(_scored_positions(expected.shape[1])) for stream in streams]
     first_word = 0
     for _, rows in pieces(reference.weights.graph.head):
         blocks = [stream.weights.load(stream.weights.graph.head, None, rows) for stream in streams]
-        for part in _parts(len(states[0])):
-            logits = multiply(states[0][part], blocks[0])
+        for chunk, part in enumerate(_chunks(targets(expected), len(expected))):
+            logits = multiply(states[0][chunk], blocks[0])
             for divergence, own, block in zip(divergences, states[1:], blocks[1:], strict=True):
-                divergence.update(part, first_word, logits, multiply(own[part], block))
+                divergence.update(part, first_word, logits, multiply(own[chunk], block))
         first_word += len(blocks[0])
         for stream in streams:
             stream.weights.forget()

@@ -28,7 +28,7 @@ from .observe import ObservingWeights
 from .quantized import Quantizer, RoundedWeights
 from .rounding_error import ErrorWeights
 from .stream import Stream, advance
-from .weights import ModelWeights
+from .weights import ModelWeights, Weights
 
 _COARSE, _COARSE_SHORT_ROWS = "IQ2_XXS", "Q2_0"  # the type of a probe, where blocks of 256 fit and where they do not
 _LEAST_SENSITIVITY = 0.02  # of the role's median: noise may hide what little a weight matters
@@ -68,6 +68,11 @@ def measure_damage(
     def rounded(name: str) -> RoundedWeights:
         return RoundedWeights(quantizer, model.graph, {name: probed[name]})
 
+    def fork(weights: Weights) -> Stream:
+        """A lane that has come as far as the reference."""
+        hidden = (reference.hidden[chunk] for chunk in range(len(inputs)))
+        return Stream(model, inputs, None, weights, hidden)
+
     embedding, head = model.graph.embedding, model.graph.head
     probes: dict[str, Stream] = {}
     if embedding.name in probed:
@@ -77,7 +82,7 @@ def measure_damage(
     progress.begin("Measuring", len(model.graph.layers), "layers")
     for layer in model.graph.layers:
         here = [weight.name for weight in weights_in(layer) if weight.name in probed]
-        probes |= {name: reference.fork(rounded(name)) for name in here}
+        probes |= {name: fork(rounded(name)) for name in here}
         streams = [*observers, reference, *probes.values()]
         advance(streams, [layer] * len(streams))
         for name in here:
@@ -86,7 +91,7 @@ def measure_damage(
         progress.advance(1, f"layer {layer.index}: {len(here)} weights")
     if head.name in probed:
         errors.note_rows(head, torch.ones(head.shape[0]))
-        probes[head.name] = reference.fork(rounded(head.name))
+        probes[head.name] = fork(rounded(head.name))
     measured = errors.relative()
     divergences = compare_heads(reference, list(probes.values()), tokens)
     sensitivity = {
