@@ -51,6 +51,7 @@ _VERIFY_CHUNKS = 16
 @click.option("--no-calibration", is_flag=True, help="Weigh all columns of a weight alike.")
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Use this importance matrix instead, GGUF or .dat.")
 @click.option("--imatrix-out", type=click.Path(path_type=Path), help="Write what calibration found as GGUF.")
+@click.option("--min-expert-tokens", default=0, help="Stop where an expert saw fewer calibration tokens than this.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare the result with the source.")
 @click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
 @text_options
@@ -77,6 +78,7 @@ def convert(
     no_calibration: bool,
     imatrix: Path | None,
     imatrix_out: Path | None,
+    min_expert_tokens: int,
     verify: bool,
     max_kld: float | None,
     file: Path | None,
@@ -157,6 +159,7 @@ def convert(
             calibration=text,
             imatrix=imatrix,
             imatrix_out=imatrix_out,
+            min_expert_tokens=min_expert_tokens,
             verify=verify,
             file=file or EVALUATION_TEXT,
             context=context,

@@ -86,6 +86,7 @@ def convert(
     calibration: str | Path | None = CALIBRATION_TEXT,
     imatrix: str | Path | None = None,
     imatrix_out: str | Path | None = None,
+    min_expert_tokens: int = 0,
     verify: bool = True,
     file: str | Path = EVALUATION_TEXT,
     context: int = DEFAULT_CONTEXT,
@@ -117,6 +118,8 @@ def convert(
             all alike. Types of 8 bits and more do without.
         imatrix: an importance matrix of llama.cpp, instead of calibration.
         imatrix_out: where to write what calibration found, as llama.cpp's importance matrix.
+        min_expert_tokens: calibration tokens that every expert must have seen; by default those that saw few borrow
+            from the layer's others.
         verify: compare the result with the source on `file`, `chunks` chunks of `context` tokens.
         memory: most bytes this process may take; activations that do not fit go to a scratch file beside the output.
             The result does not depend on it. By default all of them stay in memory.
@@ -169,7 +172,9 @@ def convert(
             stack.enter_context(found)
         with _writer(model, plan, path, metadata, split_max_bytes, activations, overwrite, verify, journal) as writer:
             importance = MeasuredImportance(measured) if measured else None
-            result = cast(model, plan, writer, lanes, progress, importance, found, threads, journal, room)
+            result = cast(
+                model, plan, writer, lanes, progress, importance, found, threads, journal, room, min_expert_tokens
+            )
         files = [*writer.paths]
         if mtp and model.graph.draft:
             files.append(_write_draft(model, plan.recipe, path, metadata, overwrite, journal, threads, progress))

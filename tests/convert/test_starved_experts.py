@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from moecast.archs.errors import BadInput
 from moecast.archs.weights import Weight
 from moecast.convert import convert
 from moecast.quant.importance import Statistics
@@ -44,6 +45,8 @@ def test_starved_experts_are_no_worse_off(tmp_path: Path, monkeypatch: pytest.Mo
         add(self, weight, expert, states[:0] if expert in STARVED else states)
 
     monkeypatch.setattr(Statistics, "add", add_but_for_starved)
+    with pytest.raises(BadInput, match="layer 0: 4 of 16 experts saw fewer than 1 calibration tokens, expert 1"):
+        convert(EXAMPLE, tmp_path, "IQ2_XXS", padding=False, calibration=text, min_expert_tokens=1, verify=False)
     path, starved = converted(tmp_path / "starved", text, notes)
     assert starved.mean_kld <= 1.2 * covered.mean_kld
     assert sum("12 of 16 experts seen, fewest 0 tokens" in line for line in notes.lines) == 2
