@@ -118,8 +118,8 @@ def _check_coverage(layer: int, statistics: Statistics, least: int) -> None:
     if tokens is not None and int(tokens.min()) < least:
         raise BadInput(
             f"layer {layer}: {int((tokens < least).sum())} of {len(tokens)} experts saw fewer than {least} calibration "
-            f"tokens, expert {int(tokens.argmin())} the fewest, {int(tokens.min())}: use more --calibration text, or ask "
-            "less of --min-expert-tokens"
+            f"tokens, expert {int(tokens.argmin())} the fewest, {int(tokens.min())}: use more --calibration text, or "
+            "lower --min-expert-tokens"
         )
 
 
