@@ -42,7 +42,7 @@ DATA = Path(__file__).parent / "data" / "allocation.json"
 POINTS = ("Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_XXS")
 CONFIRMED = ("IQ4_XS", "Q3_K_M", "IQ3_XXS")
 UNIFORM = ("Q4_K", "Q3_K", "IQ3_XXS", "IQ2_XXS")
-CONTEXT, CALIBRATION_CHUNKS, PROBE_CHUNKS = 512, 32, 6
+CONTEXT, PROBE_CHUNKS = 512, 6
 
 
 def uniform(model: Model, type: str) -> Plan:
@@ -50,10 +50,10 @@ def uniform(model: Model, type: str) -> Plan:
     return plan_tensors(model.graph, Recipe(type, 0, type))
 
 
-def measure(folder: Path, chunks: int, llama: bool) -> dict[str, Any]:
+def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[str, Any]:
     """All points of one model."""
     model, progress = open_model(folder), Silent()
-    calibration = chunk_tokens(model.tokenizer, CALIBRATION_TEXT, CONTEXT, CALIBRATION_CHUNKS)
+    calibration = chunk_tokens(model.tokenizer, CALIBRATION_TEXT, CONTEXT, calibrating)
     evaluation = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, None)
     evaluation = evaluation[:: max(1, len(evaluation) // chunks)][:chunks]
     probes, held_out = split_tokens(calibration, PROBE_CHUNKS)
@@ -195,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="*", type=Path)
     parser.add_argument("--chunks", type=int, default=12)
+    parser.add_argument("--calibrating", type=int, default=32, help="chunks of the calibration text")
     parser.add_argument("--llama", action="store_true")
     parser.add_argument("--save", type=Path, help="keep the results, those of other models that are there too")
     parser.add_argument("--plot", type=Path, help="draw the results kept in benchmarks/data/allocation.json")
@@ -204,7 +205,7 @@ def main() -> None:
         show(json.loads(DATA.read_text()))
         return
     folders = options.checkpoints or sorted(path.parent for path in (ROOT / "examples").glob("*/config.json"))
-    results = [measure(folder, options.chunks, options.llama) for folder in folders]
+    results = [measure(folder, options.calibrating, options.chunks, options.llama) for folder in folders]
     show(results)
     if options.save:
         kept = json.loads(options.save.read_text()) if options.save.exists() else []
