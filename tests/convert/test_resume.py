@@ -22,10 +22,12 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
 from moecast.archs.errors import BadInput, Interruption
+from moecast.archs.graph import Layer
 from moecast.cli import main
 from moecast.convert import journal
 from moecast.convert.journal import Journal
 from moecast.convert.pipeline import Conversion, convert
+from moecast.runner.stream import Stream
 
 KILLED = Path(__file__).with_name("killed.py")
 FINGERPRINT = {"source": "this", "quant": "Q4_K_M"}
