@@ -14,6 +14,7 @@ from torch.nn import functional
 from ..archs.errors import BadInput
 from ..archs.weights import Padded, Weight, first_tensor, of_expert
 from ..quant import dequantize, native, quantize
+from ..quant.importance import Importance
 from ..quant.plan import Plan, PlannedTensor
 from ..runner.weights import KeptWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
@@ -32,6 +33,9 @@ class Writer(Protocol):
     def has(self, name: str, first_row: int) -> bool:
         """Whether the piece of a tensor that begins with this row is written, by this run or an earlier one."""
 
+    def read(self, name: str, first_row: int, count: int) -> Tensor | None:
+        """`count` written rows as they were given; None where the file holds their numbers in another form."""
+
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
         """Put rows of a tensor's planned type, uint8 [rows, row bytes], in their place; rows count over all leading
         dimensions."""
@@ -41,13 +45,6 @@ class Writer(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-
-
-class Importance(Protocol):
-    """What quantisers weigh columns by."""
-
-    def of(self, weight: Weight, expert: int | None) -> Tensor | None:
-        """The mean square of each input of one matrix, [columns]; None where nothing is known."""
 
 
 class MeasuredImportance:
@@ -83,7 +80,6 @@ class Encoder:
         self._progress = progress
         self._importance = importance
         self._threads = threads
-        self._written: set[tuple[str, int]] = set()
         self._unfinished: dict[int | None, list[PlannedTensor]] = defaultdict(list)
         for tensor in plan.tensors:
             self._unfinished[tensor.weight.layer].append(tensor)
@@ -96,13 +92,16 @@ class Encoder:
 
         Raises BadInput naming a stored tensor that is not finite.
         """
-        name, first_row = tensor.weight.name, _first_row(tensor.weight, expert, rows)
+        weight, first_row = tensor.weight, _first_row(tensor.weight, expert, rows)
+        written = self._has(weight, expert, rows)
+        stored = self._writer.read(weight.name, first_row, _row_count(weight, rows)) if written else None
+        if stored is not None:
+            return stored
         data = self._stored(tensor, expert, rows)
-        if (name, first_row) not in self._written:
-            if not self._writer.has(name, first_row):
-                self._writer.write(name, first_row, data)
-            self._written.add((name, first_row))
-            self._progress.advance(len(data) * tensor.weight.columns, f"{name} {tensor.type.name}")
+        if written:
+            return data
+        self._writer.write(weight.name, first_row, data)
+        self._progress.advance(len(data) * weight.columns, f"{weight.name} {tensor.type.name}")
         return data
 
     def finish_expert(self, layer: int, expert: int) -> None:
@@ -125,9 +124,8 @@ class Encoder:
             self.finish(layer)
 
     def _has(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> bool:
-        """Whether it is in the file; an earlier run may have put it there."""
-        first_row = _first_row(weight, expert, rows)
-        return (weight.name, first_row) in self._written or self._writer.has(weight.name, first_row)
+        """Whether a piece is written, be it by an earlier run."""
+        return self._writer.has(weight.name, _first_row(weight, expert, rows))
 
     def _stored(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
         weight, type_name = tensor.weight, tensor.type.name
@@ -168,6 +166,13 @@ class CastingWeights(KeptWeights):
 def _first_row(weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> int:
     """Where a piece begins within the whole tensor."""
     return expert * weight.shape[-2] if expert is not None else (rows[0] if rows else 0)
+
+
+def _row_count(weight: Weight, rows: tuple[int, int] | None) -> int:
+    """How many rows a piece has."""
+    if rows:
+        return rows[1] - rows[0]
+    return weight.shape[-2] if len(weight.shape) > 1 else 1
 
 
 def _decoded(tensor: PlannedTensor, data: Tensor) -> Tensor:

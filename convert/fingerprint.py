@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .. import __version__
 from ..quant.plan import Plan
 from ..sources.model import Model
@@ -51,6 +53,14 @@ def source_identity(model: Model, metadata: Mapping[str, Any]) -> str:
 def file_identity(path: Path) -> str:
     """A file by its content."""
     return f"{path.name} ({hashlib.sha256(path.read_bytes()).hexdigest()[:_DIGITS]})"
+
+
+def text_identity(text: str | Path | None, tokens: Tensor | None) -> str:
+    """What is used of a text: its name, and the ids [chunks, context]."""
+    if text is None or tokens is None:
+        return "none"
+    chunks, context = tokens.shape
+    return f"{chunks} chunks of {context} of {Path(text).name} ({digest(tokens.tolist())})"
 
 
 def code_digest() -> str:

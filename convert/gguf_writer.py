@@ -14,6 +14,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput, Interruption
@@ -62,6 +63,7 @@ class GGUFWriter:
         self._name = path.name
         self._descriptors: list[int] = []
         self._slots: dict[str, _Slot] = {}
+        self._pieces = {key[1:] for key in journal.done(self._name)} if journal else set()
         existing = next((file for file in self.paths if file.exists()), None)
         if existing and not overwrite and not self._complete:
             raise BadInput(f"{existing} exists: use --overwrite to replace it, or another --output")
@@ -76,7 +78,16 @@ class GGUFWriter:
 
     def has(self, name: str, first_row: int) -> bool:
         """Whether the piece of a tensor that begins with this row is written, by this run or an earlier one."""
-        return self._journal is not None and (self._name, name, first_row) in self._journal
+        return (name, first_row) in self._pieces
+
+    def read(self, name: str, first_row: int, rows: int) -> Tensor:
+        """Rows that were written, uint8 [rows, row bytes]."""
+        slot = self._slots[name]
+        data = bytearray(rows * slot.row_bytes)
+        position, done = slot.offset + first_row * slot.row_bytes, 0
+        while done < len(data):
+            done += os.preadv(slot.descriptor, [memoryview(data)[done:]], position + done)
+        return torch.frombuffer(data, dtype=torch.uint8).view(rows, slot.row_bytes)
 
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
         """Put stored rows, uint8 [rows, row bytes], into a tensor's slot; rows count over all leading dimensions."""
@@ -88,6 +99,7 @@ class GGUFWriter:
                 done += os.pwrite(slot.descriptor, data[done:], position + done)
         except OSError as error:
             raise self._failure(error) from None
+        self._pieces.add((name, first_row))
         if self._journal:
             self._journal.add((self._name, name, first_row), len(data), slot.descriptor)
 
@@ -120,8 +132,7 @@ class GGUFWriter:
     def _begin(self, number: int, tensors: Sequence[PlannedTensor], metadata: Mapping[str, Any]) -> None:
         """Write one file's header and reserve the space of its data."""
         path = self._temporary[number]
-        _write_header(path, metadata, tensors)
-        offset = -(-path.stat().st_size // ALIGNMENT) * ALIGNMENT
+        offset = header_bytes(path, metadata, tensors)
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, offset + sum(tensor.aligned_bytes for tensor in tensors))
             os.fsync(file.fileno())
@@ -217,6 +228,12 @@ def _write_header(path: Path, metadata: Mapping[str, Any], tensors: Sequence[Pla
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
+
+
+def header_bytes(scratch: Path, metadata: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> int:
+    """Where the data section of a file would begin; writes its header to `scratch` to know."""
+    _write_header(scratch, metadata, tensors)
+    return -(-scratch.stat().st_size // ALIGNMENT) * ALIGNMENT
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

@@ -13,12 +13,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import numpy as np
+import numpy.lib.format as npy
+import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput, Interruption
@@ -28,6 +29,11 @@ BATCH_SECONDS = 2.0  # or for this long
 
 Key = tuple[str | int, ...]
 _STARTED = "started"  # first part of the keys that name temporary files
+
+
+def journal_folder(output: Path) -> Path:
+    """Where the journal of an output lies."""
+    return output.with_name(f".{output.name}.journal")
 
 
 class Journal:
@@ -46,7 +52,7 @@ class Journal:
     """
 
     def __init__(self, output: Path, fingerprint: Mapping[str, str], overwrite: bool = False) -> None:
-        self.folder = output.with_name(f".{output.name}.journal")
+        self.folder = journal_folder(output)
         self._output = output
         self._fingerprint = dict(fingerprint)
         self._done: set[Key] = set()
@@ -66,6 +72,10 @@ class Journal:
             raise BadInput(f"{output} is being written by another process: wait for it, or stop it") from None
         except OSError as error:
             raise BadInput(f"{self.folder} cannot be written: {error.strerror}; choose another --output") from None
+
+    def done(self, kind: str) -> Iterator[Key]:
+        """All that is done of one kind: the keys that begin with it."""
+        return (key for key in self._done if key[0] == kind)
 
     def __contains__(self, key: Key) -> bool:
         """Whether this is done; what an earlier run did is durable too."""
@@ -88,6 +98,13 @@ class Journal:
         if size is not None and not (temporary.is_file() and temporary.stat().st_size == size):
             raise BadInput(f"{temporary} was removed or changed, so what it held is lost: run the command again")
         return size is not None
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """What the temporary files and everything beside the record take of the disk already."""
+        temporary = (self.folder.parent / str(key[1]) for key in self.done(_STARTED))
+        files = (*temporary, *(path for path in self.folder.rglob("*") if path.is_file()))
+        return sum(path.stat().st_blocks * 512 for path in files if path.exists())
 
     def add(self, key: Key, size: int = 0, descriptor: int | None = None) -> None:
         """Record that `key` is done: `size` bytes were written through `descriptor`. Makes batches durable."""
@@ -112,26 +129,32 @@ class Journal:
             raise self.stopped(error) from None
         self._committed = time.monotonic()
 
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors under a name. They are durable at once, like everything that was recorded before."""
-        path = self.folder / name
+    def save(self, name: str, tensors: Iterable[Tensor]) -> None:
+        """Keep tensors under a name, one at a time. They are durable at once, like all that was recorded before."""
         try:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-            synchronise(path)
+            with (self.folder / name).open("wb") as file:
+                for tensor in tensors:
+                    array = tensor.numpy()
+                    npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(array))
+                    file.write(np.ascontiguousarray(array).data)  # np.save would not say why a disk refuses
+                file.flush()
+                os.fsync(file.fileno())
             synchronise(self.folder)
-        except SafetensorError as error:
-            raise Interruption(f"{path} cannot be written: {error}; make room, the same command continues") from None
         except OSError as error:
             raise self.stopped(error) from None
         self.add(("saved", name))
         self.commit()
 
-    def load(self, name: str) -> dict[str, Tensor] | None:
-        """What was saved under a name; None when nothing was, or when it is there no more."""
-        path = self.folder / name
-        if ("saved", name) not in self._done or not path.is_file():
-            return None
-        return load_file(path, backend="pread")  # mapped pages would count as this process's memory
+    def load(self, name: str) -> Iterator[Tensor]:
+        """What was saved under a name, one at a time."""
+        with (self.folder / name).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            while file.tell() < size:
+                yield torch.from_numpy(np.load(file, allow_pickle=False))
+
+    def holds(self, name: str) -> bool:
+        """Whether something was saved under a name, completely, and is still there."""
+        return ("saved", name) in self._done and (self.folder / name).is_file()
 
     def drop(self, name: str) -> None:
         """Remove what was saved under a name."""
@@ -221,9 +244,8 @@ class Journal:
         return os.path.relpath(temporary, self.folder.parent)
 
     def _remove_temporaries(self) -> None:
-        for key in self._done:
-            if key[0] == _STARTED:
-                self.folder.parent.joinpath(str(key[1])).unlink(missing_ok=True)
+        for key in self.done(_STARTED):
+            self.folder.parent.joinpath(str(key[1])).unlink(missing_ok=True)
 
     def _difference(self, found: Mapping[str, str]) -> str:
         names = dict.fromkeys((*self._fingerprint, *found))

@@ -16,17 +16,21 @@ from functools import partial
 
 from torch import Tensor
 
-from ..quant.importance import Statistics
+from ..archs.errors import BadInput
+from ..quant.importance import Importance, Statistics
 from ..quant.plan import Plan
+from ..runner.activations import Workspace
 from ..runner.evaluate import Parity, compare_heads, relative_error, summarise, with_bos
 from ..runner.memory import peak_rss_bytes
 from ..runner.observe import ObservingWeights
 from ..runner.stream import Stream, advance
-from ..runner.weights import ModelWeights
+from ..runner.weights import ModelWeights, Weights
 from ..sources.model import Model
 from ..sources.progress import Progress
-from .encode import CastingWeights, Encoder, Importance, Writer
+from .checkpoints import Checkpoints
+from .encode import CastingWeights, Encoder, Writer
 from .imatrix import ImatrixWriter
+from .journal import Journal
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,12 @@ class Lanes:
 
     calibration: Tensor | None = None
     evaluation: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many there are in all lanes; those to evaluate on run through two models."""
+        calibration, evaluation = (0 if ids is None else ids.numel() for ids in (self.calibration, self.evaluation))
+        return calibration + 2 * evaluation
 
 
 def cast(
@@ -46,45 +56,71 @@ def cast(
     importance: Importance | None = None,
     imatrix: ImatrixWriter | None = None,
     threads: int | None = None,
+    journal: Journal | None = None,
+    workspace: Workspace | None = None,
+    min_expert_tokens: int = 0,
 ) -> Parity | None:
     """Write every tensor of a plan, and compare the result with its source on the evaluation tokens.
 
     Args:
         importance: what to weigh columns by where there is no calibration.
         imatrix: receives what calibration finds.
+        journal: keeps the lanes' states after each layer, and those of an earlier run to go on from.
+        workspace: where activations are kept, by default in memory.
+        min_expert_tokens: how many calibration tokens every expert must have seen.
 
-    Raises BadInput naming a stored tensor, a block or an expert whose numbers are not finite.
+    Raises BadInput naming a stored tensor, a block or an expert whose numbers are not finite, and a layer where an
+    expert has seen too few tokens.
     """
     source, statistics = ModelWeights(model), Statistics()
     known = importance if lanes.calibration is None else statistics
     encoder = Encoder(source, plan, writer, progress, known, threads)
-    streams: list[Stream] = []
+    checkpoints = Checkpoints(journal, model.graph.layers)
+    runs: list[tuple[Tensor, Weights]] = []
     if lanes.calibration is not None:
-        tokens = with_bos(lanes.calibration, model.tokenizer)
-        streams.append(Stream(model, tokens, weights=ObservingWeights(source, statistics)))
+        runs.append((lanes.calibration, ObservingWeights(source, statistics)))
     if lanes.evaluation is not None:
-        tokens = with_bos(lanes.evaluation, model.tokenizer)
         candidate = CastingWeights(encoder, f"{model.path} as {plan.recipe.name}")
-        streams += [Stream(model, tokens, weights=source), Stream(model, tokens, weights=candidate)]
-    errors: list[float] = []
+        runs += [(lanes.evaluation, source), (lanes.evaluation, candidate)]
+    streams = [
+        Stream(model, with_bos(tokens, model.tokenizer), None, weights, checkpoints.hidden(len(tokens)), workspace)
+        for tokens, weights in runs
+    ]
+    errors = checkpoints.errors
     lines = _Lines(plan, progress)
     for layers in zip(*(stream.weights.graph.layers for stream in streams), strict=True):
         index = layers[0].index
+        if checkpoints.last is not None and index <= checkpoints.last:
+            if imatrix:
+                imatrix.add(checkpoints.statistics(index))
+            continue
         advance(streams, layers, partial(encoder.finish_expert, index))
         encoder.finish(index)
         if lanes.evaluation is not None:
             errors.append(relative_error(streams[-2].hidden, streams[-1].hidden))
         if imatrix:
             imatrix.add(statistics)
+        _check_coverage(index, statistics, min_expert_tokens)
         lines.write(index, errors[-1] if errors else None, statistics)
+        checkpoints.save(index, streams, statistics if imatrix else None)
         statistics.clear()
     result = None
     if lanes.evaluation is not None:
         chunks, context = lanes.evaluation.shape
-        divergence = compare_heads(streams[-2], streams[-1], lanes.evaluation)
+        (divergence,) = compare_heads(streams[-2], streams[-1:], lanes.evaluation)
         result = summarise(divergence, tuple(errors), context, chunks)
     encoder.finish_all()
     return result
+
+
+def _check_coverage(layer: int, statistics: Statistics, least: int) -> None:
+    tokens = statistics.expert_tokens
+    if tokens is not None and int(tokens.min()) < least:
+        raise BadInput(
+            f"layer {layer}: {int((tokens < least).sum())} of {len(tokens)} experts saw fewer than {least} calibration "
+            f"tokens, expert {int(tokens.argmin())} the fewest, {int(tokens.min())}: use more --calibration text, or "
+            "lower --min-expert-tokens"
+        )
 
 
 class _Lines:
@@ -94,6 +130,7 @@ class _Lines:
         self._progress = progress
         self._layers = len(plan.graph.layers)
         self._started = time.monotonic()
+        self._passed = 0
         self._types: dict[int | None, Counter[str]] = defaultdict(Counter)
         for tensor in plan.tensors:
             if not tensor.weight.role.protected:
@@ -107,6 +144,7 @@ class _Lines:
         if tokens is not None:
             facts.append(f"{int((tokens > 0).sum())} of {len(tokens)} experts seen, fewest {int(tokens.min())} tokens")
         facts.append(f"{peak_rss_bytes() / 1e9:.1f} GB")
-        left = (time.monotonic() - self._started) / (layer + 1) * (self._layers - layer - 1)
+        self._passed += 1
+        left = (time.monotonic() - self._started) / self._passed * (self._layers - layer - 1)
         facts.append(f"{timedelta(seconds=round(left))} left")
         self._progress.note(f"Layer {layer}: {', '.join(facts)}")

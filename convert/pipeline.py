@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,21 @@ from ..quant.plan import Plan, plan_tensors
 from ..quant.recipes import Recipe
 from ..quant.targets import plan_target, recipe_for
 from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, chunk_tokens
-from ..runner.memory import peak_rss_bytes
+from ..runner.memory import peak_rss_bytes, workspace
+from ..sources.hub import HubCheckpoint
 from ..sources.imatrix import read_imatrix
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
+from ..sources.shards import open_streamed
 from .encode import MeasuredImportance, Writer
-from .fingerprint import file_identity, fingerprint
+from .fingerprint import file_identity, fingerprint, text_identity
 from .gguf_tokenizer import tokenizer_metadata
 from .gguf_writer import GGUFWriter
 from .imatrix import ImatrixWriter
-from .journal import Journal
+from .journal import Journal, journal_folder
 from .onepass import Lanes, cast
 from .onnx.export import open_onnx_writer
+from .preflight import check_disk
 
 QUANTIZATION_VERSION = 2  # of ggml's block formats, as general.quantization_version
 
@@ -68,9 +71,9 @@ class Conversion:
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | HubCheckpoint | Model,
     output: str | Path = ".",
-    quant: str | None = None,
+    quant: str | Plan | None = None,
     *,
     target: str = "gguf",
     activations: str | None = None,
@@ -83,27 +86,31 @@ def convert(
     calibration: str | Path | None = CALIBRATION_TEXT,
     imatrix: str | Path | None = None,
     imatrix_out: str | Path | None = None,
+    min_expert_tokens: int = 0,
     verify: bool = True,
     file: str | Path = EVALUATION_TEXT,
     context: int = DEFAULT_CONTEXT,
     chunks: int | None = 16,
     threads: int | None = None,
+    memory: int | None = None,
+    scratch: int | None = None,
     provenance: dict[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Convert a checkpoint folder to GGUF or ONNX.
+    """Convert a checkpoint to GGUF or ONNX.
 
     Args:
-        source: checkpoint folder.
+        source: checkpoint folder, or a commit on the Hub, whose shards are fetched when they are needed; or an open
+            model, which is closed in the end.
         output: a .gguf file, or a folder for `<name>-<quant>.gguf` or the folder `<name>-<quant>-onnx`.
         quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds; Q4_K_M by
-            default, for ONNX Q4_0.
+            default, for ONNX Q4_0. Or a plan for the model's graph, to which `padding` and `mtp` do not apply.
         target: gguf or onnx.
         activations: what ONNX Runtime rounds activations to before it multiplies: int8 (fast, the default) or float32.
         padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
         mtp: keep the blocks of multi-token prediction; by default, unless they rule out padding. Where they are a
             draft of their own they make a second file, `<file>-mtp.gguf`.
-        name: the model's name, by default that of the folder.
+        name: the model's name, by default that of the folder or repository.
         pre: llama.cpp's name of the text splitter, by default the architecture's.
         split_max_bytes: start a new file when the data section would grow beyond this.
         overwrite: replace an existing output.
@@ -111,7 +118,12 @@ def convert(
             all alike. Types of 8 bits and more do without.
         imatrix: an importance matrix of llama.cpp, instead of calibration.
         imatrix_out: where to write what calibration found, as llama.cpp's importance matrix.
+        min_expert_tokens: calibration tokens that every expert must have seen; by default those that saw few borrow
+            from the layer's others.
         verify: compare the result with the source on `file`, `chunks` chunks of `context` tokens.
+        memory: most bytes this process may take; activations that do not fit go to a scratch file beside the output.
+            The result does not depend on it. By default all of them stay in memory.
+        scratch: most bytes of shards from the Hub on disk; by default twice what a layer needs.
         provenance: further facts about the source to store in the file.
 
     A journal beside the output records what is done: stopped by whatever means, the same call continues.
@@ -121,39 +133,48 @@ def convert(
     """
     started = time.monotonic()
     progress = progress or Silent()
-    model = open_model(source)
-    if model.metadata:
-        raise BadInput(f"{source} is a GGUF file, expected a checkpoint folder")
-    name = name or model.path.resolve().name
+    recipe = quant.recipe if isinstance(quant, Plan) else recipe_for(target, quant)
+    weighs = (quant if isinstance(quant, Plan) else recipe).weighs_columns
+    name = name or _name_of(source)
+    provenance = provenance or (source.provenance if isinstance(source, HubCheckpoint) else {})
     measured = read_imatrix(Path(imatrix)) if imatrix else None
-    text = None if measured or not (imatrix_out or recipe_for(target, quant).weighs_columns) else calibration
+    text = None if measured or not (imatrix_out or weighs) else calibration
     if imatrix_out and not text:
         raise BadInput("--imatrix-out writes what calibration finds: leave out --imatrix and --no-calibration")
-    plan = plan_target(target, model.graph, quant, padding, mtp, importance=bool(measured or text))
-    path = _output_path(Path(output), name, plan)
-    metadata: dict[str, Any] = {}
-    if isinstance(plan, OnnxPlan):
+    if target == "onnx":
         _refuse("an ONNX model", {"--pre": pre, "--split-max-size": split_max_bytes})
         activations = activations or "int8"
     else:
         _refuse("a GGUF file", {"--activations": activations})
-        metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
+    path = _output_path(Path(output), name, recipe.name, target)
+    model = _open(source, scratch, path)
+    if isinstance(quant, Plan):
+        plan = quant
+    else:
+        plan = plan_target(target, model.graph, quant, padding, mtp, importance=bool(measured or text))
+    metadata = {} if target == "onnx" else gguf_metadata(model, plan, name, pre, provenance, progress)
     lanes = Lanes(
         chunk_tokens(model.tokenizer, Path(text), context, None) if text else None,
         chunk_tokens(model.tokenizer, Path(file), context, chunks) if verify else None,
     )
-    texts = {"importance matrix": imatrix, "calibration": text}
-    facts = {what: file_identity(Path(text)) for what, text in texts.items() if text} | {"context": str(context)}
-    made = fingerprint(model, plan, metadata, facts, split_max_bytes, activations)
-    with ExitStack() as stack:
-        journal = stack.enter_context(Journal(path, made, overwrite))
+    texts = {
+        "importance matrix": file_identity(Path(imatrix)) if imatrix else "none",
+        "calibration": text_identity(text, lanes.calibration),
+        "evaluation": text_identity(file, lanes.evaluation),
+    }
+    identity = fingerprint(model, plan, metadata, texts, split_max_bytes, activations)
+    room = workspace(memory, plan.graph, lanes.tokens, context, casting=verify, folder=path.parent)
+    with closing(model), Journal(path, identity, overwrite) as journal, ExitStack() as stack:
+        check_disk(path, plan, model, lanes, journal, progress)
         found = None
         if imatrix_out and text and lanes.calibration is not None:
             found = ImatrixWriter(Path(imatrix_out), Path(text), lanes.calibration, overwrite)
             stack.enter_context(found)
         with _writer(model, plan, path, metadata, split_max_bytes, activations, overwrite, verify, journal) as writer:
             importance = MeasuredImportance(measured) if measured else None
-            result = cast(model, plan, writer, lanes, progress, importance, found, threads)
+            result = cast(
+                model, plan, writer, lanes, progress, importance, found, threads, journal, room, min_expert_tokens
+            )
         files = [*writer.paths]
         if mtp and model.graph.draft:
             files.append(_write_draft(model, plan.recipe, path, metadata, overwrite, journal, threads, progress))
@@ -180,6 +201,23 @@ def _refuse(what: str, options: dict[str, object]) -> None:
     for option, value in options.items():
         if value is not None:
             raise BadInput(f"{option} means nothing for {what}; leave it out")
+
+
+def _name_of(source: str | Path | HubCheckpoint | Model) -> str:
+    if isinstance(source, HubCheckpoint):
+        return source.provenance["repository"].split("/")[-1]
+    if isinstance(source, Model):
+        source = source.path
+    return Path(source).resolve().name
+
+
+def _open(source: str | Path | HubCheckpoint | Model, scratch: int | None, output: Path) -> Model:
+    if isinstance(source, HubCheckpoint):
+        return open_streamed(source, scratch, journal_folder(output) / "shards")
+    model = source if isinstance(source, Model) else open_model(source)
+    if model.metadata:
+        raise BadInput(f"{model.path} is a GGUF file, expected a checkpoint folder")
+    return model
 
 
 def _write_draft(
@@ -221,13 +259,13 @@ def gguf_metadata(
     return {**general, **source, **model.architecture.gguf_metadata(plan.graph), **tokenizer}
 
 
-def _output_path(output: Path, name: str, plan: Plan) -> Path:
+def _output_path(output: Path, name: str, quant: str, target: str) -> Path:
     """The GGUF file or the ONNX folder, in a folder that exists."""
-    if isinstance(plan, OnnxPlan):
-        path = output / f"{name}-{plan.recipe.name}-onnx"
+    if target == "onnx":
+        folder = path = output / f"{name}-{quant}-onnx"
     else:
-        path = output if output.suffix == ".gguf" else output / f"{name}-{plan.recipe.name}.gguf"
-    folder = path if isinstance(plan, OnnxPlan) else path.parent
+        path = output if output.suffix == ".gguf" else output / f"{name}-{quant}.gguf"
+        folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -9,6 +12,13 @@ from torch.nn import functional
 from ..archs.weights import Role, Weight
 
 _PRIOR = 16  # tokens that the average over all experts counts for beside an expert's own
+
+
+class Importance(Protocol):
+    """What quantisers weigh columns by."""
+
+    def of(self, weight: Weight, expert: int | None) -> Tensor | None:
+        """The mean square of each input of one matrix, [columns]; None where nothing is known."""
 
 
 class Statistics:
@@ -21,6 +31,22 @@ class Statistics:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
         self._pooled: dict[str, Tensor] = {}
+
+    @classmethod
+    def of_tensors(cls, tensors: Iterator[Tensor]) -> Statistics:
+        """What `tensors` gave."""
+        statistics = cls()
+        for name in bytes(next(tensors).tolist()).decode().split("\n"):
+            statistics.sums[name], statistics.counts[name] = next(tensors), next(tensors)
+            statistics._pooled[name] = statistics.sums[name].sum(dim=0)
+        return statistics
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything as tensors, the names (UTF-8) first."""
+        yield torch.tensor(list("\n".join(self.sums).encode()), dtype=torch.uint8)
+        for name, sums in self.sums.items():
+            yield sums
+            yield self.counts[name]
 
     def add(self, weight: Weight, expert: int | None, states: Tensor) -> None:
         """Count in what a matrix is multiplied with, [inputs, columns]."""

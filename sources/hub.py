@@ -8,14 +8,11 @@ starts an interrupted Xet download over. Files that are in its cache already, ho
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -23,16 +20,12 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, parse_hf_uri
 from huggingface_hub.errors import (
-    GatedRepoError,
     HfHubHTTPError,
     HfUriError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
     RevisionResolutionError,
+    SafetensorsParsingError,
 )
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.hf_api import RepoFile
@@ -42,6 +35,7 @@ from huggingface_hub.utils.sha import git_hash
 from ..archs.errors import BadInput
 from ..archs.weights import TensorInfo
 from .checkpoint import INDEX_FILE, SINGLE_FILE, read_index
+from .hub_errors import explained
 from .hub_transfer import Bar, Meter, retried
 from .progress import Progress
 
@@ -81,6 +75,10 @@ class HubFile:
     def checksum(self) -> str:
         return self.sha256 or self.blob_id
 
+    @property
+    def is_shard(self) -> bool:
+        return self.name.endswith(".safetensors")
+
 
 @dataclass(frozen=True)
 class HubFiles:
@@ -113,6 +111,11 @@ def parse_source(text: str) -> Path | HubSource:
     return HubSource(address.id, address.revision or constants.DEFAULT_REVISION)
 
 
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set."""
+    return bool(constants.is_offline_mode())
+
+
 def list_files(source: HubSource, revision: str | None = None, token: str | None = None) -> HubFiles:
     """What `fetch` would download, cached or not. Fetches the safetensors index to know it. Raises BadInput."""
     return HubCheckpoint(source, revision, token).listing
@@ -130,7 +133,7 @@ def fetch(
     `token` None means HF_TOKEN or the one `hf auth login` stored. Interrupted, it continues where it stopped.
     With HF_HUB_OFFLINE set it returns what was fetched before. Raises BadInput.
     """
-    if constants.is_offline_mode():
+    if is_offline():
         return _fetched_before(replace(source, revision=revision or source.revision), folder)
     checkpoint = HubCheckpoint(source, revision, token, folder)
     checkpoint.fetch_all(progress)
@@ -140,7 +143,8 @@ def fetch(
 class HubCheckpoint:
     """One commit of a repository: `listing` says what a conversion needs of it, `folder` where fetched files lie.
 
-    `fetch_all` brings everything; `fetch_file` one file, for those who use and drop shards one after another.
+    `fetch_all` brings everything; `fetch_file` one file and `remove_file` takes it away again, for those who use shards
+    one after another, `in_folder` of their own.
     """
 
     def __init__(
@@ -150,15 +154,24 @@ class HubCheckpoint:
         self._token = _usable(token, self._source)
         self._in_cache = folder is None
         self._storage = _storage(self._source)
-        with _explained(self._source):
+        with explained(self._source):
             self._commit, files = self._list()
             self.folder = folder or self._storage / "snapshots" / self._commit
             self.listing = HubFiles(self._commit, self._needed(files))
 
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What identifies the commit."""
+        return {"repository": self._source.repository, "revision": self._commit}
+
+    @property
+    def url(self) -> str:
+        return self._source.url
+
     def fetch_all(self, progress: Progress | None = None) -> None:
         """Fetches every file of `listing`, several at a time. Raises BadInput, and stops the others when one fails."""
         meter = Meter(progress, self.listing.bytes)
-        with _explained(self._source), ThreadPoolExecutor(PARALLEL_FILES) as pool:
+        with explained(self._source), ThreadPoolExecutor(PARALLEL_FILES) as pool:
             self._require_space()
             downloads = [pool.submit(self._fetch, file, meter) for file in self.listing.files]
             try:
@@ -177,26 +190,52 @@ class HubCheckpoint:
 
     def fetch_file(self, file: HubFile, progress: Progress | None = None) -> Path:
         """Fetches one file of `listing`, verified, and returns its path. Raises BadInput."""
-        with _explained(self._source):
+        with explained(self._source):
             return self._fetch(file, Meter(progress, file.bytes))
+
+    def in_folder(self, folder: Path) -> HubCheckpoint:
+        """The same commit, whose files go into another folder."""
+        other = copy(self)
+        other.folder, other._in_cache = folder, False
+        return other
+
+    def cached_file(self, file: HubFile) -> Path | None:
+        """Where the Hugging Face cache holds a file of this commit, None when it does not."""
+        path = self._storage / "snapshots" / self._commit / file.name
+        return path if _size(path) == file.bytes else None
+
+    def remove_file(self, file: HubFile) -> None:
+        """Removes what `fetch_file` has brought into a folder, be it whole or a part."""
+        for path in self._places(file)[:2]:
+            path.unlink(missing_ok=True)
+
+    def bytes_here(self, file: HubFile) -> int:
+        """How much of a file is on disk, whole or a part."""
+        return sum(_size(path) for path in self._places(file)[:2])
 
     def read_headers(self) -> tuple[TensorInfo, ...]:
         """Every tensor, known from its shard's header: kilobytes of a model of gigabytes. Fetches what is no shard."""
         api = HfApi(endpoint=self._source.endpoint, token=self._token)
 
-        def tensors_of(shard: str) -> list[TensorInfo]:
-            read = partial(api.parse_safetensors_file_metadata, self._source.repository, shard, revision=self._commit)
+        def tensors_of(shard: HubFile) -> list[TensorInfo]:
+            name, commit = self._source.repository, self._commit
+            try:
+                read = partial(api.parse_safetensors_file_metadata, name, shard.name, revision=commit)
+                tensors = retried(read).tensors
+            except SafetensorsParsingError as error:
+                raise BadInput(f"the header of {shard.name} of {self._source.url} arrived damaged: {error}") from None
+            data = shard.bytes - max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
             return [
-                TensorInfo(name, tensor.dtype, tuple(tensor.shape), shard, begin, end - begin)
-                for name, tensor in retried(read).tensors.items()
+                TensorInfo(name, tensor.dtype, tuple(tensor.shape), shard.name, data + begin, end - begin)
+                for name, tensor in tensors.items()
                 for begin, end in [tensor.data_offsets]
             ]
 
-        shards = [file.name for file in self.listing.files if file.name.endswith(".safetensors")]
-        with _explained(self._source), ThreadPoolExecutor(PARALLEL_FILES) as pool:
+        with explained(self._source), ThreadPoolExecutor(PARALLEL_FILES) as pool:
             for file in self.listing.files:
-                if file.name not in shards:
+                if not file.is_shard:
                     self._fetch(file, Meter(None, 0))
+            shards = [file for file in self.listing.files if file.is_shard]
             return tuple(tensor for tensors in pool.map(tensors_of, shards) for tensor in tensors)
 
     def _list(self) -> tuple[str, dict[str, HubFile]]:
@@ -349,41 +388,3 @@ def _fetched_before(source: HubSource, folder: Path | None) -> Path:
             " missing) and HF_HUB_OFFLINE is set: unset it to download"
         )
     return folder
-
-
-@contextmanager
-def _explained(source: HubSource) -> Iterator[None]:
-    """Turns what the client raises into BadInput."""
-    try:
-        yield
-    except (httpx2.HTTPError, OSError, RevisionResolutionError, json.JSONDecodeError) as error:
-        raise BadInput(_explanation(error, source)) from error
-
-
-def _explanation(error: BaseException, source: HubSource) -> str:
-    endpoint, log_in = source.endpoint, "run `hf auth login` or set HF_TOKEN"
-    if isinstance(error, GatedRepoError):
-        return f"{source.repository} is gated: accept its terms at {source.url}, then {log_in}"
-    if isinstance(error, RepositoryNotFoundError):
-        return f"{source.url} does not exist, or is private: check the name, or {log_in}"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{source.url} has no revision {source.revision!r}: expected a branch, a tag or a commit of it"
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-        return f"{endpoint} does not accept the access token for {source.repository}: {log_in} to a valid one"
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        return f"{endpoint} answers {status} for {source.repository}: run the same again later, it will resume"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full: make room, or choose another disk with HF_HOME or an output folder; it will resume"
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename or 'the download'} cannot be written: {error.strerror}"
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"{source.url} cannot be read while HF_HUB_OFFLINE is set: unset it"
-    if isinstance(error, json.JSONDecodeError):
-        return f"{endpoint} does not answer like a Hugging Face Hub: check HF_ENDPOINT and the network's proxy"
-    if error.__cause__ is not None and not isinstance(error, httpx2.HTTPError):
-        return _explanation(error.__cause__, source)
-    return (
-        f"{endpoint} cannot be reached ({type(error).__name__}): check the network and run the same again, it will"
-        " resume; HF_HUB_OFFLINE=1 uses what was fetched before"
-    )

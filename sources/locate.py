@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .hub import HubCheckpoint, HubSource, fetch, parse_source
+from .hub import HubCheckpoint, HubSource, fetch, is_offline, parse_source
 from .model import Model, open_model
 from .progress import Progress
 
@@ -19,6 +19,17 @@ def locate(source: str, revision: str | None, token: str | None, progress: Progr
         return parsed, {}
     folder = fetch(parsed, revision, token, progress)
     return folder, {"repository": parsed.repository, "revision": folder.name}
+
+
+def locate_to_stream(
+    source: str, revision: str | None, token: str | None, progress: Progress
+) -> tuple[Path | HubCheckpoint, dict[str, str]]:
+    """As `locate`, but a Hub repository is not fetched: its weights may come when they are needed."""
+    parsed = _parsed(source)
+    if not isinstance(parsed, HubSource) or is_offline():
+        return locate(source, revision, token, progress)
+    checkpoint = HubCheckpoint(parsed, revision, token)
+    return checkpoint, checkpoint.provenance
 
 
 def describe(source: str, revision: str | None, token: str | None) -> Model:

@@ -46,6 +46,7 @@ class Model:
         graph: its blocks and weights.
         tensors: every stored tensor.
         metadata: GGUF metadata; empty for a checkpoint.
+        storage: reads their bytes.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Model:
         self.graph = graph
         self.tensors = tensors
         self.metadata = metadata
-        self._storage = Storage()
+        self.storage = Storage()
 
     @property
     def vocabulary_size(self) -> int:
@@ -74,16 +75,16 @@ class Model:
 
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A weight's numbers in float32: one expert of a stack, some rows, or all of it. See `decode.evaluate`."""
-        return evaluate(weight.source, self._storage, expert, rows)
+        return evaluate(weight.source, self.storage, expert, rows)
 
     def repacked(
         self, weight: Weight, type_name: str, expert: int | None = None, rows: tuple[int, int] | None = None
     ) -> torch.Tensor | None:
         """The same piece in blocks of a ggml type without rounding, None where it must be quantised. See `repack`."""
-        return repack(weight.source, type_name, self._storage, expert, rows)
+        return repack(weight.source, type_name, self.storage, expert, rows)
 
     def close(self) -> None:
-        self._storage.close()
+        self.storage.close()
 
 
 def open_model(path: str | Path, tensors: tuple[TensorInfo, ...] | None = None) -> Model:

@@ -49,5 +49,14 @@ class Storage:
             return self._descriptors[file]
         if len(self._descriptors) >= _OPEN_FILES:
             os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors[file] = os.open(file, os.O_RDONLY)
+        self._descriptors[file] = self._open(file)
         return self._descriptors[file]
+
+    def _open(self, file: str) -> int:
+        """A descriptor for reading what tensors name as their file."""
+        return os.open(file, os.O_RDONLY)
+
+    def _forget(self, file: str) -> None:
+        """Close a file; it is opened again when somebody reads it."""
+        if file in self._descriptors:
+            os.close(self._descriptors.pop(file))

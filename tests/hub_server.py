@@ -133,6 +133,10 @@ class HubServer:
     def fail(self, name: str, fault: Fault, times: int = 1) -> None:
         self._faults[name].extend([fault] * times)
 
+    def forgive(self) -> None:
+        """Forget the faults that were not met yet."""
+        self._faults.clear()
+
     def next_fault(self, name: str) -> Fault:
         return self._faults[name].popleft() if self._faults[name] else Fault()
 

@@ -63,6 +63,9 @@ class OnnxWriter:
         last = len(self._plan.placements[name].arrays) - 1
         return self._journal is not None and (self._folder.name, name, first_row, last) in self._journal
 
+    def read(self, name: str, first_row: int, count: int) -> None:
+        """Blocks are stored unpacked here; nothing gives them back."""
+
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
         """Put rows of the planned ggml type, uint8 [rows, row bytes], where they belong; rows count over all leading
         dimensions."""

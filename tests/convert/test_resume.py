@@ -16,14 +16,18 @@ from typing import Any
 import checkpoints
 import deepseek_checkpoints
 import moecast.convert.encode
+import moecast.convert.onepass
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
 from moecast.archs.errors import BadInput, Interruption
+from moecast.archs.graph import Layer
 from moecast.cli import main
 from moecast.convert import journal
 from moecast.convert.journal import Journal
+from moecast.convert.pipeline import Conversion, convert
+from moecast.runner.stream import Stream
 
 KILLED = Path(__file__).with_name("killed.py")
 FINGERPRINT = {"source": "this", "quant": "Q4_K_M"}
@@ -35,7 +39,8 @@ def every_piece_is_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _convert(folder: Path, output: Path, *options: str) -> Result:
-    return CliRunner().invoke(main, ["convert", str(folder), "-o", str(output), "--no-verify", *options])
+    command = ["convert", str(folder), "-o", str(output), "--no-verify", "--no-calibration", *options]
+    return CliRunner().invoke(main, command)
 
 
 def _errors(result: Result) -> list[str]:
@@ -46,13 +51,23 @@ def _hidden(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir() if file.name.startswith("."))
 
 
+LANES = {"calibration": "excerpt", "context": 64, "chunks": 3}
+
+
+def _excerpt(folder: Path) -> Path:
+    """A text of a few hundred tokens."""
+    path = folder / "excerpt.txt"
+    path.write_text(checkpoints.TEXT.read_text()[:1200])
+    return path
+
+
 @pytest.mark.parametrize(
     ("example", "options"),
     [
-        ("minimax-m2-tiny", {"padding": False}),
-        ("nemotron-3-tiny", {"split_max_bytes": 300_000}),
-        ("a draft", {"mtp": True}),  # it is a second file
-        ("minimax-m2-tiny", {"target": "onnx"}),
+        ("minimax-m2-tiny", {"padding": False, "quant": "IQ4_XS"} | LANES),
+        ("nemotron-3-tiny", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
+        ("a draft", {"mtp": True, "calibration": None, "verify": False}),  # it is a second file
+        ("minimax-m2-tiny", {"target": "onnx"} | LANES),
     ],
 )
 def test_killed_at_random_moments(tmp_path: Path, example: str, options: dict[str, Any]) -> None:
@@ -64,7 +79,12 @@ def test_killed_at_random_moments(tmp_path: Path, example: str, options: dict[st
         source = tmp_path / "source"
         deepseek_checkpoints.save_deepseek_hub(source, deepseek_checkpoints.deepseek_model())
         deepseek_checkpoints.add_draft(source)
-    arguments = [str(source), str(tmp_path / "out"), "10", str(seed), json.dumps(options | {"verify": False})]
+    if options.get("calibration"):
+        options = options | {
+            "calibration": str(_excerpt(tmp_path)),
+            "imatrix_out": str(tmp_path / "out" / "imatrix.gguf"),
+        }
+    arguments = [str(source), str(tmp_path / "out"), "10", str(seed), json.dumps(options)]
     result = subprocess.run([sys.executable, str(KILLED), *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
@@ -119,6 +139,36 @@ def test_full_disk(minimax_fp8: Checkpoint, tmp_path: Path, expected: bytes, mon
         assert ".model.gguf.part" in _hidden(output.parent)
     assert _convert(minimax_fp8.folder, output).exit_code == 0
     assert output.read_bytes() == expected and _hidden(output.parent) == []
+
+
+def test_interrupted_pass(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lanes go on from the last whole layer: same file, same importance matrix, same parity."""
+    options = LANES | {"calibration": _excerpt(tmp_path), "quant": "Q3_K_M"}
+
+    def run(folder: Path) -> Conversion:
+        return convert(minimax_fp8.folder, folder / "m.gguf", imatrix_out=folder / "i.gguf", **options)
+
+    undisturbed = run(tmp_path / "undisturbed")
+    for pieces in (40, 35):  # ends within the first layer, then within the second
+        with monkeypatch.context() as patched:
+            quantize = _after(pieces, KeyboardInterrupt(), moecast.convert.encode.quantize)
+            patched.setattr(moecast.convert.encode, "quantize", quantize)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "out")
+    layers: list[int] = []
+    advance = moecast.convert.onepass.advance
+
+    def noted(streams: list[Stream], here: list[Layer], *rest: Any) -> None:
+        layers.append(here[0].index)
+        advance(streams, here, *rest)
+
+    monkeypatch.setattr(moecast.convert.onepass, "advance", noted)
+    continued = run(tmp_path / "out")
+    assert layers == [1]
+    assert continued.parity == undisturbed.parity
+    for name in ("m.gguf", "i.gguf"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    assert _hidden(tmp_path / "out") == []
 
 
 def _interrupt(folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,22 +281,22 @@ def test_two_writers_of_one_output(tmp_path: Path) -> None:
 
 def test_saved_tensors(tmp_path: Path) -> None:
     """States survive an interruption; one that was dropped, or whose file is gone, counts as never saved."""
-    states = {"hidden": torch.randn(3, 5), "tokens": torch.arange(4)}
+    states = [torch.randn(3, 5), torch.arange(4), torch.zeros(0, dtype=torch.float64)]
     with pytest.raises(Interruption), Journal(tmp_path / "out", FINGERPRINT) as record:
         record.save("layer-1", states)
-        record.save("layer-2", states)
+        record.save("layer-2", iter(states))
         record.drop("layer-1")
         raise Interruption("the connection is lost")
     with Journal(tmp_path / "out", FINGERPRINT) as record:
-        assert record.continues and record.load("layer-1") is None and record.load("layer-3") is None
-        loaded = record.load("layer-2")
-        assert loaded and loaded.keys() == states.keys()
-        assert all(torch.equal(loaded[name], states[name]) for name in states)
+        assert record.continues and not record.holds("layer-1") and not record.holds("layer-3")
+        assert record.holds("layer-2")
+        for loaded, saved in zip(record.load("layer-2"), states, strict=True):
+            assert loaded.dtype == saved.dtype and torch.equal(loaded, saved)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_states_that_find_no_room(tmp_path: Path) -> None:
-    """The library that writes them is stopped by the system itself: no file may grow beyond a page."""
+    """The system itself refuses: no file may grow beyond a page."""
     code = (
         "import resource, signal, sys, torch\n"
         "from pathlib import Path\n"
@@ -255,9 +305,9 @@ def test_states_that_find_no_room(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "with Journal(Path(sys.argv[1]), {'source': 'this'}) as record:\n"
         "    record.add(('piece',))\n"
-        "    record.save('states', {'hidden': torch.zeros(10_000)})\n"
+        "    record.save('states', [torch.zeros(10_000)])\n"
     )
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
-    assert "Interruption" in result.stderr.splitlines()[-1] and "states cannot be written" in result.stderr
+    assert "Interruption" in result.stderr.splitlines()[-1] and "cannot be written: File too large" in result.stderr
     with Journal(tmp_path / "out", {"source": "this"}) as record:
-        assert ("piece",) in record and record.load("states") is None
+        assert ("piece",) in record and not record.holds("states")
