@@ -39,6 +39,10 @@ _VERIFY_CHUNKS = 16
 @click.option("--pre", help="Name of llama.cpp's text splitter, where the automatic choice is wrong.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Calibration text; a bundled one by default.")
+@click.option("--no-calibration", is_flag=True, help="Weigh all columns of a weight alike.")
+@click.option("--imatrix", type=click.Path(path_type=Path), help="Use this importance matrix instead, GGUF or .dat.")
+@click.option("--imatrix-out", type=click.Path(path_type=Path), help="Write what calibration found as GGUF.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare the result with the source.")
 @click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
 @text_options
@@ -57,6 +61,10 @@ def convert(
     pre: str | None,
     overwrite: bool,
     dry_run: bool,
+    calibration: Path | None,
+    no_calibration: bool,
+    imatrix: Path | None,
+    imatrix_out: Path | None,
     verify: bool,
     max_kld: float | None,
     file: Path | None,
@@ -81,7 +89,7 @@ def convert(
     from .convert.pipeline import convert as run
     from .quant.targets import plan_target
     from .report import show_conversion, show_plan
-    from .runner.evaluate import EVALUATION_TEXT
+    from .runner.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT
     from .sources.locate import describe, locate
 
     if dry_run:
@@ -101,6 +109,9 @@ def convert(
             pre=pre,
             split_max_bytes=split_max_size,
             overwrite=overwrite,
+            calibration=None if no_calibration else calibration or CALIBRATION_TEXT,
+            imatrix=imatrix,
+            imatrix_out=imatrix_out,
             verify=verify,
             file=file or EVALUATION_TEXT,
             context=context,
@@ -192,6 +203,53 @@ def prepack(folder: Path, as_json: bool) -> None:
         print_json({"folder": folder, "bytes": size})
     else:
         click.echo(f"{folder}: {human_bytes(size)} added")
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The importance matrix, .gguf.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Calibration text; a bundled one by default.")
+@click.option("-c", "--context", default=512, show_default=True, help="Tokens in a chunk.")
+@click.option("--chunks", type=int, help="Use at most this many chunks of the text.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@hub_options
+@json_option
+def imatrix(
+    model: str,
+    output: Path,
+    calibration: Path | None,
+    context: int,
+    chunks: int | None,
+    overwrite: bool,
+    revision: str | None,
+    token: str | None,
+    as_json: bool,
+) -> None:
+    """Measure how much each input of each weight matters, and write it as llama.cpp's importance matrix.
+
+    \b
+    Examples:
+      moecast imatrix CHECKPOINT -o imatrix.gguf
+      moecast imatrix OWNER/NAME -o imatrix.gguf --calibration text.txt --chunks 100
+    """
+    from .console import watch
+    from .convert.calibrate import write_imatrix
+    from .report import show_calibration
+    from .runner.evaluate import CALIBRATION_TEXT
+    from .sources.locate import locate
+
+    with watch() as progress:
+        folder, _ = locate(model, revision, token, progress)
+        result = write_imatrix(
+            folder,
+            output,
+            calibration or CALIBRATION_TEXT,
+            context=context,
+            chunks=chunks,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show_calibration(result, as_json)
 
 
 @click.command()

@@ -13,6 +13,7 @@ from .console import human_bytes, human_count, print_columns, print_json, print_
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from .convert.calibrate import Calibration
     from .convert.pipeline import Conversion
     from .quant.plan import Plan
     from .runner.evaluate import Parity, Perplexity
@@ -108,6 +109,18 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     file = result.files[0]
     line = server_line(file) if file.suffix == ".gguf" else f'moecast run {file.parent} -p "Once upon a time"'
     print(f"Run it with\n\n    {line}\n")
+
+
+def show_calibration(result: Calibration, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(result))
+        return
+    rows = [("Tokens", str(result.tokens))]
+    if result.fewest_tokens is not None:
+        rows.append(("Experts no token reached", str(result.unseen_experts)))
+        rows.append(("Fewest tokens of an expert", str(result.fewest_tokens)))
+    rows.append(("Time, peak memory", f"{result.seconds:.1f} s, {human_bytes(result.peak_rss_bytes)}"))
+    print_table(str(result.file), rows)
 
 
 def show_problems(problems: tuple[str, ...]) -> None:

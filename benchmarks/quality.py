@@ -50,7 +50,7 @@ def encode_with_ggml(model: Model, plan: Plan, importance: ImportanceMatrix, pat
 def measure(folder: Path, importance: Path, chunks: int) -> list[dict[str, float | str]]:
     rows: list[dict[str, float | str]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        full = convert(folder, temporary, "F32", verify=False, padding=False).files[0]
+        full = convert(folder, temporary, "F32", calibration=None, verify=False, padding=False).files[0]
         model, statistics = open_model(full), read_imatrix(importance)
         for recipe in RECIPES:
             ours, theirs = Path(temporary, "ours.gguf"), Path(temporary, "theirs.gguf")

@@ -1,20 +1,23 @@
-"""Weights into their stored form, a piece at a time: the loop that every conversion to GGUF runs."""
+"""Weights into their stored form, a piece at a time: what every conversion does, whoever asks for the pieces."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..archs.errors import BadInput
-from ..archs.weights import Weight, first_tensor, of_expert
-from ..quant import native, quantize
+from ..archs.weights import Padded, Weight, first_tensor, of_expert
+from ..quant import dequantize, native, quantize
 from ..quant.plan import Plan, PlannedTensor
+from ..runner.weights import KeptWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
-from ..sources.model import Model, Piece, pieces
+from ..sources.model import pieces
 from ..sources.progress import Progress
 
 
@@ -40,58 +43,135 @@ class Writer(Protocol):
     ) -> None: ...
 
 
-def write_tensors(
-    writer: Writer,
-    model: Model,
-    plan: Plan,
-    progress: Progress,
-    importance: ImportanceMatrix | None = None,
-    threads: int | None = None,
-) -> None:
-    """Read, decode, quantise and write every tensor of a plan, what an earlier run has written left out.
+class Importance(Protocol):
+    """What quantisers weigh columns by."""
 
-    Raises BadInput naming a tensor that is not finite.
+    def of(self, weight: Weight, expert: int | None) -> Tensor | None:
+        """The mean square of each input of one matrix, [columns]; None where nothing is known."""
+
+
+class MeasuredImportance:
+    """That of an importance matrix somebody measured before; columns that pad a weight were not in it."""
+
+    def __init__(self, matrix: ImportanceMatrix) -> None:
+        self._matrix = matrix
+
+    def of(self, weight: Weight, expert: int | None) -> Tensor | None:
+        columns = weight.source.source.shape[-1] if isinstance(weight.source, Padded) else weight.columns
+        means = self._matrix.of(weight.name, columns, weight.experts or 1)
+        return functional.pad(means[expert or 0], (0, weight.columns - columns)) if means is not None else None
+
+
+class Encoder:
+    """Encodes pieces of planned tensors and writes each of them once, in whatever order they are asked for.
+
+    `source` are the weights to encode; what a lane of the source has loaded just now is not read again.
     """
-    if not native.available():
-        progress.note(f"Quantising with {native.describe()}")
-    progress.begin("Converting", sum(tensor.weight.elements for tensor in plan.tensors), "weights")
-    for tensor in plan.tensors:
-        weight = tensor.weight
-        columns = importance.of(weight.name, weight.columns, weight.experts or 1) if importance else None
-        for expert, rows in pieces(weight):
-            first_row = _first_row(weight, (expert, rows))
-            if writer.has(weight.name, first_row):
-                continue
-            part = columns[expert or 0] if columns is not None else None
-            data = _encode(model, tensor, expert, rows, part, threads)
-            writer.write(weight.name, first_row, data)
-            progress.advance(len(data) * weight.columns, f"{weight.name} {tensor.type.name}")
+
+    def __init__(
+        self,
+        source: ModelWeights,
+        plan: Plan,
+        writer: Writer,
+        progress: Progress,
+        importance: Importance | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.plan = plan
+        self._source = source
+        self._writer = writer
+        self._progress = progress
+        self._importance = importance
+        self._threads = threads
+        self._written: set[tuple[str, int]] = set()
+        self._unfinished: dict[int | None, list[PlannedTensor]] = defaultdict(list)
+        for tensor in plan.tensors:
+            self._unfinished[tensor.weight.layer].append(tensor)
+        if not native.available():
+            progress.note(f"Quantising with {native.describe()}")
+        progress.begin("Converting", sum(tensor.weight.elements for tensor in plan.tensors), "weights")
+
+    def encode(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+        """One of the `pieces` of a tensor as it is stored, uint8 [rows, row bytes], written if it was not yet.
+
+        Raises BadInput naming a stored tensor that is not finite.
+        """
+        name, first_row = tensor.weight.name, _first_row(tensor.weight, expert, rows)
+        data = self._stored(tensor, expert, rows)
+        if (name, first_row) not in self._written:
+            if not self._writer.has(name, first_row):
+                self._writer.write(name, first_row, data)
+            self._written.add((name, first_row))
+            self._progress.advance(len(data) * tensor.weight.columns, f"{name} {tensor.type.name}")
+        return data
+
+    def finish_expert(self, layer: int, expert: int) -> None:
+        """Encode what nobody asked for of one expert."""
+        for tensor in self._unfinished[layer]:
+            if tensor.weight.experts is not None and not self._has(tensor.weight, expert, None):
+                self.encode(tensor, expert, None)
+
+    def finish(self, layer: int | None) -> None:
+        """Encode what nobody asked for of a layer's tensors; None means those of no layer."""
+        for tensor in self._unfinished.pop(layer, ()):
+            for expert, rows in pieces(tensor.weight):
+                if not self._has(tensor.weight, expert, rows):
+                    self.encode(tensor, expert, rows)
+                    self._source.forget()
+
+    def finish_all(self) -> None:
+        """Encode what is left."""
+        for layer in list(self._unfinished):
+            self.finish(layer)
+
+    def _has(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> bool:
+        """Whether it is in the file; an earlier run may have put it there."""
+        first_row = _first_row(weight, expert, rows)
+        return (weight.name, first_row) in self._written or self._writer.has(weight.name, first_row)
+
+    def _stored(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+        weight, type_name = tensor.weight, tensor.type.name
+        data = self._source.model.repacked(weight, type_name, expert, rows)
+        if data is not None:
+            return data
+        try:
+            values = self._source.load(weight, expert, rows).view(-1, weight.columns)
+            if type_name == "I32":
+                return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
+            importance = self._importance.of(weight, expert) if self._importance else None
+            return quantize(values, type_name, importance, self._threads)
+        except BadInput as error:
+            stored = first_tensor(of_expert(weight.source, expert))
+            raise BadInput(
+                f"{stored.name} in {stored.file}: {error}; the checkpoint is damaged, fetch it again"
+            ) from None
 
 
-def _first_row(weight: Weight, piece: Piece) -> int:
+class CastingWeights(KeptWeights):
+    """The weights of the file in the making: asking for one writes it, the answer is what was stored."""
+
+    def __init__(self, encoder: Encoder, label: str) -> None:
+        super().__init__(encoder.plan.graph, label)
+        self._encoder = encoder
+        self._planned = {tensor.weight.name: tensor for tensor in encoder.plan.tensors}
+
+    def read(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+        tensor = self._planned[weight.name]
+        asked = [(expert, rows)] if expert is not None or rows else pieces(weight)
+        values = torch.cat([_decoded(tensor, self._encoder.encode(tensor, *piece)) for piece in asked])
+        scale = self._planned.get(f"{weight.name.removesuffix('.weight')}.scale")
+        if scale:
+            values *= self.load(scale.weight)[expert or 0]
+        return values.flatten() if len(weight.shape) == 1 else values
+
+
+def _first_row(weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> int:
     """Where a piece begins within the whole tensor."""
-    expert, rows = piece
     return expert * weight.shape[-2] if expert is not None else (rows[0] if rows else 0)
 
 
-def _encode(
-    model: Model,
-    tensor: PlannedTensor,
-    expert: int | None,
-    rows: tuple[int, int] | None,
-    importance: Tensor | None,
-    threads: int | None,
-) -> Tensor:
-    """One piece in its stored form, uint8 [rows, row bytes]."""
-    weight = tensor.weight
-    data = model.repacked(weight, tensor.type.name, expert, rows)
-    if data is not None:
-        return data
-    try:
-        values = model.load(weight, expert, rows).view(-1, weight.columns)
-        if tensor.type.name == "I32":
-            return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
-        return quantize(values, tensor.type.name, importance, threads)
-    except BadInput as error:
-        stored = first_tensor(of_expert(weight.source, expert))
-        raise BadInput(f"{stored.name} in {stored.file}: {error}; the checkpoint is damaged, fetch it again") from None
+def _decoded(tensor: PlannedTensor, data: Tensor) -> Tensor:
+    if tensor.type.name == "I32":
+        return data.view(torch.int32).float()
+    values: Tensor = dequantize(data, tensor.type.name)
+    return values

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,19 @@ from ..archs.errors import BadInput
 from ..quant.onnx_plan import OnnxPlan
 from ..quant.plan import Plan, plan_tensors
 from ..quant.recipes import Recipe
-from ..quant.targets import plan_target
-from ..runner.evaluate import DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, parity
+from ..quant.targets import plan_target, recipe_for
+from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, chunk_tokens
+from ..runner.memory import peak_rss_bytes
+from ..sources.imatrix import read_imatrix
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
-from .encode import Writer, write_tensors
-from .fingerprint import fingerprint
+from .encode import MeasuredImportance, Writer
+from .fingerprint import file_identity, fingerprint
 from .gguf_tokenizer import tokenizer_metadata
 from .gguf_writer import GGUFWriter
+from .imatrix import ImatrixWriter
 from .journal import Journal
+from .onepass import Lanes, cast
 from .onnx.export import open_onnx_writer
 
 QUANTIZATION_VERSION = 2  # of ggml's block formats, as general.quantization_version
@@ -49,6 +53,19 @@ class Conversion:
     seconds: float
     peak_rss_bytes: int
 
+    @classmethod
+    def of(cls, files: Sequence[Path], plan: Plan, started: float, parity: Parity | None = None) -> Conversion:
+        """The conversion to finished `files` that began when `time.monotonic()` was `started`."""
+        return cls(
+            files=tuple(files),
+            bytes=sum(file.stat().st_size for file in files),
+            bits_per_weight=plan.bits_per_weight,
+            parity=parity,
+            problems=plan.problems,
+            seconds=time.monotonic() - started,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
 
 def convert(
     source: str | Path,
@@ -63,6 +80,9 @@ def convert(
     pre: str | None = None,
     split_max_bytes: int | None = None,
     overwrite: bool = False,
+    calibration: str | Path | None = CALIBRATION_TEXT,
+    imatrix: str | Path | None = None,
+    imatrix_out: str | Path | None = None,
     verify: bool = True,
     file: str | Path = EVALUATION_TEXT,
     context: int = DEFAULT_CONTEXT,
@@ -87,6 +107,10 @@ def convert(
         pre: llama.cpp's name of the text splitter, by default the architecture's.
         split_max_bytes: start a new file when the data section would grow beyond this.
         overwrite: replace an existing output.
+        calibration: the text, in chunks of `context` tokens, that shows which inputs of a weight matter; None weighs
+            all alike. Types of 8 bits and more do without.
+        imatrix: an importance matrix of llama.cpp, instead of calibration.
+        imatrix_out: where to write what calibration found, as llama.cpp's importance matrix.
         verify: compare the result with the source on `file`, `chunks` chunks of `context` tokens.
         provenance: further facts about the source to store in the file.
 
@@ -101,7 +125,11 @@ def convert(
     if model.metadata:
         raise BadInput(f"{source} is a GGUF file, expected a checkpoint folder")
     name = name or model.path.resolve().name
-    plan = plan_target(target, model.graph, quant, padding, mtp)
+    measured = read_imatrix(Path(imatrix)) if imatrix else None
+    text = None if measured or not (imatrix_out or recipe_for(target, quant).weighs_columns) else calibration
+    if imatrix_out and not text:
+        raise BadInput("--imatrix-out writes what calibration finds: leave out --imatrix and --no-calibration")
+    plan = plan_target(target, model.graph, quant, padding, mtp, importance=bool(measured or text))
     path = _output_path(Path(output), name, plan)
     metadata: dict[str, Any] = {}
     if isinstance(plan, OnnxPlan):
@@ -110,28 +138,42 @@ def convert(
     else:
         _refuse("a GGUF file", {"--activations": activations})
         metadata = gguf_metadata(model, plan, name, pre, provenance or {}, progress)
-    made = fingerprint(model, plan, metadata, split_max_bytes=split_max_bytes, activations=activations)
-    with Journal(path, made, overwrite) as journal:
-        writer: Writer
-        if isinstance(plan, OnnxPlan):
-            writer = open_onnx_writer(model, plan, path, activations or "int8", overwrite, verify, journal)
-        else:
-            writer = GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite, journal)
-        with writer:
-            write_tensors(writer, model, plan, progress, threads=threads)
+    lanes = Lanes(
+        chunk_tokens(model.tokenizer, Path(text), context, None) if text else None,
+        chunk_tokens(model.tokenizer, Path(file), context, chunks) if verify else None,
+    )
+    texts = {"importance matrix": imatrix, "calibration": text}
+    facts = {what: file_identity(Path(text)) for what, text in texts.items() if text} | {"context": str(context)}
+    made = fingerprint(model, plan, metadata, facts, split_max_bytes, activations)
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal(path, made, overwrite))
+        found = None
+        if imatrix_out and text and lanes.calibration is not None:
+            found = ImatrixWriter(Path(imatrix_out), Path(text), lanes.calibration, overwrite)
+            stack.enter_context(found)
+        with _writer(model, plan, path, metadata, split_max_bytes, activations, overwrite, verify, journal) as writer:
+            importance = MeasuredImportance(measured) if measured else None
+            result = cast(model, plan, writer, lanes, progress, importance, found, threads)
         files = [*writer.paths]
         if mtp and model.graph.draft:
             files.append(_write_draft(model, plan.recipe, path, metadata, overwrite, journal, threads, progress))
-        result = parity(model, writer.paths[0], file, context, chunks, progress) if verify else None
-    return Conversion(
-        files=tuple(files),
-        bytes=sum(file.stat().st_size for file in files),
-        bits_per_weight=plan.bits_per_weight,
-        parity=result,
-        problems=plan.problems,
-        seconds=time.monotonic() - started,
-        peak_rss_bytes=peak_rss_bytes(),
-    )
+    return Conversion.of(files, plan, started, result)
+
+
+def _writer(
+    model: Model,
+    plan: Plan,
+    path: Path,
+    metadata: dict[str, Any],
+    split_max_bytes: int | None,
+    activations: str | None,
+    overwrite: bool,
+    verify: bool,
+    journal: Journal,
+) -> Writer:
+    if isinstance(plan, OnnxPlan):
+        return open_onnx_writer(model, plan, path, activations or "int8", overwrite, verify, journal)
+    return GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite, journal)
 
 
 def _refuse(what: str, options: dict[str, object]) -> None:
@@ -155,7 +197,7 @@ def _write_draft(
     metadata = metadata | dict(model.architecture.draft_metadata(model.graph))
     path = path.with_name(f"{path.stem}-mtp.gguf")
     with GGUFWriter(path, metadata, plan.tensors, None, overwrite, journal) as writer:
-        write_tensors(writer, model, plan, progress, threads=threads)
+        cast(model, plan, writer, Lanes(), progress, threads=threads)
     return path
 
 
@@ -191,13 +233,3 @@ def _output_path(output: Path, name: str, plan: Plan) -> Path:
     except OSError as error:
         raise BadInput(f"{folder} cannot be made: {error.strerror}; choose another --output") from None
     return path
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    try:  # getrusage would count the parent that forked us as well
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

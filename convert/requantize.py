@@ -13,11 +13,12 @@ from ..quant.recipes import recipe_named
 from ..sources.imatrix import ImportanceMatrix, read_imatrix
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
-from .encode import write_tensors
+from .encode import MeasuredImportance
 from .fingerprint import file_identity, fingerprint
 from .gguf_writer import GGUFWriter
 from .journal import Journal
-from .pipeline import QUANTIZATION_VERSION, Conversion, peak_rss_bytes
+from .onepass import Lanes, cast
+from .pipeline import QUANTIZATION_VERSION, Conversion
 
 _UNQUANTISED_BITS = 16
 
@@ -59,16 +60,9 @@ def requantize(
         Journal(path, fingerprint(model, plan, metadata, others), overwrite) as journal,
         GGUFWriter(path, metadata, plan.tensors, None, overwrite, journal) as writer,
     ):
-        write_tensors(writer, model, plan, progress, importance, threads)
-    return Conversion(
-        files=tuple(writer.paths),
-        bytes=sum(file.stat().st_size for file in writer.paths),
-        bits_per_weight=plan.bits_per_weight,
-        parity=None,
-        problems=plan.problems,
-        seconds=time.monotonic() - started,
-        peak_rss_bytes=peak_rss_bytes(),
-    )
+        measured = MeasuredImportance(importance) if importance else None
+        cast(model, plan, writer, Lanes(), progress, measured, threads=threads)
+    return Conversion.of(writer.paths, plan, started)
 
 
 def plan_requantized(model: Model, quant: str, tensor_types: Sequence[tuple[str, str]], importance: bool) -> Plan:

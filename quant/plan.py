@@ -82,13 +82,16 @@ class Plan:
         return tuple(lines)
 
 
-def plan_file(graph: Graph, recipe: Recipe, padding: bool = True, mtp: bool | None = None) -> Plan:
+def plan_file(
+    graph: Graph, recipe: Recipe, padding: bool = True, mtp: bool | None = None, importance: bool = False
+) -> Plan:
     """The plan of a file, whose graph may differ from the model's in what the results do not depend on.
 
     Args:
         padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
         mtp: keep the blocks for multi-token prediction; by default, unless they rule out padding or are a draft of
             their own, which is planned by itself.
+        importance: whether columns will be weighed by importance; llama.cpp's mixes depend on it.
 
     Raises BadInput when such blocks are demanded and there are none.
     """
@@ -103,9 +106,9 @@ def plan_file(graph: Graph, recipe: Recipe, padding: bool = True, mtp: bool | No
         mtp = False
     if mtp is False:
         graph = replace(graph, predictions=())
-    plan = plan_tensors(graph, recipe)
+    plan = plan_tensors(graph, recipe, importance)
     if padding and (padded := pad(graph, base.block_size)) != graph:
-        unpadded, plan = plan, plan_tensors(padded, recipe)
+        unpadded, plan = plan, plan_tensors(padded, recipe, importance)
         notes.append(_describe_padding(unpadded, plan))
     return replace(plan, notes=tuple(notes))
 
@@ -127,7 +130,7 @@ def plan_tensors(graph: Graph, recipe: Recipe, importance: bool = False) -> Plan
     """The stock plan: the recipe's types, protected weights in float32, fallbacks where rows do not fit.
 
     Args:
-        importance: whether an importance matrix will be used; llama.cpp's mixes depend on it.
+        importance: as in `plan_file`.
     """
     layers = len(graph.layers) + len(graph.predictions)
     heads_per_group = _heads_per_group(graph)

@@ -93,6 +93,11 @@ class Recipe:
     def quantised(self) -> bool:
         return format_named(self.base).block_size > 1
 
+    @property
+    def weighs_columns(self) -> bool:
+        """Whether it rounds so coarsely that knowing which inputs of a weight matter pays."""
+        return not self.native and format_named(self.base).bits_per_weight < 8
+
     def type_of(self, role: Role, position: Position) -> str:
         """The type of a tensor of that role, before any fallback for its row length."""
         name = next((name for name, applies in self.rules.get(role, ()) if applies(position)), self.base)

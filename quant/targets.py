@@ -6,20 +6,33 @@ from ..archs.errors import BadInput
 from ..archs.graph import Graph
 from .onnx_plan import onnx_recipe_named, plan_onnx
 from .plan import Plan, plan_file
-from .recipes import recipe_named
+from .recipes import Recipe, recipe_named
 
 DEFAULT_QUANT = {"gguf": "Q4_K_M", "onnx": "Q4_0"}
 """The recipe for each format where nobody asks for another."""
 
 
-def plan_target(target: str, graph: Graph, quant: str | None, padding: bool = True, mtp: bool | None = None) -> Plan:
+def recipe_for(target: str, quant: str | None) -> Recipe:
+    """The recipe of this name for a file of the format `target`, None for the usual one. Raises BadInput."""
+    quant = quant or DEFAULT_QUANT[target]
+    return recipe_named(quant) if target == "gguf" else onnx_recipe_named(quant)
+
+
+def plan_target(
+    target: str,
+    graph: Graph,
+    quant: str | None,
+    padding: bool = True,
+    mtp: bool | None = None,
+    importance: bool = False,
+) -> Plan:
     """The plan of a file of the format `target`; see `plan_file` for the other arguments.
 
     Raises BadInput for a recipe that the format cannot hold, and for multi-token prediction in ONNX.
     """
-    quant = quant or DEFAULT_QUANT[target]
+    recipe = recipe_for(target, quant)
     if target == "gguf":
-        return plan_file(graph, recipe_named(quant), padding, mtp)
+        return plan_file(graph, recipe, padding, mtp, importance)
     if mtp:
         raise BadInput("--mtp: an ONNX model has no place for multi-token prediction; leave the option out")
-    return plan_onnx(graph, onnx_recipe_named(quant))
+    return plan_onnx(graph, recipe)

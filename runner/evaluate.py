@@ -22,7 +22,9 @@ from .stream import Stream, advance
 from .weights import multiply
 
 DEFAULT_CONTEXT = 512
-EVALUATION_TEXT = Path(__file__).parent.parent / "examples" / "text" / "evaluation.txt"
+_TEXTS = Path(__file__).parent.parent / "examples" / "text"
+EVALUATION_TEXT = _TEXTS / "evaluation.txt"
+CALIBRATION_TEXT = _TEXTS / "calibration.txt"
 _POSITION_BLOCK = 4096  # positions whose logits over one vocabulary block are in memory at a time
 
 
@@ -83,8 +85,8 @@ def perplexity(
     """
     model, progress = _opened(model), progress or Silent()
     tokens = chunk_tokens(model.tokenizer, Path(file), context, chunks)
-    scores = Scores(_targets(tokens))
-    inputs = _with_bos(tokens, model.tokenizer)
+    scores = Scores(targets(tokens))
+    inputs = with_bos(tokens, model.tokenizer)
     if isinstance(model, OnnxModel):
         score(logit_source(model, inputs, _scored_positions(context), progress), scores, len(tokens), progress)
     else:
@@ -123,21 +125,21 @@ def parity(
     reference, candidate, progress = _opened(reference), _opened(candidate), progress or Silent()
     tokens = chunk_tokens(reference.tokenizer, Path(file), context, chunks)
     _check_same_vocabulary(reference, candidate, tokens, Path(file), chunks, progress)
-    inputs = [_with_bos(tokens, model.tokenizer) for model in (reference, candidate)]
+    inputs = [with_bos(tokens, model.tokenizer) for model in (reference, candidate)]
     layer_errors: tuple[float, ...] = ()
     if isinstance(reference, Model) and isinstance(candidate, Model):
         streams = Stream(reference, inputs[0]), Stream(candidate, inputs[1])
         layer_errors = _advance_together(*streams, progress)
-        divergence = _compare_heads(*streams, _targets(tokens), context)
+        divergence = compare_heads(*streams, tokens)
     else:
-        divergence = Divergence(_targets(tokens))
+        divergence = Divergence(targets(tokens))
         positions = _scored_positions(context)
         first, second = (
             logit_source(model, text, positions, progress)
             for model, text in zip((reference, candidate), inputs, strict=True)
         )
         compare(first, second, divergence, len(tokens), progress)
-    return _summarise(divergence, layer_errors, context, len(tokens))
+    return summarise(divergence, layer_errors, context, len(tokens))
 
 
 def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | None) -> Tensor:
@@ -163,7 +165,7 @@ def _opened(model: Model | OnnxModel | str | Path) -> Model | OnnxModel:
     return open_runnable(model) if isinstance(model, str | Path) else model
 
 
-def _with_bos(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
+def with_bos(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
     """llama-perplexity puts the BOS token in place of each chunk's first token, where the model has one."""
     if not tokenizer.add_bos or tokenizer.bos is None:
         return tokens
@@ -176,7 +178,7 @@ def _scored_positions(context: int) -> slice:
     return slice(context // 2, context - 1)
 
 
-def _targets(tokens: Tensor) -> Tensor:
+def targets(tokens: Tensor) -> Tensor:
     context = tokens.shape[1]
     return tokens[:, context // 2 + 1 :].flatten()
 
@@ -212,12 +214,12 @@ def _advance_together(reference: Stream, candidate: Stream, progress: Progress) 
     errors = []
     for index, pair in enumerate(layers):
         advance((reference, candidate), pair)
-        errors.append(_relative_error(reference.hidden, candidate.hidden))
+        errors.append(relative_error(reference.hidden, candidate.hidden))
         progress.advance(1, f"layer {index}: relative error {errors[-1]:.2e}")
     return tuple(errors)
 
 
-def _relative_error(reference: Activations, candidate: Activations) -> float:
+def relative_error(reference: Activations, candidate: Activations) -> float:
     """|candidate - reference| / |reference| over all tokens."""
     difference = size = 0.0
     for chunk in range(len(reference)):
@@ -233,12 +235,14 @@ def _unpadded(hidden: Tensor, size: int) -> Tensor:
     return hidden if hidden.shape[-1] == size else hidden[..., :size] * math.sqrt(size / hidden.shape[-1])
 
 
-def _compare_heads(reference: Stream, candidate: Stream, targets: Tensor, context: int) -> Divergence:
-    divergence = Divergence(targets)
-    states = [stream.final_states(_scored_positions(context)) for stream in (reference, candidate)]
+def compare_heads(reference: Stream, candidate: Stream, expected: Tensor) -> Divergence:
+    """How two streams that have passed all layers predict the second half of every chunk; `expected` are its tokens
+    [chunks, context]."""
+    divergence = Divergence(targets(expected))
+    states = [stream.final_states(_scored_positions(expected.shape[1])) for stream in (reference, candidate)]
     first_word = 0
     for blocks in zip(reference.head_blocks(), candidate.head_blocks(), strict=True):
-        for part in _parts(len(targets)):
+        for part in _parts(len(divergence.reference.targets)):
             divergence.update(
                 part, first_word, *(multiply(s[part], block) for s, block in zip(states, blocks, strict=True))
             )
@@ -257,7 +261,7 @@ def _standard_error(values: Tensor) -> float:
     return math.sqrt(float(values.var(correction=0)) / max(len(values) - 1, 1))
 
 
-def _summarise(divergence: Divergence, layer_errors: tuple[float, ...], context: int, chunks: int) -> Parity:
+def summarise(divergence: Divergence, layer_errors: tuple[float, ...], context: int, chunks: int) -> Parity:
     kld = divergence.kld
     reference, candidate = divergence.reference, divergence.candidate
     delta = candidate.log_probability.exp() - reference.log_probability.exp()

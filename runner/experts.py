@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -73,8 +73,8 @@ class ExpertLane:
         return project(inner, operation.down, expert)
 
 
-def run_experts(lanes: Sequence[ExpertLane]) -> None:
-    """Run sealed lanes through all experts, those with most tokens of the first lane first."""
+def run_experts(lanes: Sequence[ExpertLane], expert_done: Callable[[int], None] | None) -> None:
+    """Run sealed lanes through all experts, those with most tokens of the first lane first; see `stream.advance`."""
     count = max(lane.operation.experts for lane in lanes)
     tokens = torch.zeros(count, dtype=torch.int64)
     tokens[: lanes[0].operation.experts] = lanes[0].counts
@@ -82,5 +82,7 @@ def run_experts(lanes: Sequence[ExpertLane]) -> None:
         for lane in lanes:
             if expert < lane.operation.experts:
                 lane.run(expert)
+        if expert_done:
+            expert_done(expert)
         for lane in lanes:
             lane.weights.forget(expert)

@@ -70,7 +70,7 @@ class Stream:
         if not isinstance(operation, MoE):
             self._pass(layer, sublayer, self._block(operation, (layer.index, number)))
             return None
-        experts = ExpertLane(operation, self.weights, self.tokens, f"{self.model.path}: layer {layer.index}")
+        experts = ExpertLane(operation, self.weights, self.tokens, f"{self.weights.label}: layer {layer.index}")
         normalise = normaliser(sublayer.norm, self.weights)
         for chunk in range(len(self.hidden)):
             experts.route(normalise(self._residual.branch(sublayer, self.hidden[chunk]).input))
@@ -88,7 +88,7 @@ class Stream:
             joined = branch.join(block(chunk, normalise(branch.input)))
             if not math.isfinite(float(joined.sum())):
                 name = type(sublayer.operation).__name__
-                raise BadInput(f"{self.model.path}: layer {layer.index}, {name}: the output is NaN or infinite")
+                raise BadInput(f"{self.weights.label}: layer {layer.index}, {name}: the output is NaN or infinite")
             self.hidden[chunk] = joined
 
     def _block(self, operation: Attention | CompressedAttention | Mamba2 | MLP, place: tuple[int, int]) -> Block:
@@ -136,11 +136,14 @@ class Stream:
             self.weights.forget()
 
 
-def advance(streams: Sequence[Stream], layers: Sequence[Layer | None]) -> None:
+def advance(
+    streams: Sequence[Stream], layers: Sequence[Layer | None], expert_done: Callable[[int], None] | None = None
+) -> None:
     """Run every stream through a layer of its own (None: it has no more), all of them together.
 
-    Streams of the same weights share what is loaded, an expert at a time. Raises BadInput naming the first block or
-    expert whose output is not finite.
+    Streams of the same weights share what is loaded, an expert at a time; `expert_done` is told of each that all of
+    them have passed, while it is still loaded. Raises BadInput naming the first block or expert whose output is not
+    finite.
     """
     pairs = [(stream, layer) for stream, layer in zip(streams, layers, strict=True) if layer]
     for number in range(max(len(layer.sublayers) for _, layer in pairs)):
@@ -148,7 +151,7 @@ def advance(streams: Sequence[Stream], layers: Sequence[Layer | None]) -> None:
         entered = [(stream, layer, stream.enter(layer, number)) for stream, layer in here]
         waiting = [(stream, layer, experts) for stream, layer, experts in entered if experts]
         if waiting:
-            run_experts([experts for _, _, experts in waiting])
+            run_experts([experts for _, _, experts in waiting], expert_done)
         for stream, layer, experts in waiting:
             stream.leave(layer, number, experts)
         for stream, _ in here:

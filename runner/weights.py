@@ -14,10 +14,12 @@ from ..sources.model import Model
 class Weights(Protocol):
     """The weights of a graph in use. All numbers are float32; what was loaded is kept until `forget`.
 
-    Every product with a stored matrix goes through `project`, so that a variant can watch its inputs.
+    Every product with a stored matrix goes through `project`, so that a variant can watch its inputs. `label` names
+    the model in messages.
     """
 
     graph: Graph
+    label: str
 
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
         """A weight's numbers: one expert of a stack, some rows, or all of it. See `decode.evaluate`."""
@@ -32,18 +34,25 @@ class Weights(Protocol):
         """Drop what was kept of one expert, or all that was kept: whoever needed it is done."""
 
 
-class ModelWeights:
-    """The weights of a model as they are stored; lanes of one model share them, so each is decoded once for all."""
+class KeptWeights:
+    """Weights whose numbers are read once and kept until `forget`; `read` says where they come from."""
 
-    def __init__(self, model: Model) -> None:
-        self.graph = model.graph
-        self._model = model
-        self._kept: dict[tuple[str, int | None, tuple[int, int] | None], Tensor] = {}
+    def __init__(self, graph: Graph, label: str) -> None:
+        self.graph = graph
+        self.label = label
+        # By identity, because a padded graph has other weights of the same names.
+        self._kept: dict[tuple[int, int | None, tuple[int, int] | None], Tensor] = {}
+
+    def read(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+        raise NotImplementedError
 
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
-        key = (weight.name, expert, rows)
+        whole = self._kept.get((id(weight), expert, None))
+        if rows and whole is not None:
+            return whole[slice(*rows)]
+        key = (id(weight), expert, rows)
         if key not in self._kept:
-            self._kept[key] = self._model.load(weight, expert, rows)
+            self._kept[key] = self.read(weight, expert, rows)
         return self._kept[key]
 
     def project(self, states: Tensor, weight: Weight, expert: int | None = None) -> Tensor:
@@ -54,6 +63,17 @@ class ModelWeights:
 
     def forget(self, expert: int | None = None) -> None:
         self._kept = {} if expert is None else {key: kept for key, kept in self._kept.items() if key[1] != expert}
+
+
+class ModelWeights(KeptWeights):
+    """The weights of a model as they are stored; lanes of one model share them, so each is decoded once for all."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model.graph, str(model.path))
+        self.model = model
+
+    def read(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+        return self.model.load(weight, expert, rows)
 
 
 def multiply(states: Tensor, matrix: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from moecast.convert.encode import write_tensors
 from moecast.convert.gguf_writer import GGUFWriter
+from moecast.convert.onepass import Lanes
+from moecast.convert.onepass import cast as cast_model
 from moecast.convert.onnx.export import open_onnx_writer
 from moecast.convert.pipeline import gguf_metadata
 from moecast.quant.onnx_plan import OnnxPlan
@@ -38,10 +39,10 @@ def cast(checkpoint: Path, output: Path, quant: str = "Q4_0", activations: str =
     folder, gguf = output / "onnx", output / "model.gguf"
     folder.mkdir(parents=True)
     with open_onnx_writer(model, plan, folder, activations, overwrite=False, verify=True) as writer:
-        write_tensors(writer, model, plan, Silent(), threads=1)
+        cast_model(model, plan, writer, Lanes(), Silent(), threads=1)
     metadata = gguf_metadata(model, plan, "model", None, {}, Silent())
     with GGUFWriter(gguf, metadata, plan.tensors) as writer:
-        write_tensors(writer, model, plan, Silent(), threads=1)
+        cast_model(model, plan, writer, Lanes(), Silent(), threads=1)
     return Cast(checkpoint, plan, folder, gguf)
 
 

@@ -73,7 +73,7 @@ def test_help_shows_examples(command: str) -> None:
 
 
 def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One run of each; `download` is tested against a server of its own."""
+    """One run of each; `download` is tested against a server of its own, `prepack` on an ONNX folder."""
     monkeypatch.chdir(tmp_path)
     folder, text = str(minimax.folder), ["-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "2"]
     calls = {
@@ -82,6 +82,10 @@ def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypa
         "convert": (
             [folder, "-o", "model.gguf", "--quant", "Q8_0", *text],
             {"files", "bytes", "bits_per_weight", "parity", "seconds", "peak_rss_bytes"},
+        ),
+        "imatrix": (
+            [folder, "-o", "imatrix.gguf", "-c", "64", "--chunks", "2"],
+            {"file", "tokens", "unseen_experts", "fewest_tokens", "seconds", "peak_rss_bytes"},
         ),
         "perplexity": ([folder, *text], {"perplexity", "tokens", "context"}),
         "parity": (
@@ -95,8 +99,8 @@ def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypa
         "quantize": (["full.gguf", "out.gguf", "--quant", "Q8_0"], {"files", "bytes", "bits_per_weight"}),
         "doctor": ([], {"kernels", "memory_bytes", "disk_free_bytes", "gpus", "engines", "features"}),
     }  # fmt: skip
-    assert {*calls, "download", "demo"} == {*COMMANDS}
-    convert(minimax.folder, "full.gguf", "F32", verify=False)
+    assert {*calls, "download", "demo", "prepack"} == {*COMMANDS}
+    convert(minimax.folder, "full.gguf", "F32", calibration=None, verify=False)
     for command, (arguments, keys) in calls.items():
         result = CliRunner().invoke(main, [command, *arguments, "--json"])
         assert result.exit_code == 0, result.output
@@ -107,7 +111,9 @@ def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypa
 
 def test_failed_parity_exits_with_1(minimax: Checkpoint, tmp_path: Path) -> None:
     options = ["-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "2", "--quant", "Q2_K", "-o", str(tmp_path)]
-    result = CliRunner().invoke(main, ["convert", str(minimax.folder), *options, "--max-kld", "1e-9"])
+    result = CliRunner().invoke(
+        main, ["convert", str(minimax.folder), *options, "--no-calibration", "--max-kld", "1e-9"]
+    )
     assert result.exit_code == 1 and "is above 1e-09" in result.stderr
     (file,) = tmp_path.glob("*.gguf")
     options = ["-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "2"]

@@ -38,11 +38,12 @@ def prepack(folder: Path, progress: Progress) -> int:
     description = read_description(folder)
     model = onnx.load(folder / MODEL_NAME, load_external_data=False)
     stored = {tensor.name: tensor for tensor in model.graph.initializer if tensor.external_data}
-    nodes = [node for node in model.graph.node if node.op_type in _PACKING_OPERATORS]
+    packing = (node for node in model.graph.node if node.op_type in _PACKING_OPERATORS)
+    nodes = [node for node in packing if stored.keys() & {*node.input}]
     size = 0
     progress.begin("Packing", len(nodes), "weights")
     try:
-        _cut(folder, stored.values())
+        _cut(folder, [*stored.values()])
         for node in nodes:
             weights = [stored[name] for name in node.input if name in stored]
             size += _pack(folder, node, weights, model)

@@ -22,7 +22,9 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
 
 
 def _convert(folder: Path, output: Path, *options: str) -> Result:
-    return CliRunner().invoke(main, ["convert", str(folder), "-o", str(output), "--no-verify", *options])
+    return CliRunner().invoke(
+        main, ["convert", str(folder), "-o", str(output), "--no-verify", "--no-calibration", *options]
+    )
 
 
 def _assert_refused(result: Result, output: Path, message: str) -> None:
@@ -137,7 +139,17 @@ def test_failed_conversion_keeps_the_file_it_would_replace(minimax_fp8: Checkpoi
 def test_disk_full(minimax: Checkpoint, tmp_path: Path) -> None:
     """A process that may not write files this large gets the same refusal from the system as on a full disk."""
     limit = 1_000_000
-    command = [sys.executable, "-m", "moecast.cli", "convert", str(minimax.folder), "-o", str(tmp_path), "--no-verify"]
+    command = [
+        sys.executable,
+        "-m",
+        "moecast.cli",
+        "convert",
+        str(minimax.folder),
+        "-o",
+        str(tmp_path),
+        "--no-verify",
+        "--no-calibration",
+    ]
     result = subprocess.run(
         command,
         capture_output=True,

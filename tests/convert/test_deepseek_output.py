@@ -41,7 +41,7 @@ def _divergence_from_llama(path: Path) -> float:
 
 
 def test_float32_file_equals_transformers(flash: Checkpoint, tmp_path: Path) -> None:
-    path = convert(flash.folder, tmp_path, "F32", verify=False).files[0]
+    path = convert(flash.folder, tmp_path, "F32", calibration=None, verify=False).files[0]
     with torch.no_grad():
         expected = flash.oracle(_tokens()).logits[0].numpy()
     assert llama.mean_divergence(expected, llama.run_isolated(path, _tokens()[0].tolist())) < 1e-9
@@ -53,14 +53,14 @@ def test_float32_file_equals_transformers(flash: Checkpoint, tmp_path: Path) -> 
 )
 def test_quantised_file_in_llama(flash: Checkpoint, tmp_path: Path, quant: str) -> None:
     """llama.cpp rounds activations to 8 bits, which costs up to a few thousandths."""
-    result = convert(flash.folder, tmp_path, quant, verify=False)
+    result = convert(flash.folder, tmp_path, quant, calibration=None, verify=False)
     assert result.problems == ()
     assert _divergence_from_llama(result.files[0]) < 3e-3
 
 
 def test_native_is_the_checkpoint_bit_for_bit(flash: Checkpoint, tmp_path: Path) -> None:
     """gguf-py decodes every tensor to the numbers of the oracle; experts keep the very codes and scales."""
-    path = convert(flash.folder, tmp_path, "native", verify=False).files[0]
+    path = convert(flash.folder, tmp_path, "native", calibration=None, verify=False).files[0]
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     state = flash.oracle.state_dict()
     for layer in range(5):
@@ -85,9 +85,9 @@ def test_draft_makes_a_file_of_its_own(flash: Checkpoint, tmp_path: Path) -> Non
     """llama.cpp finds every tensor it wants and no other; the numbers are those of the checkpoint."""
     folder = checkpoints.copied(flash.folder, tmp_path / "with-draft")
     draft = deepseek_checkpoints.add_draft(folder)
-    plain = convert(folder, tmp_path / "plain", "native", verify=False)
+    plain = convert(folder, tmp_path / "plain", "native", calibration=None, verify=False)
     assert len(plain.files) == 1 and "left out multi-token prediction" in plain.problems[0]
-    model, path = convert(folder, tmp_path / "out", "native", mtp=True, verify=False).files
+    model, path = convert(folder, tmp_path / "out", "native", mtp=True, calibration=None, verify=False).files
     assert model.read_bytes() == plain.files[0].read_bytes()
     assert path.name == "with-draft-NATIVE-mtp.gguf"
     library = llama_library.load_library()
@@ -120,7 +120,7 @@ def _repaired(rows: np.ndarray) -> tuple[bytes, bytes]:
 
 @pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M", "Q2_K"])
 def test_what_every_token_depends_on_is_spared(flash: Checkpoint, tmp_path: Path, quant: str) -> None:
-    path = convert(flash.folder, tmp_path, quant, verify=False).files[0]
+    path = convert(flash.folder, tmp_path, quant, calibration=None, verify=False).files[0]
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     for name in ("hc_attn_fn", "hc_ffn_fn", "attn_sinks", "attn_compressor_ape", "indexer.proj", "ffn_gate_inp"):
         assert types[f"blk.1.{name}.weight"] == "F32"

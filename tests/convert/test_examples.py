@@ -24,7 +24,7 @@ def test_example_in_llama(folder: Path, tmp_path: Path, quant: str, bound: float
     It rounds activations to BF16 before it multiplies with BF16 weights, and to 8 bits before quantised ones; a trained
     router has ties near enough for that to matter. The random checkpoints, which have none, hold BF16 to 1e-5.
     """
-    path = convert(folder, tmp_path, quant, verify=False).files[0]
+    path = convert(folder, tmp_path, quant, calibration=None, verify=False).files[0]
     model = open_model(path)
     ids = model.tokenizer.encode(checkpoints.TEXT.read_text(encoding="utf-8"))[:CONTEXT]
     ours = runner_logits(model, torch.tensor([ids]))[0].numpy()
@@ -34,7 +34,7 @@ def test_example_in_llama(folder: Path, tmp_path: Path, quant: str, bound: float
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_parity_that_convert_prints(folder: Path, tmp_path: Path) -> None:
     """Real text, a trained model: Q4_K_M costs a little, and says so."""
-    result = convert(folder, tmp_path, "Q4_K_M", chunks=4).parity
+    result = convert(folder, tmp_path, "Q4_K_M", calibration=None, chunks=4).parity
     assert result is not None
     assert 1e-4 < result.mean_kld < 0.03 and result.top1_agreement > 0.9
     assert abs(result.perplexity_ratio - 1) < 0.03

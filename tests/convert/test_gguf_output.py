@@ -35,14 +35,14 @@ def _divergence_from_llama(path: Path) -> float:
 
 @pytest.mark.parametrize("quant", EXACT)
 def test_unquantised_file_in_llama(minimax_fp8: Checkpoint, tmp_path: Path, quant: str) -> None:
-    result = convert(minimax_fp8.folder, tmp_path, quant, verify=False)
+    result = convert(minimax_fp8.folder, tmp_path, quant, calibration=None, verify=False)
     assert _divergence_from_llama(result.files[0]) < 1e-5
 
 
 @pytest.mark.parametrize("quant", QUANTISED)
 def test_quantised_file_in_llama(minimax_fp8: Checkpoint, tmp_path: Path, quant: str) -> None:
     """llama.cpp rounds activations to 8 bits, which costs up to a few thousandths."""
-    result = convert(minimax_fp8.folder, tmp_path, quant, verify=False)
+    result = convert(minimax_fp8.folder, tmp_path, quant, calibration=None, verify=False)
     assert result.problems == ()
     assert _divergence_from_llama(result.files[0]) < 3e-3
 
@@ -50,14 +50,14 @@ def test_quantised_file_in_llama(minimax_fp8: Checkpoint, tmp_path: Path, quant:
 @pytest.mark.parametrize("quant", ["Q4_K_M", "IQ4_XS", "Q3_K_M"])
 def test_rows_that_no_block_divides(minimax_odd: Checkpoint, tmp_path: Path, quant: str) -> None:
     """Fallback types, loudly: rows of 160 and 96 fit 32-element blocks only."""
-    result = convert(minimax_odd.folder, tmp_path, quant, verify=False, padding=False)
+    result = convert(minimax_odd.folder, tmp_path, quant, calibration=None, verify=False, padding=False)
     assert any("rows of 160, not a multiple of 256" in problem for problem in result.problems)
     assert _divergence_from_llama(result.files[0]) < 3e-3
 
 
 def test_checkpoint_saved_by_transformers(minimax: Checkpoint, tmp_path: Path) -> None:
     """Its config has no scoring_func; files without the gating function abort in llama.cpp at the first token."""
-    result = convert(minimax.folder, tmp_path, "F32", verify=False)
+    result = convert(minimax.folder, tmp_path, "F32", calibration=None, verify=False)
     tokens = _tokens(96, 512)
     with torch.no_grad():
         expected = minimax.oracle(tokens).logits[0].numpy()
@@ -66,7 +66,7 @@ def test_checkpoint_saved_by_transformers(minimax: Checkpoint, tmp_path: Path) -
 
 def test_same_perplexity_everywhere(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     """transformers on the checkpoint, our runner on the checkpoint and on the file, llama.cpp on the file."""
-    path = convert(minimax_fp8.folder, tmp_path, "F32", verify=False).files[0]
+    path = convert(minimax_fp8.folder, tmp_path, "F32", calibration=None, verify=False).files[0]
     model = open_model(minimax_fp8.folder)
     ours = perplexity(model, checkpoints.TEXT, context=128, chunks=4)
     from_file = perplexity(path, checkpoints.TEXT, context=128, chunks=4)
@@ -88,7 +88,7 @@ def test_same_perplexity_everywhere(minimax_fp8: Checkpoint, tmp_path: Path) -> 
 
 def test_parity_equals_logits_of_both_models(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     """Streaming statistics against the textbook formulas on full float64 logits."""
-    path = convert(minimax_fp8.folder, tmp_path, "Q4_K_M", verify=False).files[0]
+    path = convert(minimax_fp8.folder, tmp_path, "Q4_K_M", calibration=None, verify=False).files[0]
     reference, candidate = open_model(minimax_fp8.folder), open_model(path)
     result = parity(reference, candidate, checkpoints.TEXT, context=64, chunks=5)
     ids = reference.tokenizer.encode(checkpoints.TEXT.read_text(encoding="utf-8").removesuffix("\n"))
@@ -114,8 +114,10 @@ def test_parity_of_a_model_with_itself_is_zero(minimax_odd: Checkpoint) -> None:
 
 def test_split_files(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     """The same tensors whether split or not; llama.cpp follows the split names."""
-    whole = convert(minimax_fp8.folder, tmp_path / "whole", "Q8_0", verify=False)
-    split = convert(minimax_fp8.folder, tmp_path / "split", "Q8_0", verify=False, split_max_bytes=2_000_000)
+    whole = convert(minimax_fp8.folder, tmp_path / "whole", "Q8_0", calibration=None, verify=False)
+    split = convert(
+        minimax_fp8.folder, tmp_path / "split", "Q8_0", calibration=None, verify=False, split_max_bytes=2_000_000
+    )
     assert len(split.files) > 2
     assert split.files[0].name.endswith(f"-00001-of-{len(split.files):05d}.gguf")
     tokens = _tokens(32, 512)[0].tolist()
@@ -126,7 +128,9 @@ def test_split_files(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
 
 
 def test_file_says_where_it_came_from(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
-    path = convert(minimax_fp8.folder, tmp_path, "Q4_K_M", verify=False, provenance={"revision": "abc"}).files[0]
+    path = convert(
+        minimax_fp8.folder, tmp_path, "Q4_K_M", calibration=None, verify=False, provenance={"revision": "abc"}
+    ).files[0]
     fields = gguf.GGUFReader(path).fields
     values = {key: fields[key].contents() for key in fields if not key.startswith("tokenizer")}
     assert values["general.architecture"] == "minimax-m2"
@@ -140,7 +144,7 @@ def test_file_says_where_it_came_from(minimax_fp8: Checkpoint, tmp_path: Path) -
 
 def test_stored_values_are_those_of_the_checkpoint(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     """FP8 with float32 scales is exact in F32; gguf-py reads what we wrote, expert by expert."""
-    path = convert(minimax_fp8.folder, tmp_path, "F32", verify=False).files[0]
+    path = convert(minimax_fp8.folder, tmp_path, "F32", calibration=None, verify=False).files[0]
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     state = minimax_fp8.oracle.state_dict()
     gate_up = state["model.layers.1.mlp.experts.gate_up_proj"].numpy()
@@ -148,7 +152,7 @@ def test_stored_values_are_those_of_the_checkpoint(minimax_fp8: Checkpoint, tmp_
     assert np.array_equal(stored["blk.1.ffn_up_exps.weight"].data.reshape(16, 256, 256), gate_up[:, 256:])
     down = state["model.layers.1.mlp.experts.down_proj"].numpy()
     assert np.array_equal(stored["blk.1.ffn_down_exps.weight"].data.reshape(16, 256, 256), down)
-    quantised = convert(minimax_fp8.folder, tmp_path, "Q6_K", verify=False).files[0]
+    quantised = convert(minimax_fp8.folder, tmp_path, "Q6_K", calibration=None, verify=False).files[0]
     tensor = next(t for t in gguf.GGUFReader(quantised).tensors if t.name == "blk.1.ffn_down_exps.weight")
     ours = dequantize(torch.from_numpy(tensor.data.reshape(-1, tensor.data.shape[-1]).copy()), "Q6_K")
     theirs = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(ours.shape)

@@ -17,8 +17,8 @@ import torch
 from forward import runner_logits
 from moecast.archs.errors import BadInput
 from moecast.convert import convert
-from moecast.convert.encode import write_tensors
 from moecast.convert.gguf_writer import GGUFWriter
+from moecast.convert.onepass import Lanes, cast
 from moecast.convert.pipeline import gguf_metadata
 from moecast.quant.padding import pad
 from moecast.quant.plan import plan_tensors
@@ -75,20 +75,20 @@ def llama_perplexity(path: Path) -> float:
 @pytest.mark.parametrize("kind", ["full", "latent", "groups", "dense"])
 def test_unquantised_file_in_llama(made: Make, kind: str, tmp_path: Path) -> None:
     """The runner equals transformers (tests/runner), so the checkpoint itself may be the reference."""
-    path = convert(made(kind), tmp_path, "F32", verify=False).files[0]
+    path = convert(made(kind), tmp_path, "F32", calibration=None, verify=False).files[0]
     assert divergence(path, open_model(made(kind))) < 1e-8
 
 
 @pytest.mark.parametrize("kind", ["every expert", "dense"])
 def test_bfloat16_file_in_llama(made: Make, kind: str, tmp_path: Path) -> None:
     """llama.cpp rounds activations to BF16; with all experts chosen, none can be chosen differently for that."""
-    assert divergence(convert(made(kind), tmp_path, "BF16", verify=False).files[0]) < 1e-5
+    assert divergence(convert(made(kind), tmp_path, "BF16", calibration=None, verify=False).files[0]) < 1e-5
 
 
 @pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M", "Q3_K_M", "IQ4_XS"])
 def test_quantised_file_in_llama(made: Make, quant: str, tmp_path: Path) -> None:
     """llama.cpp rounds activations to 8 bits; every width is padded where the blocks are of 256."""
-    result = convert(made("groups"), tmp_path, quant, verify=False)
+    result = convert(made("groups"), tmp_path, quant, calibration=None, verify=False)
     assert not any("instead of" in problem for problem in result.problems)
     assert any("128 to 256, 192 to 256, 320 to 512, 448 to 512" in p for p in result.problems) == (quant != "Q8_0")
     assert divergence(result.files[0]) < 3e-3
@@ -97,11 +97,11 @@ def test_quantised_file_in_llama(made: Make, quant: str, tmp_path: Path) -> None
 def test_dense_layer_beside_experts_is_refused(tmp_path: Path) -> None:
     folder = nemotron.save_nemotron(tmp_path / "m", nemotron.nemotron_model(**WITH_DENSE_LAYER))
     with pytest.raises(BadInput, match="dense layers beside layers of experts"):
-        convert(folder, tmp_path / "out", "F32", verify=False)
+        convert(folder, tmp_path / "out", "F32", calibration=None, verify=False)
 
 
 def test_metadata(made: Make, tmp_path: Path) -> None:
-    fields = gguf.GGUFReader(convert(made("groups"), tmp_path, "F32", verify=False).files[0]).fields
+    fields = gguf.GGUFReader(convert(made("groups"), tmp_path, "F32", calibration=None, verify=False).files[0]).fields
     values = {key.removeprefix("nemotron_h_moe."): fields[key].contents() for key in fields}
     assert values["general.architecture"] == "nemotron_h_moe"
     assert values["attention.head_count_kv"] == [0, 0, 2, 0, 0, 0]
@@ -109,7 +109,9 @@ def test_metadata(made: Make, tmp_path: Path) -> None:
     assert (values["expert_group_count"], values["expert_group_used_count"]) == (4, 2)
     assert values["moe_latent_size"] == 128 and values["expert_weights_scale"] == 5.0
     assert values["ssm.inner_size"] == 512 and values["block_count"] == 6
-    dense = gguf.GGUFReader(convert(made("dense"), tmp_path / "dense", "F32", verify=False).files[0]).fields
+    dense = gguf.GGUFReader(
+        convert(made("dense"), tmp_path / "dense", "F32", calibration=None, verify=False).files[0]
+    ).fields
     assert dense["general.architecture"].contents() == "nemotron_h"
     assert dense["nemotron_h.feed_forward_length"].contents() == [0, 224, 0, 0, 224]
 
@@ -118,7 +120,7 @@ def test_metadata(made: Make, tmp_path: Path) -> None:
 def test_padding_changes_no_result(made: Make, kind: str, tmp_path: Path) -> None:
     """The same weights in float32 with and without padding: llama.cpp and the runner cannot tell them apart."""
     model = open_model(made(kind))
-    plain = convert(made(kind), tmp_path, "F32", verify=False).files[0]
+    plain = convert(made(kind), tmp_path, "F32", calibration=None, verify=False).files[0]
     plan = plan_tensors(pad(model.graph, 256), recipe_named("F32"))
     assert all(
         t.weight.columns % 256 == 0 for t in plan.tensors if t.weight.name.endswith(("exps.weight", "in.weight"))
@@ -126,7 +128,7 @@ def test_padding_changes_no_result(made: Make, kind: str, tmp_path: Path) -> Non
     assert {t.weight.columns % 256 for t in plan.tensors if t.weight.name.endswith("exps.weight")} <= {0}
     padded = tmp_path / "padded.gguf"
     with GGUFWriter(padded, gguf_metadata(model, plan, "padded", None, {}, Silent()), plan.tensors) as writer:
-        write_tensors(writer, model, plan, Silent())
+        cast(model, plan, writer, Lanes(), Silent())
     assert divergence(padded, model) < 1e-8
     assert llama_perplexity(padded) == pytest.approx(llama_perplexity(plain), rel=1e-5)
     result = parity(plain, padded, checkpoints.TEXT, context=64, chunks=2)
@@ -134,7 +136,7 @@ def test_padding_changes_no_result(made: Make, kind: str, tmp_path: Path) -> Non
 
 
 def test_no_padding_falls_back_loudly(made: Make, tmp_path: Path) -> None:
-    result = convert(made("full"), tmp_path, "Q4_K_M", padding=False, verify=False)
+    result = convert(made("full"), tmp_path, "Q4_K_M", padding=False, calibration=None, verify=False)
     assert any("rows of 192, not a multiple of 256: stored as Q5_0 instead of Q4_K" in p for p in result.problems)
     assert divergence(result.files[0]) < 3e-3
 
@@ -149,7 +151,7 @@ def nvfp4(made: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_native_keeps_codes_and_scales(nvfp4: Path, tmp_path: Path) -> None:
     """gguf-py finds the checkpoint's bytes in the file, expert by expert, and the values are the checkpoint's."""
-    path = convert(nvfp4, tmp_path, "native", verify=False).files[0]
+    path = convert(nvfp4, tmp_path, "native", calibration=None, verify=False).files[0]
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     source = load_file(nvfp4 / "model.safetensors")
     model, file = open_model(nvfp4), open_model(path)
@@ -190,7 +192,7 @@ def test_native_file_equals_its_checkpoint(nvfp4: Path, tmp_path: Path) -> None:
 def test_nvfp4_where_the_engine_applies_no_scale(made: Make, tmp_path: Path) -> None:
     """llama.cpp ignores scales of latent projections: these are decoded and quantised; the others keep theirs."""
     modelopt.rewrite(made("latent"), tmp_path / "m", lambda m: "nvfp4_compressed" if "mixer." in m else None)
-    path = convert(tmp_path / "m", tmp_path / "out", "native", verify=False).files[0]
+    path = convert(tmp_path / "m", tmp_path / "out", "native", calibration=None, verify=False).files[0]
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert types["blk.1.ffn_latent_down.weight"] == "Q8_0" and "blk.1.ffn_latent_down.scale" not in types
     assert types["blk.2.attn_q.weight"] == types["blk.0.ssm_in.weight"] == "NVFP4"
@@ -199,9 +201,9 @@ def test_nvfp4_where_the_engine_applies_no_scale(made: Make, tmp_path: Path) -> 
 
 
 def test_quantised_checkpoint_to_other_types(nvfp4: Path, tmp_path: Path) -> None:
-    path = convert(nvfp4, tmp_path, "F32", verify=False).files[0]
+    path = convert(nvfp4, tmp_path, "F32", calibration=None, verify=False).files[0]
     assert divergence(path, open_model(nvfp4)) < 1e-8
-    path = convert(nvfp4, tmp_path, "Q4_K_M", verify=False).files[0]
+    path = convert(nvfp4, tmp_path, "Q4_K_M", calibration=None, verify=False).files[0]
     assert divergence(path) < 3e-3
 
 
@@ -213,15 +215,15 @@ def test_scale_that_is_not_one_is_named(nvfp4: Path, tmp_path: Path, value: int)
     tensors[name].view(torch.uint8)[3, 1] = value
     modelopt.save_file(tensors, folder / "model.safetensors")
     with pytest.raises(BadInput, match=rf"{name} in .* holds NaN or a negative scale"):
-        convert(folder, tmp_path / "out", "native", verify=False)
+        convert(folder, tmp_path / "out", "native", calibration=None, verify=False)
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_drafting_block_is_folded_in(made: Make, tmp_path: Path) -> None:
     """It loads, changes nothing, and comes back from the file as it was."""
     folder = made("latent", drafting=True)
-    with_block = convert(folder, tmp_path / "with", "Q8_0", verify=False).files[0]
-    without = convert(folder, tmp_path / "without", "Q8_0", mtp=False, verify=False).files[0]
+    with_block = convert(folder, tmp_path / "with", "Q8_0", calibration=None, verify=False).files[0]
+    without = convert(folder, tmp_path / "without", "Q8_0", mtp=False, calibration=None, verify=False).files[0]
     assert llama_perplexity(with_block) == llama_perplexity(without)
     names = {tensor.name for tensor in gguf.GGUFReader(with_block).tensors}
     added = names - {tensor.name for tensor in gguf.GGUFReader(without).tensors}
@@ -231,7 +233,7 @@ def test_drafting_block_is_folded_in(made: Make, tmp_path: Path) -> None:
     assert fields["nemotron_h_moe.nextn_predict_layers"].contents() == 1
     assert fields["nemotron_h_moe.attention.head_count_kv"].contents() == [0, 0, 2, 0, 0, 0, 2]
     assert fields["nemotron_h_moe.feed_forward_length"].contents() == [0, 320, 0, 0, 320, 320, 320]
-    exact = open_model(convert(folder, tmp_path / "exact", "F32", verify=False).files[0])
+    exact = open_model(convert(folder, tmp_path / "exact", "F32", calibration=None, verify=False).files[0])
     model = open_model(folder)
     pairs = {w.name: w for w in exact.graph.weights()}
     for weight in model.graph.weights():
@@ -242,23 +244,23 @@ def test_drafting_block_is_folded_in(made: Make, tmp_path: Path) -> None:
 
 def test_drafting_block_or_padding_of_the_hidden_size(made: Make, tmp_path: Path) -> None:
     folder = made("latent", drafting=True)
-    result = convert(folder, tmp_path / "padded", "Q4_K_M", verify=False)
+    result = convert(folder, tmp_path / "padded", "Q4_K_M", calibration=None, verify=False)
     assert any("left out multi-token prediction" in problem for problem in result.problems)
     assert gguf.GGUFReader(result.files[0]).fields["nemotron_h_moe.embedding_length"].contents() == 256
-    kept = convert(folder, tmp_path / "kept", "Q4_K_M", mtp=True, verify=False)
+    kept = convert(folder, tmp_path / "kept", "Q4_K_M", mtp=True, calibration=None, verify=False)
     fields = gguf.GGUFReader(kept.files[0]).fields
     assert fields["nemotron_h_moe.embedding_length"].contents() == 192
     assert fields["nemotron_h_moe.expert_feed_forward_length"].contents() == 512
     assert divergence(kept.files[0]) < 3e-3
     with pytest.raises(BadInput, match="--mtp: this model has no blocks for multi-token prediction"):
-        convert(made("latent"), tmp_path / "none", "Q4_K_M", mtp=True, verify=False)
+        convert(made("latent"), tmp_path / "none", "Q4_K_M", mtp=True, calibration=None, verify=False)
 
 
 @pytest.mark.parametrize("quant", ["Q4_K_M", "native"])
 def test_no_stack_of_experts_is_ever_held(
     nvfp4: Path, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No read, by conversion or verification, is larger than one expert or one piece of a plain matrix."""
+    """No read, by conversion or comparison, is larger than one expert or one piece of a plain matrix."""
     largest: dict[str, int] = {}
     read = Storage.read
 
@@ -268,7 +270,8 @@ def test_no_stack_of_experts_is_ever_held(
         return data
 
     monkeypatch.setattr(Storage, "read", watched)
-    convert(nvfp4, tmp_path, quant, context=64, chunks=2, file=checkpoints.TEXT)
+    path = convert(nvfp4, tmp_path, quant, calibration=None, context=64, chunks=2, file=checkpoints.TEXT).files[0]
+    parity(nvfp4, path, checkpoints.TEXT, context=64, chunks=2)
     stacks = {name: size for name, size in largest.items() if name.endswith("_exps.weight")}
     whole = {t.name: t.n_bytes for t in gguf.GGUFReader(next(tmp_path.glob("*.gguf"))).tensors}
     assert len(stacks) == 6 and all(size * 16 == whole[name] for name, size in stacks.items())

@@ -22,7 +22,7 @@ from moecast.sources.model import open_model
 @pytest.fixture(scope="module")
 def full(minimax_fp8: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint as a float32 GGUF."""
-    return convert(minimax_fp8.folder, tmp_path_factory.mktemp("full"), "F32", verify=False).files[0]
+    return convert(minimax_fp8.folder, tmp_path_factory.mktemp("full"), "F32", calibration=None, verify=False).files[0]
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def _tensors(path: Path) -> dict[str, gguf.ReaderTensor]:
 
 
 def test_same_bytes_as_converting_directly(minimax_fp8: Checkpoint, full: Path, tmp_path: Path) -> None:
-    direct = convert(minimax_fp8.folder, tmp_path, "Q4_K_M", verify=False).files[0]
+    direct = convert(minimax_fp8.folder, tmp_path, "Q4_K_M", calibration=None, verify=False).files[0]
     result = _quantize(full, tmp_path / "out.gguf", "--quant", "Q4_K_M", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["files"] == [str(tmp_path / "out.gguf")]

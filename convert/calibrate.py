@@ -1,0 +1,74 @@
+"""An importance matrix alone: calibration without conversion."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..quant.importance import Statistics
+from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, with_bos
+from ..runner.memory import peak_rss_bytes
+from ..runner.observe import ObservingWeights
+from ..runner.stream import Stream
+from ..runner.weights import ModelWeights
+from ..sources.model import Model, open_model
+from ..sources.progress import Progress, Silent
+from .imatrix import ImatrixWriter
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured.
+
+    Attributes:
+        file: the importance matrix.
+        tokens: how many tokens ran through the model, in chunks of `context`.
+        unseen_experts: how many experts no token reached, over all layers.
+        fewest_tokens: how many reached the expert with the fewest, None where there are no experts.
+    """
+
+    file: Path
+    tokens: int
+    context: int
+    unseen_experts: int
+    fewest_tokens: int | None
+    seconds: float
+    peak_rss_bytes: int
+
+
+def write_imatrix(
+    model: Model | str | Path,
+    output: str | Path,
+    calibration: str | Path = CALIBRATION_TEXT,
+    *,
+    context: int = DEFAULT_CONTEXT,
+    chunks: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Write llama.cpp's importance matrix of a model on a text: what llama-imatrix writes, layer by layer.
+
+    Raises BadInput for an existing output, a text that is too short, and numbers that are not finite.
+    """
+    started = time.monotonic()
+    model = model if isinstance(model, Model) else open_model(model)
+    progress = progress or Silent()
+    tokens = chunk_tokens(model.tokenizer, Path(calibration), context, chunks)
+    statistics = Statistics()
+    unseen, fewest = 0, []
+    with ImatrixWriter(Path(output), Path(calibration), tokens, overwrite) as writer:
+        weights = ObservingWeights(ModelWeights(model), statistics)
+        stream = Stream(model, with_bos(tokens, model.tokenizer), weights=weights)
+        progress.begin("Calibrating", len(model.graph.layers), "layers")
+        for layer in model.graph.layers:
+            stream.advance(layer)
+            writer.add(statistics)
+            progress.advance(1, f"layer {layer.index}")
+            experts = statistics.expert_tokens
+            if experts is not None:
+                unseen += int((experts == 0).sum())
+                fewest.append(int(experts.min()))
+            statistics.clear()
+    seconds, least = time.monotonic() - started, min(fewest, default=None)
+    return Calibration(Path(output), tokens.numel(), context, unseen, least, seconds, peak_rss_bytes())

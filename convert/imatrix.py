@@ -1,0 +1,85 @@
+"""Writes llama.cpp's importance matrices: for every weight the sum of squares of each input, and their number."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..archs.errors import BadInput
+from ..archs.weights import Role, Weight, Zeros
+from ..quant.formats import format_named
+from ..quant.importance import Statistics
+from ..quant.plan import PlannedTensor
+from .gguf_writer import GGUFWriter
+
+
+class ImatrixWriter:
+    """An importance matrix in llama.cpp's GGUF form. Use it as a context manager.
+
+    Layers go to a temporary file as they come, because the header, which names all of them, stands before the data.
+    Leaving the context normally completes the file; leaving it by an exception leaves nothing.
+
+    Args:
+        path: the file.
+        dataset: the text that is used.
+        tokens: its ids, [chunks, context].
+        overwrite: replace an existing file.
+
+    Raises BadInput when the file exists or cannot be written.
+    """
+
+    def __init__(self, path: Path, dataset: Path, tokens: Tensor, overwrite: bool = False) -> None:
+        if path.exists() and not overwrite:
+            raise BadInput(f"{path} exists: use --overwrite to replace it, or another name")
+        self.path = path
+        self._metadata = {
+            "general.type": "imatrix",
+            "imatrix.datasets": [dataset.name],
+            "imatrix.chunk_count": tokens.shape[0],
+            "imatrix.chunk_size": tokens.shape[1],
+        }
+        self._tensors: list[PlannedTensor] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._data: BinaryIO = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - closed on leaving
+        except OSError as error:
+            raise BadInput(f"{path} cannot be written: {error.strerror}; choose another name") from None
+
+    def add(self, statistics: Statistics) -> None:
+        """Write down what is known of one layer's weights."""
+        for name, sums in sorted(statistics.sums.items()):
+            counts = statistics.counts[name]
+            if len(sums) == 1:
+                self._append(f"{name}.in_sum2", sums[0])
+                self._append(f"{name}.counts", counts)
+            else:
+                self._append(f"{name}.in_sum2", sums)
+                self._append(f"{name}.counts", counts[:, None])
+
+    def __enter__(self) -> ImatrixWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._data:
+            if error is None:
+                self._write()
+
+    def _append(self, name: str, values: Tensor) -> None:
+        shape = tuple(values.shape)
+        weight = Weight(name, Role.SCALE, shape, Zeros(shape))
+        self._tensors.append(PlannedTensor(weight, format_named("F32"), format_named("F32")))
+        self._data.write(values.float().contiguous().numpy().data)
+
+    def _write(self) -> None:
+        self._data.seek(0)
+        with GGUFWriter(self.path, self._metadata, self._tensors, overwrite=True) as writer:
+            for tensor in self._tensors:
+                data = bytearray(self._data.read(tensor.bytes))
+                writer.write(tensor.weight.name, 0, torch.frombuffer(data, dtype=torch.uint8))

@@ -1,0 +1,33 @@
+"""Weights that watch what they are multiplied with."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..archs.weights import Weight
+from ..quant.importance import Statistics
+from .weights import Weights
+
+
+class ObservingWeights:
+    """The weights of `inner`; the inputs of every product go into `statistics` first."""
+
+    def __init__(self, inner: Weights, statistics: Statistics) -> None:
+        self.graph = inner.graph
+        self.label = inner.label
+        self._inner = inner
+        self._statistics = statistics
+
+    def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
+        return self._inner.load(weight, expert, rows)
+
+    def project(self, states: Tensor, weight: Weight, expert: int | None = None) -> Tensor:
+        self._statistics.add(weight, expert, states)
+        return self._inner.project(states, weight, expert)
+
+    def project_groups(self, states: Tensor, weight: Weight) -> Tensor:
+        self._statistics.add(weight, None, states.flatten(0, 1))
+        return self._inner.project_groups(states, weight)
+
+    def forget(self, expert: int | None = None) -> None:
+        self._inner.forget(expert)
