@@ -13,6 +13,7 @@ from .options import (
     TypeOverride,
     hub_options,
     json_option,
+    memory_option,
     mtp_option,
     pad_option,
     quant_option,
@@ -48,6 +49,7 @@ _VERIFY_CHUNKS = 16
 @click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
 @text_options
 @threads_option
+@memory_option
 @click.option("--scratch", type=Size(), help="Most disk for shards from the Hub; by default, that of two layers.")
 @click.option("--keep-source", is_flag=True, help="Download everything from the Hub first, and keep it in its cache.")
 @hub_options
@@ -74,6 +76,7 @@ def convert(
     context: int,
     chunks: int | None,
     threads: int | None,
+    memory: int | None,
     scratch: int | None,
     keep_source: bool,
     revision: str | None,
@@ -126,6 +129,7 @@ def convert(
             context=context,
             chunks=chunks or _VERIFY_CHUNKS,
             threads=threads,
+            memory=memory,
             provenance=provenance,
             progress=progress,
         )
@@ -197,6 +201,7 @@ def quantize(
 @click.option("-c", "--context", default=512, show_default=True, help="Tokens in a chunk.")
 @click.option("--chunks", type=int, help="Use at most this many chunks of the text.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@memory_option
 @hub_options
 @json_option
 def imatrix(
@@ -206,6 +211,7 @@ def imatrix(
     context: int,
     chunks: int | None,
     overwrite: bool,
+    memory: int | None,
     revision: str | None,
     token: str | None,
     as_json: bool,
@@ -232,6 +238,7 @@ def imatrix(
             context=context,
             chunks=chunks,
             overwrite=overwrite,
+            memory=memory,
             progress=progress,
         )
     show_calibration(result, as_json)

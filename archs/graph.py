@@ -333,7 +333,7 @@ class Graph:
 
     def weights(self) -> Iterator[Weight]:
         """Every weight once, in file order."""
-        return _weights(replace(self, draft=None))
+        return weights_in(replace(self, draft=None))
 
     def parameters(self) -> int:
         """Number of weights' elements, the stored head of tied models counted."""
@@ -341,7 +341,7 @@ class Graph:
 
     def active_parameters(self) -> int:
         """Elements that one token touches: `top_k` experts of each stack, one row of the embedding, no drafting."""
-        drafting = sum(weight.elements for weight in _weights(self.predictions))
+        drafting = sum(weight.elements for weight in weights_in(self.predictions))
         active = self.parameters() - drafting - self.embedding.elements + self.hidden_size
         for operation in self.operations():
             if isinstance(operation, MoE):
@@ -365,15 +365,16 @@ class Graph:
         return (sublayer.operation for layer in self.layers for sublayer in layer.sublayers)
 
 
-def _weights(node: Any) -> Iterator[Weight]:
+def weights_in(node: Any) -> Iterator[Weight]:
+    """Every weight of a block, a layer or a whole graph, in file order."""
     if isinstance(node, Weight):
         yield node
     elif isinstance(node, tuple):
         for item in node:
-            yield from _weights(item)
+            yield from weights_in(item)
     elif is_dataclass(node):
         for field in fields(node):
-            yield from _weights(getattr(node, field.name))
+            yield from weights_in(getattr(node, field.name))
 
 
 def describe(node: Any) -> Any:

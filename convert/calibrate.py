@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..quant.importance import Statistics
 from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, with_bos
-from ..runner.memory import peak_rss_bytes
+from ..runner.memory import peak_rss_bytes, workspace
 from ..runner.observe import ObservingWeights
 from ..runner.stream import Stream
 from ..runner.weights import ModelWeights
@@ -45,21 +45,25 @@ def write_imatrix(
     context: int = DEFAULT_CONTEXT,
     chunks: int | None = None,
     overwrite: bool = False,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Write llama.cpp's importance matrix of a model on a text: what llama-imatrix writes, layer by layer.
 
-    Raises BadInput for an existing output, a text that is too short, and numbers that are not finite.
+    Activations that do not fit into `memory` bytes for the whole process go to a scratch file beside the output, which
+    changes no number. Raises BadInput for an existing output, less memory than the model takes, a text that is too
+    short, and numbers that are not finite.
     """
     started = time.monotonic()
     model = model if isinstance(model, Model) else open_model(model)
     progress = progress or Silent()
     tokens = chunk_tokens(model.tokenizer, Path(calibration), context, chunks)
+    room = workspace(memory, model.graph, tokens.numel(), context, casting=False, folder=Path(output).parent)
     statistics = Statistics()
     unseen, fewest = 0, []
     with ImatrixWriter(Path(output), Path(calibration), tokens, overwrite) as writer:
         weights = ObservingWeights(ModelWeights(model), statistics)
-        stream = Stream(model, with_bos(tokens, model.tokenizer), weights=weights)
+        stream = Stream(model, with_bos(tokens, model.tokenizer), weights=weights, workspace=room)
         progress.begin("Calibrating", len(model.graph.layers), "layers")
         for layer in model.graph.layers:
             stream.advance(layer)

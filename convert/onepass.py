@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..quant.importance import Statistics
 from ..quant.plan import Plan
+from ..runner.activations import Workspace
 from ..runner.evaluate import Parity, compare_heads, relative_error, summarise, with_bos
 from ..runner.memory import peak_rss_bytes
 from ..runner.observe import ObservingWeights
@@ -38,6 +39,12 @@ class Lanes:
     calibration: Tensor | None = None
     evaluation: Tensor | None = None
 
+    @property
+    def tokens(self) -> int:
+        """How many there are in all lanes; those to evaluate on run through two models."""
+        calibration, evaluation = (0 if ids is None else ids.numel() for ids in (self.calibration, self.evaluation))
+        return calibration + 2 * evaluation
+
 
 def cast(
     model: Model,
@@ -49,6 +56,7 @@ def cast(
     imatrix: ImatrixWriter | None = None,
     threads: int | None = None,
     journal: Journal | None = None,
+    workspace: Workspace | None = None,
 ) -> Parity | None:
     """Write every tensor of a plan, and compare the result with its source on the evaluation tokens.
 
@@ -56,6 +64,7 @@ def cast(
         importance: what to weigh columns by where there is no calibration.
         imatrix: receives what calibration finds.
         journal: keeps the lanes' states after each layer, and those of an earlier run to go on from.
+        workspace: where activations are kept, by default in memory.
 
     Raises BadInput naming a stored tensor, a block or an expert whose numbers are not finite.
     """
@@ -70,7 +79,7 @@ def cast(
         candidate = CastingWeights(encoder, f"{model.path} as {plan.recipe.name}")
         runs += [(lanes.evaluation, source), (lanes.evaluation, candidate)]
     streams = [
-        Stream(model, with_bos(tokens, model.tokenizer), None, weights, checkpoints.hidden(len(tokens)))
+        Stream(model, with_bos(tokens, model.tokenizer), None, weights, checkpoints.hidden(len(tokens)), workspace)
         for tokens, weights in runs
     ]
     errors = checkpoints.errors

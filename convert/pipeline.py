@@ -16,7 +16,7 @@ from ..quant.plan import Plan, plan_tensors
 from ..quant.recipes import Recipe
 from ..quant.targets import plan_target, recipe_for
 from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, chunk_tokens
-from ..runner.memory import peak_rss_bytes
+from ..runner.memory import peak_rss_bytes, workspace
 from ..sources.hub import HubCheckpoint
 from ..sources.imatrix import read_imatrix
 from ..sources.model import Model, open_model
@@ -91,6 +91,7 @@ def convert(
     context: int = DEFAULT_CONTEXT,
     chunks: int | None = 16,
     threads: int | None = None,
+    memory: int | None = None,
     scratch: int | None = None,
     provenance: dict[str, str] | None = None,
     progress: Progress | None = None,
@@ -116,6 +117,8 @@ def convert(
         imatrix: an importance matrix of llama.cpp, instead of calibration.
         imatrix_out: where to write what calibration found, as llama.cpp's importance matrix.
         verify: compare the result with the source on `file`, `chunks` chunks of `context` tokens.
+        memory: most bytes this process may take; activations that do not fit go to a scratch file beside the output.
+            The result does not depend on it. By default all of them stay in memory.
         scratch: most bytes of shards from the Hub on disk; by default twice what a layer needs.
         provenance: further facts about the source to store in the file.
 
@@ -152,15 +155,16 @@ def convert(
         "evaluation": text_identity(file, lanes.evaluation),
     }
     identity = fingerprint(model, plan, metadata, texts, split_max_bytes, activations)
+    room = workspace(memory, plan.graph, lanes.tokens, context, casting=verify, folder=path.parent)
     with closing(model), Journal(path, identity, overwrite) as journal, ExitStack() as stack:
-        check_disk(path, plan, model, lanes, journal, progress)
+        check_disk(path, plan, model, lanes, memory, journal, progress)
         found = None
         if imatrix_out and text and lanes.calibration is not None:
             found = ImatrixWriter(Path(imatrix_out), Path(text), lanes.calibration, overwrite)
             stack.enter_context(found)
         with _writer(model, plan, path, metadata, split_max_bytes, activations, overwrite, verify, journal) as writer:
             importance = MeasuredImportance(measured) if measured else None
-            result = cast(model, plan, writer, lanes, progress, importance, found, threads, journal)
+            result = cast(model, plan, writer, lanes, progress, importance, found, threads, journal, room)
         files = [*writer.paths]
         if mtp and model.graph.draft:
             files.append(_write_draft(model, plan.recipe, path, metadata, overwrite, journal, threads, progress))

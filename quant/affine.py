@@ -215,39 +215,32 @@ def _from_block_codes(scales: Tensor, codes: Tensor) -> Tensor:
 
 
 def _encode_2_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    block, steps, scales, minima, codes = _super_block_codes(values, unit, weights, 16, 3, 15)
-    products = ordered_sum(block.weights * codes * block.values) * (steps[0] * scales)
-    kept = ordered_sum(products - block.value_sum * (steps[1] * minima))
-    steps = half(steps * lengthening(block.values, block.weights, kept), unit)
-    packed = pack(codes.reshape(2, 4, 32, -1), 2).flatten(0, 1)
-    return torch.cat([scales | minima << 4, packed, _steps_to_bytes(steps, unit)])
+    steps, scales, minima, codes = _super_block_codes(values, unit, weights, 16, 3, 15)
+    return torch.cat([scales | minima << 4, pack(codes.reshape(2, 4, 32, -1), 2).flatten(0, 1), steps])
 
 
 def _encode_4_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    _, steps, scales, minima, codes = _super_block_codes(values, unit, weights, 8, 15, 63)
-    return torch.cat([_steps_to_bytes(steps, unit), _pack_6_bits(scales, minima), _pack_pairs(codes)])
+    steps, scales, minima, codes = _super_block_codes(values, unit, weights, 8, 15, 63)
+    return torch.cat([steps, _pack_6_bits(scales, minima), _pack_pairs(codes)])
 
 
 def _encode_5_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    _, steps, scales, minima, codes = _super_block_codes(values, unit, weights, 8, 31, 63)
-    packed = torch.cat([pack(codes >> 4, 1), _pack_pairs(codes & 15)])
-    return torch.cat([_steps_to_bytes(steps, unit), _pack_6_bits(scales, minima), packed])
+    steps, scales, minima, codes = _super_block_codes(values, unit, weights, 8, 31, 63)
+    return torch.cat([steps, _pack_6_bits(scales, minima), pack(codes >> 4, 1), _pack_pairs(codes & 15)])
 
 
 def _super_block_codes(
     values: Tensor, unit: Tensor, weights: Tensor, sub_blocks: int, top: int, largest: int
-) -> tuple[Block, Tensor, Tensor, Tensor, Tensor]:
-    """What was searched; the two steps [2, lanes]; uint8 multiples [s, lanes], twice; codes [s, n, lanes]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The bytes of the two steps [4, lanes]; uint8 multiples [s, lanes], twice; codes [s, n, lanes]."""
     block = Block(values.unflatten(0, (sub_blocks, -1)), weights.unflatten(0, (sub_blocks, -1)), top, signed=False)
     scale_step, minimum_step, scales, minima = search_multiples(block, unit, largest)
     codes = block.codes(scale_step * scales, minimum_step * minima)
-    steps = torch.stack([scale_step, minimum_step])
-    return block, steps, scales.to(torch.uint8), minima.to(torch.uint8), codes.to(torch.uint8)
-
-
-def _steps_to_bytes(steps: Tensor, unit: Tensor) -> Tensor:
-    """[2, lanes] -> uint8 [4, lanes]."""
-    return torch.cat([half_to_bytes(step, unit) for step in steps])
+    products = ordered_sum(block.weights * codes * block.values) * (scale_step * scales)
+    kept = ordered_sum(products - block.value_sum * (minimum_step * minima))
+    factor = lengthening(block.values, block.weights, kept)
+    steps = torch.cat([half_to_bytes(half(step * factor, unit), unit) for step in (scale_step, minimum_step)])
+    return steps, scales.to(torch.uint8), minima.to(torch.uint8), codes.to(torch.uint8)
 
 
 def _decode_2_k(data: Tensor) -> Tensor:

@@ -61,9 +61,10 @@ def quantize(x: Array, name: str, importance: Array | None = None, threads: int 
     return _like(x, result)
 
 
-def dequantize(data: Array, name: str, threads: int | None = None) -> Array:
-    """Read rows of a ggml format: uint8 [rows, row bytes] -> float32 [rows, columns], of data's kind, on its device.
+def dequantize(data: Array, name: str, threads: int | None = None, type: torch.dtype = torch.float32) -> Array:
+    """Read rows of a ggml format: uint8 [rows, row bytes] -> [rows, columns], of data's kind, on its device.
 
+    type: float32, or bfloat16 for tensors alone, which holds the nearest of its numbers.
     Raises BadInput for an unknown format, one that holds no weights (whole numbers), and rows of broken blocks.
     """
     format = format_named(name)
@@ -75,7 +76,7 @@ def dequantize(data: Array, name: str, threads: int | None = None) -> Array:
             f"{name} rows are uint8 in multiples of {format.block_bytes} bytes, not {rows.shape[1]} of {rows.dtype}"
         )
     columns = rows.shape[1] // format.block_bytes * format.block_size
-    result = torch.empty((len(rows), columns), dtype=torch.float32, device=rows.device)
+    result = torch.empty((len(rows), columns), dtype=type, device=rows.device)
     if native.can_dequantize(format, rows):
         native.dequantize(rows, format, result, threads or torch.get_num_threads())
         return _like(data, result)

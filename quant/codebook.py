@@ -7,8 +7,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .lanes import Codec, best_of, half_from_bytes, half_to_bytes, ordered_sum, pack, reciprocal, spread, unpack
+from .lanes import Codec, best_of, half, half_from_bytes, half_to_bytes, ordered_sum, pack, reciprocal, spread, unpack
 from .scaled import Table, search_multiples, search_scale
+from .shrinkage import lengthening
 
 # The levels of llama.cpp's non-linear 4-bit types, for codes 0 to 15.
 _NON_LINEAR: Final = Table(
@@ -44,7 +45,10 @@ _E2M1: Final = _Microfloat()
 
 def _encode_iq4_nl(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
     scale = search_scale(values, weights, unit, _NON_LINEAR)
-    codes = _NON_LINEAR.codes(values * spread(reciprocal(scale)))
+    scaled = values * spread(reciprocal(scale))
+    product = ordered_sum(weights * _NON_LINEAR.nearest(scaled) * values)
+    scale = half(scale * lengthening(values, weights, product * scale), unit)
+    codes = _NON_LINEAR.codes(scaled)
     return torch.cat([half_to_bytes(scale, unit), pack(codes.unflatten(0, (2, 16)), 4)])
 
 
@@ -55,7 +59,10 @@ def _decode_iq4_nl(data: Tensor) -> Tensor:
 def _encode_iq4_xs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
     values, weights = values.unflatten(0, (8, 32)), weights.unflatten(0, (8, 32))
     step, multiples = search_multiples(values, weights, unit, _NON_LINEAR, -32, 31)
-    codes = _NON_LINEAR.codes(values * spread(reciprocal(step * multiples)))
+    scaled = values * spread(reciprocal(step * multiples))
+    product = ordered_sum(ordered_sum(weights * _NON_LINEAR.nearest(scaled) * values) * multiples)
+    step = half(step * lengthening(values, weights, product * step), unit)
+    codes = _NON_LINEAR.codes(scaled)
     scales = (multiples + 32).to(torch.uint8)
     high = pack((scales >> 4).unflatten(0, (2, 4, 1)), 2).flatten(0, 1)
     low = pack((scales & 15).unflatten(0, (4, 2, 1)), 4).flatten(0, 1)

@@ -21,7 +21,7 @@ from . import lattice
 from .formats import Format, format_named
 
 TORCH: Final = "torch"
-_INPUTS: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_TYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LIBRARY: Final = Path(__file__).with_name("_kernels.so")
 
 
@@ -68,12 +68,12 @@ def quantize(rows: Tensor, format: Format, weights: Tensor | None, result: Tenso
 
     Returns the first row that holds a value that is not finite, if any; then the result is incomplete.
     """
-    rows = (rows if rows.dtype in _INPUTS else rows.to(torch.float32)).contiguous()
+    rows = (rows if rows.dtype in _TYPES else rows.to(torch.float32)).contiguous()
     bad: int = _loaded().kernels_quantize(
         path().encode(),
         format.id,
         rows.data_ptr(),
-        _INPUTS[rows.dtype],
+        _TYPES[rows.dtype],
         None if weights is None else weights.data_ptr(),
         result.data_ptr(),
         *rows.shape,
@@ -88,10 +88,17 @@ def can_dequantize(format: Format, data: Tensor) -> bool:
 
 
 def dequantize(data: Tensor, format: Format, result: Tensor, threads: int) -> None:
-    """Read uint8 rows [rows, row bytes] into float32 `result` [rows, columns]."""
+    """Read uint8 rows [rows, row bytes] into float32 or bfloat16 `result` [rows, columns]."""
     data = data.contiguous()
-    blocks = data.numel() // format.block_bytes
-    _loaded().kernels_dequantize(path().encode(), format.id, data.data_ptr(), result.data_ptr(), blocks, threads)
+    _loaded().kernels_dequantize(
+        path().encode(),
+        format.id,
+        data.data_ptr(),
+        result.data_ptr(),
+        _TYPES[result.dtype],
+        data.numel() // format.block_bytes,
+        threads,
+    )
 
 
 @cache
@@ -137,5 +144,5 @@ def _declared(library: CDLL) -> CDLL:
         c_char_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int
     ]  # fmt: skip
     library.kernels_dequantize.restype = None
-    library.kernels_dequantize.argtypes = [c_char_p, c_int, c_void_p, c_void_p, c_int64, c_int]
+    library.kernels_dequantize.argtypes = [c_char_p, c_int, c_void_p, c_void_p, c_int, c_int64, c_int]
     return library

@@ -21,7 +21,10 @@ _LEVELS_3_K: Final = Uniform(-4, 3, peaks=(-4.2, -3.3, -5.6))
 def _block_codes(values: Tensor, weights: Tensor, unit: Tensor, levels: Uniform) -> tuple[Tensor, Tensor]:
     """The bytes of the scale [2, lanes] and the codes [32, lanes]."""
     scale = search_scale(values, weights, unit, levels)
-    return half_to_bytes(scale, unit), levels.codes(values * spread(reciprocal(scale)))
+    codes = levels.codes(values * spread(reciprocal(scale)))
+    product = ordered_sum(weights * (codes.to(torch.float32) + levels.lowest) * values)
+    scale = half(scale * lengthening(values, weights, product * scale), unit)
+    return half_to_bytes(scale, unit), codes
 
 
 def _encode_8_0(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:

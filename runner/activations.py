@@ -1,13 +1,75 @@
-"""What flows between blocks, kept chunk by chunk."""
+"""What flows between blocks, kept chunk by chunk: in memory, or in scratch files where memory is short."""
 
 from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from math import prod
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..archs.errors import Interruption
 
-class Activations:
-    """float32 [chunks, tokens, ...], zeros at first; read and written a chunk at a time, or by rows of all chunks."""
+_FLOAT = 4  # bytes
+
+
+class Activations(Protocol):
+    """float32 [chunks, tokens, ...], zeros at first; read and written a chunk at a time, or by rows of all chunks.
+
+    Where they lie changes no number: every row is added to in the same order, one value at a time.
+    """
+
+    def __len__(self) -> int:
+        """Number of chunks."""
+
+    def __getitem__(self, chunk: int) -> Tensor:
+        """[tokens, ...], to be changed only by storing it again."""
+
+    def __setitem__(self, chunk: int, values: Tensor) -> None: ...
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """The tokens of these numbers, counted over all chunks, [indices, ...]."""
+
+    def add_rows(self, indices: Tensor, values: Tensor) -> None:
+        """Add [indices, ...] to these tokens; each number stands there once."""
+
+
+class Workspace:
+    """Where activations are kept.
+
+    Args:
+        memory: most bytes of them in memory; what comes beyond goes to disk. None: all of them in memory.
+        folder: where the scratch files are; they have no names, so nothing stays behind. None: the system's choice.
+    """
+
+    def __init__(self, memory: int | None = None, folder: Path | None = None) -> None:
+        self._left = memory
+        self._folder = folder
+
+    def activations(self, *shape: int, whole_chunks: bool = False) -> Activations:
+        """New activations. Those that are only read and written by `whole_chunks` do not suffer from a disk, so they
+        leave room for others. Raises Interruption when the disk is full."""
+        size = _FLOAT * prod(shape)
+        if self._left is None:
+            return MemoryActivations(*shape)
+        if size * (3 if whole_chunks else 1) > self._left:
+            return DiskActivations(self._folder, *shape)
+        self._left -= size
+        values = MemoryActivations(*shape)
+        weakref.finalize(values, self._release, size)
+        return values
+
+    def _release(self, size: int) -> None:
+        assert self._left is not None
+        self._left += size
+
+
+class MemoryActivations:
+    """Activations in memory."""
 
     def __init__(self, *shape: int) -> None:
         self._values = torch.zeros(shape)
@@ -16,16 +78,58 @@ class Activations:
         return len(self._values)
 
     def __getitem__(self, chunk: int) -> Tensor:
-        """[tokens, ...], to be changed only by storing it again."""
         return self._values[chunk]
 
     def __setitem__(self, chunk: int, values: Tensor) -> None:
         self._values[chunk] = values
 
     def rows(self, indices: Tensor) -> Tensor:
-        """The tokens of these numbers, counted over all chunks, [indices, ...]."""
         return self._values.flatten(0, 1)[indices]
 
     def add_rows(self, indices: Tensor, values: Tensor) -> None:
-        """Add [indices, ...] to these tokens; each number stands there once."""
         self._values.flatten(0, 1).index_add_(0, indices, values)
+
+
+class DiskActivations:
+    """Activations in a scratch file, by plain reads and writes: mapped pages would count as this process's memory."""
+
+    def __init__(self, folder: Path | None, *shape: int) -> None:
+        self._shape = shape
+        self._row_bytes = _FLOAT * prod(shape[2:])
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed when the object goes
+            os.posix_fallocate(self._file.fileno(), 0, shape[0] * shape[1] * self._row_bytes)
+        except OSError as error:
+            where = folder or tempfile.gettempdir()
+            raise Interruption(f"{where} has no room for activations ({error.strerror}): free space there") from None
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def __getitem__(self, chunk: int) -> Tensor:
+        values = torch.empty(self._shape[1:])
+        self._read(values, chunk * self._shape[1])
+        return values
+
+    def __setitem__(self, chunk: int, values: Tensor) -> None:
+        self._write(values, chunk * self._shape[1])
+
+    def rows(self, indices: Tensor) -> Tensor:
+        values = torch.empty(len(indices), *self._shape[2:])
+        for place, index in enumerate(indices.tolist()):
+            self._read(values[place], index)
+        return values
+
+    def add_rows(self, indices: Tensor, values: Tensor) -> None:
+        for index, sum in zip(indices.tolist(), self.rows(indices) + values, strict=True):
+            self._write(sum, index)
+
+    def _read(self, values: Tensor, row: int) -> None:
+        view, done = memoryview(values.numpy().data).cast("B"), 0
+        while done < len(view):
+            done += os.preadv(self._file.fileno(), [view[done:]], row * self._row_bytes + done)
+
+    def _write(self, values: Tensor, row: int) -> None:
+        view, done = memoryview(values.contiguous().numpy().data).cast("B"), 0
+        while done < len(view):
+            done += os.pwrite(self._file.fileno(), view[done:], row * self._row_bytes + done)

@@ -25,7 +25,6 @@ DEFAULT_CONTEXT = 512
 _TEXTS = Path(__file__).parent.parent / "examples" / "text"
 EVALUATION_TEXT = _TEXTS / "evaluation.txt"
 CALIBRATION_TEXT = _TEXTS / "diverse.txt"
-_POSITION_BLOCK = 4096  # positions whose logits over one vocabulary block are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -101,11 +100,11 @@ def _score_stream(model: Model, tokens: Tensor, scores: Scores, progress: Progre
     for layer in model.graph.layers:
         stream.advance(layer)
         progress.advance(1, f"layer {layer.index}")
-    states = stream.final_states(_scored_positions(tokens.shape[1]))
+    states = stream.final_activations(_scored_positions(tokens.shape[1]))
     first_word = 0
     for block in stream.head_blocks():
-        for part in _parts(len(scores.targets)):
-            scores.update(part, first_word, multiply(states[part], block))
+        for chunk, part in enumerate(_chunks(scores.targets, len(tokens))):
+            scores.update(part, first_word, multiply(states[chunk], block))
         first_word += len(block)
 
 
@@ -183,8 +182,10 @@ def targets(tokens: Tensor) -> Tensor:
     return tokens[:, context // 2 + 1 :].flatten()
 
 
-def _parts(count: int) -> list[slice]:
-    return [slice(start, min(start + _POSITION_BLOCK, count)) for start in range(0, count, _POSITION_BLOCK)]
+def _chunks(scored: Tensor, chunks: int) -> list[slice]:
+    """Which of all scored positions are those of each chunk."""
+    size = len(scored) // chunks
+    return [slice(chunk * size, (chunk + 1) * size) for chunk in range(chunks)]
 
 
 def _check_same_vocabulary(
@@ -239,13 +240,12 @@ def compare_heads(reference: Stream, candidate: Stream, expected: Tensor) -> Div
     """How two streams that have passed all layers predict the second half of every chunk; `expected` are its tokens
     [chunks, context]."""
     divergence = Divergence(targets(expected))
-    states = [stream.final_states(_scored_positions(expected.shape[1])) for stream in (reference, candidate)]
+    states = [stream.final_activations(_scored_positions(expected.shape[1])) for stream in (reference, candidate)]
     first_word = 0
     for blocks in zip(reference.head_blocks(), candidate.head_blocks(), strict=True):
-        for part in _parts(len(divergence.reference.targets)):
-            divergence.update(
-                part, first_word, *(multiply(s[part], block) for s, block in zip(states, blocks, strict=True))
-            )
+        for chunk, part in enumerate(_chunks(divergence.reference.targets, len(expected))):
+            logits = (multiply(own[chunk], block) for own, block in zip(states, blocks, strict=True))
+            divergence.update(part, first_word, *logits)
         first_word += len(blocks[0])
     return divergence
 

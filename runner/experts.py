@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..archs.errors import BadInput
 from ..archs.graph import MoE
-from .activations import Activations
+from .activations import Workspace
 from .blocks import activate, mlp, route
 from .weights import Weights
 
@@ -23,13 +23,13 @@ class ExpertLane:
     `route` every chunk, `seal`, `run` experts in any order, take `answer`. `where` names model and layer for messages.
     """
 
-    def __init__(self, operation: MoE, weights: Weights, tokens: Tensor, where: str) -> None:
+    def __init__(self, operation: MoE, weights: Weights, tokens: Tensor, workspace: Workspace, where: str) -> None:
         self.operation = operation
         self.weights = weights
         self._tokens = tokens
         self._where = where
         shape = (*tokens.shape, operation.up.columns)
-        self._inputs, self._answers = Activations(*shape), Activations(*shape)
+        self._inputs, self._answers = workspace.activations(*shape), workspace.activations(*shape)
         self._chosen: list[Tensor] = []
         self._shares: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""How much memory this process takes."""
+"""How much memory running a model takes, and what is left of it for activations."""
 
 from __future__ import annotations
 
@@ -6,12 +6,95 @@ import resource
 import sys
 from pathlib import Path
 
+from ..archs.errors import BadInput
+from ..archs.graph import Attention, CompressedAttention, Graph, Mamba2, MoE, Operation, weights_in
+from ..archs.weights import Role
+from .activations import Workspace
+
+_FLOAT = 4  # bytes
+_PASSING = 4  # numbers that exist beside a chunk's result while it is computed, in multiples of it
+_BLOCK = 1024  # tokens of an expert, rows of a vocabulary at a time
+_ROUTE_BYTES, _SCORE_BYTES = 48, 128  # of a token: for each expert it goes to, and for its prediction
+_SLACK = 96 << 20  # what the allocator keeps to itself
+
 
 def peak_rss_bytes() -> int:
     """The largest resident memory of this process so far."""
     try:  # getrusage would count the parent that forked us as well
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        return _status("VmHWM")
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def workspace(
+    memory: int | None, graph: Graph, tokens: int, context: int, casting: bool, folder: Path | None
+) -> Workspace:
+    """Room for activations: what is left of `memory` bytes beside all else that a run holds at its peak.
+
+    Args:
+        memory: for the whole process; None keeps everything in memory.
+        graph: what runs `tokens` tokens of all lanes, in chunks of `context`.
+        casting: whether weights are held twice, as they are and as they are stored.
+        folder: where activations go that do not fit.
+
+    Raises BadInput when even without activations more is needed, saying how much.
+    """
+    if memory is None:
+        return Workspace()
+    floor = _resident() + working_set(graph, context, casting) + _routing(graph, tokens) + _SLACK
+    if memory < floor:
+        raise BadInput(
+            f"--memory is {memory / 1e9:.2f} GB, but the least that this model takes is {floor / 1e9:.2f} GB; "
+            "give it that, or a smaller --context"
+        )
+    return Workspace(memory - floor, folder)
+
+
+def working_set(graph: Graph, context: int, casting: bool) -> int:
+    """An upper bound of the bytes that weights and the numbers of one chunk take while a model runs."""
+    copies = 3 if casting else 1  # casting: as they are, as they are stored, and their pieces while they are joined
+    vocabulary = _BLOCK * (copies * graph.hidden_size + 8 * context)
+    streams = graph.residual.streams if graph.residual else 1
+    residual = _PASSING * context * graph.hidden_size * streams
+    return _FLOAT * (max(_operation(op, context, copies) for op in graph.operations()) + vocabulary + residual)
+
+
+def _routing(graph: Graph, tokens: int) -> int:
+    """Bytes that remember where each token goes and how it was predicted."""
+    top_k = max((op.router.top_k for op in graph.operations() if isinstance(op, MoE)), default=0)
+    return tokens * (_ROUTE_BYTES * top_k + _SCORE_BYTES)
+
+
+def _operation(operation: Operation, context: int, copies: int) -> int:
+    """Numbers in memory while an operation runs."""
+    weights = list(weights_in(operation))
+    dense = sum(weight.elements for weight in weights if weight.experts is None and weight.role is not Role.HASH_TABLE)
+    largest = max(weight.elements // (weight.experts or 1) for weight in weights)  # its codes and scales, decoded
+    held = copies * dense + 2 * largest
+    match operation:
+        case MoE():
+            expert = sum(weight.elements // weight.experts for weight in weights if weight.experts)
+            statistics = 2 * sum(weight.columns * weight.experts for weight in weights if weight.experts)
+            passing = _BLOCK * (3 * operation.up.columns + 4 * operation.expert_size)
+            table = sum(weight.elements for weight in weights if weight.role is Role.HASH_TABLE)
+            return held + copies * (expert + table) + statistics + passing
+        case Attention(heads=heads, head_size=size):
+            return held + _PASSING * context * heads * (context + size)
+        case CompressedAttention(heads=heads, head_size=size, window=window):
+            return held + _PASSING * min(context, 256) * heads * (min(context, 256) + window + context // 4 + size)
+        case Mamba2(heads=heads, head_size=size, state_size=state):
+            return held + _PASSING * heads * (2 * 128 * 128 + size * state + context * (2 * size + state))
+        case _:
+            return held + _PASSING * context * largest // max(weight.columns for weight in weights)
+
+
+def _resident() -> int:
+    try:
+        return _status("VmRSS")
+    except OSError:
+        return peak_rss_bytes()
+
+
+def _status(key: str) -> int:
+    return int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0]) * 1024

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..archs.errors import BadInput
 from ..archs.graph import MLP, Attention, CompressedAttention, Layer, Mamba2, MoE, SubLayer
 from ..sources.model import Model, pieces
-from .activations import Activations
+from .activations import Activations, Workspace
 from .attention import AttentionMixer
 from .blocks import mlp, normaliser
 from .compressed_attention import CompressedAttentionMixer
@@ -56,13 +56,15 @@ class Stream:
         cache: Cache | None = None,
         weights: Weights | None = None,
         hidden: Iterable[Tensor] | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         self.model = model
         self.tokens = tokens
         self.weights = weights or ModelWeights(model)
         self._cache = cache
         self._residual = residual_of(self.weights)
-        self.hidden = Activations(*tokens.shape, *self._residual.width)
+        self._workspace = workspace or Workspace()
+        self.hidden = self._workspace.activations(*tokens.shape, *self._residual.width, whole_chunks=True)
         if hidden is None:
             self._embed()
         else:
@@ -80,7 +82,9 @@ class Stream:
         if not isinstance(operation, MoE):
             self._pass(layer, sublayer, self._block(operation, (layer.index, number)))
             return None
-        experts = ExpertLane(operation, self.weights, self.tokens, f"{self.weights.label}: layer {layer.index}")
+        experts = ExpertLane(
+            operation, self.weights, self.tokens, self._workspace, f"{self.weights.label}: layer {layer.index}"
+        )
         normalise = normaliser(sublayer.norm, self.weights)
         for chunk in range(len(self.hidden)):
             experts.route(normalise(self._residual.branch(sublayer, self.hidden[chunk]).input))
@@ -124,10 +128,20 @@ class Stream:
 
     def final_states(self, positions: slice) -> Tensor:
         """States ready for the head, [chunks * positions, hidden size], of the given positions of every chunk."""
+        return torch.cat([self._final(chunk, positions) for chunk in range(len(self.hidden))])
+
+    def final_activations(self, positions: slice) -> Activations:
+        """The same for texts of any length, [chunks, positions, hidden size]."""
+        count = len(range(self.tokens.shape[1])[positions])
+        size = self.weights.graph.hidden_size
+        final = self._workspace.activations(len(self.hidden), count, size, whole_chunks=True)
+        for chunk in range(len(self.hidden)):
+            final[chunk] = self._final(chunk, positions)
+        return final
+
+    def _final(self, chunk: int, positions: slice) -> Tensor:
         normalise = normaliser(self.weights.graph.final_norm, self.weights)
-        return torch.cat(
-            [normalise(self._residual.end(self.hidden[chunk][positions])) for chunk in range(len(self.hidden))]
-        )
+        return normalise(self._residual.end(self.hidden[chunk][positions]))
 
     def head_blocks(self) -> Iterator[Tensor]:
         """The rows of the output projection, [block rows, hidden size] at a time, in vocabulary order."""

@@ -130,10 +130,6 @@ class Builder:
         """In another shape, where 0 keeps a dimension and -1 is what the others leave."""
         return self.op("Reshape", value, self.constant([*shape]))
 
-    def filled(self, scalar: bool, like: ir.Value) -> ir.Value:
-        """A value of the same shape that is `scalar` everywhere."""
-        return self.op("Expand", self.constant(scalar), self.op("Shape", like))
-
     def silu(self, value: ir.Value) -> ir.Value:
         return self.microsoft("QuickGelu", value, alpha=1.0)  # x * sigmoid(x)
 
@@ -203,6 +199,10 @@ class Builder:
     def norm(self, states: ir.Value, norm: Norm) -> ir.Value:
         """RMSNorm over the last axis."""
         return self.op("RMSNormalization", states, self.weight(norm.weight), axis=-1, epsilon=norm.epsilon)
+
+    def normalise(self, states: ir.Value, size: int, epsilon: float) -> ir.Value:
+        """RMSNorm without a weight over the last axis, which has that size."""
+        return self.op("RMSNormalization", states, self.constant(np.ones(size, np.float32)), axis=-1, epsilon=epsilon)
 
     def _stored(self, array: StoredArray, shape: Sequence[int]) -> ir.Value:
         if array.name not in self._initializers:

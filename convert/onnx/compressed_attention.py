@@ -24,19 +24,21 @@ def compressed_attention(build: Builder, operation: CompressedAttention, states:
     """
     o = operation
     latent = build.norm(build.project(states, o.query_down), o.query_norm)
-    queries = build.microsoft(
-        "BranchwiseRMSNorm", build.project(latent, o.query_up), num_branches=o.heads, epsilon=o.query_norm.epsilon
-    )
-    queries = rotate(build, queries, (o.heads, o.head_size), o.rope)
-    keys, visible = _window(build, o, states, layer), _window_visible(build, o.window)
+    queries = build.reshape(build.project(latent, o.query_up), [0, 0, o.heads, o.head_size])
+    queries = build.normalise(queries, o.head_size, o.query_norm.epsilon)
+    queries = rotate(build, build.reshape(queries, [0, 0, o.heads * o.head_size]), (o.heads, o.head_size), o.rope)
+    keys = [_sink_key(build, o.head_size), _window(build, o, states, layer)]
+    visible, chosen = [_window_visible(build, o.window)], None
     if o.compressor:
         entries = compress(build, o.compressor, states, f"{layer}.compressor")
         complete = entries_complete(build, o.compressor.ratio)
         if o.indexer:
-            complete = choose(build, o.indexer, states, latent, complete, f"{layer}.indexer")
-        keys = build.op("Concat", keys, entries, axis=1)
-        visible = build.op("Concat", visible, complete, axis=-1)
-    mixed = _attend(build, o, queries, keys, visible)
+            best, complete = choose(build, o.indexer, states, latent, complete, f"{layer}.indexer")
+            chosen = build.op("GatherND", entries, build.op("Unsqueeze", best, build.constant([-1])), batch_dims=1)
+        else:
+            keys.append(entries)
+        visible.append(complete)
+    mixed = _attend(build, o, queries, build.op("Concat", *keys, axis=1), chosen, _bias(build, visible))
     return _project(build, o, rotate(build, mixed, (o.heads, o.head_size), o.rope, backwards=True))
 
 
@@ -52,7 +54,7 @@ def _window(build: Builder, operation: CompressedAttention, states: ir.Value, la
 
 
 def _window_visible(build: Builder, window: int) -> ir.Value:
-    """Which of the window's keys each token sees, bool [batch, sequence, keys]."""
+    """Whether each token sees the sink's key, which it does, and the window's: bool [batch, sequence, 1 + keys]."""
 
     def make() -> ir.Value:
         before, after = span(build)
@@ -60,41 +62,75 @@ def _window_visible(build: Builder, window: int) -> ir.Value:
         places = build.op("Range", oldest, after, build.constant(1))
         distance = build.op("Sub", build.op("Unsqueeze", token_positions(build), build.constant([-1])), places)
         past = build.op("GreaterOrEqual", distance, build.constant(0))
-        return build.op("And", past, build.op("Less", distance, build.constant(window)))
+        visible = build.op("And", past, build.op("Less", distance, build.constant(window)))
+        return build.op("Pad", visible, build.constant([0, 0, 1, 0, 0, 0]), build.constant(True))
 
     return build.once(("window visible", window), make)
 
 
-def _attend(
-    build: Builder, operation: CompressedAttention, queries: ir.Value, keys: ir.Value, visible: ir.Value
-) -> ir.Value:
-    """Queries [batch, sequence, heads * size], keys [batch, keys, size], visible [batch, sequence, keys] -> as queries.
+def _bias(build: Builder, visible: list[ir.Value]) -> ir.Value:
+    """Parts of bool [batch, sequence, keys] -> what it adds to scores, [batch, sequence, 1, keys]."""
 
-    A key of zeros stands before the others for the sink: its score is the head's sink, as a value it adds nothing.
-    """
-    o = operation
-    count = build.op("Shape", keys, start=1, end=2)
-    keys = build.op("Concat", _zero_key(build, o.head_size), keys, axis=1)
-    all_keys = build.op("Add", count, build.constant([1]))
-    rows = build.reshape(queries, [0, -1, o.head_size])
-    scores = build.microsoft("FusedMatMul", rows, keys, transB=1, alpha=o.head_size**-0.5)
-    scores = build.op("Reshape", scores, build.op("Concat", build.constant([0, -1, o.heads]), all_keys, axis=0))
-    counts = build.op("Unsqueeze", build.op("Pad", visible, build.constant([0, 0, 1, 0, 0, 0])), build.constant([2]))
-    behind = build.op("Concat", build.constant([0, 0, 0]), count, axis=0)
-    sink_or_nothing = build.op("Pad", build.weight(o.sink, [o.heads, 1]), behind, build.constant(-np.inf))
-    shares = build.op("Softmax", build.op("Where", counts, scores, sink_or_nothing), axis=-1)
-    shares = build.op("Reshape", shares, build.op("Concat", build.constant([0, -1]), all_keys, axis=0))
-    return build.reshape(build.op("MatMul", shares, keys), [0, -1, o.heads * o.head_size])
+    def make() -> ir.Value:
+        joined = build.op("Unsqueeze", build.op("Concat", *visible, axis=-1), build.constant([2]))
+        return build.op("Where", joined, build.constant(0.0), build.constant(-np.inf))
+
+    return build.once(("bias", *(part.name for part in visible)), make)
 
 
-def _zero_key(build: Builder, size: int) -> ir.Value:
-    """[batch, 1, size]"""
+def _sink_key(build: Builder, size: int) -> ir.Value:
+    """A key of zeros, [batch, 1, size]: its score is the head's sink alone, as a value it adds nothing."""
 
     def make() -> ir.Value:
         shape = build.op("Concat", batch_size(build), build.constant([1, size]), axis=0)
         return build.op("Expand", build.constant(0.0), shape)
 
-    return build.once(("zero key", size), make)
+    return build.once(("sink key", size), make)
+
+
+def _attend(
+    build: Builder,
+    operation: CompressedAttention,
+    queries: ir.Value,
+    keys: ir.Value,
+    chosen: ir.Value | None,
+    bias: ir.Value,
+) -> ir.Value:
+    """Attention to keys that all tokens share, the sink's first, and to those chosen for each.
+
+    Args:
+        queries: [batch, sequence, heads * size], as is the result.
+        keys: [batch, keys, size].
+        chosen: [batch, sequence, chosen, size].
+        bias: [batch, sequence, 1, keys + chosen].
+    """
+    o = operation
+    count = build.op("Shape", keys, start=1, end=2)
+    rows = build.reshape(queries, [0, -1, o.head_size])
+    scores = build.microsoft("FusedMatMul", rows, keys, transB=1, alpha=o.head_size**-0.5)
+    scores = build.op("Reshape", scores, build.op("Concat", build.constant([0, -1, o.heads]), count, axis=0))
+    if chosen:
+        heads = build.reshape(queries, [0, 0, o.heads, o.head_size])
+        own = build.microsoft("FusedMatMul", heads, chosen, transB=1, alpha=o.head_size**-0.5)
+        scores = build.op("Concat", scores, own, axis=-1)
+    scores = build.op("Add", build.op("Add", scores, _sinks(build, o, scores)), bias)
+    shares = build.op("Softmax", scores, axis=-1)
+    if chosen:
+        sizes = build.op("Concat", count, build.op("Shape", chosen, start=2, end=3), axis=0)
+        shares, own = build.ops("Split", shares, sizes, outputs=2, axis=-1)
+    shares = build.op("Reshape", shares, build.op("Concat", build.constant([0, -1]), count, axis=0))
+    mixed = build.reshape(build.op("MatMul", shares, keys), [0, -1, o.heads * o.head_size])
+    if chosen:
+        own = build.reshape(build.op("MatMul", own, chosen), [0, 0, o.heads * o.head_size])
+        mixed = build.op("Add", mixed, own)
+    return mixed
+
+
+def _sinks(build: Builder, operation: CompressedAttention, scores: ir.Value) -> ir.Value:
+    """The sinks' logits as scores of the first key, [heads, keys]."""
+    others = build.op("Sub", build.op("Shape", scores, start=3), build.constant([1]))
+    behind = build.op("Concat", build.constant([0, 0, 0]), others, axis=0)
+    return build.op("Pad", build.weight(operation.sink, [operation.heads, 1]), behind)
 
 
 def _project(build: Builder, operation: CompressedAttention, mixed: ir.Value) -> ir.Value:

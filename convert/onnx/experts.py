@@ -8,7 +8,7 @@ import onnx_ir as ir
 from ...archs.graph import MLP, Activation, HashRouter, MoE, Router, Score
 from .builder import Builder
 
-# relu(u)^2 = u * sigmoid(alpha * u) * u up to 1 / alpha: the gate of this SwiGLU is the projection itself.
+# relu(u)^2 = u * sigmoid(alpha * u) * u, up to 1 / alpha^2: the gate of this SwiGLU is the projection itself.
 _SQUARED_RELU_ALPHA = 1e6
 _NEVER = -1e4  # the logarithm of no weight
 

@@ -14,8 +14,8 @@ from .rotary import rotate
 
 def choose(
     build: Builder, block: Indexer, states: ir.Value, latent: ir.Value, complete: ir.Value, name: str
-) -> ir.Value:
-    """The best entries for each token of those that are `complete` for it, bool [batch, sequence, entries].
+) -> tuple[ir.Value, ir.Value]:
+    """The best entries for each token, int64 [batch, sequence, chosen], and which of them are `complete` for it.
 
     Of entries with equal scores the earliest are taken.
 
@@ -35,8 +35,8 @@ def choose(
     weights = build.op("Mul", build.project(states, block.head_weight), build.constant((heads * size) ** -0.5))
     weights = build.op("Unsqueeze", weights, build.constant([2]))
     scores = build.op("Squeeze", build.op("MatMul", weights, affinity), build.constant([2]))
-    scores = build.op("Where", complete, scores, build.constant(-np.inf))
+    nothing = build.constant(-np.inf)
+    scores = build.op("Where", complete, scores, nothing)
     most = build.op("Min", entries, build.constant([block.top_k]))
-    best = build.ops("TopK", scores, most, outputs=2, axis=-1)[1]
-    none, chosen = (build.filled(truth, like) for truth, like in ((False, scores), (True, best)))
-    return build.op("And", build.op("ScatterElements", none, best, chosen, axis=-1), complete)
+    best_scores, best = build.ops("TopK", scores, most, outputs=2, axis=-1)
+    return best, build.op("Greater", best_scores, nothing)

@@ -27,10 +27,10 @@ def mamba(build: Builder, operation: Mamba2, states: ir.Value, layer: int) -> ir
     joined = build.constant([0, 0, o.inner_size])
     y = _attend(build, o, (queries, keys, build.op("Reshape", values, joined)), decay, layer)
     y = build.op("Add", y, build.op("Reshape", build.op("Mul", x, build.weight(o.skip)), joined))
-    gated = build.op("Mul", y, build.silu(gate))
-    norm = build.weight(o.norm.weight)
-    normed = build.microsoft("BranchwiseRMSNorm", gated, norm, num_branches=o.groups, epsilon=o.norm.epsilon)
-    return build.project(normed, o.output)
+    group = o.inner_size // o.groups
+    gated = build.reshape(build.op("Mul", y, build.silu(gate)), [0, 0, o.groups, group])
+    normed = build.op("Mul", build.normalise(gated, group, o.norm.epsilon), build.weight(o.norm.weight))
+    return build.project(build.op("Reshape", normed, joined), o.output)
 
 
 def _convolve(build: Builder, operation: Mamba2, inputs: ir.Value, layer: int) -> ir.Value:

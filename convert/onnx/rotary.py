@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+from torch.nn import functional
 
 from ...archs.graph import Rope
 from ...runner.rotary import frequencies
@@ -26,34 +27,29 @@ def rotate(
         backwards: by the negative positions.
     """
     number, size = sizes
-    still = size - rope.size if rope.last else 0
-    angles = _angles(build, rope, positions or token_positions(build), backwards)
-    turning = heads
-    if still:
-        before, turning = build.split(build.reshape(heads, [0, 0, number, size]), [still, rope.size])
-        turning = build.reshape(turning, [0, 0, number * rope.size])
-    turned = build.op(
+    cosine, sine = _angles(build, rope, size, positions or token_positions(build))
+    if backwards:
+        sine = build.once(("backwards", sine.name), lambda: build.op("Neg", sine))
+    return build.op(
         "RotaryEmbedding",
-        *(turning, *angles),
+        *(heads, cosine, sine),
         num_heads=number,
-        rotary_embedding_dim=rope.size,
+        rotary_embedding_dim=size if rope.last else rope.size,
         interleaved=int(rope.interleaved),
     )
-    if not still:
-        return turned
-    joined = build.op("Concat", before, build.reshape(turned, [0, 0, number, rope.size]), axis=-1)
-    return build.reshape(joined, [0, 0, number * size])
 
 
-def _angles(build: Builder, rope: Rope, positions: ir.Value, backwards: bool) -> tuple[ir.Value, ir.Value]:
-    """Cosines and sines, [batch, sequence, size / 2]."""
+def _angles(build: Builder, rope: Rope, size: int, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Cosines and sines of each pair, [batch, sequence, pairs].
+
+    Where the last dimensions turn, those before them do so by nothing: far faster than to take heads apart.
+    """
+    assert rope.interleaved or not rope.last, "only neighbours are pairs wherever they stand in a head"
+    still = (size - rope.size) // 2 if rope.last else 0
 
     def make() -> tuple[ir.Value, ir.Value]:
         turns = build.op("Unsqueeze", build.op("Cast", positions, to=ir.DataType.FLOAT), build.constant([-1]))
-        angle = build.op("Mul", turns, build.constant(frequencies(rope).numpy()))
+        angle = build.op("Mul", turns, build.constant(functional.pad(frequencies(rope), (still, 0)).numpy()))
         return build.op("Cos", angle), build.op("Sin", angle)
 
-    cosine, sine = build.once((rope, positions.name), make)
-    if backwards:
-        sine = build.once((rope, positions.name, "backwards"), lambda: build.op("Neg", sine))
-    return cosine, sine
+    return build.once((rope, still, positions.name), make)

@@ -58,9 +58,8 @@ struct Q5_1 {
     }
 };
 
-// Blocks of 256 values in COUNT sub-blocks with codes up to TOP and multiples up to LARGEST. LENGTHENED blocks get back
-// the length that least squares takes from them.
-template <int COUNT, int TOP, int LARGEST, bool LENGTHENED> struct SuperAffine {
+// Blocks of 256 values in COUNT sub-blocks with codes up to TOP and multiples up to LARGEST.
+template <int COUNT, int TOP, int LARGEST> struct SuperAffine {
     static constexpr int SIZE = 256 / COUNT;
 
     template <bool WEIGHTED>
@@ -69,8 +68,7 @@ template <int COUNT, int TOP, int LARGEST, bool LENGTHENED> struct SuperAffine {
         using Block = AffineBlock<SIZE, TOP, false, WEIGHTED>;
         AffineSuperBlock<Block, COUNT, LARGEST> super_block(values, weights);
         auto found = super_block.search(unit);
-        Ints scale_bits = half_of(found.scale_step, unit), minimum_bits = half_of(found.minimum_step, unit);
-        Floats scale_step = stored(scale_bits, unit), minimum_step = stored(minimum_bits, unit);
+        Floats scale_step = half(found.scale_step, unit), minimum_step = half(found.minimum_step, unit);
         Floats products[COUNT];
         for (int i = 0; i < COUNT; i++) {
             Floats scale = scale_step * found.scales[i], minimum = minimum_step * found.minima[i];
@@ -85,14 +83,10 @@ template <int COUNT, int TOP, int LARGEST, bool LENGTHENED> struct SuperAffine {
             scales[i] = truncated(found.scales[i]);
             minima[i] = truncated(found.minima[i]);
         }
-        if constexpr (LENGTHENED) {
-            Floats kept = ordered_sum<COUNT>([&](int i) { return products[i]; });
-            Floats factor = lengthening<COUNT, SIZE>(values, weights, kept);
-            scale_bits = half_of(scale_step * factor, unit);
-            minimum_bits = half_of(minimum_step * factor, unit);
-        }
-        pack_half(scale_bits, steps);
-        pack_half(minimum_bits, steps + 2);
+        Floats kept = ordered_sum<COUNT>([&](int i) { return products[i]; });
+        Floats factor = lengthening<256>(values, weights, kept);
+        pack_half(half_of(scale_step * factor, unit), steps);
+        pack_half(half_of(minimum_step * factor, unit), steps + 2);
     }
 
     static void decode(const Ints* steps, const Ints* scales, const Ints* minima, const Ints* codes, Floats* values) {
@@ -106,7 +100,7 @@ template <int COUNT, int TOP, int LARGEST, bool LENGTHENED> struct SuperAffine {
 
 struct Q2_K {
     static constexpr int ID = 10, SIZE = 256, BYTES = 84;
-    using Super = SuperAffine<16, 3, 15, true>;
+    using Super = SuperAffine<16, 3, 15>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -145,7 +139,7 @@ inline void unpack_6_bits(const Ints* bytes, Ints* scales, Ints* minima) {
 
 struct Q4_K {
     static constexpr int ID = 12, SIZE = 256, BYTES = 144;
-    using Super = SuperAffine<8, 15, 63, false>;
+    using Super = SuperAffine<8, 15, 63>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -165,7 +159,7 @@ struct Q4_K {
 
 struct Q5_K {
     static constexpr int ID = 13, SIZE = 256, BYTES = 176;
-    using Super = SuperAffine<8, 31, 63, false>;
+    using Super = SuperAffine<8, 31, 63>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {

@@ -12,8 +12,9 @@
 
 #define FAMILIES_OF(set)                                                                        \
     namespace kernels_##set {                                                                   \
-    extern const Kernel AFFINE[], SYMMETRIC[], CODEBOOK[], LATTICE[], ROUNDING[];               \
-    const Kernel* const FAMILIES[] = {AFFINE, SYMMETRIC, CODEBOOK, LATTICE, ROUNDING, nullptr}; \
+    extern const Kernel AFFINE[], SYMMETRIC[], CODEBOOK[], LATTICE[], ROUNDING[], TERNARY[];    \
+    const Kernel* const FAMILIES[] = {AFFINE,  SYMMETRIC, CODEBOOK, LATTICE,                    \
+                                      ROUNDING, TERNARY,  nullptr};                             \
     }
 
 #ifdef WITH_AVX512
@@ -117,11 +118,11 @@ EXPORT int64_t kernels_quantize(const char* instruction_set, int format, const v
     return bad < blocks ? bad / row_blocks : -1;
 }
 
-EXPORT void kernels_dequantize(const char* instruction_set, int format, const uint8_t* bytes, float* values,
+EXPORT void kernels_dequantize(const char* instruction_set, int format, const uint8_t* bytes, void* values, int type,
                                int64_t blocks, int threads) {
     const Kernel* kernel = find(instruction_set, format);
     share(blocks, kernel->block_size, threads,
-          [&](int64_t first, int64_t last) { kernel->decode(bytes, values, first, last); });
+          [&](int64_t first, int64_t last) { kernel->decode(bytes, values, type, first, last); });
 }
 
 // Hands over the points of a format's lattice: the places of their `size` levels, 4 or 8, among `levels` rising ones.

@@ -18,7 +18,8 @@ struct Kernel {
     int block_bytes;
     // Blocks first to last; returns the first that holds a value that is not finite, or -1.
     int64_t (*encode)(const Rows& rows, int64_t first, int64_t last);
-    void (*decode)(const uint8_t* bytes, float* values, int64_t first, int64_t last);
+    // Values of the type, which is numbered as for Rows and not float16.
+    void (*decode)(const uint8_t* bytes, void* values, int type, int64_t first, int64_t last);
 };
 
 constexpr int MOST_TERMS = 256;

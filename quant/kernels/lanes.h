@@ -35,6 +35,7 @@ inline Floats from_bits(Ints value) { return (Floats)value; }
 inline Ints truncated(Floats value) { return __builtin_convertvector(value, Ints); }
 inline Floats to_float(Ints value) { return __builtin_convertvector(value, Floats); }
 
+inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
 inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 #if defined(__AVX2__)  // by name, because compilers make a comparison and a selection of the general form
 inline Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }

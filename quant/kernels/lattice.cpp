@@ -66,7 +66,7 @@ template <class Lattice, int COUNT_, bool EVEN> struct Signed {
             found.signs[group] = take_signs(values + 8 * group, weights.from(8 * group), magnitudes + 8 * group);
         LatticeBlock<Format, WEIGHTED> block(magnitudes, weights, unit);
         Floats step = stored(block.step, unit);
-        found.step = half_of(step * lengthening<COUNT, SUB_BLOCK>(magnitudes, weights, step * block.product), unit);
+        found.step = half_of(step * lengthening<256>(magnitudes, weights, step * block.product), unit);
         for (int i = 0; i < COUNT; i++) found.scales[i] = block.multiples[i];
         for (int i = 0; i < ALL_POINTS; i++) found.numbers[i] = looked_up(Lattice::points().numbers, block.codes[i]);
         return found;

@@ -11,8 +11,6 @@ namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 
 constexpr int power(int base, int exponent) { return exponent ? base * power(base, exponent - 1) : 1; }
 
-inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
-
 template <class Lattice> struct Halves {
     static constexpr int SIZE = Lattice::SIZE / 2, DIGIT_BITS = 8 / SIZE;
     static constexpr int LEVEL_COUNT = sizeof Lattice::LEVELS / sizeof(float);

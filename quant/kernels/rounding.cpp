@@ -46,8 +46,7 @@ template <class Input> int64_t encode_8_0(const Input* values, uint8_t* bytes, i
         int64_t count = last - first < LANES ? last - first : LANES;
         const Input* from = values + first * BLOCK;
         Ints largest = largest_of(from, count);
-        for (int block = 0; block < count; block++)
-            if (largest[block] >= 0x7f800000) return first + block;
+        if (int bad = first_bad(largest); bad >= 0) return first + bad;
         Floats unit = unit_of(largest), inverse_unit = 1.0f / unit;
         Ints scales = half_of(from_bits(largest) * inverse_unit / 127.0f, unit);
         Floats inverses = reciprocal(stored(scales, unit)) * inverse_unit;
@@ -65,6 +64,20 @@ template <class Input> int64_t encode_8_0(const Input* values, uint8_t* bytes, i
     return -1;
 }
 
+template <class Output> void decode_8_0(const uint8_t* bytes, Output* values, int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block++) {
+        const uint8_t* from = bytes + block * BYTES;
+        uint16_t half;
+        std::memcpy(&half, from, sizeof half);
+        Floats scale = float_from_half(all(int32_t{half}));
+        for (int i = 0; i < VECTORS; i++) {
+            Bytes narrow;
+            std::memcpy(&narrow, from + sizeof half + i * LANES, LANES);
+            store(to_float(__builtin_convertvector(narrow, Ints)) * scale, values + block * BLOCK + i * LANES);
+        }
+    }
+}
+
 struct Q8_0 {
     static int64_t encode(const Rows& rows, int64_t first, int64_t last) {
         switch (rows.type) {
@@ -74,19 +87,9 @@ struct Q8_0 {
         }
     }
 
-    static void decode(const uint8_t* bytes, float* values, int64_t first, int64_t last) {
-        for (int64_t block = first; block < last; block++) {
-            const uint8_t* from = bytes + block * BYTES;
-            uint16_t half;
-            std::memcpy(&half, from, sizeof half);
-            Floats scale = float_from_half(all(int32_t{half}));
-            for (int i = 0; i < VECTORS; i++) {
-                Bytes narrow;
-                std::memcpy(&narrow, from + sizeof half + i * LANES, LANES);
-                Floats wide = to_float(__builtin_convertvector(narrow, Ints)) * scale;
-                std::memcpy(values + block * BLOCK + i * LANES, &wide, sizeof wide);
-            }
-        }
+    static void decode(const uint8_t* bytes, void* values, int type, int64_t first, int64_t last) {
+        if (type == 0) decode_8_0(bytes, static_cast<float*>(values), first, last);
+        else decode_8_0(bytes, static_cast<Brain*>(values), first, last);
     }
 };
 

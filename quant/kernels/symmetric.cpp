@@ -9,10 +9,13 @@ namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 template <class Levels> struct SmallScaled {
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes, Ints* codes) {
-        Ints scale = search_scale<Levels, 32>(values, weights, unit);
-        pack_half(scale, bytes);
-        Floats inverse = reciprocal(stored(scale, unit));
-        for (int i = 0; i < 32; i++) codes[i] = Levels::code(values[i] * inverse);
+        Floats scale = stored(search_scale<Levels, 32>(values, weights, unit), unit), inverse = reciprocal(scale);
+        Floats product = ordered_sum<32>([&](int i) {
+            Floats level = Levels::nearest(values[i] * inverse);
+            codes[i] = Levels::code_of(level);
+            return weights.times(i, level) * values[i];
+        });
+        pack_half(half_of(scale * lengthening<32>(values, weights, product * scale), unit), bytes);
     }
 };
 
@@ -73,7 +76,7 @@ template <class Levels, int LOWEST, int HIGHEST, bool LENGTHENED> struct SuperSc
         }
         if constexpr (LENGTHENED) {
             Floats kept = ordered_sum<16>([&](int i) { return products[i]; }) * rounded_step;
-            step_bits = half_of(rounded_step * lengthening<16, 16>(values, weights, kept), unit);
+            step_bits = half_of(rounded_step * lengthening<256>(values, weights, kept), unit);
         }
         pack_half(step_bits, step);
     }

@@ -140,12 +140,22 @@ template <int BYTES> void load_bytes(const uint8_t* blocks, int64_t count, Ints*
     }
 }
 
-template <int SIZE> void store_values(const Floats* values, float* blocks, int64_t count) {
+inline void store(Floats values, float* to) { std::memcpy(to, &values, sizeof values); }
+
+// The nearest bfloat16, a tie going to the even one; what is not a number stays that.
+inline void store(Floats values, Brain* to) {
+    Ints number = bits(values), nearest = number + 0x7fff + (number >> 16 & 1);
+    Ints upper = values == values ? nearest : (number | 0x400000);
+    Shorts shorts = __builtin_convertvector(upper >> 16 & 0xffff, Shorts);
+    std::memcpy(to, &shorts, sizeof shorts);
+}
+
+template <int SIZE, class Output> void store_values(const Floats* values, Output* blocks, int64_t count) {
     for (int first = 0; first < SIZE; first += LANES) {
         Ints rows[LANES];
         for (int i = 0; i < LANES; i++) rows[i] = bits(values[first + i]);
         transpose(rows);
-        for (int lane = 0; lane < count; lane++) std::memcpy(blocks + lane * SIZE + first, &rows[lane], 4 * LANES);
+        for (int lane = 0; lane < count; lane++) store(from_bits(rows[lane]), blocks + lane * SIZE + first);
     }
 }
 
@@ -160,13 +170,29 @@ template <bool WEIGHTED> struct Weights {
     Weights from(int i) const { return {WEIGHTED ? values + i : nullptr}; }
 };
 
+// The largest magnitude, as bits; in runs of four, which need not wait for each other.
+template <int SIZE> Ints largest_bits(const Floats* values) {
+    Ints largest[4] = {};
+    for (int i = 0; i < SIZE; i += 4)
+        for (int j = 0; j < 4; j++) largest[j] = larger(largest[j], bits(magnitude(values[i + j])));
+    return larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
+}
+
+// The first lane of a largest magnitude that is not finite, or -1.
+inline int first_bad(Ints largest) {
+    Ints bad = largest >= 0x7f800000;
+    int64_t any = 0, parts[sizeof bad / sizeof any];
+    std::memcpy(parts, &bad, sizeof bad);
+    for (int64_t part : parts) any |= part;
+    for (int lane = 0; any && lane < LANES; lane++)
+        if (bad[lane]) return lane;
+    return -1;
+}
+
 // Divides a tile by its unit, which it returns; `bad` becomes the first lane that is not finite, or -1.
 template <int SIZE> Floats to_unit(Floats* values, int& bad) {
-    Ints largest = all(0);
-    for (int i = 0; i < SIZE; i++) largest = larger(largest, bits(magnitude(values[i])));
-    bad = -1;
-    for (int lane = LANES - 1; lane >= 0; lane--)
-        if (largest[lane] >= 0x7f800000) bad = lane;
+    Ints largest = largest_bits<SIZE>(values);
+    bad = first_bad(largest);
     Floats unit = unit_of(largest), inverse = 1.0f / unit;
     for (int i = 0; i < SIZE; i++) values[i] = values[i] * inverse;
     return unit;
@@ -193,7 +219,8 @@ template <class Format> int64_t encode(const Rows& rows, int64_t first, int64_t 
     return encode_blocks<Format, false>(rows, first, last);
 }
 
-template <class Format> void decode(const uint8_t* blocks, float* values, int64_t first, int64_t last) {
+template <class Format, class Output>
+void decode_blocks(const uint8_t* blocks, Output* values, int64_t first, int64_t last) {
     Ints bytes[4 * words_of(Format::BYTES)];
     Floats tile[Format::SIZE];
     for (; first < last; first += LANES) {
@@ -202,6 +229,12 @@ template <class Format> void decode(const uint8_t* blocks, float* values, int64_
         Format::decode(bytes, tile);
         store_values<Format::SIZE>(tile, values + first * Format::SIZE, count);
     }
+}
+
+template <class Format>
+void decode(const uint8_t* blocks, void* values, int type, int64_t first, int64_t last) {
+    if (type == 0) decode_blocks<Format>(blocks, static_cast<float*>(values), first, last);
+    else decode_blocks<Format>(blocks, static_cast<Brain*>(values), first, last);
 }
 
 template <class Format> constexpr Kernel kernel() {

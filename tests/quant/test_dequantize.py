@@ -43,6 +43,13 @@ def test_equals_ggml(name: str) -> None:
     np.testing.assert_array_equal(dequantize(data, name), ggml.dequantize(data, name))
 
 
+@pytest.mark.parametrize("name", (*IN_GGUF, *IN_GGML_ONLY))
+def test_bfloat16_is_the_nearest(name: str) -> None:
+    data = torch.from_numpy(random_bytes(name, 33))
+    values = dequantize(data, name, type=torch.bfloat16)
+    torch.testing.assert_close(values, dequantize(data, name).to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
 def test_bad_input() -> None:
     data = np.zeros((1, 144), np.uint8)
     with pytest.raises(BadInput, match="I32 holds no weights to dequantise"):
