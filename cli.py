@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from . import __version__, cli_convert, cli_evaluate, cli_models
+from . import __version__, cli_convert, cli_evaluate, cli_models, cli_plan
 from .options import Commands
 
 
@@ -26,10 +26,11 @@ def main() -> None:
 
 for command in (
     cli_models.inspect,
-    cli_models.plan,
+    cli_plan.plan,
     cli_convert.convert,
     cli_convert.quantize,
     cli_convert.imatrix,
+    cli_convert.prepack,
     cli_evaluate.perplexity,
     cli_evaluate.parity,
     cli_evaluate.run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,16 +12,20 @@ from .cli_evaluate import judge
 from .options import (
     Size,
     TypeOverride,
+    goal_options,
     hub_options,
     json_option,
     memory_option,
     mtp_option,
     pad_option,
-    quant_option,
     target_option,
     text_options,
     threads_option,
 )
+
+if TYPE_CHECKING:
+    from .convert.choose import Goal
+    from .quant.plan import Plan
 
 _VERIFY_CHUNKS = 16
 
@@ -29,7 +34,8 @@ _VERIFY_CHUNKS = 16
 @click.argument("source")
 @click.option("-o", "--output", default=".", type=click.Path(path_type=Path), help="A .gguf file or a folder.")
 @target_option
-@quant_option
+@goal_options
+@click.option("--measure/--no-measure", default=True, show_default=True, help="With --size or --bpw: probe the model.")
 @pad_option
 @mtp_option
 @click.option(
@@ -45,6 +51,7 @@ _VERIFY_CHUNKS = 16
 @click.option("--no-calibration", is_flag=True, help="Weigh all columns of a weight alike.")
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Use this importance matrix instead, GGUF or .dat.")
 @click.option("--imatrix-out", type=click.Path(path_type=Path), help="Write what calibration found as GGUF.")
+@click.option("--min-expert-tokens", default=0, help="Stop where an expert saw fewer calibration tokens than this.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare the result with the source.")
 @click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
 @text_options
@@ -58,7 +65,8 @@ def convert(
     source: str,
     output: Path,
     target: str,
-    quant: str | None,
+    goal: Goal,
+    measure: bool,
     pad: bool,
     mtp: bool | None,
     activations: str | None,
@@ -70,6 +78,7 @@ def convert(
     no_calibration: bool,
     imatrix: Path | None,
     imatrix_out: Path | None,
+    min_expert_tokens: int,
     verify: bool,
     max_kld: float | None,
     file: Path | None,
@@ -90,28 +99,54 @@ def convert(
     \b
     Examples:
       moecast convert CHECKPOINT -o out/ --quant Q4_K_M
+      moecast convert OWNER/NAME --size 96GB
       moecast convert OWNER/NAME --quant Q4_K_M --revision main --split-max-size 40G
       moecast convert CHECKPOINT --to onnx -o out/
       moecast convert OWNER/NAME --quant IQ4_XS --scratch 20GB
     """
     from .console import watch
+    from .convert.allocate import allocate_for
+    from .convert.choose import choose_plan
     from .convert.pipeline import convert as run
-    from .quant.targets import plan_target
     from .report import show_conversion, show_plan
     from .runner.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT
+    from .sources.hub import HubCheckpoint
     from .sources.locate import describe, locate, locate_to_stream
+    from .sources.model import Model, open_model
 
     if keep_source and scratch is not None:
         raise BadInput("--keep-source keeps every shard and --scratch limits them: leave one of them out")
     if dry_run:
-        show_plan(plan_target(target, describe(source, revision, token).graph, quant, pad, mtp), as_json)
+        show_plan(choose_plan(describe(source, revision, token), goal, target, pad, mtp), as_json)
         return
+    text = None if no_calibration else calibration or CALIBRATION_TEXT
     with watch() as progress:
-        found, provenance = (locate if keep_source else locate_to_stream)(source, revision, token, progress)
+        # Measuring reads the model more than once, so it has to be here as a whole.
+        stay = keep_source or not goal.is_recipe
+        found, provenance = (locate if stay else locate_to_stream)(source, revision, token, progress)
+        origin: Path | HubCheckpoint | Model = found
+        plan: str | Plan | None = goal.quant
+        if not goal.is_recipe:
+            assert isinstance(found, Path)
+            origin = open_model(found)
+        if isinstance(origin, Model) and goal.is_budget and measure:
+            plan = allocate_for(
+                origin,
+                goal,
+                target,
+                calibration=text,
+                imatrix=imatrix,
+                context=context,
+                padding=pad,
+                mtp=mtp,
+                progress=progress,
+            ).plan
+        elif isinstance(origin, Model):
+            plan = choose_plan(origin, goal, target, pad, mtp, importance=bool(text or imatrix))
         result = run(
-            found,
+            origin,
             output,
-            quant,
+            plan,
             target=target,
             activations=activations,
             padding=pad,
@@ -121,9 +156,10 @@ def convert(
             scratch=scratch,
             split_max_bytes=split_max_size,
             overwrite=overwrite,
-            calibration=None if no_calibration else calibration or CALIBRATION_TEXT,
+            calibration=text,
             imatrix=imatrix,
             imatrix_out=imatrix_out,
+            min_expert_tokens=min_expert_tokens,
             verify=verify,
             file=file or EVALUATION_TEXT,
             context=context,
@@ -140,7 +176,7 @@ def convert(
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
-@quant_option
+@goal_options
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix of llama.cpp, GGUF or .dat.")
 @click.option(
     "--tensor-type", "tensor_types", multiple=True, type=TypeOverride(), help="Type of tensors whose names match."
@@ -153,7 +189,7 @@ def convert(
 def quantize(
     source: Path,
     output: Path,
-    quant: str | None,
+    goal: Goal,
     imatrix: Path | None,
     tensor_types: tuple[tuple[str, str], ...],
     allow_requantize: bool,
@@ -170,20 +206,24 @@ def quantize(
       moecast quantize in.gguf out.gguf --quant Q4_K_M --tensor-type ffn_down_exps=q6_k
     """
     from .console import watch
+    from .convert.choose import choose_plan
     from .convert.requantize import plan_requantized, requantize
     from .quant.targets import DEFAULT_QUANT
     from .report import show_conversion, show_plan
     from .sources.model import open_model
 
-    quant = quant or DEFAULT_QUANT["gguf"]
+    model = open_model(source)
+    plan: str | Plan = goal.quant or DEFAULT_QUANT["gguf"]
+    if not goal.is_recipe:
+        plan = choose_plan(model, goal, padding=False, importance=imatrix is not None)
     if dry_run:
-        show_plan(plan_requantized(open_model(source), quant, tensor_types, imatrix is not None), as_json)
+        show_plan(plan_requantized(model, plan, tensor_types, imatrix is not None), as_json)
         return
     with watch() as progress:
         result = requantize(
             source,
             output,
-            quant,
+            plan,
             imatrix=imatrix,
             tensor_types=tensor_types,
             allow_requantize=allow_requantize,
@@ -242,6 +282,30 @@ def imatrix(
             progress=progress,
         )
     show_calibration(result, as_json)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@json_option
+def prepack(folder: Path, as_json: bool) -> None:
+    """Add weights in the order that this machine likes best to an ONNX folder, so that they can be mapped.
+
+    ONNX Runtime otherwise keeps a copy of all weights in memory. The folder more than doubles in size, and runs on
+    other machines as before.
+
+    \b
+    Examples:
+      moecast prepack model-onnx/
+    """
+    from .console import human_bytes, print_json, watch
+    from .convert.onnx.prepack import prepack as run
+
+    with watch() as progress:
+        size = run(folder, progress)
+    if as_json:
+        print_json({"folder": folder, "bytes": size})
+    else:
+        click.echo(f"{folder}: {human_bytes(size)} added")
 
 
 @click.command()

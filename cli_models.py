@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from .archs.errors import BadInput
-from .options import hub_options, json_option, mtp_option, pad_option, quant_option, target_option
+from .options import hub_options, json_option
 
 
 @click.command()
@@ -27,39 +27,6 @@ def inspect(source: str, revision: str | None, token: str | None, as_json: bool)
     from .sources.locate import describe
 
     show_model(describe(source, revision, token), as_json)
-
-
-@click.command()
-@click.argument("source")
-@target_option
-@quant_option
-@pad_option
-@mtp_option
-@hub_options
-@json_option
-def plan(
-    source: str,
-    target: str,
-    quant: str | None,
-    pad: bool,
-    mtp: bool | None,
-    revision: str | None,
-    token: str | None,
-    as_json: bool,
-) -> None:
-    """Show which type every tensor would get, and the exact size, without converting.
-
-    \b
-    Examples:
-      moecast plan CHECKPOINT --quant Q3_K_M
-      moecast plan OWNER/NAME --quant IQ4_XS --json
-      moecast plan OWNER/NAME --to onnx
-    """
-    from .quant.targets import plan_target
-    from .report import show_plan
-    from .sources.locate import describe
-
-    show_plan(plan_target(target, describe(source, revision, token).graph, quant, pad, mtp), as_json)
 
 
 @click.command()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -25,7 +26,7 @@ class Size(click.ParamType[int]):
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", value.strip(), re.IGNORECASE)
-        if not match or float(match[1]) <= 0:
+        if not match:
             self.fail(f"{value!r} is not a size, expected for example 40GB or 36GiB", param, ctx)
         return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
@@ -85,8 +86,40 @@ quant_option = click.option("--quant", help="Recipe, as llama-quantize names it.
 target_option = click.option(
     "--to", "target", type=click.Choice(["gguf", "onnx"]), default="gguf", show_default=True, help="File format."
 )
-low_memory_option = click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file, mapped; slower.")
+low_memory_option = click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file; much slower.")
 memory_option = click.option(
     "--memory", type=Size(), help="Take no more memory than this, for example 8GB; what does not fit goes to disk."
 )
 threads_option = click.option("--threads", type=int, help="Threads to quantise with, all cores by default.")
+
+
+def goal_options(command: Command) -> Command:
+    """What a file should amount to: the command gets a `goal`, whichever option said it."""
+
+    @shared(
+        quant_option,
+        click.option("--size", type=Size(), help="Best plan for a file of this size, for example 96GB."),
+        click.option("--bpw", "bits_per_weight", type=float, help="Best plan for so many bits for each weight."),
+        click.option("--bytes-per-token", type=Size(), help="With --size or --bpw: most that a token may touch."),
+        click.option("--plan", type=click.Path(path_type=Path), help="Types from a file of `moecast plan -o`."),
+        click.option("--like", type=click.Path(path_type=Path), help="Types from another GGUF file."),
+    )
+    @wraps(command)
+    def with_goal(
+        quant: str | None,
+        size: int | None,
+        bits_per_weight: float | None,
+        bytes_per_token: int | None,
+        plan: Path | None,
+        like: Path | None,
+        **others: Any,
+    ) -> Any:
+        from .convert.choose import Goal
+
+        given = {"quant": quant, "size": size, "bpw": bits_per_weight, "plan": plan, "like": like}
+        named = [f"--{name}" for name, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise BadInput(f"{' and '.join(named)} exclude each other: give one")
+        return command(goal=Goal(quant, size, bits_per_weight, plan, like, bytes_per_token), **others)
+
+    return cast(Command, with_goal)

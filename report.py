@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .convert.calibrate import Calibration
     from .convert.pipeline import Conversion
+    from .quant.fit import Fit
     from .quant.plan import Plan
     from .runner.evaluate import Parity, Perplexity
     from .sources.model import Model
@@ -56,29 +57,64 @@ def show_model(model: Model, as_json: bool) -> None:
 
 
 def show_plan(plan: Plan, as_json: bool) -> None:
+    from .quant.allocation import bytes_per_token
+    from .quant.plan_file import plan_as_json
+
     if as_json:
-        tensors = [
-            {"name": t.weight.name, "type": t.type.name, "shape": t.weight.shape, "bytes": plan.bytes_of(t)}
-            for t in plan.tensors
-        ]
-        print_json(
-            {
-                "bytes": plan.bytes,
-                "bits_per_weight": plan.bits_per_weight,
-                "tensors": tensors,
-                "problems": plan.problems,
-            }
-        )
+        print_json(plan_as_json(plan))
         return
-    counts: Counter[tuple[str, str]] = Counter()
+    layers: dict[tuple[str, str], list[int]] = {}
     sizes: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     for tensor in plan.tensors:
-        counts[tensor.weight.role.value, tensor.type.name] += 1
-        sizes[tensor.weight.role.value, tensor.type.name] += plan.bytes_of(tensor)
-    rows = [(role, name, str(counts[role, name]), human_bytes(size)) for (role, name), size in sizes.items()]
+        key = tensor.weight.role.value, tensor.type.name
+        counts[key] += 1
+        sizes[key] += plan.bytes_of(tensor)
+        if tensor.weight.layer is not None:
+            layers.setdefault(key, []).append(tensor.weight.layer)
+    rows = [
+        (role, name, _ranges(layers.get((role, name), [])), str(counts[role, name]), human_bytes(size))
+        for (role, name), size in sizes.items()
+    ]
+    roles = list(dict.fromkeys(row[0] for row in rows))
+    rows.sort(key=lambda row: roles.index(row[0]))
     title = f"{plan.recipe.name}: {human_bytes(plan.bytes)}, {plan.bits_per_weight:.2f} bits per weight"
-    print_columns(title, ("Role", "Type", "Tensors", "Size"), rows)
+    print_columns(title, ("Role", "Type", "Layers", "Tensors", "Size"), rows)
+    if plan.expected_kld is not None:
+        print(f"Expected KL divergence: {plan.expected_kld:.5f}")
+    print(f"Weights that a token touches: {human_bytes(bytes_per_token(plan))}")
     show_problems(plan.problems)
+
+
+def show_fit(fit: Fit, as_json: bool) -> None:
+    if as_json:
+        from .quant.plan_file import plan_as_json
+
+        memory = {"state_bytes": fit.state_bytes, "working_bytes": fit.working_bytes}
+        print_json({**plan_as_json(fit.plan), **memory, "layers_in_ram": fit.layers_in_ram, "serve": _fit_line(fit)})
+        return
+    show_plan(fit.plan, as_json)
+    print(f"State of {fit.machine.context} tokens: {human_bytes(fit.state_bytes)}, ", end="")
+    print(f"working memory: about {human_bytes(fit.working_bytes)}")
+    print(f"Serve it with\n\n    {_fit_line(fit)}\n")
+
+
+def _fit_line(fit: Fit) -> str:
+    arguments: list[Any] = ["llama-server", "-m", "MODEL.gguf", "-c", fit.machine.context, "--jinja"]
+    if fit.machine.vram:
+        arguments += ["--n-gpu-layers", 99, "--n-cpu-moe", fit.layers_in_ram]
+    return " ".join(str(argument) for argument in arguments)
+
+
+def _ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2, 5'"""
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from ..archs.errors import BadInput
 from ..archs.weights import Padded, Weight, first_tensor, of_expert
 from ..quant import dequantize, native, quantize
+from ..quant.importance import Importance
 from ..quant.plan import Plan, PlannedTensor
 from ..runner.weights import KeptWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
@@ -44,13 +45,6 @@ class Writer(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-
-
-class Importance(Protocol):
-    """What quantisers weigh columns by."""
-
-    def of(self, weight: Weight, expert: int | None) -> Tensor | None:
-        """The mean square of each input of one matrix, [columns]; None where nothing is known."""
 
 
 class MeasuredImportance:

@@ -132,8 +132,7 @@ class GGUFWriter:
     def _begin(self, number: int, tensors: Sequence[PlannedTensor], metadata: Mapping[str, Any]) -> None:
         """Write one file's header and reserve the space of its data."""
         path = self._temporary[number]
-        _write_header(path, metadata, tensors)
-        offset = -(-path.stat().st_size // ALIGNMENT) * ALIGNMENT
+        offset = header_bytes(path, metadata, tensors)
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, offset + sum(tensor.aligned_bytes for tensor in tensors))
             os.fsync(file.fileno())
@@ -229,6 +228,12 @@ def _write_header(path: Path, metadata: Mapping[str, Any], tensors: Sequence[Pla
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
+
+
+def header_bytes(scratch: Path, metadata: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> int:
+    """Where the data section of a file would begin; writes its header to `scratch` to know."""
+    _write_header(scratch, metadata, tensors)
+    return -(-scratch.stat().st_size // ALIGNMENT) * ALIGNMENT
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

@@ -16,7 +16,8 @@ from functools import partial
 
 from torch import Tensor
 
-from ..quant.importance import Statistics
+from ..archs.errors import BadInput
+from ..quant.importance import Importance, Statistics
 from ..quant.plan import Plan
 from ..runner.activations import Workspace
 from ..runner.evaluate import Parity, compare_heads, relative_error, summarise, with_bos
@@ -27,7 +28,7 @@ from ..runner.weights import ModelWeights, Weights
 from ..sources.model import Model
 from ..sources.progress import Progress
 from .checkpoints import Checkpoints
-from .encode import CastingWeights, Encoder, Importance, Writer
+from .encode import CastingWeights, Encoder, Writer
 from .imatrix import ImatrixWriter
 from .journal import Journal
 
@@ -57,6 +58,7 @@ def cast(
     threads: int | None = None,
     journal: Journal | None = None,
     workspace: Workspace | None = None,
+    min_expert_tokens: int = 0,
 ) -> Parity | None:
     """Write every tensor of a plan, and compare the result with its source on the evaluation tokens.
 
@@ -65,8 +67,10 @@ def cast(
         imatrix: receives what calibration finds.
         journal: keeps the lanes' states after each layer, and those of an earlier run to go on from.
         workspace: where activations are kept, by default in memory.
+        min_expert_tokens: how many calibration tokens every expert must have seen.
 
-    Raises BadInput naming a stored tensor, a block or an expert whose numbers are not finite.
+    Raises BadInput naming a stored tensor, a block or an expert whose numbers are not finite, and a layer where an
+    expert has seen too few tokens.
     """
     source, statistics = ModelWeights(model), Statistics()
     known = importance if lanes.calibration is None else statistics
@@ -96,16 +100,27 @@ def cast(
             errors.append(relative_error(streams[-2].hidden, streams[-1].hidden))
         if imatrix:
             imatrix.add(statistics)
+        _check_coverage(index, statistics, min_expert_tokens)
         lines.write(index, errors[-1] if errors else None, statistics)
         checkpoints.save(index, streams, statistics if imatrix else None)
         statistics.clear()
     result = None
     if lanes.evaluation is not None:
         chunks, context = lanes.evaluation.shape
-        divergence = compare_heads(streams[-2], streams[-1], lanes.evaluation)
+        (divergence,) = compare_heads(streams[-2], streams[-1:], lanes.evaluation)
         result = summarise(divergence, tuple(errors), context, chunks)
     encoder.finish_all()
     return result
+
+
+def _check_coverage(layer: int, statistics: Statistics, least: int) -> None:
+    tokens = statistics.expert_tokens
+    if tokens is not None and int(tokens.min()) < least:
+        raise BadInput(
+            f"layer {layer}: {int((tokens < least).sum())} of {len(tokens)} experts saw fewer than {least} calibration "
+            f"tokens, expert {int(tokens.argmin())} the fewest, {int(tokens.min())}: use more --calibration text, or "
+            "lower --min-expert-tokens"
+        )
 
 
 class _Lines:

@@ -71,9 +71,9 @@ class Conversion:
 
 
 def convert(
-    source: str | Path | HubCheckpoint,
+    source: str | Path | HubCheckpoint | Model,
     output: str | Path = ".",
-    quant: str | None = None,
+    quant: str | Plan | None = None,
     *,
     target: str = "gguf",
     activations: str | None = None,
@@ -86,6 +86,7 @@ def convert(
     calibration: str | Path | None = CALIBRATION_TEXT,
     imatrix: str | Path | None = None,
     imatrix_out: str | Path | None = None,
+    min_expert_tokens: int = 0,
     verify: bool = True,
     file: str | Path = EVALUATION_TEXT,
     context: int = DEFAULT_CONTEXT,
@@ -99,10 +100,11 @@ def convert(
     """Convert a checkpoint to GGUF or ONNX.
 
     Args:
-        source: checkpoint folder, or a commit on the Hub, whose shards are fetched when they are needed.
+        source: checkpoint folder, or a commit on the Hub, whose shards are fetched when they are needed; or an open
+            model, which is closed in the end.
         output: a .gguf file, or a folder for `<name>-<quant>.gguf` or the folder `<name>-<quant>-onnx`.
         quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds; Q4_K_M by
-            default, for ONNX Q4_0.
+            default, for ONNX Q4_0. Or a plan for the model's graph, to which `padding` and `mtp` do not apply.
         target: gguf or onnx.
         activations: what ONNX Runtime rounds activations to before it multiplies: int8 (fast, the default) or float32.
         padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
@@ -116,6 +118,8 @@ def convert(
             all alike. Types of 8 bits and more do without.
         imatrix: an importance matrix of llama.cpp, instead of calibration.
         imatrix_out: where to write what calibration found, as llama.cpp's importance matrix.
+        min_expert_tokens: calibration tokens that every expert must have seen; by default those that saw few borrow
+            from the layer's others.
         verify: compare the result with the source on `file`, `chunks` chunks of `context` tokens.
         memory: most bytes this process may take; activations that do not fit go to a scratch file beside the output.
             The result does not depend on it. By default all of them stay in memory.
@@ -129,11 +133,12 @@ def convert(
     """
     started = time.monotonic()
     progress = progress or Silent()
-    recipe = recipe_for(target, quant)
+    recipe = quant.recipe if isinstance(quant, Plan) else recipe_for(target, quant)
+    weighs = (quant if isinstance(quant, Plan) else recipe).weighs_columns
     name = name or _name_of(source)
     provenance = provenance or (source.provenance if isinstance(source, HubCheckpoint) else {})
     measured = read_imatrix(Path(imatrix)) if imatrix else None
-    text = None if measured or not (imatrix_out or recipe.weighs_columns) else calibration
+    text = None if measured or not (imatrix_out or weighs) else calibration
     if imatrix_out and not text:
         raise BadInput("--imatrix-out writes what calibration finds: leave out --imatrix and --no-calibration")
     if target == "onnx":
@@ -143,7 +148,10 @@ def convert(
         _refuse("a GGUF file", {"--activations": activations})
     path = _output_path(Path(output), name, recipe.name, target)
     model = _open(source, scratch, path)
-    plan = plan_target(target, model.graph, quant, padding, mtp, importance=bool(measured or text))
+    if isinstance(quant, Plan):
+        plan = quant
+    else:
+        plan = plan_target(target, model.graph, quant, padding, mtp, importance=bool(measured or text))
     metadata = {} if target == "onnx" else gguf_metadata(model, plan, name, pre, provenance, progress)
     lanes = Lanes(
         chunk_tokens(model.tokenizer, Path(text), context, None) if text else None,
@@ -164,7 +172,9 @@ def convert(
             stack.enter_context(found)
         with _writer(model, plan, path, metadata, split_max_bytes, activations, overwrite, verify, journal) as writer:
             importance = MeasuredImportance(measured) if measured else None
-            result = cast(model, plan, writer, lanes, progress, importance, found, threads, journal, room)
+            result = cast(
+                model, plan, writer, lanes, progress, importance, found, threads, journal, room, min_expert_tokens
+            )
         files = [*writer.paths]
         if mtp and model.graph.draft:
             files.append(_write_draft(model, plan.recipe, path, metadata, overwrite, journal, threads, progress))
@@ -193,18 +203,20 @@ def _refuse(what: str, options: dict[str, object]) -> None:
             raise BadInput(f"{option} means nothing for {what}; leave it out")
 
 
-def _name_of(source: str | Path | HubCheckpoint) -> str:
+def _name_of(source: str | Path | HubCheckpoint | Model) -> str:
     if isinstance(source, HubCheckpoint):
         return source.provenance["repository"].split("/")[-1]
+    if isinstance(source, Model):
+        source = source.path
     return Path(source).resolve().name
 
 
-def _open(source: str | Path | HubCheckpoint, scratch: int | None, output: Path) -> Model:
+def _open(source: str | Path | HubCheckpoint | Model, scratch: int | None, output: Path) -> Model:
     if isinstance(source, HubCheckpoint):
         return open_streamed(source, scratch, journal_folder(output) / "shards")
-    model = open_model(source)
+    model = source if isinstance(source, Model) else open_model(source)
     if model.metadata:
-        raise BadInput(f"{source} is a GGUF file, expected a checkpoint folder")
+        raise BadInput(f"{model.path} is a GGUF file, expected a checkpoint folder")
     return model
 
 

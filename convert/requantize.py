@@ -26,7 +26,7 @@ _UNQUANTISED_BITS = 16
 def requantize(
     source: str | Path,
     output: str | Path,
-    quant: str = "Q4_K_M",
+    quant: str | Plan = "Q4_K_M",
     *,
     imatrix: str | Path | None = None,
     tensor_types: Sequence[tuple[str, str]] = (),
@@ -35,7 +35,7 @@ def requantize(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Quantise a GGUF file (the first one of a split) as `quant` names it; the options are llama-quantize's.
+    """Quantise a GGUF file (the first one of a split) as a recipe or a plan says; the options are llama-quantize's.
 
     Args:
         imatrix: importance matrix of llama.cpp, as GGUF or .dat.
@@ -65,9 +65,12 @@ def requantize(
     return Conversion.of(writer.paths, plan, started)
 
 
-def plan_requantized(model: Model, quant: str, tensor_types: Sequence[tuple[str, str]], importance: bool) -> Plan:
-    """The recipe's types with the user's exceptions."""
-    return override_types(plan_tensors(model.graph, recipe_named(quant), importance), tensor_types)
+def plan_requantized(
+    model: Model, quant: str | Plan, tensor_types: Sequence[tuple[str, str]], importance: bool
+) -> Plan:
+    """The types of a recipe or a plan with the user's exceptions."""
+    plan = quant if isinstance(quant, Plan) else plan_tensors(model.graph, recipe_named(quant), importance)
+    return override_types(plan, tensor_types)
 
 
 def _refuse_quantised(model: Model, plan: Plan) -> None:

@@ -1,8 +1,25 @@
-"""The smallest ggml type that holds every number of a weight as its source stores it."""
+"""How much of a weight there is to keep: the ggml type that loses nothing, and the bits that its source takes."""
 
 from __future__ import annotations
 
-from ..archs.weights import BlockScaled, Expression, Mxfp4, Read, Rows, SideBySide, Stack
+from math import prod
+
+from ..archs.weights import (
+    BlockScaled,
+    Expression,
+    GlobalScales,
+    Mxfp4,
+    NegativeExponential,
+    Nvfp4,
+    Padded,
+    Read,
+    Reshape,
+    Rows,
+    Scaled,
+    SideBySide,
+    Stack,
+    Zeros,
+)
 from .formats import Format, format_named
 
 
@@ -25,3 +42,20 @@ def exact_format(expression: Expression) -> Format | None:
             formats = {exact_format(part) for part in parts}
             return formats.pop() if len(formats) == 1 else None
     return None
+
+
+def source_bits(expression: Expression) -> float:
+    """Bits that a weight's stored form takes for each number, coarse scales of FP8 left out; the most of its parts."""
+    match expression:
+        case Read(tensor) | Reshape(tensor):
+            return 8 * tensor.length / max(prod(tensor.shape), 1)
+        case BlockScaled(codes) | Scaled(codes):
+            return 8 * codes.length / prod(codes.shape)
+        case Nvfp4(codes, scale) | Mxfp4(codes, scale):
+            return 8 * (codes.length + scale.length) / prod(expression.shape)
+        case Rows(source) | Padded(source) | NegativeExponential(source):
+            return source_bits(source)
+        case Stack(parts) | SideBySide(parts):
+            return max(source_bits(part) for part in parts)
+        case GlobalScales() | Zeros():
+            return 32.0

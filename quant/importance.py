@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,13 @@ from torch.nn import functional
 from ..archs.weights import Role, Weight
 
 _PRIOR = 16  # tokens that the average over all experts counts for beside an expert's own
+
+
+class Importance(Protocol):
+    """What quantisers weigh columns by."""
+
+    def of(self, weight: Weight, expert: int | None) -> Tensor | None:
+        """The mean square of each input of one matrix, [columns]; None where nothing is known."""
 
 
 class Statistics:

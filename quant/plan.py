@@ -42,12 +42,17 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """Types for all tensors of a graph, in file order; `notes` tell how the graph came to differ from the model."""
+    """Types for all tensors of a graph, in file order.
+
+    `notes` tell how the graph came to differ from the model; `expected_kld` is the KL divergence in nats that
+    measurements of single weights let expect, None without any.
+    """
 
     recipe: Recipe
     graph: Graph
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...] = ()
+    expected_kld: float | None = None
 
     @property
     def bytes(self) -> int:
@@ -62,6 +67,11 @@ class Plan:
     def bits_per_weight(self) -> float:
         """Padding counts as bytes, not as weights."""
         return 8 * self.bytes / sum(_model_elements(tensor.weight) for tensor in self.tensors)
+
+    @property
+    def weighs_columns(self) -> bool:
+        """Whether any tensor is rounded so coarsely that knowing which of its inputs matter pays."""
+        return any(tensor.type.block_size > 1 and tensor.type.bits_per_weight < 8 for tensor in self.tensors)
 
     @property
     def problems(self) -> tuple[str, ...]:

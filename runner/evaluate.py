@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput
-from ..sources.model import Model
+from ..sources.model import Model, pieces
 from ..sources.progress import Progress, Silent
 from ..sources.tokenizer import Tokenizer
 from .activations import Activations
@@ -129,7 +130,7 @@ def parity(
     if isinstance(reference, Model) and isinstance(candidate, Model):
         streams = Stream(reference, inputs[0]), Stream(candidate, inputs[1])
         layer_errors = _advance_together(*streams, progress)
-        divergence = compare_heads(*streams, tokens)
+        (divergence,) = compare_heads(streams[0], streams[1:], tokens)
     else:
         divergence = Divergence(targets(tokens))
         positions = _scored_positions(context)
@@ -236,18 +237,25 @@ def _unpadded(hidden: Tensor, size: int) -> Tensor:
     return hidden if hidden.shape[-1] == size else hidden[..., :size] * math.sqrt(size / hidden.shape[-1])
 
 
-def compare_heads(reference: Stream, candidate: Stream, expected: Tensor) -> Divergence:
-    """How two streams that have passed all layers predict the second half of every chunk; `expected` are its tokens
-    [chunks, context]."""
-    divergence = Divergence(targets(expected))
-    states = [stream.final_activations(_scored_positions(expected.shape[1])) for stream in (reference, candidate)]
+def compare_heads(reference: Stream, candidates: Sequence[Stream], expected: Tensor) -> list[Divergence]:
+    """How each candidate predicts the second half of every chunk, against the reference; all have passed all layers.
+
+    `expected` are the tokens [chunks, context]. The vocabulary comes in blocks, each loaded once for all streams.
+    """
+    streams = (reference, *candidates)
+    divergences = [Divergence(targets(expected)) for _ in candidates]
+    states = [stream.final_activations(_scored_positions(expected.shape[1])) for stream in streams]
     first_word = 0
-    for blocks in zip(reference.head_blocks(), candidate.head_blocks(), strict=True):
-        for chunk, part in enumerate(_chunks(divergence.reference.targets, len(expected))):
-            logits = (multiply(own[chunk], block) for own, block in zip(states, blocks, strict=True))
-            divergence.update(part, first_word, *logits)
+    for _, rows in pieces(reference.weights.graph.head):
+        blocks = [stream.weights.load(stream.weights.graph.head, None, rows) for stream in streams]
+        for chunk, part in enumerate(_chunks(targets(expected), len(expected))):
+            logits = multiply(states[0][chunk], blocks[0])
+            for divergence, own, block in zip(divergences, states[1:], blocks[1:], strict=True):
+                divergence.update(part, first_word, logits, multiply(own[chunk], block))
         first_word += len(blocks[0])
-    return divergence
+        for stream in streams:
+            stream.weights.forget()
+    return divergences
 
 
 def _perplexity_of(scores: Scores) -> tuple[float, float]:

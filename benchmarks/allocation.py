@@ -1,0 +1,218 @@
+"""KL divergence of plans under a budget against llama.cpp's mixes of the same bytes: same quantisers, same importance.
+
+    python benchmarks/allocation.py [CHECKPOINT ...] [--llama] [--chunks 12] [--save benchmarks/data/allocation.json]
+    python benchmarks/allocation.py --plot docs/allocation.svg
+
+Checkpoints are the three examples unless others are given; larger ones come from examples/train.py, for example
+
+    python examples/train.py minimax-m2 --text kjv.txt --output minimax-m2-6-layers --layers 6 \\
+        --intermediate-size 256 --steps 1100 --batch 2 --learning-rate 3e-3
+
+Weights are measured on parts of the calibration text, plans are chosen on other parts of it, and what is printed was
+measured on the evaluation text. `--llama` writes three pairs of files and lets llama.cpp measure them too. The tables
+and the plot of docs/performance.md come from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from moecast.convert import convert
+from moecast.convert.allocate import ROLES, rivals_within, split_tokens, winner
+from moecast.convert.choose import Budget
+from moecast.quant.allocation import Damage
+from moecast.quant.plan import Plan, plan_tensors
+from moecast.quant.recipes import Recipe, recipe_named
+from moecast.runner.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT, chunk_tokens
+from moecast.runner.probe import measure_damage
+from moecast.runner.rivals import divergences
+from moecast.sources.model import Model, open_model
+from moecast.sources.progress import Silent
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(__file__).parent / "data" / "allocation.json"
+POINTS = ("Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_XXS")
+CONFIRMED = ("IQ4_XS", "Q3_K_M", "IQ3_XXS")
+UNIFORM = ("Q4_K", "Q3_K", "IQ3_XXS", "IQ2_XXS")
+CONTEXT, PROBE_CHUNKS = 512, 6
+
+
+def uniform(model: Model, type: str) -> Plan:
+    """One type for everything that may be quantised."""
+    return plan_tensors(model.graph, Recipe(type, 0, type))
+
+
+def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[str, Any]:
+    """All points of one model."""
+    model, progress = open_model(folder), Silent()
+    calibration = chunk_tokens(model.tokenizer, CALIBRATION_TEXT, CONTEXT, calibrating)
+    evaluation = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, None)
+    evaluation = evaluation[:: max(1, len(evaluation) // chunks)][:chunks]
+    probes, held_out = split_tokens(calibration, PROBE_CHUNKS)
+    started = time.process_time()
+    damage = measure_damage(model, probes, calibration, None, [model.graph], progress)
+    seconds = time.process_time() - started
+    stocks = {point: plan_tensors(model.graph, recipe_named(point), importance=True) for point in POINTS}
+    rivals = {point: _rivals(model, stock, damage) for point, stock in stocks.items()}
+    keys = [(point, name) for point in POINTS for name in rivals[point]]
+    found = divergences(model, [rivals[p][n] for p, n in keys], held_out, calibration, None, progress)
+    klds = dict(zip(keys, found, strict=True))
+    winners = {point: winner({name: klds[point, name] for name in rivals[point]}) for point in POINTS}
+    shown = {point: {"ours": rivals[point][winners[point]], "stock": stocks[point]} for point in POINTS}
+    for point, plans in shown.items():
+        plans["roles"] = rivals[point].get(ROLES, plans["ours"])
+    keys = [(point, name) for point in POINTS for name in shown[point]]
+    plans = [shown[p][n] for p, n in keys] + [uniform(model, type) for type in UNIFORM]
+    final = [float(kld.mean()) for kld in divergences(model, plans, evaluation, calibration, None, progress)]
+    kld = dict(zip(keys, final, strict=False))
+    rows = [
+        {
+            "point": point,
+            "bytes": shown[point]["ours"].bytes,
+            "bytes_stock": stocks[point].bytes,
+            "bits_per_weight": stocks[point].bits_per_weight,
+            "winner": winners[point],
+            **{name: kld[point, name] for name in shown[point]},
+            "expected": damage_of(damage, shown[point]["ours"]),
+        }
+        for point in POINTS
+    ]
+    if llama:
+        for row in rows:
+            if row["point"] in CONFIRMED:
+                row |= confirm(model, shown[row["point"]], evaluation)
+    flat = [{"type": plan.recipe.name, "bytes": plan.bytes, "kld": kld} for plan, kld in zip(plans, final, strict=True)]
+    return {
+        "model": folder.name,
+        "parameters": model.graph.parameters(),
+        "measure_seconds": seconds,
+        "points": rows,
+        "uniform": flat[len(keys) :],
+        "sensitivity": _by_role(model, damage),
+    }
+
+
+def _rivals(model: Model, stock: Plan, damage: Damage) -> dict[str, Plan]:
+    budget = Budget("ours", stock.bytes)
+    return rivals_within(model.graph, budget, damage, padding=False, importance=True)
+
+
+def damage_of(damage: Damage, plan: Plan) -> float:
+    return sum(damage.of(tensor.weight, tensor.type) for tensor in plan.tensors)
+
+
+def _by_role(model: Model, damage: Damage) -> dict[str, float]:
+    """Sensitivity of all weights of a role together."""
+    sums: dict[str, float] = {}
+    for weight in model.graph.weights():
+        if weight.name in damage.probe:
+            sums[weight.role.value] = sums.get(weight.role.value, 0.0) + damage.sensitivity[weight.name]
+    return sums
+
+
+def confirm(model: Model, plans: dict[str, Plan], tokens: torch.Tensor) -> dict[str, float]:
+    """KL divergence of two written files from the float32 file, all run by llama.cpp."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from llama import Engine
+
+    def log_probabilities(path: Path, chunk: torch.Tensor) -> torch.Tensor:
+        with Engine(path, context=CONTEXT) as engine:
+            if engine.bos_token is not None:
+                chunk = torch.cat((torch.tensor([engine.bos_token]), chunk[1:]))
+            logits = torch.from_numpy(engine.logits(chunk.tolist())[CONTEXT // 2 : CONTEXT - 1])
+        return logits.double().log_softmax(dim=-1)
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"F32": convert(model, folder, "F32", padding=False, verify=False).files[0]}
+        for name in ("ours", "stock"):
+            plan = replace(plans[name], recipe=replace(plans[name].recipe, name=name))
+            files[name] = convert(model, folder, plan, verify=False).files[0]
+        sums = {"ours": 0.0, "stock": 0.0}
+        chunks = tokens[:: max(1, len(tokens) // 4)][:4]
+        for chunk in chunks:
+            reference = log_probabilities(files["F32"], chunk)
+            for name in sums:
+                other = log_probabilities(files[name], chunk)
+                sums[name] += float((reference.exp() * (reference - other)).sum(dim=-1).mean()) / len(chunks)
+    return {"llama_ours": sums["ours"], "llama_stock": sums["stock"]}
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    print("| model | bytes of | bits per weight | stock | best by role | ours | ours / stock | ours / roles | chosen |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    stock_ratios, role_ratios = [], []
+    for result in results:
+        for row in result["points"]:
+            stock_ratios.append(row["ours"] / row["stock"])
+            role_ratios.append(row["ours"] / row["roles"])
+            print(
+                f"| {result['model']} | {row['point']} | {row['bits_per_weight']:.2f} | {row['stock']:.5f} "
+                f"| {row['roles']:.5f} | {row['ours']:.5f} | {stock_ratios[-1]:.2f} | {role_ratios[-1]:.2f} "
+                f"| {row['winner']} |"
+            )
+    for name, ratios in (("stock", stock_ratios), ("roles", role_ratios)):
+        print(f"\nours / {name}: {sum(ratios) / len(ratios):.3f} on average, {max(ratios):.3f} at most")
+    for result in results:
+        for row in result["points"]:
+            if "llama_ours" in row:
+                print(
+                    f"llama.cpp, {result['model']} {row['point']}: stock {row['llama_stock']:.5f}, "
+                    f"ours {row['llama_ours']:.5f} ({row['llama_ours'] / row['llama_stock']:.2f}x)"
+                )
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """KL divergence against size, one panel a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(results), figsize=(4 * len(results), 3.6), squeeze=False)
+    for axis, result in zip(axes[0], results, strict=True):
+        points = sorted(result["points"], key=lambda row: row["bytes"])
+        axis.plot([r["bytes"] / 2**20 for r in points], [r["ours"] for r in points], "o-", label="moecast")
+        axis.plot([r["bytes_stock"] / 2**20 for r in points], [r["stock"] for r in points], "s--", label="stock mix")
+        flat = sorted(result["uniform"], key=lambda row: row["bytes"])
+        axis.plot([r["bytes"] / 2**20 for r in flat], [r["kld"] for r in flat], "^:", label="one type")
+        axis.set(title=result["model"], xlabel="MiB", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].set_ylabel("mean KL divergence, nats")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="*", type=Path)
+    parser.add_argument("--chunks", type=int, default=12)
+    parser.add_argument("--calibrating", type=int, default=32, help="chunks of the calibration text")
+    parser.add_argument("--llama", action="store_true")
+    parser.add_argument("--save", type=Path, help="keep the results, those of other models that are there too")
+    parser.add_argument("--plot", type=Path, help="draw the results kept in benchmarks/data/allocation.json")
+    options = parser.parse_args()
+    if options.plot:
+        plot(json.loads(DATA.read_text()), options.plot)
+        show(json.loads(DATA.read_text()))
+        return
+    folders = options.checkpoints or sorted(path.parent for path in (ROOT / "examples").glob("*/config.json"))
+    results = [measure(folder, options.calibrating, options.chunks, options.llama) for folder in folders]
+    show(results)
+    if options.save:
+        kept = json.loads(options.save.read_text()) if options.save.exists() else []
+        names = {result["model"] for result in results}
+        everything = [result for result in kept if result["model"] not in names] + results
+        options.save.write_text(json.dumps(sorted(everything, key=lambda r: r["model"]), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What each weight's rounding does to the output, for all weights in one pass through the model.
+
+Every weight has a probe: a lane that follows the reference up to the layer of its weight, runs that layer with the one
+weight rounded coarsely, and goes on with the weights as they are. Probes share what is loaded, so that a pass reads
+the model once. The KL divergence of a probe, divided by the error that caused it, is the weight's sensitivity.
+
+Probes are coarse on purpose: small errors move tokens to other experts now and then, which costs more for each unit of
+error than it does in a model in which everything is rounded and tokens move anyhow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from ..archs.graph import Graph, weights_in
+from ..archs.weights import Weight
+from ..quant.allocation import Damage, candidates, typical_damage
+from ..quant.formats import format_named
+from ..quant.importance import Importance, Statistics
+from ..sources.model import Model
+from ..sources.progress import Progress
+from .evaluate import compare_heads, with_bos
+from .observe import ObservingWeights
+from .quantized import Quantizer, RoundedWeights
+from .rounding_error import ErrorWeights
+from .stream import Stream, advance
+from .weights import ModelWeights, Weights
+
+_COARSE, _COARSE_SHORT_ROWS = "IQ2_XXS", "Q2_0"  # the type of a probe, where blocks of 256 fit and where they do not
+_LEAST_SENSITIVITY = 0.02  # of the role's median: noise may hide what little a weight matters
+
+
+def measure_damage(
+    model: Model,
+    tokens: Tensor,
+    calibration: Tensor | None,
+    importance: Importance | None,
+    forms: Sequence[Graph],
+    progress: Progress,
+) -> Damage:
+    """Sensitivities and errors of all weights that may be quantised.
+
+    Args:
+        tokens: int64 [chunks, context], on which probes run; the second half of each chunk is scored.
+        calibration: tokens [chunks, context] that show which inputs of a weight matter.
+        importance: what to weigh columns by where there is no calibration.
+        forms: the graphs that will be planned for; their types' errors are measured.
+
+    Weights that this text does not reach get what is usual in their role.
+    """
+    source, statistics = ModelWeights(model), Statistics()
+    known = importance if calibration is None else statistics
+    quantizer = Quantizer(source, known)
+    types = _types(forms, known is not None)
+    probed = {weight.name: _coarse(weight) for weight in model.graph.weights() if weight.name in types}
+    errors = ErrorWeights(source, quantizer, {name: {*types[name], probed[name]} for name in probed})
+    inputs = with_bos(tokens, model.tokenizer)
+    reference = Stream(model, inputs, weights=errors)
+    observers = []
+    if calibration is not None:
+        watched = ObservingWeights(source, statistics)
+        observers.append(Stream(model, with_bos(calibration, model.tokenizer), weights=watched))
+
+    def rounded(name: str) -> RoundedWeights:
+        return RoundedWeights(quantizer, model.graph, {name: probed[name]})
+
+    def fork(weights: Weights) -> Stream:
+        """A lane that has come as far as the reference."""
+        hidden = (reference.hidden[chunk] for chunk in range(len(inputs)))
+        return Stream(model, inputs, None, weights, hidden)
+
+    embedding, head = model.graph.embedding, model.graph.head
+    probes: dict[str, Stream] = {}
+    if embedding.name in probed:
+        errors.note_rows(embedding, torch.bincount(inputs.flatten(), minlength=embedding.shape[0]))
+        probes[embedding.name] = Stream(model, inputs, weights=rounded(embedding.name))
+        probes[embedding.name].weights = source
+    progress.begin("Measuring", len(model.graph.layers), "layers")
+    for layer in model.graph.layers:
+        here = [weight.name for weight in weights_in(layer) if weight.name in probed]
+        probes |= {name: fork(rounded(name)) for name in here}
+        streams = [*observers, reference, *probes.values()]
+        advance(streams, [layer] * len(streams))
+        for name in here:
+            probes[name].weights = source
+        statistics.clear()
+        progress.advance(1, f"layer {layer.index}: {len(here)} weights")
+    if head.name in probed:
+        errors.note_rows(head, torch.ones(head.shape[0]))
+        probes[head.name] = fork(rounded(head.name))
+    measured = errors.relative()
+    divergences = compare_heads(reference, list(probes.values()), tokens)
+    sensitivity = {
+        name: float(divergence.kld.mean()) / measured[name][probed[name]]
+        for name, divergence in zip(probes, divergences, strict=True)
+        if measured.get(name, {}).get(probed[name])
+    }
+    return _damage(model.graph, sensitivity, measured, probed)
+
+
+def _types(forms: Sequence[Graph], importance: bool) -> dict[str, set[str]]:
+    """By weight name, the types that it may take in any form, where there is a choice."""
+    types: dict[str, set[str]] = {}
+    for form in forms:
+        for weight in form.weights():
+            types.setdefault(weight.name, set()).update(format.name for format in candidates(weight, importance))
+    return {name: names for name, names in types.items() if len(names) > 1}
+
+
+def _coarse(weight: Weight) -> str:
+    return _COARSE if format_named(_COARSE).fits(weight.columns) else _COARSE_SHORT_ROWS
+
+
+def _damage(
+    graph: Graph, sensitivity: dict[str, float], errors: Mapping[str, Mapping[str, float]], probed: Mapping[str, str]
+) -> Damage:
+    typical = typical_damage(graph).sensitivity
+    roles: dict[object, list[float]] = {}
+    for weight in graph.weights():
+        if weight.name in sensitivity:
+            roles.setdefault(weight.role, []).append(sensitivity[weight.name])
+    complete = {}
+    for weight in graph.weights():
+        usual = median(roles[weight.role]) if weight.role in roles else typical.get(weight.name, 0.0)
+        complete[weight.name] = max(sensitivity.get(weight.name, usual), _LEAST_SENSITIVITY * usual)
+    probe = {name: errors[name][type] for name, type in probed.items() if errors.get(name, {}).get(type)}
+    return Damage(complete, errors, probe=probe, measured=True)
