@@ -30,6 +30,7 @@ for command in (
     cli_convert.convert,
     cli_convert.quantize,
     cli_convert.imatrix,
+    cli_convert.prepack,
     cli_evaluate.perplexity,
     cli_evaluate.parity,
     cli_evaluate.run,

@@ -86,7 +86,7 @@ quant_option = click.option("--quant", help="Recipe, as llama-quantize names it.
 target_option = click.option(
     "--to", "target", type=click.Choice(["gguf", "onnx"]), default="gguf", show_default=True, help="File format."
 )
-low_memory_option = click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file, mapped; slower.")
+low_memory_option = click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file; much slower.")
 memory_option = click.option(
     "--memory", type=Size(), help="Take no more memory than this, for example 8GB; what does not fit goes to disk."
 )

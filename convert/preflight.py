@@ -20,11 +20,10 @@ def check_disk(path: Path, plan: Plan, model: Model, lanes: Lanes, journal: Jour
     fetched, scratch = (shards.bytes_to_fetch, shards.scratch) if shards else (0, 0)
     peak, there = plan.bytes + scratch + 2 * _state_bytes(plan, lanes), journal.bytes_on_disk
     free = shutil.disk_usage(path.parent).free
-    fetching = f"fetches {_size(fetched)}, at most {_size(scratch)} on disk at a time; " if shards else ""
-    progress.note(
-        f"{'Continues: ' if journal.continues else ''}{fetching}writes {_size(plan.bytes)}; "
-        f"takes {_size(peak)} of {path.parent.resolve()}, where {_size(free + there)} are free"
-    )
+    facts = [f"{_size(fetched)} to fetch, at most {_size(scratch)} of it on disk"] if shards else []
+    facts.append(f"{_size(plan.bytes)} to write")
+    facts.append(f"at most {_size(peak)} of the {_size(free + there)} that are free in {path.parent.resolve()}")
+    progress.note(f"{'Goes on' if journal.continues else 'Begins'}: {', '.join(facts)}")
     if peak > free + there:
         raise Interruption(
             f"{path.parent.resolve()} has no room: {_size(peak)} are needed and {_size(free + there)} are free; "

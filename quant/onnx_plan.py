@@ -108,7 +108,12 @@ def plan_onnx(graph: Graph, recipe: Recipe) -> OnnxPlan:
     if graph.predictions or graph.draft:
         notes.append("left out multi-token prediction, which the ONNX model has no use for")
     graph = replace(graph, predictions=(), draft=None)
-    tensors = {tensor.weight.name: _stored(tensor, recipe) for tensor in plan_tensors(graph, recipe).tensors}
+    chosen = plan_tensors(graph, recipe).tensors
+    tensors = {tensor.weight.name: _stored(tensor, recipe) for tensor in chosen}
+    if any(tensors[old.weight.name].type != old.type == exact_format(old.weight.source) for old in chosen):
+        notes.append(
+            f"rounded the source's 4-bit floats once more, to {recipe.base}: --quant Q8_0 keeps them, in 8 bits"
+        )
     for operation in graph.operations():
         if isinstance(operation, MoE):
             stacks = [tensors[stack.name] for stack in (operation.gate, operation.up, operation.down) if stack]
@@ -119,14 +124,16 @@ def plan_onnx(graph: Graph, recipe: Recipe) -> OnnxPlan:
 
 
 _UNIT = 256  # columns: every block divides it
+_COMMON = tuple(map(format_named, ("Q2_0", "Q4_0", "Q8_0")))
 
 
 def _stored(tensor: PlannedTensor, recipe: Recipe) -> PlannedTensor:
     """With the type that the recipe chose for GGUF, or the nearest one that ONNX Runtime has."""
     type, base = tensor.type, format_named(recipe.base)
-    dearer = type.name in PACKINGS and row_bytes(type, _UNIT) > row_bytes(base, _UNIT)
-    if not storable(type) or (dearer and type == exact_format(tensor.weight.source)):
-        type = base  # 4-bit floats take 9 bits here, so keeping them may cost more than the recipe does
+    if not storable(type):
+        type = min(_COMMON, key=lambda other: abs(other.bits_per_weight - type.bits_per_weight))
+    elif type.name in PACKINGS and type == exact_format(tensor.weight.source):
+        type = min(type, base, key=lambda type: row_bytes(type, _UNIT))  # 4-bit floats take 9 bits here
     if type.fits(tensor.weight.columns):
         return replace(tensor, type=type, wanted=tensor.wanted if type == tensor.type else type)
     return replace(tensor, type=format_named("F32"))

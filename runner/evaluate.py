@@ -25,7 +25,7 @@ from .weights import multiply
 DEFAULT_CONTEXT = 512
 _TEXTS = Path(__file__).parent.parent / "examples" / "text"
 EVALUATION_TEXT = _TEXTS / "evaluation.txt"
-CALIBRATION_TEXT = _TEXTS / "calibration.txt"
+CALIBRATION_TEXT = _TEXTS / "diverse.txt"
 
 
 @dataclass(frozen=True)

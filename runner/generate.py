@@ -28,12 +28,14 @@ def generate(
             logits / temperature.
         seed: of the draws, for the same text again.
 
-    Raises BadInput for an empty prompt.
+    Raises BadInput for an empty prompt and a negative temperature.
     """
     tokenizer = model.tokenizer
     ids = tokenizer.encode(prompt, parse_special=True)
     if not ids:
         raise BadInput("--prompt is empty, expected some text")
+    if temperature < 0:
+        raise BadInput(f"--temperature is {temperature}, expected 0 or more")
     return _text(_tokens(engine_of(model), ids, _chooser(temperature, seed)), tokenizer, most)
 
 

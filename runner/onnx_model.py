@@ -30,7 +30,8 @@ class OnnxModel:
     Args:
         path: folder with model.onnx and its description.
         low_memory: use the weights where they lie in the file, mapped, instead of copies in the form that the kernels
-            like best: loads at once and needs little memory of its own, but computes more slowly.
+            like best: loads at once and needs little memory of its own, but computes more slowly. Where those copies
+            lie in the file too, they are mapped in any case.
         threads: of ONNX Runtime, all cores by default.
 
     Raises BadInput when ONNX Runtime is not installed, lacks operators, or cannot load the model.
@@ -38,10 +39,10 @@ class OnnxModel:
 
     def __init__(self, path: Path, low_memory: bool = False, threads: int | None = None) -> None:
         self.path = path
-        self.description = _read_description(path)
+        self.description = read_description(path)
         self.vocabulary_size: int = self.description["vocabulary_size"]
         check_operators(self.description["operators"])
-        self._session = _open_session(path / MODEL_NAME, low_memory, threads)
+        self._session = _open_session(path / MODEL_NAME, low_memory and not self.description.get("prepacked"), threads)
         self._inputs = {port.name for port in self._session.get_inputs()}
         self._states: list[dict[str, Any]] = self.description["states"]
         self._outputs = ["logits", *(state["output"] for state in self._states)]
@@ -86,7 +87,7 @@ def open_runnable(path: str | Path, low_memory: bool = False) -> Model | OnnxMod
 
 def check_operators(operators: Iterable[str]) -> None:
     """Raises BadInput naming the operators that the installed ONNX Runtime cannot compute, or when there is none."""
-    runtime = _runtime()
+    engine = runtime()
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     provider = "CPUExecutionProvider"
@@ -94,11 +95,12 @@ def check_operators(operators: Iterable[str]) -> None:
     missing = sorted({*operators} - kernels)
     if missing:
         raise BadInput(
-            f"ONNX Runtime {runtime.__version__} cannot compute {', '.join(missing)}: install a newer onnxruntime"
+            f"ONNX Runtime {engine.__version__} cannot compute {', '.join(missing)}: install a newer onnxruntime"
         )
 
 
-def _runtime() -> Any:
+def runtime() -> Any:
+    """The module `onnxruntime`. Raises BadInput where it is not installed."""
     try:
         import onnxruntime
     except ImportError:
@@ -106,7 +108,8 @@ def _runtime() -> Any:
     return onnxruntime
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
+    """What the folder's description says. Raises BadInput for a folder without one."""
     file = path / DESCRIPTION_NAME
     try:
         description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -116,15 +119,15 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _open_session(file: Path, low_memory: bool, threads: int | None) -> Any:
-    runtime = _runtime()
-    options = runtime.SessionOptions()
+    engine = runtime()
+    options = engine.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
     if low_memory:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    available = runtime.get_available_providers()
+    available = engine.get_available_providers()
     providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
     try:
-        return runtime.InferenceSession(str(file), options, providers=providers)
+        return engine.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # the library has exceptions of its own, without a common base
         raise BadInput(f"{file} cannot be loaded: {error}") from None

@@ -33,14 +33,14 @@ def read_tensors(folder: Path) -> tuple[TensorInfo, ...]:
     if not (folder / INDEX_FILE).is_file():
         if not (folder / SINGLE_FILE).is_file():
             raise BadInput(f"{folder}: neither {INDEX_FILE} nor {SINGLE_FILE} is there, expected safetensors weights")
-        return tuple(_read_header(folder / SINGLE_FILE))
+        return tuple(read_header(folder / SINGLE_FILE))
     shard_of = read_index(folder / INDEX_FILE)
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(shard_of.values())):
         path = folder / shard
         if not path.is_file():
             raise BadInput(f"{path} is missing although {INDEX_FILE} names it: download it again")
-        tensors |= {tensor.name: tensor for tensor in _read_header(path) if shard_of.get(tensor.name, shard) == shard}
+        tensors |= {tensor.name: tensor for tensor in read_header(path) if shard_of.get(tensor.name, shard) == shard}
     for name, shard in shard_of.items():
         if name not in tensors:
             raise BadInput(f"{folder / shard}: tensor {name} is missing although {INDEX_FILE} places it there")
@@ -69,8 +69,11 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(path: Path) -> Iterator[TensorInfo]:
-    """The safetensors library validates the header; it also promises that tensors lie back to back in offset order."""
+def read_header(path: Path) -> Iterator[TensorInfo]:
+    """Every tensor of a file. Raises BadInput for one that is truncated or malformed.
+
+    The safetensors library validates the header; it also promises that tensors lie back to back in offset order.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: file.get_slice(name) for name in file.offset_keys()}

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HfUriError,
     RevisionResolutionError,
+    SafetensorsParsingError,
 )
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.hf_api import RepoFile
@@ -163,6 +164,10 @@ class HubCheckpoint:
         """What identifies the commit."""
         return {"repository": self._source.repository, "revision": self._commit}
 
+    @property
+    def url(self) -> str:
+        return self._source.url
+
     def fetch_all(self, progress: Progress | None = None) -> None:
         """Fetches every file of `listing`, several at a time. Raises BadInput, and stops the others when one fails."""
         meter = Meter(progress, self.listing.bytes)
@@ -214,7 +219,11 @@ class HubCheckpoint:
 
         def tensors_of(shard: HubFile) -> list[TensorInfo]:
             name, commit = self._source.repository, self._commit
-            tensors = retried(partial(api.parse_safetensors_file_metadata, name, shard.name, revision=commit)).tensors
+            try:
+                read = partial(api.parse_safetensors_file_metadata, name, shard.name, revision=commit)
+                tensors = retried(read).tensors
+            except SafetensorsParsingError as error:
+                raise BadInput(f"the header of {shard.name} of {self._source.url} arrived damaged: {error}") from None
             data = shard.bytes - max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
             return [
                 TensorInfo(name, tensor.dtype, tuple(tensor.shape), shard.name, data + begin, end - begin)

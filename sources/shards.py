@@ -13,6 +13,7 @@ import torch
 from ..archs.errors import BadInput
 from ..archs.graph import Graph
 from ..archs.weights import TensorInfo, Weight, stored_tensors
+from .checkpoint import read_header
 from .hub import HubCheckpoint
 from .hub_transfer import Stopped
 from .model import Model, open_model
@@ -70,6 +71,9 @@ class ShardStorage(Storage):
         self._files = {file.name: file for file in checkpoint.listing.files if file.is_shard}
         self._cached = {name: path for name, file in self._files.items() if (path := checkpoint.cached_file(file))}
         shard_of = {tensor.name: tensor.file for tensor in tensors}
+        self._promised: dict[str, set[tuple[object, ...]]] = {name: set() for name in self._files}
+        for tensor in tensors:
+            self._promised[tensor.file].add((tensor.name, tensor.dtype, tensor.shape, tensor.offset))
         self._uses: dict[str, list[int]] = {}  # of a tensor, and of a shard: the steps that read it
         for number, names in enumerate(steps):
             for name in dict.fromkeys((*names, *(shard_of[name] for name in names))):
@@ -176,7 +180,7 @@ class ShardStorage(Storage):
         while (shard := self._take()) is not None:
             error: BaseException | None = None
             try:
-                self._checkpoint.fetch_file(self._files[shard], _Stopper(self))
+                self._check(shard, self._checkpoint.fetch_file(self._files[shard], _Stopper(self)))
             except BaseException as raised:  # the reader's business, in whose thread it can be raised
                 error = raised
             with self._changed:
@@ -188,6 +192,15 @@ class ShardStorage(Storage):
                 else:
                     self._checkpoint.remove_file(self._files[shard])
                 self._changed.notify_all()
+
+    def _check(self, shard: str, path: Path) -> None:
+        """The shard is what its checksum says; were tensors read from where a false header had put them?"""
+        found = {(tensor.name, tensor.dtype, tensor.shape, tensor.offset) for tensor in read_header(path)}
+        if found != self._promised[shard]:
+            raise BadInput(
+                f"{shard} has another header than the one that {self._checkpoint.url} sent alone: "
+                "a proxy or mirror may be at fault, try again later or without it"
+            )
 
     def _take(self) -> str | None:
         """The shard to fetch next, once there is room for it; None when the storage is closed."""

@@ -73,7 +73,7 @@ def test_help_shows_examples(command: str) -> None:
 
 
 def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One run of each; `download` is tested against a server of its own."""
+    """One run of each; `download` is tested against a server of its own, `prepack` on an ONNX folder."""
     monkeypatch.chdir(tmp_path)
     folder, text = str(minimax.folder), ["-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "2"]
     calls = {
@@ -99,7 +99,7 @@ def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypa
         "quantize": (["full.gguf", "out.gguf", "--quant", "Q8_0"], {"files", "bytes", "bits_per_weight"}),
         "doctor": ([], {"kernels", "memory_bytes", "disk_free_bytes", "gpus", "engines", "features"}),
     }  # fmt: skip
-    assert {*calls, "download", "demo"} == {*COMMANDS}
+    assert {*calls, "download", "demo", "prepack"} == {*COMMANDS}
     convert(minimax.folder, "full.gguf", "F32", calibration=None, verify=False)
     for command, (arguments, keys) in calls.items():
         result = CliRunner().invoke(main, [command, *arguments, "--json"])

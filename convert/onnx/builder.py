@@ -130,6 +130,14 @@ class Builder:
         """In another shape, where 0 keeps a dimension and -1 is what the others leave."""
         return self.op("Reshape", value, self.constant([*shape]))
 
+    def known(self, value: ir.Value, *shape: int | str) -> ir.Value:
+        """The same value, of a shape that ONNX Runtime cannot work out itself; one name is one size in all of a graph.
+
+        It uses memory again by shapes, and takes time that grows with the square of how many it does not know.
+        """
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+        return value
+
     def silu(self, value: ir.Value) -> ir.Value:
         return self.microsoft("QuickGelu", value, alpha=1.0)  # x * sigmoid(x)
 

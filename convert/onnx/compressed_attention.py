@@ -120,6 +120,7 @@ def _attend(
         shares, own = build.ops("Split", shares, sizes, outputs=2, axis=-1)
     shares = build.op("Reshape", shares, build.op("Concat", build.constant([0, -1]), count, axis=0))
     mixed = build.reshape(build.op("MatMul", shares, keys), [0, -1, o.heads * o.head_size])
+    mixed = build.known(mixed, "batch", "sequence", o.heads * o.head_size)
     if chosen:
         own = build.reshape(build.op("MatMul", own, chosen), [0, 0, o.heads * o.head_size])
         mixed = build.op("Add", mixed, own)

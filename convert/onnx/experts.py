@@ -29,7 +29,7 @@ def route(build: Builder, router: Router | HashRouter, states: ir.Value, tokens:
     """The share of every expert in every token, zeros for those not chosen: [tokens, experts]."""
     experts = router.weight.shape[0]
     logits = build.op("Reshape", build.project(states, router.weight), build.constant([-1, experts]))
-    scores = _score(build, router.score, logits)
+    scores = _score(build, router.score, build.known(logits, "tokens", experts))
     if isinstance(router, HashRouter):
         chosen = build.rows(build.op("Reshape", tokens, build.constant([-1])), router.table)
     else:

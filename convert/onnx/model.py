@@ -34,7 +34,8 @@ def build_model(plan: OnnxPlan, activations: str = "int8") -> tuple[ir.Model, li
             build.scope = f"layer.{layer.index}.{number}"
             read, join = residual.branch(sublayer, hidden)
             normed = build.norm(read, sublayer.norm)
-            hidden = join(_operation(build, sublayer.operation, normed, tokens, layer.index))
+            output = _operation(build, sublayer.operation, normed, tokens, layer.index)
+            hidden = join(build.known(output, "batch", "sequence", graph.hidden_size))
     build.scope = "head"
     logits = build.project(build.norm(residual.end(hidden), graph.final_norm), graph.head)
     build.output("logits", logits, "float32", ["batch", "sequence", graph.vocabulary_size])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 import checkpoints
 import gguf
 import pytest
+from click.testing import CliRunner
 from conftest import Checkpoint
 from hub_server import Fault, HubServer
+from moecast.cli import main
+from moecast.convert import convert
 
 TOKEN = "hf_SentinelTokenThatNobodyMaySee"
 
@@ -30,7 +34,7 @@ def test_convert_by_hub_id(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     with HubServer(minimax_fp8.folder) as server:
         server.fail("model-00001-of-00007.safetensors", Fault(drop_after=100_000))
         arguments = ["convert", "tiny/moe", "--revision", "main", "-o", str(tmp_path / "out"), *options]
-        result = _moecast(server, tmp_path / "home", *arguments)
+        result = _moecast(server, tmp_path / "home", *arguments, "--keep-source")
         assert result.returncode == 0, result.stderr
         assert len(server.bodies("model-00001-of-00007.safetensors")) == 2
         (file,) = json.loads(result.stdout)["files"]
@@ -102,4 +106,55 @@ def test_wrong_bytes_are_refused(minimax_fp8: Checkpoint, tmp_path: Path) -> Non
         server.fail(shard, Fault(content=b"\0" * size), times=10)
         result = _moecast(server, tmp_path / "home", "convert", "tiny/moe", "-o", str(tmp_path / "out"))
         assert result.returncode == 2 and f"{shard} of {server.endpoint}/tiny/moe arrived damaged" in result.stderr
-        assert not (tmp_path / "out").exists()
+        assert not any((tmp_path / "out").rglob("*"))
+
+
+def _stream(server: HubServer, tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    output = str(tmp_path / "out" / "model.gguf")
+    plain = ["--quant", "Q8_0", "-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "2"]
+    return _moecast(server, tmp_path / "home", "convert", "tiny/moe", "-o", output, *plain, *options)
+
+
+def test_streamed_conversion(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
+    """Every shard comes once and goes; the file is that of a conversion from a folder."""
+    with HubServer(minimax_fp8.folder) as server:
+        result = _stream(server, tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert re.search(
+            r"Begins: [\d.]+ MB to fetch, at most [\d.]+ MB of it on disk, [\d.]+ MB to write", result.stderr
+        )
+        shards = [file.name for file in minimax_fp8.folder.glob("*.safetensors")]
+        assert [sum(request.range is None for request in server.bodies(shard)) for shard in shards] == [1, 1, 1]
+        provenance = {"repository": "tiny/moe", "revision": server.commit}
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    local = tmp_path / "local.gguf"
+    convert(minimax_fp8.folder, local, "Q8_0", name="moe", verify=False, provenance=provenance)
+    assert (tmp_path / "out" / "model.gguf").read_bytes() == local.read_bytes()
+
+
+def test_push_between_two_attempts(minimax_fp8: Checkpoint, minimax_odd: Checkpoint, tmp_path: Path) -> None:
+    """What was begun from one commit is not finished from another, unless it is told which one it was."""
+    shard = "model-00002-of-00007.safetensors"
+    with HubServer(minimax_fp8.folder) as server:
+        before = server.commit
+        server.fail(shard, Fault(), times=1)  # the header is read, then
+        server.fail(shard, Fault(status=403), times=9)
+        stopped = _stream(server, tmp_path)
+        assert stopped.returncode == 2 and "does not accept the access token" in stopped.stderr
+        assert (tmp_path / "out" / ".model.gguf.part").is_file()
+        server.forgive()
+        server.push(minimax_odd.folder)
+        refused = _stream(server, tmp_path)
+        assert refused.returncode == 2
+        assert f"source was tiny/moe at {before}, is now tiny/moe at {server.commit}" in refused.stderr
+        fetched = len(server.bodies("model-00000-of-00007.safetensors"))
+        continued = _stream(server, tmp_path, "--revision", before)
+        assert continued.returncode == 0, continued.stderr
+        assert len(server.bodies("model-00000-of-00007.safetensors")) == fetched + 1  # its header: all of it is used
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.gguf"]
+
+
+def test_scratch_and_keep_source_exclude_each_other(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["convert", "tiny/moe", "--scratch", "20GB", "--keep-source"])
+    assert result.exit_code == 2 and "leave one of them out" in result.stderr

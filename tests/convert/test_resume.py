@@ -22,10 +22,12 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
 from moecast.archs.errors import BadInput, Interruption
+from moecast.archs.graph import Layer
 from moecast.cli import main
 from moecast.convert import journal
 from moecast.convert.journal import Journal
 from moecast.convert.pipeline import Conversion, convert
+from moecast.runner.stream import Stream
 
 KILLED = Path(__file__).with_name("killed.py")
 FINGERPRINT = {"source": "this", "quant": "Q4_K_M"}
@@ -147,21 +149,20 @@ def test_interrupted_pass(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: 
         return convert(minimax_fp8.folder, folder / "m.gguf", imatrix_out=folder / "i.gguf", **options)
 
     undisturbed = run(tmp_path / "undisturbed")
-    reads: list[int] = []
-    for last in (40, 75):  # within the first layer, and within the second
+    for pieces in (40, 35):  # ends within the first layer, then within the second
         with monkeypatch.context() as patched:
-            quantize = _after(last - sum(reads), KeyboardInterrupt(), moecast.convert.encode.quantize)
+            quantize = _after(pieces, KeyboardInterrupt(), moecast.convert.encode.quantize)
             patched.setattr(moecast.convert.encode, "quantize", quantize)
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path / "out")
-        reads.append(last)
     layers: list[int] = []
     advance = moecast.convert.onepass.advance
-    monkeypatch.setattr(
-        moecast.convert.onepass,
-        "advance",
-        lambda s, layer, done: layers.append(layer[0].index) or advance(s, layer, done),
-    )
+
+    def noted(streams: list[Stream], here: list[Layer], *rest: Any) -> None:
+        layers.append(here[0].index)
+        advance(streams, here, *rest)
+
+    monkeypatch.setattr(moecast.convert.onepass, "advance", noted)
     continued = run(tmp_path / "out")
     assert layers == [1]
     assert continued.parity == undisturbed.parity

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
@@ -15,6 +16,7 @@ import torch
 from hub_server import Fault, HubServer
 from huggingface_hub import constants
 from moecast.archs.errors import BadInput, Interruption
+from moecast.archs.weights import TensorInfo
 from moecast.sources import hub_transfer, shards
 from moecast.sources.hub import HubCheckpoint, HubSource
 from moecast.sources.model import Model, open_model
@@ -172,6 +174,23 @@ def test_wrong_bytes_are_never_read(server: HubServer, source: Path, tmp_path: P
         server.fail(NAMES[3], Fault(content=b"\0" * (source / NAMES[3]).stat().st_size), times=20)
         with pytest.raises(BadInput, match=f"{NAMES[3]} of .* arrived damaged twice"):
             _read_all(model, source)
+
+
+def test_false_headers_are_found_out(
+    server: HubServer, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only whole files have a checksum; a header that was sent alone may place tensors where others lie."""
+    read_headers = HubCheckpoint.read_headers
+
+    def moved(checkpoint: HubCheckpoint) -> tuple[TensorInfo, ...]:
+        return tuple(replace(tensor, offset=tensor.offset + 4) for tensor in read_headers(checkpoint))
+
+    monkeypatch.setattr(HubCheckpoint, "read_headers", moved)
+    with (
+        closing(open_streamed(_checkpoint(server), ALL, tmp_path / "shards")) as model,
+        pytest.raises(BadInput, match=r"has another header than the one that .*/tiny/moe sent alone"),
+    ):
+        model.storage.read(model.tensors[0])
 
 
 def test_emptied_folder_is_filled_again(server: HubServer, source: Path, tmp_path: Path) -> None:
