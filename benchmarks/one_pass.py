@@ -35,10 +35,12 @@ CONTEXT = 512
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step took: seconds, bytes moved by reads and writes, peak memory, and the folder's peak on disk."""
+    """What a step took: seconds of the clock and of the processor, bytes that it read and wrote, peak memory, and by
+    how much the folder grew at its peak."""
 
     name: str
     seconds: float
+    processor_seconds: float
     read: int
     written: int
     peak_rss: int
@@ -125,7 +127,7 @@ def measure(name: str, command: list[str], folder: Path, threads: int) -> Cost:
         if run.returncode:
             log.seek(0)
             sys.exit(f"{name} failed:\n{log.read()[-2000:]}")
-    return Cost(name, seconds, *moved, usage.ru_maxrss * 1024, disk)
+    return Cost(name, seconds, usage.ru_utime + usage.ru_stime, *moved, usage.ru_maxrss * 1024, disk)
 
 
 def ours(source: Path, folder: Path, quant: str, chunks: int, threads: int) -> list[Cost]:
@@ -199,14 +201,16 @@ def main() -> None:
         common = (options.quant, options.chunks, options.threads)
         rows = ours(folder / "source", folder, *common)
         chain = theirs(folder / "source", folder, options.llama, *common)
-    total = [sum(getattr(cost, field) for cost in chain) for field in ("seconds", "read", "written")]
+    total = [
+        sum(getattr(cost, field) for cost in chain) for field in ("seconds", "processor_seconds", "read", "written")
+    ]
     highest, disk = max(cost.peak_rss for cost in chain), sum(cost.peak_disk for cost in chain)
     rows += [*chain, Cost("the chain together", *total, highest, disk)]
-    print("| step | seconds | GB read | GB written | peak memory, GB | disk, GB |")
-    print("|---|---|---|---|---|---|")
+    print("| step | seconds | of the processor | GB read | GB written | peak memory, GB | disk, GB |")
+    print("|---|---|---|---|---|---|---|")
     for cost in rows:
         sizes = " | ".join(f"{size / 1e9:.2f}" for size in (cost.read, cost.written, cost.peak_rss, cost.peak_disk))
-        print(f"| {cost.name} | {cost.seconds:.1f} | {sizes} |")
+        print(f"| {cost.name} | {cost.seconds:.1f} | {cost.processor_seconds:.1f} | {sizes} |")
 
 
 if __name__ == "__main__":
