@@ -1,8 +1,9 @@
-"""Peak memory of a conversion depends neither on the number of layers nor on the number of experts."""
+"""Peak memory depends neither on the number of layers nor on that of experts, and with --memory on no text's length."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-BASE = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 8, "num_local_experts": 16}
-EXPERT_BYTES = 3 * 512 * 512 * 2  # one expert in BF16
-SLACK = 24 * 2**20  # the allocator's mood; doubling either count adds 192 MiB of weights
+BASE = {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 4, "num_local_experts": 16}
+EXPERT_BYTES = 3 * 512 * 256 * 2  # one expert in BF16
+SLACK = 24 * 2**20  # the allocator's mood; four times either count adds 144 MiB of weights
+CALIBRATION = Path(__file__).parent.parent / "data" / "imatrix" / "text.txt"
 
 
 def _write(folder: Path, **overrides: int) -> Path:
@@ -63,8 +65,8 @@ def _write(folder: Path, **overrides: int) -> Path:
 
 
 def _peak(folder: Path, output: Path) -> int:
-    command = [sys.executable, "-m", "moecast.cli", "convert", str(folder), "-o", str(output), "--quant", "Q8_0"]
-    options = ["-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "4", "--json"]
+    command = [sys.executable, "-m", "moecast.cli", "convert", str(folder), "-o", str(output), "--quant", "Q4_K_M"]
+    options = ["--calibration", str(CALIBRATION), "-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "4", "--json"]
     result = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     return int(json.loads(result.stdout)["peak_rss_bytes"])
 
@@ -75,9 +77,25 @@ def base_peak(tmp_path_factory: pytest.TempPathFactory) -> int:
     return _peak(_write(folder / "base"), folder / "out")
 
 
-@pytest.mark.parametrize("doubled", ["num_hidden_layers", "num_local_experts"])
-def test_peak_is_flat(base_peak: int, tmp_path: Path, doubled: str) -> None:
-    """Converting and comparing: the peak stays where it was when 192 MiB of weights come on top."""
-    assert 8 * 16 * EXPERT_BYTES == 192 * 2**20
-    peak = _peak(_write(tmp_path / "larger", **{doubled: 2 * BASE[doubled]}), tmp_path / "out")
+@pytest.mark.parametrize("enlarged", ["num_hidden_layers", "num_local_experts"])
+def test_peak_is_flat(base_peak: int, tmp_path: Path, enlarged: str) -> None:
+    """Calibrating, converting and comparing: the peak stays where it was when 144 MiB of weights come on top."""
+    assert (4 * 64 - 4 * 16) * EXPERT_BYTES == 144 * 2**20
+    peak = _peak(_write(tmp_path / "larger", **{enlarged: 4 * BASE[enlarged]}), tmp_path / "out")
     assert peak < base_peak + SLACK
+
+
+def test_long_texts_go_to_disk(tmp_path: Path) -> None:
+    """More activations than fit beside the interpreter and torch: the process stays below what it was given."""
+    folder = _write(tmp_path / "model", num_hidden_layers=1, intermediate_size=32)
+    arguments = ["imatrix", str(folder), "-o", str(tmp_path / "imatrix.gguf"), "-c", "128", "--json", "--memory"]
+    command = [sys.executable, "-m", "moecast.cli", *arguments]
+    refused = subprocess.run([*command, "100MB"], capture_output=True, text=True)
+    found = re.search(r"the least that this model takes is ([\d.]+) GB", refused.stderr)
+    assert refused.returncode == 2 and found
+    memory = int(float(found[1]) * 1e9) + 20_000_000
+    result = subprocess.run([*command, str(memory)], capture_output=True, text=True, check=True)
+    measured = json.loads(result.stdout)
+    activations = 3 * measured["tokens"] * 512 * 4  # the residual, what experts read and what they answer
+    assert activations > memory / 2
+    assert measured["peak_rss_bytes"] < memory

@@ -135,8 +135,11 @@ def test_bytes_are_weighed_by_what_was_seen(minimax_fp8: Checkpoint, tmp_path: P
             pooled = sums[seen].sum(dim=0) / counts[seen].sum()
             pooled = pooled.mean().expand_as(pooled) if "down" in name else pooled
             importance = (sums[expert] + 16 * pooled) / (counts[expert] + 16)
-            expected = quantize(model.load(weight, expert), type_name, importance)
-            assert np.array_equal(stored[name].reshape(16, -1)[expert], expected.numpy().flatten())
+            found, values = stored[name].reshape(16, -1)[expert], model.load(weight, expert)
+            # The written sums are rounded to float32, which turns a tie now and then.
+            assert (quantize(values, type_name, importance).numpy().flatten() != found).mean() < 0.003
+        alone = quantize(values, type_name, sums[expert] / counts[expert]).numpy().flatten()
+        assert (alone != found).mean() > 0.01
 
 
 def test_expert_that_no_token_reached(minimax: Checkpoint, tmp_path: Path) -> None:
@@ -147,8 +150,9 @@ def test_expert_that_no_token_reached(minimax: Checkpoint, tmp_path: Path) -> No
     notes = Notes()
     text = {"calibration": TEXT, "context": 64, "file": TEXT, "chunks": 2}
     result = convert(folder, tmp_path / "out.gguf", "IQ2_XXS", progress=notes, **text)
-    assert "15 of 16 experts seen, fewest 0 tokens" in notes.lines[0]
-    assert "16 of 16 experts seen" in notes.lines[1] and "relative error" in notes.lines[1]
+    first, second = (line for line in notes.lines if line.startswith("Layer "))
+    assert "15 of 16 experts seen, fewest 0 tokens" in first and "IQ2_XXS" in first
+    assert "16 of 16 experts seen" in second and "relative error" in second
     stored = _arrays(result.files[0])["blk.0.ffn_up_exps.weight"].reshape(16, -1)
     plain = convert(folder, tmp_path / "plain.gguf", "IQ2_XXS", calibration=None, verify=False).files[0]
     assert result.parity and np.isfinite(result.parity.mean_kld)
