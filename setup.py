@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,7 +62,9 @@ class BuildKernels(build_ext):
         for name in newer.keys() - built.keys():
             self.warn(f"this compiler knows no {name}: building without it")
         objects = [file for jobs in (baseline, *built.values()) for job in jobs for file in job.result()]
-        objects += self._compile(DISPATCH, "dispatch", (), [(f"WITH_{name.upper()}", "1") for name in built])
+        digest = runpy.run_path("quant/kernel_sources.py")["digest"](KERNELS)
+        macros = [("SOURCES", f'"{digest}"'), *((f"WITH_{name.upper()}", "1") for name in built)]
+        objects += self._compile(DISPATCH, "dispatch", (), macros)
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=["-pthread"], target_lang="c++"
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..archs.errors import BadInput
 from . import lattice
 from .formats import Format, format_named
+from .kernel_sources import digest
 
 TORCH: Final = "torch"
 _TYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -128,13 +129,16 @@ def _loaded() -> CDLL:
 @cache
 def _library() -> CDLL | None:
     try:
-        return _declared(CDLL(str(_LIBRARY)))
+        library = _declared(CDLL(str(_LIBRARY)))
     except (OSError, AttributeError):  # never built, for another system, or from older sources
         return None
+    sources = digest(_LIBRARY.with_name("kernels"))
+    return library if sources in (None, library.kernels_sources().decode()) else None
 
 
 def _declared(library: CDLL) -> CDLL:
     """The library with the types of its functions."""
+    library.kernels_sources.restype, library.kernels_sources.argtypes = c_char_p, []
     library.kernels_instruction_set.restype, library.kernels_instruction_set.argtypes = c_char_p, [c_int]
     library.kernels_support.restype, library.kernels_support.argtypes = c_int, [c_char_p, c_int]
     library.kernels_set_lattice.restype = None

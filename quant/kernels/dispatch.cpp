@@ -89,6 +89,11 @@ template <class Work> void share(int64_t blocks, int block_size, int threads, Wo
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// The digest of the sources all this was built from.
+EXPORT const char* kernels_sources() {
+    return SOURCES;
+}
+
 // The name of the instruction set at this place among those usable here, best first; null beyond the last.
 EXPORT const char* kernels_instruction_set(int place) {
     for (const InstructionSet& set : instruction_sets())
