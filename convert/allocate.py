@@ -99,6 +99,7 @@ def rivals_within(
     """The plans to compare, by name: from several exponents of the error, role by role, and the stock mix."""
     solve = partial(plan_for_budget, graph, budget, padding=padding, mtp=mtp, importance=importance)
     plans = {f"exponent {x:g}": solve(replace(damage, exponent=x)) for x in _EXPONENTS}
+    plans["drawn to roles"] = solve(damage.drawn_to_roles(graph.weights()))
     plans["edges apart"] = solve(damage, together=_by_edge(graph))
     plans[ROLES] = solve(damage, together=_by_role)
     stock = stock_within(graph, budget.bytes, padding, mtp, importance)

@@ -120,25 +120,29 @@ def plan_for_budget(
     importance: bool = False,
     together: Key | None = None,
 ) -> Plan:
-    """The plan of least damage under a budget, with rows padded where that does less; see `plan_within`."""
+    """The plan of least damage under a budget, with rows padded where that does less; see `plan_within`.
+
+    Types of less than two bits are used with `importance` only, and only where nothing else fits.
+    """
     found: list[tuple[float, Plan]] = []
     refusal: BadInput | None = None
-    for form in variants(graph, padding, mtp):
-        try:
-            plan = plan_within(
-                form,
-                budget.bytes,
-                damage,
-                name=budget.name,
-                importance=importance,
-                together=together,
-                active_budget=budget.bytes_per_token,
-            )
-        except BadInput as error:
-            refusal = error
-            continue
-        own = {weight.name for weight in replace(form, predictions=()).weights()}
-        found.append((sum(damage.of(t.weight, t.type) for t in plan.tensors if t.weight.name in own), plan))
+    for one_bit in (False, True) if importance else (False,):
+        for form in variants(graph, padding, mtp) if not found else ():
+            try:
+                plan = plan_within(
+                    form,
+                    budget.bytes,
+                    damage,
+                    name=budget.name,
+                    one_bit=one_bit,
+                    together=together,
+                    active_budget=budget.bytes_per_token,
+                )
+            except BadInput as error:
+                refusal = error
+                continue
+            own = {weight.name for weight in replace(form, predictions=()).weights()}
+            found.append((sum(damage.of(t.weight, t.type) for t in plan.tensors if t.weight.name in own), plan))
     if not found:
         assert refusal
         raise refusal

@@ -165,7 +165,7 @@ def convert(
     identity = fingerprint(model, plan, metadata, texts, split_max_bytes, activations)
     room = workspace(memory, plan.graph, lanes.tokens, context, casting=verify, folder=path.parent)
     with closing(model), Journal(path, identity, overwrite) as journal, ExitStack() as stack:
-        check_disk(path, plan, model, lanes, journal, progress)
+        check_disk(path, plan, model, lanes, memory, journal, progress)
         found = None
         if imatrix_out and text and lanes.calibration is not None:
             found = ImatrixWriter(Path(imatrix_out), Path(text), lanes.calibration, overwrite)

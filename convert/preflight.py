@@ -14,31 +14,33 @@ from .journal import Journal
 from .onepass import Lanes
 
 
-def check_disk(path: Path, plan: Plan, model: Model, lanes: Lanes, journal: Journal, progress: Progress) -> None:
+def check_disk(
+    path: Path, plan: Plan, model: Model, lanes: Lanes, memory: int | None, journal: Journal, progress: Progress
+) -> None:
     """Note what is fetched and written, and the most that is on disk. Raises Interruption when there is no room."""
     shards = model.storage if isinstance(model.storage, ShardStorage) else None
     fetched, scratch = (shards.bytes_to_fetch, shards.scratch) if shards else (0, 0)
-    peak, there = plan.bytes + scratch + 2 * _state_bytes(plan, lanes), journal.bytes_on_disk
-    free = shutil.disk_usage(path.parent).free
+    # The journal keeps two states of the lanes while it saves; within a layer, inputs and outputs may be on disk too.
+    states = _state_bytes(plan, lanes) * (2 if memory is None else 5)
+    peak, there = plan.bytes + scratch + states, journal.bytes_on_disk
+    free = shutil.disk_usage(path.parent).free + there
     facts = [f"{_size(fetched)} to fetch, at most {_size(scratch)} of it on disk"] if shards else []
     facts.append(f"{_size(plan.bytes)} to write")
-    facts.append(f"at most {_size(peak)} of the {_size(free + there)} that are free in {path.parent.resolve()}")
+    facts += [f"{_size(memory)} of memory"] if memory is not None else []
+    facts.append(f"at most {_size(peak)} of the {_size(free)} that are free in {path.parent.resolve()}")
     progress.note(f"{'Goes on' if journal.continues else 'Begins'}: {', '.join(facts)}")
-    if peak > free + there:
+    if peak > free:
         raise Interruption(
-            f"{path.parent.resolve()} has no room: {_size(peak)} are needed and {_size(free + there)} are free; "
+            f"{path.parent.resolve()} has no room: {_size(peak)} are needed and {_size(free)} are free; "
             "make room, choose another --output or a smaller --quant"
         )
 
 
 def _state_bytes(plan: Plan, lanes: Lanes) -> int:
-    """What the lanes' states take between two layers, of which the journal keeps two while it saves."""
+    """What the lanes' states take between two layers."""
     graph = plan.graph
     width = graph.hidden_size * (graph.residual.streams if graph.residual else 1)
-    calibration, evaluation = (
-        tokens.numel() if tokens is not None else 0 for tokens in (lanes.calibration, lanes.evaluation)
-    )
-    return 4 * width * (calibration + 2 * evaluation)
+    return 4 * width * lanes.tokens
 
 
 def _size(count: int) -> str:

@@ -8,9 +8,11 @@ shapes, and the joint result of each is measured before one is chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import exp, log
+from statistics import fmean
 
 from ..archs.graph import Graph, MoE
 from ..archs.weights import Role, Weight
@@ -20,7 +22,8 @@ from .formats import Format, format_named
 from .plan import Plan, PlannedTensor
 from .recipes import GUESSED, LEAST_SENSITIVE, SENSITIVE, UNREPACKED, Recipe
 
-# What weights may become, in llama.cpp's names. Types of about one bit are worth nothing without importance.
+# What weights may become, in llama.cpp's names. Types of about one bit do more harm than their
+# error tells, so they are for budgets that nothing else fits, and for those who know which columns matter.
 TYPES = (
     "IQ2_XXS",
     "IQ2_XS",
@@ -36,7 +39,7 @@ TYPES = (
     "Q8_0",
     "BF16",
 )
-TYPES_WITH_IMPORTANCE = ("IQ1_S", "IQ1_M")
+ONE_BIT_TYPES = ("IQ1_S", "IQ1_M")
 TYPES_FOR_SHORT_ROWS = ("Q2_0", "MXFP4", "IQ4_NL", "Q5_0", "Q5_1")  # worse than others where blocks of 256 fit
 _BLOCK = 256
 _SCALE_BITS = 0.5  # what ggml's block scales cost: Q8_0 is not more than the 8 bits of an FP8 source
@@ -82,6 +85,15 @@ class Damage:
     probe: Mapping[str, float] = field(default_factory=dict)
     measured: bool = False
 
+    def drawn_to_roles(self, weights: Iterable[Weight]) -> Damage:
+        """The same with each measured sensitivity half way (of its logarithm) to the mean of its role."""
+        roles: dict[Role, list[float]] = {}
+        measured = [weight for weight in weights if weight.name in self.probe and self.sensitivity[weight.name] > 0]
+        for weight in measured:
+            roles.setdefault(weight.role, []).append(log(self.sensitivity[weight.name]))
+        drawn = {w.name: exp((log(self.sensitivity[w.name]) + fmean(roles[w.role])) / 2) for w in measured}
+        return replace(self, sensitivity={**self.sensitivity, **drawn})
+
     def of(self, weight: Weight, type: Format) -> float:
         """Damage of one weight in that type; none where the type loses nothing."""
         if exact_format(weight.source) == type:
@@ -111,7 +123,7 @@ def typical_error(name: str) -> float:
     return float((dequantize(quantize(rows, name), name) - rows).square().sum() / rows.square().sum())
 
 
-def candidates(weight: Weight, importance: bool = False) -> tuple[Format, ...]:
+def candidates(weight: Weight, one_bit: bool = False) -> tuple[Format, ...]:
     """The types that a weight may take, the smallest first.
 
     Blocks divide its rows, no type has more bits than the source, and weights that decide where attention looks keep
@@ -123,7 +135,7 @@ def candidates(weight: Weight, importance: bool = False) -> tuple[Format, ...]:
         return (format_named("F32"),)
     exact = exact_format(weight.source)
     most = source_bits(weight.source) + _SCALE_BITS
-    names = [*TYPES, *(TYPES_WITH_IMPORTANCE if importance else ()), *((exact.name,) if exact else ())]
+    names = [*TYPES, *(ONE_BIT_TYPES if one_bit else ()), *((exact.name,) if exact else ())]
     if weight.columns % _BLOCK or weight.role is Role.ATTENTION_OUTPUT_DOWN:
         names += TYPES_FOR_SHORT_ROWS
     formats = {format_named(name) for name in names if _engine_takes(weight.role, name)}
@@ -165,7 +177,7 @@ def plan_within(
     damage: Damage,
     *,
     name: str = "SIZE",
-    importance: bool = False,
+    one_bit: bool = False,
     together: Key | None = None,
     active_budget: float | None = None,
 ) -> Plan:
@@ -173,14 +185,14 @@ def plan_within(
 
     Args:
         name: what the plan calls itself.
-        importance: whether an importance matrix will be used.
+        one_bit: allow types of less than two bits.
         together: weights for which this gives the same key take the same type; by default each has its own.
         active_budget: most bytes that one token may touch.
 
     Raises BadInput when a budget is too small.
     """
     weights = tuple(graph.weights())
-    types = types_within(weights, budget, damage, active_share(graph), importance, together, active_budget)
+    types = types_within(weights, budget, damage, active_share(graph), one_bit, together, active_budget)
     return replace(plan_with(graph, types, name), expected_kld=_expected(weights, types, damage))
 
 
@@ -189,7 +201,7 @@ def types_within(
     budget: int,
     damage: Damage,
     shares: Mapping[str, float],
-    importance: bool = False,
+    one_bit: bool = False,
     together: Key | None = None,
     active_budget: float | None = None,
 ) -> dict[str, Format]:
@@ -197,7 +209,7 @@ def types_within(
     groups: dict[Hashable, list[Weight]] = {}
     for weight in weights:
         groups.setdefault(together(weight) if together else weight.name, []).append(weight)
-    items = [_options(members, damage, shares, importance) for members in groups.values()]
+    items = [_options(members, damage, shares, one_bit) for members in groups.values()]
     chosen = allocate([[option for _, option in options] for options in items], budget, active_budget)
     return {
         weight.name: options[number][0]
@@ -226,10 +238,10 @@ def plan_with(graph: Graph, types: Mapping[str, Format], name: str) -> Plan:
 
 
 def _options(
-    weights: list[Weight], damage: Damage, shares: Mapping[str, float], importance: bool
+    weights: list[Weight], damage: Damage, shares: Mapping[str, float], one_bit: bool
 ) -> list[tuple[Format, Option]]:
     """What weights that go together may become: each option costs more than the one before and does less damage."""
-    common = [c for c in candidates(weights[0], importance) if all(c in candidates(w, importance) for w in weights[1:])]
+    common = [c for c in candidates(weights[0], one_bit) if all(c in candidates(w, one_bit) for w in weights[1:])]
     options: list[tuple[Format, Option]] = []
     for type in common:
         sizes = [(PlannedTensor(weight, type, type).aligned_bytes, shares.get(weight.name, 1.0)) for weight in weights]

@@ -22,7 +22,7 @@ _RESERVE_SHARE = 16
 _GPU_RESERVE = 2**29  # of VRAM for driver and fragments
 _BATCH = 512  # tokens that llama.cpp computes at once
 _WORKING_ROWS = 32  # hidden states of a batch that are alive at the same time, a cautious count
-_ROUNDS = 4  # experts come in whole layers, so what fits on the GPU is found step by step
+_ROUNDS = 6  # halvings: experts come in whole layers, so what fits on the GPU is found by trying
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class Fit:
     layers_in_ram: int
 
 
-def fit(graph: Graph, machine: Machine, damage: Damage, importance: bool = False, name: str = "fit") -> Fit:
+def fit(graph: Graph, machine: Machine, damage: Damage, one_bit: bool = False, name: str = "fit") -> Fit:
     """The plan of least damage for a machine's memory. Raises BadInput when the model cannot fit."""
     state = graph.state_bytes_per_token() * machine.context + fixed_state_bytes(graph)
     streams = graph.residual.streams if graph.residual else 1
     working = 4 * _BATCH * (graph.vocabulary_size + _WORKING_ROWS * streams * graph.hidden_size)
     ram = machine.ram - max(_RESERVE, machine.ram // _RESERVE_SHARE)
     if machine.vram:
-        types, layers = _split(graph, ram, machine.vram - _GPU_RESERVE - state - working, damage, importance)
+        types, layers = _split(graph, ram, machine.vram - _GPU_RESERVE - state - working, damage, one_bit)
     else:
         budget = ram - state - working
-        types = types_within(tuple(graph.weights()), budget, damage, active_share(graph), importance)
+        types = types_within(tuple(graph.weights()), budget, damage, active_share(graph), one_bit)
         layers = len(graph.layers)
     plan = plan_with(graph, types, name)
     expected = sum(damage.of(t.weight, t.type) for t in plan.tensors) if damage.measured else None
@@ -76,29 +76,30 @@ def fixed_state_bytes(graph: Graph) -> int:
     return size
 
 
-def _split(graph: Graph, ram: int, vram: int, damage: Damage, importance: bool) -> tuple[dict[str, Format], int]:
+def _split(graph: Graph, ram: int, vram: int, damage: Damage, one_bit: bool) -> tuple[dict[str, Format], int]:
     """Types by name, and how many layers' experts stay in RAM."""
     slow = [weight for weight in graph.weights() if weight.role in _EXPERTS or weight.role is Role.EMBEDDING]
     names = {weight.name for weight in slow}
     fast = [weight for weight in graph.weights() if weight.name not in names]
     shares = active_share(graph)
     try:
-        types = types_within(fast, vram, damage, shares, importance)
+        types = types_within(fast, vram, damage, shares, one_bit)
     except BadInput as error:
         raise BadInput(
             f"what every token needs does not fit into VRAM beside the context: {error}; ask for less --context"
         ) from None
     left = vram - _bytes(fast, types)
-    budget = ram + left
+    low, high = ram, ram + left
+    chosen = types_within(slow, low, damage, shares, one_bit)
+    on_gpu, _ = _place(graph, slow, chosen, left)
     for _ in range(_ROUNDS):
-        chosen = types_within(slow, budget, damage, shares, importance)
-        on_gpu, in_ram = _place(graph, slow, chosen, left)
-        if in_ram <= ram:
-            break
-        budget -= in_ram - ram
-    else:
-        chosen = types_within(slow, ram, damage, shares, importance)
-        on_gpu, _ = _place(graph, slow, chosen, left)
+        budget = (low + high) // 2
+        trial = types_within(slow, budget, damage, shares, one_bit)
+        layers, in_ram = _place(graph, slow, trial, left)
+        if in_ram > ram:
+            high = budget
+        else:
+            low, chosen, on_gpu = budget, trial, layers
     return types | chosen, len(graph.layers) - on_gpu
 
 

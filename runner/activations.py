@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..archs.errors import BadInput
+from ..archs.errors import Interruption
 
 _FLOAT = 4  # bytes
 
@@ -52,7 +52,7 @@ class Workspace:
 
     def activations(self, *shape: int, whole_chunks: bool = False) -> Activations:
         """New activations. Those that are only read and written by `whole_chunks` do not suffer from a disk, so they
-        leave room for others. Raises BadInput when the disk is full."""
+        leave room for others. Raises Interruption when the disk is full."""
         size = _FLOAT * prod(shape)
         if self._left is None:
             return MemoryActivations(*shape)
@@ -101,7 +101,7 @@ class DiskActivations:
             os.posix_fallocate(self._file.fileno(), 0, shape[0] * shape[1] * self._row_bytes)
         except OSError as error:
             where = folder or tempfile.gettempdir()
-            raise BadInput(f"{where} has no room for activations ({error.strerror}): free space there") from None
+            raise Interruption(f"{where} has no room for activations ({error.strerror}): free space there") from None
 
     def __len__(self) -> int:
         return self._shape[0]

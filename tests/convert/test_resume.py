@@ -7,10 +7,12 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoints
@@ -232,6 +234,29 @@ def test_record_torn_at_its_end(
     records.write_bytes(content[: -len(content.splitlines()[-1]) // 2] + damage)
     assert _convert(minimax_fp8.folder, output).exit_code == 0
     assert output.read_bytes() == expected
+
+
+def test_disk_that_is_too_small(
+    minimax_fp8: Checkpoint, tmp_path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything is written; what an earlier run holds already counts as free, and is kept."""
+    output = tmp_path / "out" / "model.gguf"
+
+    def free(count: int) -> Callable[[object], SimpleNamespace]:
+        return lambda folder: SimpleNamespace(free=count)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", free(len(expected) // 2))
+        result = _convert(minimax_fp8.folder, output)
+        assert result.exit_code == 2
+        assert re.search(rf"{output.parent} has no room: [\d.]+ MB are needed and [\d.]+ MB are free", result.stderr)
+        assert _hidden(output.parent) == []
+    _interrupt(minimax_fp8.folder, output, monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", free(0))
+        result = _convert(minimax_fp8.folder, output)
+    assert result.exit_code == 0, result.stderr
+    assert "Goes on: " in result.stderr and output.read_bytes() == expected
 
 
 def test_quantize_continues(minimax: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

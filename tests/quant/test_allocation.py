@@ -40,14 +40,14 @@ def minimax() -> Graph:
 
 @pytest.mark.parametrize("budget", [400 * 10**9, 700 * 10**9])
 def test_the_budget_of_a_1600_billion_parameter_model_is_used_and_kept(pro: Graph, budget: int) -> None:
-    plan = plan_within(pro, budget, typical_damage(pro), importance=True)
+    plan = plan_within(pro, budget, typical_damage(pro), one_bit=True)
     assert 0.995 * budget <= plan.bytes <= budget
 
 
 def test_types_respect_blocks_source_precision_and_the_engine(pro: Graph, minimax: Graph) -> None:
     for graph in (pro, minimax):
         for weight in graph.weights():
-            formats = candidates(weight, importance=True)
+            formats = candidates(weight, one_bit=True)
             assert all(format.fits(weight.columns) for format in formats)
             if weight.role.protected:
                 assert [format.name for format in formats] == ["F32"]
@@ -64,11 +64,11 @@ def test_types_respect_blocks_source_precision_and_the_engine(pro: Graph, minima
 
 def test_expert_bits_follow_the_budget_and_stay_within_what_a_token_may_touch(minimax: Graph) -> None:
     damage = typical_damage(minimax)
-    plans = [plan_within(minimax, size * GIB, damage, importance=True) for size in (60, 90)]
+    plans = [plan_within(minimax, size * GIB, damage, one_bit=True) for size in (60, 90)]
     bits = [[t.type.bits_per_weight for t in plan.tensors if t.weight.role is Role.EXPERT_UP] for plan in plans]
     assert sum(bits[0]) < sum(bits[1])
     limit = 0.8 * bytes_per_token(plans[1])
-    slower = plan_within(minimax, 90 * GIB, damage, importance=True, active_budget=limit)
+    slower = plan_within(minimax, 90 * GIB, damage, one_bit=True, active_budget=limit)
     assert bytes_per_token(slower) <= limit * 1.001  # alignment
     assert slower.bytes <= 90 * GIB
 
