@@ -51,7 +51,8 @@ def _write(folder: Path, **overrides: int) -> Path:
             f"{prefix}.block_sparse_moe.e_score_correction_bias": (config["num_local_experts"],),
         }
         for expert in range(config["num_local_experts"]):
-            shapes |= {f"{experts}.{expert}.{name}.weight": (size, hidden) for name in ("w1", "w2", "w3")}
+            shapes |= {f"{experts}.{expert}.{name}.weight": (size, hidden) for name in ("w1", "w3")}
+            shapes[f"{experts}.{expert}.w2.weight"] = (hidden, size)
         save(f"layer-{layer}.safetensors", shapes)
     vocabulary = (config["vocab_size"], hidden)
     save(
