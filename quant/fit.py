@@ -22,7 +22,7 @@ _RESERVE_SHARE = 16
 _GPU_RESERVE = 2**29  # of VRAM for driver and fragments
 _BATCH = 512  # tokens that llama.cpp computes at once
 _WORKING_ROWS = 32  # hidden states of a batch that are alive at the same time, a cautious count
-_ROUNDS = 4  # experts come in whole layers, so what fits on the GPU is found step by step
+_ROUNDS = 6  # halvings: experts come in whole layers, so what fits on the GPU is found by trying
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,17 @@ def _split(graph: Graph, ram: int, vram: int, damage: Damage, one_bit: bool) -> 
             f"what every token needs does not fit into VRAM beside the context: {error}; ask for less --context"
         ) from None
     left = vram - _bytes(fast, types)
-    budget = ram + left
+    low, high = ram, ram + left
+    chosen = types_within(slow, low, damage, shares, one_bit)
+    on_gpu, _ = _place(graph, slow, chosen, left)
     for _ in range(_ROUNDS):
-        chosen = types_within(slow, budget, damage, shares, one_bit)
-        on_gpu, in_ram = _place(graph, slow, chosen, left)
-        if in_ram <= ram:
-            break
-        budget -= in_ram - ram
-    else:
-        chosen = types_within(slow, ram, damage, shares, one_bit)
-        on_gpu, _ = _place(graph, slow, chosen, left)
+        budget = (low + high) // 2
+        trial = types_within(slow, budget, damage, shares, one_bit)
+        layers, in_ram = _place(graph, slow, trial, left)
+        if in_ram > ram:
+            high = budget
+        else:
+            low, chosen, on_gpu = budget, trial, layers
     return types | chosen, len(graph.layers) - on_gpu
 
 
