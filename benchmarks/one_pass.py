@@ -110,13 +110,14 @@ def build(folder: Path, layers: int, experts: int) -> None:
 
 
 def measure(name: str, command: list[str], folder: Path, threads: int) -> Cost:
-    """Run a command, looking at its I/O counters and at the folder many times a second."""
+    """Run a command, looking at its counters and at the folder many times a second."""
     before = _bytes_in(folder)
-    started, moved, disk = time.monotonic(), (0, 0), 0
+    started, moved, memory, disk = time.monotonic(), (0, 0), 0, 0
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as run:
         while True:
             moved = _moved(run.pid) or moved
+            memory = max(memory, _peak_memory(run.pid))
             disk = max(disk, _bytes_in(folder) - before)
             ended, status, usage = os.wait4(run.pid, os.WNOHANG)
             if ended:
@@ -127,7 +128,8 @@ def measure(name: str, command: list[str], folder: Path, threads: int) -> Cost:
         if run.returncode:
             log.seek(0)
             sys.exit(f"{name} failed:\n{log.read()[-2000:]}")
-    return Cost(name, seconds, usage.ru_utime + usage.ru_stime, *moved, usage.ru_maxrss * 1024, disk)
+    print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    return Cost(name, seconds, usage.ru_utime + usage.ru_stime, *moved, memory, disk)
 
 
 def ours(source: Path, folder: Path, quant: str, chunks: int, threads: int) -> list[Cost]:
@@ -150,7 +152,7 @@ def theirs(source: Path, folder: Path, llama: Path, quant: str, chunks: int, thr
         str(folder / name) for name in ("bf16.gguf", "imatrix.gguf", "small.gguf", "base.kld")
     )
     count = str(threads)
-    running = ["-t", count, "-c", str(CONTEXT), "-b", str(CONTEXT), "--no-warmup"]
+    running = ["-t", count, "-c", str(CONTEXT), "-b", str(CONTEXT)]
     perplexity = [str(llama / "llama-perplexity"), "-f", str(EVALUATION), *running, "--chunks", str(chunks)]
     calibrate = [str(llama / "llama-imatrix"), "-m", full, "-f", str(folder / "calibration.txt"), "-o", imatrix]
     steps = {
@@ -164,13 +166,22 @@ def theirs(source: Path, folder: Path, llama: Path, quant: str, chunks: int, thr
 
 
 def _moved(pid: int) -> tuple[int, int] | None:
-    """Bytes that a process has asked to read and to write so far."""
+    """Bytes that a process has asked to read and to write so far; what it maps is not among them."""
     try:
         lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     except OSError:
         return None
     counters = dict(line.split(": ") for line in lines)
     return int(counters["rchar"]), int(counters["wchar"])
+
+
+def _peak_memory(pid: int) -> int:
+    """The largest resident memory of a process so far; what wait4 reports would count the parent that forked it."""
+    try:
+        _, _, found = Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")
+    except OSError:
+        return 0
+    return int(found.split()[0]) * 1024 if found else 0
 
 
 def _bytes_in(folder: Path) -> int:
