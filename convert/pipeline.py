@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ from .onepass import Lanes, cast
 from .onnx.export import open_onnx_writer
 from .preflight import check_disk
 
+_ROUNDED_ACTIVATIONS = (
+    "compared as if activations stayed in float32; ONNX Runtime rounds them to 8 bits: `moecast parity` runs it"
+)
 QUANTIZATION_VERSION = 2  # of ggml's block formats, as general.quantization_version
 
 
@@ -178,7 +181,8 @@ def convert(
         files = [*writer.paths]
         if mtp and model.graph.draft:
             files.append(_write_draft(model, plan.recipe, path, metadata, overwrite, journal, threads, progress))
-    return Conversion.of(files, plan, started, result)
+    made = Conversion.of(files, plan, started, result)
+    return replace(made, problems=(*made.problems, _ROUNDED_ACTIVATIONS)) if result and activations == "int8" else made
 
 
 def _writer(
