@@ -119,16 +119,16 @@ def _encoder(format: Format) -> Callable[[Tensor, Tensor | None], Tensor]:
     if codec is None:
         writable = ", ".join((*FLOATS, *CODECS))
         raise BadInput(f"cannot quantise to {format.name}; choose one of {writable}")
-    return partial(_encode, codec.encode, format)
+    return partial(_encode, codec, format)
 
 
-def _encode(
-    encode: Callable[[Tensor, Tensor, Tensor], Tensor], format: Format, values: Tensor, weights: Tensor | None
-) -> Tensor:
+def _encode(codec: Codec, format: Format, values: Tensor, weights: Tensor | None) -> Tensor:
     lanes = _to_lanes(values, format.block_size)
     unit = unit_of(lanes)
-    of_lanes = torch.ones_like(lanes) if weights is None else _to_lanes(weights.expand_as(values), format.block_size)
-    data = encode(lanes * (1 / unit), unit, of_lanes)
+    if weights is None:
+        data = (codec.encode_alike or codec.encode)(lanes * (1 / unit), unit, torch.ones_like(lanes))
+    else:
+        data = codec.encode(lanes * (1 / unit), unit, _to_lanes(weights.expand_as(values), format.block_size))
     return data.T.reshape(len(values), format.row_bytes(values.shape[1]))
 
 
@@ -176,10 +176,9 @@ def _experts(importance: Array | None, rows: Tensor) -> list[Tensor | None]:
 
 def _weights(importance: Tensor, device: torch.device) -> Tensor | None:
     """Importance relative to its mean, floored: float32 [columns]. None if it says nothing."""
-    mean = importance.mean()
-    if mean == 0:
+    if (importance == importance[:1]).all():
         return None
-    return (importance / mean).clamp(min=LEAST_WEIGHT).to(device, torch.float32)
+    return (importance / importance.mean()).clamp(min=LEAST_WEIGHT).to(device, torch.float32)
 
 
 @contextmanager

@@ -89,8 +89,18 @@ def _encode_mxfp4(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
         return -ordered_sum(weights * miss * miss), exponent
 
     other = torch.where(values.abs().amax(0) > 6.5 / 4, -1, -3).to(torch.int32)
-    _, exponent = best_of((trial(-2), trial(other)))
-    codes = _E2M1.codes(values * spread(1 / _mxfp4_scale(exponent - peak)))
+    return _mxfp4_bytes(values, unit, best_of((trial(-2), trial(other)))[1])
+
+
+def _encode_mxfp4_alike(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    """The exponent that puts the peak between 4 and 8 is the best up to 7.25, and one more beyond."""
+    shift = torch.where(values.abs().amax(0) > 7.25 / 4, -1, -2).to(torch.int32)
+    return _mxfp4_bytes(values, unit, ((unit.view(torch.int32) >> 23) + shift).clamp(min=0))
+
+
+def _mxfp4_bytes(values: Tensor, unit: Tensor, exponent: Tensor) -> Tensor:
+    scale = _mxfp4_scale(exponent - (unit.view(torch.int32) >> 23))
+    codes = _E2M1.codes(values * spread(1 / scale))
     return torch.cat([exponent.unsqueeze(0).to(torch.uint8), pack(codes.unflatten(0, (2, 16)), 4)])
 
 
@@ -143,6 +153,6 @@ def _nvfp4_scale(code: Tensor) -> Tensor:
 CODECS: Final = {
     "IQ4_NL": Codec(_decode_iq4_nl, _encode_iq4_nl),
     "IQ4_XS": Codec(_decode_iq4_xs, _encode_iq4_xs),
-    "MXFP4": Codec(_decode_mxfp4, _encode_mxfp4),
+    "MXFP4": Codec(_decode_mxfp4, _encode_mxfp4, _encode_mxfp4_alike),
     "NVFP4": Codec(_decode_nvfp4, _encode_nvfp4),
 }

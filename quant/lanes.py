@@ -32,10 +32,12 @@ class Codec:
     decode: uint8 [block_bytes, lanes] -> float32 [block_size, lanes].
     encode: float32 values [block_size, lanes], the unit [lanes] that they were divided by (see `unit_of`) and their
     weights [block_size, lanes] -> uint8 [block_bytes, lanes]. It minimises sum(weight * (value - decoded value)²).
+    encode_alike: serves in its place where all weights are 1, if that allows a shorter search.
     """
 
     decode: Callable[[Tensor], Tensor]
     encode: Callable[[Tensor, Tensor, Tensor], Tensor]
+    encode_alike: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 def ordered_sum(terms: Tensor) -> Tensor:

@@ -142,7 +142,12 @@ def _lattice(name: str, divisor: int, device: torch.device) -> Lattice:
 
 
 def _signed_codes(
-    name: str, divisor: int, sub_blocks: int, even: bool, block: tuple[Tensor, Tensor, Tensor]
+    name: str,
+    divisor: int,
+    sub_blocks: int,
+    even: bool,
+    block: tuple[Tensor, Tensor, Tensor],
+    spans: tuple[float, ...] = (0.92, 1.12),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The search for formats that store signs apart from points, for a block's values, unit and weights.
 
@@ -163,7 +168,7 @@ def _signed_codes(
 
     weights = weights.view_as(magnitudes)
     step, multiples, codes, product = search_odd_multiples(
-        magnitudes, weights, unit, [lattice.levels], (0.92, 1.12), largest=31, nearest=nearest
+        magnitudes, weights, unit, [lattice.levels], spans, largest=31, nearest=nearest
     )
     step = half(step * lengthening(magnitudes, weights, step * product), unit)
     signs = pack(negative.unsqueeze(2), 1).flatten(0, 1)
@@ -203,7 +208,7 @@ def _encode_iq2_s(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
 
 
 def _encode_iq3_s(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    step, scales, numbers, signs = _signed_codes("IQ3_S", 1, 8, False, (values, unit, weights))
+    step, scales, numbers, signs = _signed_codes("IQ3_S", 1, 8, False, (values, unit, weights), (1.02,))
     high = pack((numbers >> 8).unflatten(0, (8, 8, 1)), 1).flatten(0, 1)
     return torch.cat([step, _low_byte(numbers), high, signs, _to_nibbles(scales)])
 
@@ -253,7 +258,7 @@ def _shifted_codes(
         return Choice((lattice.point(numbers) + shift).flatten(1, 3), codes.flatten(1, 2))
 
     levels = [lattice.levels + shift for shift in (_IQ1_SHIFT, -_IQ1_SHIFT)]
-    step, multiples, codes, _ = search_odd_multiples(values, weights, unit, levels, (1.0,), largest=15, nearest=nearest)
+    step, multiples, codes, _ = search_odd_multiples(values, weights, unit, levels, (), largest=15, nearest=nearest)
     return step, multiples.to(torch.int64) >> 1, codes
 
 

@@ -2,7 +2,7 @@
 
 The scale of each sub-block is an odd multiple of the block's float16 step. As long as it is sought each value goes to
 the nearest level by itself: of a few scales the one stays whose levels leave the least weighted error after least
-squares. Then points are chosen, for scales a little below and above that, and again the best stays. A step and
+squares. Then most formats choose points, for scales a little below and above that, and again the best stays. A step and
 multiples for those scales follow, points are chosen once more for the scales that can be stored, and step and multiples
 are fitted to those points.
 """
@@ -134,33 +134,33 @@ def search_odd_multiples(
     """Step, multiples up to `largest` and points for blocks [s, n, lanes].
 
     `levels` lists the sets of levels, rising, that the points of a sub-block may be made of; `spans` the scales to
-    choose points for, relative to the best for values by themselves; `nearest` chooses the points for values that are
-    divided by their scale.
+    choose points for before there is a step, relative to the best for values by themselves, if any; `nearest` chooses
+    the points for values that are divided by their scale.
     """
 
     def fit_of(levels: Tensor) -> Fit:
         weighted = weights * levels
         return Fit(ordered_sum(weighted * levels), ordered_sum(weighted * values))
 
-    def starts() -> Iterator[tuple[Tensor, Tensor]]:
+    def starts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         peak = values.abs().amax(-2)
         for relative in PEAKS:
             for choices in levels:
                 scaled = values * spread(reciprocal(peak * (1 / (relative * float(choices[-1])))))
                 middles = (choices[1:] + choices[:-1]) * 0.5
                 fit = fit_of(choices[torch.bucketize(scaled, middles)])
-                yield fit.gain, fit.scale
+                yield fit.gain, *fit
 
     def choose(scale: Tensor) -> tuple[Fit, Tensor]:
         choice = nearest(values * spread(reciprocal(scale)))
         return fit_of(choice.levels), choice.codes
 
     def spanned(span: float) -> tuple[Tensor, Tensor, Tensor]:
-        fit, _ = choose(start * span)
+        fit, _ = choose(first.scale * span)
         return fit.gain, *fit
 
-    _, start = best_of(starts())
-    fit = Fit(*best_of(map(spanned, spans))[1:])
+    first = Fit(*best_of(starts())[1:])
+    fit = Fit(*best_of(map(spanned, spans))[1:]) if spans else first
     widest = fit.scale.amax(0)
 
     def trial(relative: float) -> tuple[Tensor, Tensor, Tensor]:

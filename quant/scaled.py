@@ -29,6 +29,10 @@ class Levels(Protocol):
     def peaks(self) -> tuple[float, ...]:
         """Where the value of largest magnitude may go, in levels; beyond the outermost level it will be clipped."""
 
+    @property
+    def quick(self) -> bool:
+        """Whether super-blocks keep the first step that is tried, unrefined."""
+
     def nearest(self, values: Tensor) -> Tensor:
         """The level nearest to each value, float32."""
 
@@ -40,8 +44,8 @@ _BEYOND: Final = (0.0, 1.0, -1.0, -2.0)
 class Uniform:
     """Whole-number levels from `lowest` (negative) to `highest`; codes count from 0."""
 
-    def __init__(self, lowest: int, highest: int, peaks: tuple[float, ...] = ()) -> None:
-        self.lowest, self.highest = lowest, highest
+    def __init__(self, lowest: int, highest: int, peaks: tuple[float, ...] = (), quick: bool = False) -> None:
+        self.lowest, self.highest, self.quick = lowest, highest, quick
         self.peaks = peaks or tuple(lowest - beyond for beyond in _BEYOND)
 
     def nearest(self, values: Tensor) -> Tensor:
@@ -57,6 +61,8 @@ class Table:
     A value midway between two levels takes the lower one. The middles are whole halves, so the nearest level is a
     function of the doubled value rounded up, which indexes a short list.
     """
+
+    quick = False
 
     def __init__(self, levels: tuple[int, ...], codes: tuple[int, ...], peaks: tuple[float, ...] = ()) -> None:
         self.peaks = peaks
@@ -128,8 +134,9 @@ def search_multiples(
         joint = fit.with_multiples(multiples)
         return joint.gain, joint.scale, multiples
 
-    _, step, multiples = best_of(map(trial, (*(lowest * step for step in STEPS), float(highest))))
-    for _ in range(REFINEMENTS):
+    targets = (*(lowest * step for step in STEPS), float(highest))
+    _, step, multiples = best_of(map(trial, targets[:1] if levels.quick else targets))
+    for _ in range(0 if levels.quick else REFINEMENTS):
         step = half(step, unit)
         fit = _fit(values, weights, levels, reciprocal(step * multiples))
         multiples = _nearest_multiples(fit.scale, step, lowest, highest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Final
 
 import torch
@@ -16,6 +17,7 @@ _LEVELS_5_0: Final = Uniform(-16, 15)
 _LEVELS_4_0: Final = Uniform(-8, 7)
 _LEVELS_6_K: Final = Uniform(-32, 31)
 _LEVELS_3_K: Final = Uniform(-4, 3, peaks=(-4.2, -3.3, -5.6))
+_LEVELS_3_K_ALIKE: Final = Uniform(-4, 3, peaks=(-4.2,), quick=True)  # a long search gains next to nothing
 
 
 def _block_codes(values: Tensor, weights: Tensor, unit: Tensor, levels: Uniform) -> tuple[Tensor, Tensor]:
@@ -93,9 +95,9 @@ def _decode_6_k(data: Tensor) -> Tensor:
     return _from_super_block_codes(step, multiples.view(torch.int8).to(torch.float32), codes.to(torch.float32) - 32)
 
 
-def _encode_3_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+def _encode_3_k(values: Tensor, unit: Tensor, weights: Tensor, levels: Uniform = _LEVELS_3_K) -> Tensor:
     values, weights = values.unflatten(0, (16, 16)), weights.unflatten(0, (16, 16))
-    step, multiples, codes = _super_block_codes(values, weights, unit, _LEVELS_3_K, -32, 31)
+    step, multiples, codes = _super_block_codes(values, weights, unit, levels, -32, 31)
     product = ordered_sum(ordered_sum(weights * (codes.to(torch.float32) - 4) * values) * multiples)
     step = half(step * lengthening(values, weights, product * step), unit)
     third = pack((codes >> 2).reshape(8, 32, -1), 1)
@@ -123,5 +125,5 @@ CODECS: Final = {
     "Q5_0": Codec(_decode_5_0, _encode_5_0),
     "Q4_0": Codec(_decode_4_0, _encode_4_0),
     "Q6_K": Codec(_decode_6_k, _encode_6_k),
-    "Q3_K": Codec(_decode_3_k, _encode_3_k),
+    "Q3_K": Codec(_decode_3_k, _encode_3_k, partial(_encode_3_k, levels=_LEVELS_3_K_ALIKE)),
 }

@@ -8,6 +8,7 @@ namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 // The levels of llama.cpp's non-linear 4-bit types, for codes 0 to 15. A value midway takes the lower one.
 struct NonLinear {
     static constexpr float PEAKS[] = {-127, 119, -143, -111, -135, 143, 111, -119};
+    static constexpr bool QUICK = false;
     static constexpr int LEVELS[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
     static Floats nearest(Floats values) {
@@ -139,22 +140,12 @@ struct Microfloat {
 struct MXFP4 {
     static constexpr int ID = 39, SIZE = 32, BYTES = 17;
 
-    // Tries two shared exponents: the one that puts the peak between 4 and 8 (6 is the top), and one more where the
-    // peak is then above 6.5, else one less, which suits blocks whose peak has little weight.
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
-        Ints peak = bits(unit) >> 23, exponent = all(0);
-        Best gains;
-        const Ints shifts[] = {all(-2), from_bits(largest_bits<32>(values)) > 6.5f / 4 ? all(-1) : all(-3)};
-        for (Ints shift : shifts) {
-            Ints trial = larger(peak + shift, all(0));
-            Microfloat::Scaled levels(scale_of(trial - peak));
-            Ints better = gains.improved_by(-ordered_sum<32>([&](int i) {
-                Floats positive = magnitude(values[i]), miss = levels.nearest(positive) - positive;
-                return weights.times(i, miss) * miss;
-            }));
-            exponent = better ? trial : exponent;
-        }
+        Ints peak = bits(unit) >> 23, exponent;
+        Floats largest = from_bits(largest_bits<32>(values));
+        if constexpr (WEIGHTED) exponent = search(values, weights, peak, largest);
+        else exponent = larger(peak + (largest > ENOUGH ? all(-1) : all(-2)), all(0));
         bytes[0] = exponent;
         Microfloat::Scaled levels(scale_of(exponent - peak));
         pack_each<4, 16>([&](int i) { return levels.code(values[i]); }, bytes + 1);
@@ -169,6 +160,27 @@ struct MXFP4 {
     }
 
   private:
+    // Where all weigh alike, the exponent that puts the peak between 4 and 8 (6 is the top) is the best up to 7.25.
+    static constexpr float ENOUGH = 7.25f / 4;
+
+    // Tries that exponent, and one more where the peak is above 6.5, else one less, which suits blocks whose peak has
+    // little weight.
+    static Ints search(const Floats* values, Weights<true> weights, Ints peak, Floats largest) {
+        Ints exponent = all(0);
+        Best gains;
+        const Ints shifts[] = {all(-2), largest > 6.5f / 4 ? all(-1) : all(-3)};
+        for (Ints shift : shifts) {
+            Ints trial = larger(peak + shift, all(0));
+            Microfloat::Scaled levels(scale_of(trial - peak));
+            Ints better = gains.improved_by(-ordered_sum<32>([&](int i) {
+                Floats positive = magnitude(values[i]), miss = levels.nearest(positive) - positive;
+                return weights.times(i, miss) * miss;
+            }));
+            exponent = better ? trial : exponent;
+        }
+        return exponent;
+    }
+
     // What a doubled level is worth under a shared exponent relative to the unit's.
     static Floats scale_of(Ints exponent) { return from_bits((exponent + 126) << 23); }
 };

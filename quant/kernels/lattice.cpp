@@ -43,6 +43,7 @@ template <class Lattice, int COUNT_, bool EVEN> struct Signed {
     static constexpr int SIZE = 256, COUNT = COUNT_, SUB_BLOCK = 256 / COUNT, LARGEST = 31;
     static constexpr int POINTS = SUB_BLOCK / Lattice::SIZE, ALL_POINTS = 256 / Lattice::SIZE;
     static constexpr float SHIFTS[] = {0}, SPANS[] = {0.92f, 1.12f};
+    static constexpr bool SPANNED = true;
 
     template <bool WEIGHTED>
     static void choose(const Floats* scaled, Weights<WEIGHTED> weights, Floats* levels, Ints* codes) {
@@ -229,6 +230,7 @@ struct IQ2_S : Signed<Lattice2<22>, 16, false> {
 
 struct IQ3_S : Signed<Lattice3S, 8, false> {
     static constexpr int ID = 21, BYTES = 110;
+    static constexpr float SPANS[] = {1.02f};
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -257,7 +259,8 @@ struct IQ3_S : Signed<Lattice3S, 8, false> {
 template <int COUNT_, int PARTS> struct Shifted {
     using Points = Lattice1;
     static constexpr int SIZE = 256, COUNT = COUNT_, SUB_BLOCK = 256 / COUNT, LARGEST = 15, POINTS = SUB_BLOCK / 8;
-    static constexpr float SHIFT = 0.125f, SHIFTS[] = {SHIFT, -SHIFT}, SPANS[] = {1};
+    static constexpr float SHIFT = 0.125f, SHIFTS[] = {SHIFT, -SHIFT};
+    static constexpr bool SPANNED = false;
 
     template <bool WEIGHTED>
     static void choose(const Floats* scaled, Weights<WEIGHTED> weights, Floats* levels, Ints* codes) {

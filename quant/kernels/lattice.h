@@ -112,9 +112,9 @@ void nearest_two(const Floats* values, Weights<WEIGHTED> weights, Ints* pairs) {
 // Sub-blocks of SIZE values whose scales are odd multiples, up to LARGEST, of a float16 step.
 //
 // Format is a type with COUNT, how many sub-blocks; SUB_BLOCK, their SIZE; POINTS, how many they have; Points, their
-// lattice; SHIFTS, by which its levels may be moved; SPANS, the scales to choose points for, relative to the best for
-// values by themselves; LARGEST; and choose(scaled values, weights, levels, codes), which fills in SIZE levels and
-// POINTS codes.
+// lattice; SHIFTS, by which its levels may be moved; SPANNED, whether points are chosen before there is a step, and if
+// so SPANS, the scales to choose them for, relative to the best for values by themselves; LARGEST; and choose(scaled
+// values, weights, levels, codes), which fills in SIZE levels and POINTS codes.
 template <class Format, bool WEIGHTED> struct LatticeBlock {
     static constexpr int COUNT = Format::COUNT, SIZE = Format::SUB_BLOCK;
 
@@ -161,12 +161,13 @@ template <class Format, bool WEIGHTED> struct LatticeBlock {
         return fit_of(values, weights, levels);
     }
 
-    // The best scale when each value goes to the nearest level by itself.
-    static Floats start(const Floats* values, Weights<WEIGHTED> weights) {
+    // The best when each value goes to the nearest level by itself.
+    static ScaledFit start(const Floats* values, Weights<WEIGHTED> weights) {
         constexpr auto& choices = Format::Points::LEVELS;
         constexpr int last = sizeof choices / sizeof choices[0] - 1;
         constexpr double peaks[] = {0.9, 1.1, 1.35, 1.7, 2.2};  // where to put the peak, relative to the highest level
-        Floats peak = all(0.0f), best = all(0.0f);
+        Floats peak = all(0.0f);
+        ScaledFit best{};
         for (int i = 0; i < SIZE; i++) peak = larger(peak, magnitude(values[i]));
         Best gains;
         for (double relative : peaks)
@@ -182,23 +183,29 @@ template <class Format, bool WEIGHTED> struct LatticeBlock {
                 }
                 ScaledFit trial = fit_of(values, weights, levels);
                 Ints better = gains.improved_by(trial.gain());
-                best = better ? trial.scale() : best;
+                best.square = better ? trial.square : best.square;
+                best.product = better ? trial.product : best.product;
             }
         return best;
     }
 
     static ScaledFit best_start(const Floats* values, Weights<WEIGHTED> weights) {
-        Floats scale = start(values, weights);
-        ScaledFit best{};
-        Best gains;
-        for (float span : Format::SPANS) {
-            Ints codes[Format::POINTS];
-            ScaledFit trial = fit(values, weights, scale * span, codes);
-            Ints better = gains.improved_by(trial.gain());
-            best.square = better ? trial.square : best.square;
-            best.product = better ? trial.product : best.product;
+        ScaledFit first = start(values, weights);
+        if constexpr (!Format::SPANNED) {
+            return first;
+        } else {
+            Floats scale = first.scale();
+            ScaledFit best{};
+            Best gains;
+            for (float span : Format::SPANS) {
+                Ints codes[Format::POINTS];
+                ScaledFit trial = fit(values, weights, scale * span, codes);
+                Ints better = gains.improved_by(trial.gain());
+                best.square = better ? trial.square : best.square;
+                best.product = better ? trial.product : best.product;
+            }
+            return best;
         }
-        return best;
     }
 
     // The step that suits the scales best, and the multiples that go with it.

@@ -1,7 +1,7 @@
 // The search for formats that store scale * level, as quant/scaled.py explains it.
 //
-// Levels are a type with nearest(values), the level nearest to each value as float32, and PEAKS: where the value of
-// largest magnitude may go, in levels.
+// Levels are a type with nearest(values), the level nearest to each value as float32; PEAKS, where the value of
+// largest magnitude may go, in levels; and QUICK, whether super-blocks keep the first step that is tried, unrefined.
 #pragma once
 
 #include "tiles.h"
@@ -11,6 +11,7 @@ namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 // Whole-number levels; codes count from 0.
 template <int LOWEST, int HIGHEST> struct Uniform {
     static constexpr float PEAKS[] = {LOWEST, LOWEST - 1.0f, LOWEST + 1.0f, LOWEST + 2.0f};
+    static constexpr bool QUICK = false;
 
     static Floats nearest(Floats values) { return rounded(clamp(values, LOWEST, HIGHEST)); }
     static Ints code(Floats values) { return code_of(nearest(values)); }
@@ -94,7 +95,7 @@ template <class Levels, int COUNT, int SIZE, int LOWEST, int HIGHEST, bool WEIGH
     // The step comes divided by the unit; its bits are `half_of` it.
     Multiples search(Floats unit) {
         Multiples found = best_step();
-        for (int round = 0; round < REFINEMENTS; round++) {
+        for (int round = 0; round < (Levels::QUICK ? 0 : REFINEMENTS); round++) {
             found.step = half(found.step, unit);
             for (int i = 0; i < COUNT; i++) {
                 fits[i] = blocks[i].fit(reciprocal(found.step * found.scales[i]));
@@ -121,6 +122,7 @@ template <class Levels, int COUNT, int SIZE, int LOWEST, int HIGHEST, bool WEIGH
             Ints better = gains.improved_by(fit.gain());
             best.step = better ? fit.scale() : best.step;
             for (int i = 0; i < COUNT; i++) best.scales[i] = better ? trial.scales[i] : best.scales[i];
+            if (Levels::QUICK) break;
         }
         return best;
     }

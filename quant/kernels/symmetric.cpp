@@ -118,18 +118,24 @@ struct Q6_K {
     }
 };
 
-struct Levels3K : Uniform<-4, 3> {
+// Where all weigh alike, a long search gains next to nothing.
+template <bool WEIGHTED> struct Levels3K : Uniform<-4, 3> {
+    static constexpr float PEAKS[] = {-4.2f};
+    static constexpr bool QUICK = true;
+};
+
+template <> struct Levels3K<true> : Uniform<-4, 3> {
     static constexpr float PEAKS[] = {-4.2f, -3.3f, -5.6f};
 };
 
 struct Q3_K {
     static constexpr int ID = 11, SIZE = 256, BYTES = 110;
-    using Super = SuperScaled<Levels3K, -32, 31, true>;
+    template <bool WEIGHTED> using Super = SuperScaled<Levels3K<WEIGHTED>, -32, 31, true>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
         Ints codes[256], multiples[16];
-        Super::encode(values, weights, unit, bytes + 108, multiples, codes);
+        Super<WEIGHTED>::encode(values, weights, unit, bytes + 108, multiples, codes);
         pack_each<1, 32>([&](int i) { return codes[i] >> 2; }, bytes);
         for (int i = 0; i < 256; i += 128)
             pack_each<2, 32>([&](int j) { return codes[i + j] & 3; }, bytes + 32 + i / 4);
@@ -145,7 +151,7 @@ struct Q3_K {
         unpack<4, 8>(bytes + 96, multiples);
         unpack<2, 4>(bytes + 104, high);
         for (int i = 0; i < 16; i++) multiples[i] = (multiples[i] | high[i] << 4) - 32;
-        Super::decode(bytes + 108, multiples, levels, values);
+        Super<true>::decode(bytes + 108, multiples, levels, values);
     }
 };
 
