@@ -2,7 +2,8 @@
 
     python benchmarks/quants.py [--model minimax-m2-tiny] [--chunks 32] [--json]
 
-The table in README.md is what this prints. Rows are not padded: those of tiny models would grow several times.
+The table in README.md is what this prints. Calibrated as `convert` does by default; rows are not padded: those of tiny
+models would grow several times.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ RECIPES = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS"
 
 def measure(folder: Path, recipe: str, chunks: int) -> dict[str, float | str]:
     with tempfile.TemporaryDirectory() as output:
-        result = convert(folder, output, recipe, padding=False, calibration=None, file=EVALUATION_TEXT, chunks=chunks)
+        result = convert(folder, output, recipe, padding=False, file=EVALUATION_TEXT, chunks=chunks)
     parity = result.parity
     assert parity is not None
     return {
