@@ -46,7 +46,7 @@ _SCALE_BITS = 0.5  # what ggml's block scales cost: Q8_0 is not more than the 8 
 _SAMPLE = (32, 2048)  # rows and columns of random numbers that typical errors are measured on
 
 # KL divergence for each unit of a weight's relative squared error, of all weights of a role together: rounded from
-# what probes of the MiniMax and Nemotron examples gave. What is not listed counts like `_OTHER`.
+# what probes of two of the trained examples gave. What is not listed counts like `_OTHER`.
 TYPICAL_SENSITIVITY: Mapping[Role, float] = {
     Role.EMBEDDING: 0.39,
     Role.HEAD: 0.6,
