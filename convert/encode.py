@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
-from types import TracebackType
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,31 +17,7 @@ from ..runner.weights import KeptWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import pieces
 from ..sources.progress import Progress
-
-
-class Writer(Protocol):
-    """Files in the making, as a context manager: leaving it normally completes them.
-
-    Leaving it by an exception removes them, or keeps them for the same command to go on with.
-    """
-
-    paths: list[Path]
-
-    def has(self, name: str, first_row: int) -> bool:
-        """Whether the piece of a tensor that begins with this row is written, by this run or an earlier one."""
-
-    def read(self, name: str, first_row: int, count: int) -> Tensor | None:
-        """`count` written rows as they were given; None where the file holds their numbers in another form."""
-
-    def write(self, name: str, first_row: int, rows: Tensor) -> None:
-        """Put rows of a tensor's planned type, uint8 [rows, row bytes], in their place; rows count over all leading
-        dimensions."""
-
-    def __enter__(self) -> Writer: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+from .writer import Writer
 
 
 class MeasuredImportance:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import gguf
@@ -17,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..archs.errors import BadInput, Interruption
+from ..archs.errors import BadInput
 from ..quant.plan import ALIGNMENT, PlannedTensor
 from ..sources.gguf import SPLIT_NAME
+from ..sources.storage import read_at, write_at
 from .journal import Journal, synchronise
+from .writer import Writer
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class _Slot:
     row_bytes: int
 
 
-class GGUFWriter:
+class GGUFWriter(Writer):
     """One GGUF file, or several when a split size is given. Use it as a context manager.
 
     Leaving the context normally makes the files durable and gives them their names. Leaving it by an exception removes
@@ -57,13 +58,9 @@ class GGUFWriter:
         journal: Journal | None = None,
     ) -> None:
         parts = _split(tensors, split_max_bytes)
-        self.paths = _names(path, len(parts))
-        self._temporary = [file.with_name(f".{file.name}.part") for file in self.paths]
-        self._journal = journal
-        self._name = path.name
-        self._descriptors: list[int] = []
+        files = _names(path, len(parts))
+        super().__init__(path.name, files, [file.with_name(f".{file.name}.part") for file in files], journal)
         self._slots: dict[str, _Slot] = {}
-        self._pieces = {key[1:] for key in journal.done(self._name)} if journal else set()
         existing = next((file for file in self.paths if file.exists()), None)
         if existing and not overwrite and not self._complete:
             raise BadInput(f"{existing} exists: use --overwrite to replace it, or another --output")
@@ -76,52 +73,19 @@ class GGUFWriter:
             self._discard(error)
             raise self._failure(error) from None
 
-    def has(self, name: str, first_row: int) -> bool:
-        """Whether the piece of a tensor that begins with this row is written, by this run or an earlier one."""
-        return (name, first_row) in self._pieces
-
-    def read(self, name: str, first_row: int, rows: int) -> Tensor:
-        """Rows that were written, uint8 [rows, row bytes]."""
+    def read(self, name: str, first_row: int, count: int) -> Tensor:
         slot = self._slots[name]
-        data = bytearray(rows * slot.row_bytes)
-        position, done = slot.offset + first_row * slot.row_bytes, 0
-        while done < len(data):
-            done += os.preadv(slot.descriptor, [memoryview(data)[done:]], position + done)
-        return torch.frombuffer(data, dtype=torch.uint8).view(rows, slot.row_bytes)
+        data = torch.empty((count, slot.row_bytes), dtype=torch.uint8)
+        read_at(slot.descriptor, data, slot.offset + first_row * slot.row_bytes)
+        return data
 
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
-        """Put stored rows, uint8 [rows, row bytes], into a tensor's slot; rows count over all leading dimensions."""
         slot = self._slots[name]
-        data = memoryview(rows.contiguous().numpy().data).cast("B")
-        position, done = slot.offset + first_row * slot.row_bytes, 0
         try:
-            while done < len(data):
-                done += os.pwrite(slot.descriptor, data[done:], position + done)
+            size = write_at(slot.descriptor, rows, slot.offset + first_row * slot.row_bytes)
         except OSError as error:
             raise self._failure(error) from None
-        self._pieces.add((name, first_row))
-        if self._journal:
-            self._journal.add((self._name, name, first_row), len(data), slot.descriptor)
-
-    def __enter__(self) -> GGUFWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self._discard(error)
-            return
-        try:
-            self._finish()
-        except OSError as failure:
-            self._discard(failure)
-            raise self._failure(failure) from None
-
-    @property
-    def _complete(self) -> bool:
-        """Whether all data are there, and at most the names are missing."""
-        return self._journal is not None and (self._name, "complete") in self._journal
+        self._wrote(name, first_row, size, slot.descriptor)
 
     def _ready(self, number: int) -> bool:
         """Whether an earlier run has made the file, so that it can be filled further."""
@@ -142,40 +106,18 @@ class GGUFWriter:
     def _open(self, number: int, tensors: Sequence[PlannedTensor]) -> None:
         path = self._temporary[number]
         descriptor = os.open(path if path.exists() else self.paths[number], os.O_RDWR)
-        self._descriptors.append(descriptor)
+        self._descriptors[path.name] = descriptor
         offset = os.fstat(descriptor).st_size - sum(tensor.aligned_bytes for tensor in tensors)
         for tensor in tensors:
             self._slots[tensor.weight.name] = _Slot(descriptor, offset, tensor.row_bytes)
             offset += tensor.aligned_bytes
 
     def _finish(self) -> None:
-        """Make everything durable and give the files their names."""
-        for descriptor in self._descriptors:
-            os.fsync(descriptor)
-        if self._journal:  # from here on the files may have their names before the journal is gone
-            self._journal.add((self._name, "complete"))
-            self._journal.commit()
+        self._completed()
         for temporary, final in zip(self._temporary, self.paths, strict=True):
             if temporary.exists():
                 os.replace(temporary, final)
         synchronise(self.paths[0].parent)
-        self._close()
-
-    def _close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.pop())
-
-    def _discard(self, error: BaseException) -> None:
-        kept = self._journal is not None and self._journal.keeps(error)
-        self._close()
-        if not kept:
-            for path in self._temporary:
-                path.unlink(missing_ok=True)
-
-    def _failure(self, error: OSError) -> Interruption:
-        return Interruption(
-            f"{self.paths[0]} cannot be written: {error.strerror}; free space or choose another --output"
-        )
 
 
 def _split(tensors: Sequence[PlannedTensor], most: int | None) -> list[list[PlannedTensor]]:

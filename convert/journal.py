@@ -106,13 +106,12 @@ class Journal:
         files = (*temporary, *(path for path in self.folder.rglob("*") if path.is_file()))
         return sum(path.stat().st_blocks * 512 for path in files if path.exists())
 
-    def add(self, key: Key, size: int = 0, descriptor: int | None = None) -> None:
-        """Record that `key` is done: `size` bytes were written through `descriptor`. Makes batches durable."""
+    def add(self, key: Key, size: int = 0, *descriptors: int) -> None:
+        """Record that `key` is done: `size` bytes were written through `descriptors`. Makes batches durable."""
         self._done.add(key)
         self._pending.append(key)
         self._pending_bytes += size
-        if descriptor is not None:
-            self._unsynchronised.add(descriptor)
+        self._unsynchronised.update(descriptors)
         if self._pending_bytes >= BATCH_BYTES or time.monotonic() - self._committed >= BATCH_SECONDS:
             self.commit()
 

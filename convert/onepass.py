@@ -28,9 +28,10 @@ from ..runner.weights import ModelWeights, Weights
 from ..sources.model import Model
 from ..sources.progress import Progress
 from .checkpoints import Checkpoints
-from .encode import CastingWeights, Encoder, Writer
+from .encode import CastingWeights, Encoder
 from .imatrix import ImatrixWriter
 from .journal import Journal
+from .writer import Writer
 
 
 @dataclass(frozen=True)

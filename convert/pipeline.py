@@ -22,7 +22,7 @@ from ..sources.imatrix import read_imatrix
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
 from ..sources.shards import open_streamed
-from .encode import MeasuredImportance, Writer
+from .encode import MeasuredImportance
 from .fingerprint import file_identity, fingerprint, text_identity
 from .gguf_tokenizer import tokenizer_metadata
 from .gguf_writer import GGUFWriter
@@ -31,6 +31,7 @@ from .journal import Journal, journal_folder
 from .onepass import Lanes, cast
 from .onnx.export import open_onnx_writer
 from .preflight import check_disk
+from .writer import Writer
 
 _ROUNDED_ACTIVATIONS = (
     "compared as if activations stayed in float32; ONNX Runtime rounds them to 8 bits: `moecast parity` runs it"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..archs.errors import Interruption
+from ..sources.storage import read_at, write_at
 
 _FLOAT = 4  # bytes
 
@@ -125,11 +126,7 @@ class DiskActivations:
             self._write(sum, index)
 
     def _read(self, values: Tensor, row: int) -> None:
-        view, done = memoryview(values.numpy().data).cast("B"), 0
-        while done < len(view):
-            done += os.preadv(self._file.fileno(), [view[done:]], row * self._row_bytes + done)
+        read_at(self._file.fileno(), values, row * self._row_bytes)
 
     def _write(self, values: Tensor, row: int) -> None:
-        view, done = memoryview(values.contiguous().numpy().data).cast("B"), 0
-        while done < len(view):
-            done += os.pwrite(self._file.fileno(), view[done:], row * self._row_bytes + done)
+        write_at(self._file.fileno(), values, row * self._row_bytes)

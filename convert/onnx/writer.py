@@ -8,22 +8,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from ...archs.errors import BadInput, Interruption
+from ...archs.errors import BadInput
 from ...quant.onnx_plan import OnnxPlan, StoredArray
 from ...quant.packing import PACKINGS
 from ...runner.onnx_model import MODEL_NAME
+from ...sources.storage import write_at
 from ..journal import Journal, synchronise
+from ..writer import Writer
 from .blocks import unpack_blocks
 
 _DATA_PATTERN = "model-*.onnx_data"
 
 
-class OnnxWriter:
+class OnnxWriter(Writer):
     """An ONNX model in a folder, whose first path is the model itself. Use it as a context manager.
 
     Leaving the context normally makes the data files durable, adds the finished `contents` (file name -> bytes), of
@@ -45,12 +46,12 @@ class OnnxWriter:
         overwrite: bool = False,
         journal: Journal | None = None,
     ) -> None:
-        self._folder, self._plan, self._contents, self._journal = folder, plan, contents, journal
-        if not overwrite and (folder / MODEL_NAME).exists() and not self._complete:
-            raise BadInput(f"{folder / MODEL_NAME} exists: use --overwrite to replace it, or another --output")
-        self.paths = [folder / name for name in sorted((*plan.files, *contents), key=lambda name: name != MODEL_NAME)]
-        self._temporary = {name: folder / f".{name}.part" for name in (*plan.files, *contents)}
-        self._descriptors: dict[str, int] = {}
+        names = sorted((*plan.files, *contents), key=lambda name: name != MODEL_NAME)
+        paths = [folder / name for name in names]
+        super().__init__(folder.name, paths, [folder / f".{name}.part" for name in names], journal, folder)
+        self._folder, self._plan, self._contents = folder, plan, contents
+        if not overwrite and self.paths[0].exists() and not self._complete:
+            raise BadInput(f"{self.paths[0]} exists: use --overwrite to replace it, or another --output")
         try:
             for name, size in plan.files.items():
                 self._open(name, size)
@@ -58,17 +59,10 @@ class OnnxWriter:
             self._discard(error)
             raise self._failure(error) from None
 
-    def has(self, name: str, first_row: int) -> bool:
-        """Whether the piece of a tensor that begins with this row is written, by this run or an earlier one."""
-        last = len(self._plan.placements[name].arrays) - 1
-        return self._journal is not None and (self._folder.name, name, first_row, last) in self._journal
-
     def read(self, name: str, first_row: int, count: int) -> None:
         """Blocks are stored unpacked here; nothing gives them back."""
 
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
-        """Put rows of the planned ggml type, uint8 [rows, row bytes], where they belong; rows count over all leading
-        dimensions."""
         placement = self._plan.placements[name]
         packed = placement.type.name in PACKINGS
         parts = unpack_blocks(rows, placement.type.name) if packed else (rows,)
@@ -78,10 +72,9 @@ class OnnxWriter:
                 self._put(array, placement.stride * first_row, placement.stride, placement.offsets, data)
             except OSError as error:
                 raise self._failure(error) from None
-        if self._journal:
-            for number, array in enumerate(placement.arrays):
-                key = (self._folder.name, name, first_row, number)
-                self._journal.add(key, len(rows) * array.row_bytes, self._descriptors[array.file])
+        files = {array.file for array in placement.arrays}
+        size = len(rows) * sum(array.row_bytes for array in placement.arrays)
+        self._wrote(name, first_row, size, *(self._descriptors[file] for file in files))
 
     def _put(self, array: StoredArray, first_row: int, stride: int, offsets: Sequence[int], data: Tensor) -> None:
         descriptor, position = self._descriptors[array.file], array.offset + first_row * array.row_bytes
@@ -91,33 +84,11 @@ class OnnxWriter:
             for offset in offsets:
                 among.view(len(data), stride, -1)[:, offset] = data
             data = among
-        view, done = memoryview(data.numpy().reshape(-1).data), 0
-        while done < len(view):
-            done += os.pwrite(descriptor, view[done:], position + done)
-
-    def __enter__(self) -> OnnxWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self._discard(error)
-            return
-        try:
-            self._finish()
-        except OSError as failure:
-            self._discard(failure)
-            raise self._failure(failure) from None
-
-    @property
-    def _complete(self) -> bool:
-        """Whether all data are there, and at most the names are missing."""
-        return self._journal is not None and (self._folder.name, "complete") in self._journal
+        write_at(descriptor, data, position)
 
     def _open(self, name: str, size: int) -> None:
         """A data file of its final size, as an earlier run has left it or new."""
-        path = self._temporary[name]
+        path = self._part(name)
         if self._complete and not path.exists():
             path = self._folder / name
         started = self._complete or (self._journal is not None and self._journal.started(path))
@@ -129,46 +100,28 @@ class OnnxWriter:
                 self._journal.start(path)
 
     def _finish(self) -> None:
-        """Make everything durable and give the files their names, the model last."""
-        for descriptor in self._descriptors.values():
-            os.fsync(descriptor)
         for name, content in self._contents.items():
-            with self._temporary[name].open("wb") as file:
+            with self._part(name).open("wb") as file:
                 file.write(content)
                 os.fsync(file.fileno())
         if not self._complete:
             self._remove_stale()
-        if self._journal:  # from here on the files may have their names before the journal is gone
-            self._journal.add((self._folder.name, "complete"))
-            self._journal.commit()
-        for path in (*self.paths[1:], self.paths[0]):
-            if self._temporary[path.name].exists():
-                os.replace(self._temporary[path.name], path)
+        self._completed()
+        for path in (*self.paths[1:], self.paths[0]):  # the model last
+            if self._part(path.name).exists():
+                os.replace(self._part(path.name), path)
         synchronise(self._folder)
-        self._close()
 
     def _remove_stale(self) -> None:
         """Whatever model was here goes first, so that its graph never meets other weights."""
-        (self._folder / MODEL_NAME).unlink(missing_ok=True)
+        self.paths[0].unlink(missing_ok=True)
         for stale in self._folder.glob(_DATA_PATTERN):
             stale.unlink()
 
-    def _close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+    def _part(self, name: str) -> Path:
+        return self._folder / f".{name}.part"
 
     def _discard(self, error: BaseException) -> None:
-        kept = self._journal is not None and self._journal.keeps(error)
-        self._close()
-        if kept:
-            return
-        for path in self._temporary.values():
-            path.unlink(missing_ok=True)
+        super()._discard(error)
         if not any(self._folder.iterdir()):
             self._folder.rmdir()
-
-    def _failure(self, error: OSError) -> Interruption:
-        return Interruption(
-            f"{self._folder} cannot be written: {error.strerror}; free space or choose another --output"
-        )
