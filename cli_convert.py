@@ -12,6 +12,7 @@ from .cli_evaluate import judge
 from .options import (
     Size,
     TypeOverride,
+    compute_dtype_option,
     goal_options,
     hub_options,
     json_option,
@@ -56,6 +57,7 @@ _VERIFY_CHUNKS = 16
 @click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
 @text_options
 @threads_option
+@compute_dtype_option
 @memory_option
 @click.option("--scratch", type=Size(), help="Most disk for shards from the Hub; by default, that of two layers.")
 @click.option("--keep-source", is_flag=True, help="Download everything from the Hub first, and keep it in its cache.")
@@ -85,6 +87,7 @@ def convert(
     context: int,
     chunks: int | None,
     threads: int | None,
+    compute_dtype: str,
     memory: int | None,
     scratch: int | None,
     keep_source: bool,
@@ -104,6 +107,8 @@ def convert(
       moecast convert CHECKPOINT --to onnx -o out/
       moecast convert OWNER/NAME --quant IQ4_XS --scratch 20GB
     """
+    import torch
+
     from .console import watch
     from .convert.allocate import allocate_for
     from .convert.choose import choose_plan
@@ -165,6 +170,7 @@ def convert(
             context=context,
             chunks=chunks or _VERIFY_CHUNKS,
             threads=threads,
+            compute_dtype=getattr(torch, compute_dtype),
             memory=memory,
             provenance=provenance,
             progress=progress,
@@ -241,6 +247,7 @@ def quantize(
 @click.option("-c", "--context", default=512, show_default=True, help="Tokens in a chunk.")
 @click.option("--chunks", type=int, help="Use at most this many chunks of the text.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@compute_dtype_option
 @memory_option
 @hub_options
 @json_option
@@ -251,6 +258,7 @@ def imatrix(
     context: int,
     chunks: int | None,
     overwrite: bool,
+    compute_dtype: str,
     memory: int | None,
     revision: str | None,
     token: str | None,
@@ -263,6 +271,8 @@ def imatrix(
       moecast imatrix CHECKPOINT -o imatrix.gguf
       moecast imatrix OWNER/NAME -o imatrix.gguf --calibration text.txt --chunks 100
     """
+    import torch
+
     from .console import watch
     from .convert.calibrate import write_imatrix
     from .report import show_calibration
@@ -278,6 +288,7 @@ def imatrix(
             context=context,
             chunks=chunks,
             overwrite=overwrite,
+            compute_dtype=getattr(torch, compute_dtype),
             memory=memory,
             progress=progress,
         )

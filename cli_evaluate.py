@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import hub_options, json_option, low_memory_option, text_options
+from .options import compute_dtype_option, hub_options, json_option, low_memory_option, text_options
 
 if TYPE_CHECKING:
     from .runner.evaluate import Parity
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model")
 @text_options
+@compute_dtype_option
 @low_memory_option
 @hub_options
 @json_option
@@ -27,6 +28,7 @@ def perplexity(
     file: Path | None,
     context: int,
     chunks: int | None,
+    compute_dtype: str,
     low_memory: bool,
     revision: str | None,
     token: str | None,
@@ -39,6 +41,8 @@ def perplexity(
       moecast perplexity CHECKPOINT -f text.txt
       moecast perplexity model.gguf -f text.txt --chunks 20 --json
     """
+    import torch
+
     from .console import watch
     from .report import show_perplexity
     from .runner.evaluate import EVALUATION_TEXT
@@ -46,7 +50,7 @@ def perplexity(
 
     opened = _open(model, revision, token, low_memory)
     with watch() as progress:
-        result = run(opened, file or EVALUATION_TEXT, context, chunks, progress)
+        result = run(opened, file or EVALUATION_TEXT, context, chunks, progress, getattr(torch, compute_dtype))
     show_perplexity(str(opened.path), result, as_json)
 
 
@@ -55,6 +59,7 @@ def perplexity(
 @click.argument("candidate")
 @text_options
 @click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
+@compute_dtype_option
 @low_memory_option
 @hub_options
 @json_option
@@ -65,6 +70,7 @@ def parity(
     context: int,
     chunks: int | None,
     max_kld: float | None,
+    compute_dtype: str,
     low_memory: bool,
     revision: str | None,
     token: str | None,
@@ -77,6 +83,8 @@ def parity(
       moecast parity CHECKPOINT model.gguf --max-kld 0.05
       moecast parity a.gguf b.gguf -f text.txt --json
     """
+    import torch
+
     from .console import watch
     from .report import show_parity
     from .runner.evaluate import EVALUATION_TEXT
@@ -84,7 +92,8 @@ def parity(
 
     first, second = _open(reference, revision, token, low_memory), _open(candidate, None, token, low_memory)
     with watch() as progress:
-        result = run(first, second, file or EVALUATION_TEXT, context, chunks, progress)
+        dtype = getattr(torch, compute_dtype)
+        result = run(first, second, file or EVALUATION_TEXT, context, chunks, progress, dtype)
     show_parity(f"{second.path} against {first.path}", result, as_json)
     judge(result, max_kld)
 

@@ -122,7 +122,7 @@ def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:
         print_json(asdict(result))
         return
     value = f"{result.perplexity:.4f} ± {result.error:.4f}"
-    print_table(title, [("Perplexity", value), ("Tokens scored", str(result.tokens))])
+    print_table(title, [("Perplexity", value), *_scoring_rows(result)])
 
 
 def show_parity(title: str, result: Parity, as_json: bool) -> None:
@@ -180,5 +180,10 @@ def _parity_rows(result: Parity) -> list[tuple[str, str]]:
         ("KL divergence, 99.9 %", f"{result.kld_999:.6f}"),
         ("Same top token", f"{result.top1_agreement:.2%}"),
         ("Δp of the right token", f"{result.mean_delta_p:+.3%} mean, {result.rms_delta_p:.3%} RMS"),
-        ("Tokens scored", str(result.tokens)),
+        *_scoring_rows(result),
     ]
+
+
+def _scoring_rows(result: Perplexity | Parity) -> list[tuple[str, str]]:
+    rows = [("Tokens scored", str(result.tokens))]
+    return rows if result.compute_dtype == "float32" else [*rows, ("Products computed in", result.compute_dtype)]

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..quant.importance import Statistics
 from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, with_bos
 from ..runner.memory import peak_rss_bytes, workspace
@@ -47,12 +49,13 @@ def write_imatrix(
     overwrite: bool = False,
     memory: int | None = None,
     progress: Progress | None = None,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Calibration:
     """Write llama.cpp's importance matrix of a model on a text: what llama-imatrix writes, layer by layer.
 
     Activations that do not fit into `memory` bytes for the whole process go to a scratch file beside the output, which
-    changes no number. Raises BadInput for an existing output, less memory than the model takes, a text that is too
-    short, and numbers that are not finite.
+    changes no number. `compute_dtype` as for `perplexity`. Raises BadInput for an existing output, less memory than the
+    model takes, a text that is too short, and numbers that are not finite.
     """
     started = time.monotonic()
     model = model if isinstance(model, Model) else open_model(model)
@@ -62,7 +65,7 @@ def write_imatrix(
     statistics = Statistics()
     unseen, fewest = 0, []
     with ImatrixWriter(Path(output), Path(calibration), tokens, overwrite) as writer:
-        weights = ObservingWeights(ModelWeights(model), statistics)
+        weights = ObservingWeights(ModelWeights(model, compute_dtype), statistics)
         stream = Stream(model, with_bos(tokens, model.tokenizer), weights=weights, workspace=room)
         progress.begin("Calibrating", len(model.graph.layers), "layers")
         for layer in model.graph.layers:

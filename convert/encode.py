@@ -48,7 +48,7 @@ class Encoder:
         threads: int | None = None,
     ) -> None:
         self.plan = plan
-        self._source = source
+        self.source = source
         self._writer = writer
         self._progress = progress
         self._importance = importance
@@ -89,7 +89,7 @@ class Encoder:
             for expert, rows in pieces(tensor.weight):
                 if not self._has(tensor.weight, expert, rows):
                     self.encode(tensor, expert, rows)
-                    self._source.forget()
+                    self.source.forget()
 
     def finish_all(self) -> None:
         """Encode what is left."""
@@ -102,11 +102,11 @@ class Encoder:
 
     def _stored(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
         weight, type_name = tensor.weight, tensor.type.name
-        data = self._source.model.repacked(weight, type_name, expert, rows)
+        data = self.source.model.repacked(weight, type_name, expert, rows)
         if data is not None:
             return data
         try:
-            values = self._source.load(weight, expert, rows).view(-1, weight.columns)
+            values = self.source.load(weight, expert, rows).view(-1, weight.columns)
             if type_name == "I32":
                 return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
             importance = self._importance.of(weight, expert) if self._importance else None
@@ -122,7 +122,7 @@ class CastingWeights(KeptWeights):
     """The weights of the file in the making: asking for one writes it, the answer is what was stored."""
 
     def __init__(self, encoder: Encoder, label: str) -> None:
-        super().__init__(encoder.plan.graph, label)
+        super().__init__(encoder.plan.graph, label, encoder.source.compute_dtype)
         self._encoder = encoder
         self._planned = {tensor.weight.name: tensor for tensor in encoder.plan.tensors}
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ..archs.errors import BadInput
@@ -60,6 +61,7 @@ def cast(
     journal: Journal | None = None,
     workspace: Workspace | None = None,
     min_expert_tokens: int = 0,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Parity | None:
     """Write every tensor of a plan, and compare the result with its source on the evaluation tokens.
 
@@ -69,11 +71,12 @@ def cast(
         journal: keeps the lanes' states after each layer, and those of an earlier run to go on from.
         workspace: where activations are kept, by default in memory.
         min_expert_tokens: how many calibration tokens every expert must have seen.
+        compute_dtype: what products with weights are computed in, see `perplexity`.
 
     Raises BadInput naming a stored tensor, a block or an expert whose numbers are not finite, and a layer where an
     expert has seen too few tokens.
     """
-    source, statistics = ModelWeights(model), Statistics()
+    source, statistics = ModelWeights(model, compute_dtype), Statistics()
     known = importance if lanes.calibration is None else statistics
     encoder = Encoder(source, plan, writer, progress, known, threads)
     checkpoints = Checkpoints(journal, model.graph.layers)
@@ -109,7 +112,7 @@ def cast(
     if lanes.evaluation is not None:
         chunks, context = lanes.evaluation.shape
         (divergence,) = compare_heads(streams[-2], streams[-1:], lanes.evaluation)
-        result = summarise(divergence, tuple(errors), context, chunks)
+        result = summarise(divergence, tuple(errors), context, chunks, compute_dtype)
     encoder.finish_all()
     return result
 

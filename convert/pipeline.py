@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import __version__
 from ..archs.errors import BadInput
 from ..quant.onnx_plan import OnnxPlan
 from ..quant.plan import Plan, plan_tensors
 from ..quant.recipes import Recipe
 from ..quant.targets import plan_target, recipe_for
-from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, chunk_tokens
+from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, chunk_tokens, dtype_name
 from ..runner.memory import peak_rss_bytes, workspace
 from ..sources.hub import HubCheckpoint
 from ..sources.imatrix import read_imatrix
@@ -97,6 +99,7 @@ def convert(
     chunks: int | None = 16,
     threads: int | None = None,
     memory: int | None = None,
+    compute_dtype: torch.dtype = torch.float32,
     scratch: int | None = None,
     provenance: dict[str, str] | None = None,
     progress: Progress | None = None,
@@ -127,6 +130,7 @@ def convert(
         verify: compare the result with the source on `file`, `chunks` chunks of `context` tokens.
         memory: most bytes this process may take; activations that do not fit go to a scratch file beside the output.
             The result does not depend on it. By default all of them stay in memory.
+        compute_dtype: what calibration and comparison compute products with weights in; bfloat16 is faster.
         scratch: most bytes of shards from the Hub on disk; by default twice what a layer needs.
         provenance: further facts about the source to store in the file.
 
@@ -165,6 +169,7 @@ def convert(
         "importance matrix": file_identity(Path(imatrix)) if imatrix else "none",
         "calibration": text_identity(text, lanes.calibration),
         "evaluation": text_identity(file, lanes.evaluation),
+        "the type of products": dtype_name(compute_dtype),
     }
     identity = fingerprint(model, plan, metadata, texts, split_max_bytes, activations)
     room = workspace(memory, plan.graph, lanes.tokens, context, casting=verify, folder=path.parent)
@@ -177,7 +182,18 @@ def convert(
         with _writer(model, plan, path, metadata, split_max_bytes, activations, overwrite, verify, journal) as writer:
             importance = MeasuredImportance(measured) if measured else None
             result = cast(
-                model, plan, writer, lanes, progress, importance, found, threads, journal, room, min_expert_tokens
+                model,
+                plan,
+                writer,
+                lanes,
+                progress,
+                importance=importance,
+                imatrix=found,
+                threads=threads,
+                journal=journal,
+                workspace=room,
+                min_expert_tokens=min_expert_tokens,
+                compute_dtype=compute_dtype,
             )
         files = [*writer.paths]
         if mtp and model.graph.draft:

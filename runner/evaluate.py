@@ -20,7 +20,7 @@ from .logits import compare, logit_source, score
 from .onnx_model import OnnxModel, open_runnable
 from .scores import Divergence, Scores
 from .stream import Stream, advance
-from .weights import multiply
+from .weights import ModelWeights, multiply
 
 DEFAULT_CONTEXT = 512
 _TEXTS = Path(__file__).parent.parent / "examples" / "text"
@@ -37,6 +37,7 @@ class Perplexity:
     tokens: int
     context: int
     chunks: int
+    compute_dtype: str
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Parity:
         mean_delta_p, rms_delta_p: change of the correct token's probability, candidate minus reference.
         layer_errors: after each layer, |candidate - reference| / |reference| of the hidden states.
         tokens: number of scored positions.
+        compute_dtype: what the products of both were computed in, "float32" or "bfloat16".
     """
 
     perplexity_reference: float
@@ -65,6 +67,7 @@ class Parity:
     tokens: int
     context: int
     chunks: int
+    compute_dtype: str
 
     @property
     def perplexity_ratio(self) -> float:
@@ -77,11 +80,14 @@ def perplexity(
     context: int = DEFAULT_CONTEXT,
     chunks: int | None = None,
     progress: Progress | None = None,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Perplexity:
     """Perplexity of a model on a text file, defined as llama-perplexity does.
 
     The text is cut into chunks of `context` tokens, each with an empty cache; the second half of each is scored.
-    Raises BadInput for a text shorter than two chunks.
+    Products with weights are computed in `compute_dtype`, except those that route tokens and those of the head, and
+    except by ONNX Runtime, whose models say themselves what they compute in. Raises BadInput for a text shorter than
+    two chunks.
     """
     model, progress = _opened(model), progress or Silent()
     tokens = chunk_tokens(model.tokenizer, Path(file), context, chunks)
@@ -90,13 +96,13 @@ def perplexity(
     if isinstance(model, OnnxModel):
         score(logit_source(model, inputs, _scored_positions(context), progress), scores, len(tokens), progress)
     else:
-        _score_stream(model, inputs, scores, progress)
+        _score_stream(Stream(model, inputs, weights=ModelWeights(model, compute_dtype)), scores, progress)
     value, error = _perplexity_of(scores)
-    return Perplexity(value, error, len(scores.targets), context, len(tokens))
+    return Perplexity(value, error, len(scores.targets), context, len(tokens), dtype_name(compute_dtype))
 
 
-def _score_stream(model: Model, tokens: Tensor, scores: Scores, progress: Progress) -> None:
-    stream = Stream(model, tokens)
+def _score_stream(stream: Stream, scores: Scores, progress: Progress) -> None:
+    model, tokens = stream.model, stream.tokens
     progress.begin("Perplexity", len(model.graph.layers), "layers")
     for layer in model.graph.layers:
         stream.advance(layer)
@@ -116,11 +122,12 @@ def parity(
     context: int = DEFAULT_CONTEXT,
     chunks: int | None = None,
     progress: Progress | None = None,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Parity:
     """Compare two models on a text file. They advance together, layer by layer, so that neither is ever in memory.
 
     A model that ONNX Runtime runs is compared by its logits alone, without errors of layers. Both get the tokens
-    of the reference. Raises BadInput when the two do not share a vocabulary.
+    of the reference. `compute_dtype` as for `perplexity`. Raises BadInput when the two do not share a vocabulary.
     """
     reference, candidate, progress = _opened(reference), _opened(candidate), progress or Silent()
     tokens = chunk_tokens(reference.tokenizer, Path(file), context, chunks)
@@ -128,18 +135,21 @@ def parity(
     inputs = [with_bos(tokens, model.tokenizer) for model in (reference, candidate)]
     layer_errors: tuple[float, ...] = ()
     if isinstance(reference, Model) and isinstance(candidate, Model):
-        streams = Stream(reference, inputs[0]), Stream(candidate, inputs[1])
-        layer_errors = _advance_together(*streams, progress)
+        streams = [
+            Stream(model, text, weights=ModelWeights(model, compute_dtype))
+            for model, text in zip((reference, candidate), inputs, strict=True)
+        ]
+        layer_errors = _advance_together(streams[0], streams[1], progress)
         (divergence,) = compare_heads(streams[0], streams[1:], tokens)
     else:
         divergence = Divergence(targets(tokens))
         positions = _scored_positions(context)
         first, second = (
-            logit_source(model, text, positions, progress)
+            logit_source(model, text, positions, progress, compute_dtype)
             for model, text in zip((reference, candidate), inputs, strict=True)
         )
         compare(first, second, divergence, len(tokens), progress)
-    return summarise(divergence, layer_errors, context, len(tokens))
+    return summarise(divergence, layer_errors, context, len(tokens), compute_dtype)
 
 
 def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | None) -> Tensor:
@@ -269,7 +279,10 @@ def _standard_error(values: Tensor) -> float:
     return math.sqrt(float(values.var(correction=0)) / max(len(values) - 1, 1))
 
 
-def summarise(divergence: Divergence, layer_errors: tuple[float, ...], context: int, chunks: int) -> Parity:
+def summarise(
+    divergence: Divergence, layer_errors: tuple[float, ...], context: int, chunks: int, compute_dtype: torch.dtype
+) -> Parity:
+    """What a comparison of all scored tokens amounts to."""
     kld = divergence.kld
     reference, candidate = divergence.reference, divergence.candidate
     delta = candidate.log_probability.exp() - reference.log_probability.exp()
@@ -287,4 +300,10 @@ def summarise(divergence: Divergence, layer_errors: tuple[float, ...], context: 
         tokens=len(kld),
         context=context,
         chunks=chunks,
+        compute_dtype=dtype_name(compute_dtype),
     )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16, of torch.bfloat16"""
+    return str(dtype).removeprefix("torch.")

@@ -12,20 +12,26 @@ from ..sources.progress import Progress
 from .onnx_model import OnnxModel
 from .scores import Divergence, Scores
 from .stream import Stream
-from .weights import multiply
+from .weights import ModelWeights, multiply
 
 LogitSource = Callable[[int], Tensor]  # number of a chunk -> float32 [scored positions, vocabulary size]
 _WORDS = 4096  # of the vocabulary at a time: what is computed from logits needs several times their memory
 
 
-def logit_source(model: Model | OnnxModel, tokens: Tensor, positions: slice, progress: Progress) -> LogitSource:
+def logit_source(
+    model: Model | OnnxModel,
+    tokens: Tensor,
+    positions: slice,
+    progress: Progress,
+    compute_dtype: torch.dtype = torch.float32,
+) -> LogitSource:
     """A model's logits at `positions` of every chunk of `tokens` [chunks, context].
 
     A stream runs through all its layers here, once for all chunks; an engine whenever a chunk is asked for.
     """
     if isinstance(model, OnnxModel):
         return lambda chunk: model.advance(tokens[chunk], model.initial_state())[0][positions]
-    stream = Stream(model, tokens)
+    stream = Stream(model, tokens, weights=ModelWeights(model, compute_dtype))
     progress.begin(model.path.name, len(model.graph.layers), "layers")
     for layer in model.graph.layers:
         stream.advance(layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..archs.graph import Graph
@@ -35,11 +36,16 @@ class Weights(Protocol):
 
 
 class KeptWeights:
-    """Weights whose numbers are read once and kept until `forget`; `read` says where they come from."""
+    """Weights whose numbers are read once and kept until `forget`; `read` says where they come from.
 
-    def __init__(self, graph: Graph, label: str) -> None:
+    Products with weights that may be quantised are computed in `compute_dtype`, see `multiply`; the others decide too
+    much, and stay in float32.
+    """
+
+    def __init__(self, graph: Graph, label: str, compute_dtype: torch.dtype = torch.float32) -> None:
         self.graph = graph
         self.label = label
+        self.compute_dtype = compute_dtype
         # By identity, because a padded graph has other weights of the same names.
         self._kept: dict[tuple[int, int | None, tuple[int, int] | None], Tensor] = {}
 
@@ -56,31 +62,33 @@ class KeptWeights:
         return self._kept[key]
 
     def project(self, states: Tensor, weight: Weight, expert: int | None = None) -> Tensor:
-        return multiply(states, self.load(weight, expert))
+        return multiply(states, self.load(weight, expert), self._dtype_for(weight))
 
     def project_groups(self, states: Tensor, weight: Weight) -> Tensor:
-        return multiply_groups(states, self.load(weight))
+        matrices = self.load(weight).unflatten(0, (len(states), -1))  # [groups, rows / groups, columns]
+        return multiply(states, matrices, self._dtype_for(weight))
 
     def forget(self, expert: int | None = None) -> None:
         self._kept = {} if expert is None else {key: kept for key, kept in self._kept.items() if key[1] != expert}
+
+    def _dtype_for(self, weight: Weight) -> torch.dtype:
+        return torch.float32 if weight.role.protected else self.compute_dtype
 
 
 class ModelWeights(KeptWeights):
     """The weights of a model as they are stored; lanes of one model share them, so each is decoded once for all."""
 
-    def __init__(self, model: Model) -> None:
-        super().__init__(model.graph, str(model.path))
+    def __init__(self, model: Model, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(model.graph, str(model.path), compute_dtype)
         self.model = model
 
     def read(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
         return self.model.load(weight, expert, rows)
 
 
-def multiply(states: Tensor, matrix: Tensor) -> Tensor:
-    """The product that everything else is made of: states [..., columns], matrix [rows, columns] -> [..., rows]."""
-    return states @ matrix.T
+def multiply(states: Tensor, matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The product all else is made of: [..., tokens, columns] by [..., rows, columns] gives [..., tokens, rows].
 
-
-def multiply_groups(states: Tensor, matrix: Tensor) -> Tensor:
-    """states [groups, tokens, columns], matrix [rows, columns] -> [groups, tokens, rows / groups]."""
-    return states @ matrix.view(len(states), -1, matrix.shape[1]).transpose(1, 2)
+    Both factors are rounded to `dtype` first, summed up in float32 and rounded to `dtype`; the result is float32.
+    """
+    return (states.to(dtype) @ matrix.to(dtype).mT).float()

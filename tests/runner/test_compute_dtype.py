@@ -1,0 +1,76 @@
+"""Products in BF16: how far they are from float32, and what they leave alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+from moecast.archs.errors import BadInput
+from moecast.archs.graph import MoE
+from moecast.convert import convert
+from moecast.runner import parity, perplexity
+from moecast.runner.weights import ModelWeights, multiply
+from moecast.sources.model import open_model
+from moecast.sources.progress import Silent
+
+FOLDERS = sorted(path.parent for path in checkpoints.EXAMPLES.glob("*/config.json"))
+TEXT = Path(__file__).parent.parent / "data" / "imatrix" / "text.txt"
+CHUNKS = {"file": TEXT, "context": 256, "chunks": 4}
+
+
+class Stopping(Silent):
+    def note(self, line: str) -> None:
+        if line.startswith("Layer 0"):
+            raise KeyboardInterrupt
+
+
+def test_sums_are_those_of_float32() -> None:
+    """Four thousand summands lose no more than the result's own rounding, in stacks of matrices too."""
+    generator = torch.Generator().manual_seed(0)
+    states, matrices = torch.rand(3, 40, 4096, generator=generator), torch.rand(3, 24, 4096, generator=generator)
+    found = multiply(states, matrices, torch.bfloat16)
+    exact = states.bfloat16().double() @ matrices.bfloat16().double().mT
+    assert found.dtype == torch.float32
+    assert float(((found - exact).abs() / exact).max()) <= 2**-8
+    assert not torch.allclose(found, multiply(states, matrices), rtol=1e-5)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_routers_stay_in_float32(folder: Path) -> None:
+    model = open_model(folder)
+    exact, rounded = ModelWeights(model), ModelWeights(model, torch.bfloat16)
+    moe = next(operation for operation in model.graph.operations() if isinstance(operation, MoE))
+    states = torch.randn(8, moe.router.weight.columns, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(exact.project(states, moe.router.weight), rounded.project(states, moe.router.weight))
+    states = torch.randn(8, moe.up.columns, generator=torch.Generator().manual_seed(1))
+    expected, found = exact.project(states, moe.up, 3), rounded.project(states, moe.up, 3)
+    assert 1e-4 < float((found - expected).norm() / expected.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_results_differ_by_rounding(folder: Path, tmp_path: Path) -> None:
+    """What a coarse file costs is found either way; `convert` and `parity` say the same."""
+    exact, rounded = perplexity(folder, **CHUNKS), perplexity(folder, **CHUNKS, compute_dtype=torch.bfloat16)
+    assert (exact.compute_dtype, rounded.compute_dtype) == ("float32", "bfloat16")
+    assert rounded.perplexity != exact.perplexity
+    assert rounded.perplexity == pytest.approx(exact.perplexity, rel=2e-3)
+    made = convert(folder, tmp_path, "Q2_K", calibration=TEXT, **CHUNKS, compute_dtype=torch.bfloat16)
+    found = parity(folder, made.files[0], **CHUNKS, compute_dtype=torch.bfloat16)
+    assert made.parity is not None and made.parity.compute_dtype == "bfloat16"
+    assert made.parity.mean_kld == pytest.approx(found.mean_kld, rel=1e-4)
+    assert found.mean_kld == pytest.approx(parity(folder, made.files[0], **CHUNKS).mean_kld, rel=0.05)
+
+
+def test_resuming_with_other_products(tmp_path: Path) -> None:
+    """What is half done in float32 does not go on in BF16."""
+    arguments = {"calibration": TEXT, "context": 256, "verify": False}
+    output = tmp_path / "out.gguf"
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(FOLDERS[0], output, "Q2_K", **arguments, progress=Stopping())
+    with pytest.raises(BadInput, match="the type of products"):
+        convert(FOLDERS[0], output, "Q2_K", **arguments, compute_dtype=torch.bfloat16)
+    convert(FOLDERS[0], output, "Q2_K", **arguments)
+    assert output.exists()
