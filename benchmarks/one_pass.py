@@ -1,36 +1,50 @@
-"""One pass against llama.cpp's chain: time, memory and disk for layers of MiniMax M2's real width.
+"""One pass against llama.cpp's chain: time, memory and disk for layers of real width.
 
-    python benchmarks/one_pass.py --llama FOLDER [--layers 1] [--experts 32] [--quant Q4_K_M] [--threads 2]
+    python benchmarks/one_pass.py --llama FOLDER --converter convert_hf_to_gguf.py [--layers 1] [--experts 32]
+    python benchmarks/one_pass.py --shape deepseek-v4-flash --layers 3 --experts 256 --quant IQ3_XXS --memory 4GB
 
-A checkpoint of random FP8 weights is built: 3072 wide, experts of 1536, 48 heads, as many layers and experts as asked
-for, with the tokenizer and vocabulary of the tiny example. Ours is one command. Theirs are llama-imatrix,
-llama-quantize and llama-perplexity twice (FOLDER holds them), on a BF16 file that `moecast convert` writes, because
-llama.cpp's converter refuses tokenizers that it does not know. Both calibrate and evaluate on the same chunks.
+The checkpoint is one of random numbers (real_shapes.py): MiniMax M2's FP8 or V4-Flash's FP4, with as many layers and
+experts as asked for and the vocabulary of the tiny example.
+
+With --llama (the folder of llama.cpp's tools) and --converter (its script, for which the name of the text splitter is
+supplied, because it refuses tokenizers that it does not know) both sides make the same: a quantised file, importance,
+perplexity, KL divergence; ours by one command. Then come parts: conversion and quantisation alone, and evaluation of
+the quantised file. Without them, one command of ours alone fetches the checkpoint from a Hub on this machine, within
+--memory and --scratch.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
+from moecast.options import Size
+from real_shapes import BUILDERS, ROOT
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-SOURCE = EXAMPLES / "minimax-m2-tiny"
-CALIBRATION, EVALUATION = (EXAMPLES / "text" / name for name in ("calibration.txt", "evaluation.txt"))
-HIDDEN, EXPERT, HEADS, KEY_VALUE_HEADS, HEAD = 3072, 1536, 48, 8, 128
-BLOCK = 128
-CONVERT = [sys.executable, "-m", "moecast.cli", "convert"]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from hub_server import HubServer
+
+CALIBRATION, EVALUATION = (ROOT / "examples" / "text" / name for name in ("calibration.txt", "evaluation.txt"))
+MOECAST = [sys.executable, "-m", "moecast.cli"]
 CONTEXT = 512
+# Runs llama.cpp's converter on a tokenizer that is not in its list.
+CONVERTER = """
+import runpy, sys
+from pathlib import Path
+script = Path(sys.argv.pop(1))
+sys.path[:0] = [str(script.parent), str(script.parent / "gguf-py")]
+from conversion import base
+base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "minimax-m2"
+runpy.run_path(str(script), run_name="__main__")
+"""
 
 
 @dataclass(frozen=True)
@@ -46,123 +60,109 @@ class Cost:
     peak_rss: int
     peak_disk: int
 
-
-def build(folder: Path, layers: int, experts: int) -> None:
-    """A checkpoint as the Hub has it, one shard a layer."""
-    folder.mkdir()
-    config = json.loads((SOURCE / "config.json").read_text())
-    vocabulary = config["vocab_size"]
-    config |= {
-        "hidden_size": HIDDEN,
-        "intermediate_size": EXPERT,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KEY_VALUE_HEADS,
-        "head_dim": HEAD,
-        "rotary_dim": 64,
-        "num_local_experts": experts,
-        "num_experts_per_tok": 8,
-        "attn_type_list": [1] * layers,
-        "quantization_config": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(SOURCE / name, folder / name)
-    generator = torch.Generator().manual_seed(0)
-    weight_map: dict[str, str] = {}
-
-    def save(file: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, folder / file)
-        weight_map.update(dict.fromkeys(tensors, file))
-
-    def matrix(name: str, rows: int, columns: int, gain: float = 1.0) -> dict[str, torch.Tensor]:
-        codes = (torch.randn(rows, columns, generator=generator) * 100).to(torch.float8_e4m3fn)
-        scale = torch.full((-(-rows // BLOCK), -(-columns // BLOCK)), gain / 100 / columns**0.5)
-        return {name: codes, f"{name}_scale_inv": scale}
-
-    def ones(size: int) -> torch.Tensor:
-        return torch.ones(size, dtype=torch.bfloat16)
-
-    for layer in range(layers):
-        stem = f"model.layers.{layer}"
-        attention, moe = f"{stem}.self_attn", f"{stem}.block_sparse_moe"
-        tensors = {
-            f"{stem}.input_layernorm.weight": ones(HIDDEN),
-            f"{stem}.post_attention_layernorm.weight": ones(HIDDEN),
-            f"{attention}.q_norm.weight": ones(HEADS * HEAD),
-            f"{attention}.k_norm.weight": ones(KEY_VALUE_HEADS * HEAD),
-            f"{moe}.gate.weight": torch.randn(experts, HIDDEN, generator=generator) / HIDDEN**0.5,
-            f"{moe}.e_score_correction_bias": torch.zeros(experts),
-        }
-        tensors |= matrix(f"{attention}.q_proj.weight", HEADS * HEAD, HIDDEN)
-        tensors |= matrix(f"{attention}.k_proj.weight", KEY_VALUE_HEADS * HEAD, HIDDEN)
-        tensors |= matrix(f"{attention}.v_proj.weight", KEY_VALUE_HEADS * HEAD, HIDDEN)
-        tensors |= matrix(f"{attention}.o_proj.weight", HIDDEN, HEADS * HEAD, 0.25)
-        for expert in range(experts):
-            tensors |= matrix(f"{moe}.experts.{expert}.w1.weight", EXPERT, HIDDEN)
-            tensors |= matrix(f"{moe}.experts.{expert}.w3.weight", EXPERT, HIDDEN)
-            tensors |= matrix(f"{moe}.experts.{expert}.w2.weight", HIDDEN, EXPERT, 0.25)
-        save(f"layer-{layer:05d}.safetensors", tensors)
-    table = torch.randn(vocabulary, HIDDEN, generator=generator).bfloat16()
-    ends = {"model.embed_tokens.weight": table, "model.norm.weight": ones(HIDDEN)}
-    save("ends.safetensors", ends | {"lm_head.weight": table.flip(0) / HIDDEN**0.5})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    def row(self) -> str:
+        sizes = " | ".join(f"{size / 1e9:.2f}" for size in (self.read, self.written, self.peak_rss, self.peak_disk))
+        return f"| {self.name} | {self.seconds:.1f} | {self.processor_seconds:.1f} | {sizes} |"
 
 
-def measure(name: str, command: list[str], folder: Path, threads: int) -> Cost:
-    """Run a command, looking at its counters and at the folder many times a second."""
-    before = _bytes_in(folder)
-    started, moved, memory, disk = time.monotonic(), (0, 0), 0, 0
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as run:
-        while True:
-            moved = _moved(run.pid) or moved
-            memory = max(memory, _peak_memory(run.pid))
-            disk = max(disk, _bytes_in(folder) - before)
-            ended, status, usage = os.wait4(run.pid, os.WNOHANG)
-            if ended:
-                run.returncode = os.waitstatus_to_exitcode(status)
-                break
-            time.sleep(0.05)
-        seconds = time.monotonic() - started
-        if run.returncode:
+class Bench:
+    """Runs commands in a folder; options that all of them share are attributes."""
+
+    def __init__(self, folder: Path, quant: str, chunks: int, threads: int) -> None:
+        self.folder, self.quant, self.chunks, self.threads = folder, quant, str(chunks), str(threads)
+        self.costs: dict[str, Cost] = {}
+
+    def run(self, name: str, command: list[str | Path], variables: Mapping[str, str] | None = None) -> None:
+        """Run a command, looking at its counters and at the folder many times a second."""
+        before = _bytes_in(self.folder)
+        started, moved, memory, disk = time.monotonic(), (0, 0), 0, 0
+        environment = {**os.environ, "OMP_NUM_THREADS": self.threads, **(variables or {})}
+        with (
+            tempfile.TemporaryFile("w+") as log,
+            subprocess.Popen(command, stdout=log, stderr=log, env=environment) as run,
+        ):
+            while True:
+                moved = _moved(run.pid) or moved
+                memory = max(memory, _peak_memory(run.pid))
+                disk = max(disk, _bytes_in(self.folder) - before)
+                ended, status, usage = os.wait4(run.pid, os.WNOHANG)
+                if ended:
+                    run.returncode = os.waitstatus_to_exitcode(status)
+                    break
+                time.sleep(0.05)
+            seconds = time.monotonic() - started
             log.seek(0)
-            sys.exit(f"{name} failed:\n{log.read()[-2000:]}")
-    print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
-    return Cost(name, seconds, usage.ru_utime + usage.ru_stime, *moved, memory, disk)
+            printed = log.read()
+        if run.returncode:
+            sys.exit(f"{name} failed:\n{printed[-2000:]}")
+        for line in printed.splitlines():
+            if "KL" in line or "perplexity" in line.lower() or line.startswith("Final"):
+                print(f"  {line.strip()}", file=sys.stderr)
+        processor = usage.ru_utime + usage.ru_stime
+        self.costs[name] = Cost(name, seconds, processor, *moved, memory, disk)
+        print(self.costs[name].row(), file=sys.stderr, flush=True)
+
+    def convert(self, name: str, source: str | Path, output: str, *options: str | Path, **variables: str) -> None:
+        shared = ["--quant", self.quant, "--overwrite", "--threads", self.threads]
+        self.run(name, [*MOECAST, "convert", source, "-o", self.folder / output, *shared, *options], variables)
+
+    def evaluation(self) -> list[str | Path]:
+        return ["-f", EVALUATION, "-c", str(CONTEXT), "--chunks", self.chunks]
+
+    def calibration(self) -> list[str | Path]:
+        return ["--calibration", self.folder / "calibration.txt"]
+
+    def together(self, name: str, *steps: str) -> Cost:
+        """Steps one after another, each of which leaves its file for the next."""
+        costs = [self.costs[step] for step in steps]
+        total = [sum(getattr(c, field) for c in costs) for field in ("seconds", "processor_seconds", "read", "written")]
+        return Cost(name, *total, max(c.peak_rss for c in costs), sum(c.peak_disk for c in costs))
 
 
-def ours(source: Path, folder: Path, quant: str, chunks: int, threads: int) -> list[Cost]:
-    command = [sys.executable, "-m", "moecast.cli", "convert", str(source), "-o", str(folder / "ours.gguf")]
-    command += [
-        "--quant",
-        quant,
-        "--calibration",
-        str(folder / "calibration.txt"),
-        "-f",
-        str(EVALUATION),
-        "--overwrite",
-    ]
-    command += ["--chunks", str(chunks), "--threads", str(threads), "--imatrix-out", str(folder / "ours-imatrix.gguf")]
-    return [measure("moecast convert (all of it)", command, folder, threads)]
+def ours(bench: Bench, source: Path) -> None:
+    """The whole pass in both kinds of products, and its parts."""
+    proof = [*bench.calibration(), *bench.evaluation(), "--imatrix-out", bench.folder / "imatrix-ours.gguf"]
+    bench.convert("moecast convert", source, "ours.gguf", *proof)
+    bench.convert("moecast convert, BF16 products", source, "ours.gguf", *proof, "--compute-dtype", "bfloat16")
+    measured = ["--imatrix", bench.folder / "imatrix-ours.gguf", "--no-verify"]
+    bench.convert("moecast convert --imatrix --no-verify", source, "ours.gguf", *measured)
 
 
-def theirs(source: Path, folder: Path, llama: Path, quant: str, chunks: int, threads: int) -> list[Cost]:
-    full, imatrix, small, base = (
-        str(folder / name) for name in ("bf16.gguf", "imatrix.gguf", "small.gguf", "base.kld")
-    )
-    count = str(threads)
-    running = ["-t", count, "-c", str(CONTEXT), "-b", str(CONTEXT)]
-    perplexity = [str(llama / "llama-perplexity"), "-f", str(EVALUATION), *running, "--chunks", str(chunks)]
-    calibrate = [str(llama / "llama-imatrix"), "-m", full, "-f", str(folder / "calibration.txt"), "-o", imatrix]
-    steps = {
-        "BF16 file": [*CONVERT, str(source), "-o", full, "--quant", "BF16", "--no-verify", "--threads", count],
-        "llama-imatrix": [*calibrate, *running],
-        "llama-quantize": [str(llama / "llama-quantize"), "--imatrix", imatrix, full, small, quant, count],
-        "llama-perplexity of BF16": [*perplexity, "-m", full, "--kl-divergence-base", base],
-        "llama-perplexity --kl-divergence": [*perplexity, "-m", small, "--kl-divergence-base", base, "--kl-divergence"],
-    }
-    return [measure(name, command, folder, threads) for name, command in steps.items()]
+def theirs(bench: Bench, source: Path, llama: Path, converter: Path) -> None:
+    full, imatrix, base = (bench.folder / name for name in ("bf16.gguf", "imatrix.gguf", "base.kld"))
+    small = bench.folder / "small.gguf"
+    running = ["-t", bench.threads, "-b", str(CONTEXT)]
+    perplexity = [llama / "llama-perplexity", *bench.evaluation(), *running]
+    calibration = ["-f", bench.folder / "calibration.txt", "-c", str(CONTEXT), *running]
+    convert = [sys.executable, "-c", CONVERTER, converter, source, "--outfile", full, "--outtype", "bf16"]
+    bench.run("convert_hf_to_gguf.py", convert)
+    bench.run("llama-imatrix", [llama / "llama-imatrix", "-m", full, "-o", imatrix, *calibration])
+    quantize = [llama / "llama-quantize", "--imatrix", imatrix, full, small, bench.quant, bench.threads]
+    bench.run("llama-quantize", quantize)
+    bench.run("llama-perplexity of BF16", [*perplexity, "-m", full, "--kl-divergence-base", base])
+    compare = ["--kl-divergence-base", base, "--kl-divergence"]
+    bench.run("llama-perplexity --kl-divergence", [*perplexity, "-m", small, *compare])
+
+
+def evaluation(bench: Bench, llama: Path) -> None:
+    """Both on the same file of llama.cpp's."""
+    small = bench.folder / "small.gguf"
+    for dtype in ("float32", "bfloat16"):
+        command = [*MOECAST, "perplexity", small, *bench.evaluation(), "--compute-dtype", dtype]
+        bench.run(f"moecast perplexity, {dtype}", command)
+    command = [llama / "llama-perplexity", "-m", small, *bench.evaluation(), "-t", bench.threads, "-b", str(CONTEXT)]
+    bench.run("llama-perplexity", command)
+
+
+def alone(bench: Bench, source: Path, memory: int, scratch: int | None, dtype: str) -> None:
+    """From a Hub on this machine, so that shards are fetched, used and dropped."""
+    limits = ["--memory", str(memory), "--compute-dtype", dtype, *(["--scratch", str(scratch)] if scratch else [])]
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(HubServer(source))
+        home = stack.enter_context(tempfile.TemporaryDirectory())
+        variables = {"HF_ENDPOINT": server.endpoint, "HF_HOME": home}
+        proof = [*bench.calibration(), *bench.evaluation(), *limits]
+        bench.convert("moecast convert", server.repository, "ours.gguf", *proof, **variables)
 
 
 def _moved(pid: int) -> tuple[int, int] | None:
@@ -196,32 +196,39 @@ def _bytes_in(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama", type=Path, required=True, help="folder with llama.cpp's tools")
+    parser.add_argument("--llama", type=Path, help="folder with llama.cpp's tools")
+    parser.add_argument("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py, in its repository")
+    parser.add_argument("--shape", choices=BUILDERS, default="minimax-m2")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--quant", default="Q4_K_M")
     parser.add_argument("--chunks", type=int, default=8, help="chunks of 512 tokens to evaluate on")
     parser.add_argument("--calibration-bytes", type=int, default=12_000, help="how much of calibration.txt to use")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--memory", type=lambda text: Size().convert(text, None, None), default=4 * 10**9)
+    parser.add_argument("--scratch", type=lambda text: Size().convert(text, None, None))
+    parser.add_argument("--compute-dtype", default="float32")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        build(folder / "source", options.layers, options.experts)
+        source = folder / "source"
+        BUILDERS[options.shape](source, options.layers, options.experts)
         text = CALIBRATION.read_text(encoding="utf-8")[: options.calibration_bytes]
         (folder / "calibration.txt").write_text(text, encoding="utf-8")
-        common = (options.quant, options.chunks, options.threads)
-        rows = ours(folder / "source", folder, *common)
-        chain = theirs(folder / "source", folder, options.llama, *common)
-    total = [
-        sum(getattr(cost, field) for cost in chain) for field in ("seconds", "processor_seconds", "read", "written")
-    ]
-    highest, disk = max(cost.peak_rss for cost in chain), sum(cost.peak_disk for cost in chain)
-    rows += [*chain, Cost("the chain together", *total, highest, disk)]
+        bench = Bench(folder, options.quant, options.chunks, options.threads)
+        sums = []
+        if options.llama:
+            ours(bench, source)
+            theirs(bench, source, options.llama, options.converter)
+            sums.append(bench.together("their whole chain", *list(bench.costs)[3:]))
+            sums.append(bench.together("their conversion and quantisation", "convert_hf_to_gguf.py", "llama-quantize"))
+            evaluation(bench, options.llama)
+        else:
+            alone(bench, source, options.memory, options.scratch, options.compute_dtype)
     print("| step | seconds | of the processor | GB read | GB written | peak memory, GB | disk, GB |")
     print("|---|---|---|---|---|---|---|")
-    for cost in rows:
-        sizes = " | ".join(f"{size / 1e9:.2f}" for size in (cost.read, cost.written, cost.peak_rss, cost.peak_disk))
-        print(f"| {cost.name} | {cost.seconds:.1f} | {cost.processor_seconds:.1f} | {sizes} |")
+    for cost in (*bench.costs.values(), *sums):
+        print(cost.row())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -10,7 +11,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..archs.errors import BadInput
+from ..archs.errors import BadInput, Interruption
 from ..archs.weights import Role, Weight, Zeros
 from ..quant.formats import format_named
 from ..quant.importance import Statistics
@@ -30,7 +31,7 @@ class ImatrixWriter:
         tokens: its ids, [chunks, context].
         overwrite: replace an existing file.
 
-    Raises BadInput when the file exists or cannot be written.
+    Raises BadInput when the file exists or cannot be written, Interruption when the disk is full.
     """
 
     def __init__(self, path: Path, dataset: Path, tokens: Tensor, overwrite: bool = False) -> None:
@@ -52,14 +53,16 @@ class ImatrixWriter:
 
     def add(self, statistics: Statistics) -> None:
         """Write down what is known of one layer's weights."""
-        for name, sums in sorted(statistics.sums.items()):
-            counts = statistics.counts[name]
-            if len(sums) == 1:
-                self._append(f"{name}.in_sum2", sums[0])
-                self._append(f"{name}.counts", counts)
-            else:
-                self._append(f"{name}.in_sum2", sums)
-                self._append(f"{name}.counts", counts[:, None])
+        try:
+            for name, sums in sorted(statistics.sums.items()):
+                counts = statistics.counts[name]
+                self._append(f"{name}.in_sum2", sums[0] if len(sums) == 1 else sums)
+                self._append(f"{name}.counts", counts if len(sums) == 1 else counts[:, None])
+            self._data.flush()
+        except OSError as error:
+            raise Interruption(
+                f"{self.path} cannot be written: {error.strerror}; free space and run the same command again"
+            ) from None
 
     def __enter__(self) -> ImatrixWriter:
         return self
@@ -67,9 +70,12 @@ class ImatrixWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._data:
+        try:
             if error is None:
                 self._write()
+        finally:
+            with suppress(OSError):  # what a full disk has refused it refuses once more
+                self._data.close()
 
     def _append(self, name: str, values: Tensor) -> None:
         shape = tuple(values.shape)

@@ -15,7 +15,7 @@ from pathlib import Path
 from moecast.archs.weights import TensorInfo
 
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I64": 8}
-VOCABULARY, HEAD, OUTPUT_RANK, INDEX_HEADS, INDEX_HEAD = 129280, 512, 1024, 64, 128
+HEAD, OUTPUT_RANK, INDEX_HEADS, INDEX_HEAD = 512, 1024, 64, 128
 HEADERS = Path(__file__).parent / "data" / "deepseek-v4-flash-0731-reap-headers.txt"
 
 Entry = tuple[str, tuple[int, ...], str]
@@ -36,10 +36,11 @@ class Model:
     experts_dtype: str = "I8"
     scale: str = "F8_E8M0"
     drafts: int = 1  # 1: multi-token prediction, 3: a DSpark draft
+    vocabulary: int = 129280
 
     def tensors(self) -> Iterator[Entry]:
-        yield "embed.weight", (VOCABULARY, self.hidden), "BF16"
-        yield "head.weight", (VOCABULARY, self.hidden), "BF16"
+        yield "embed.weight", (self.vocabulary, self.hidden), "BF16"
+        yield "head.weight", (self.vocabulary, self.hidden), "BF16"
         yield from self.ending("")
         for index, ratio in enumerate(self.ratios):
             yield from self.block(f"layers.{index}.", ratio, index < self.hash_layers)
@@ -55,8 +56,8 @@ class Model:
             yield from self.linear("mtp.0.main_proj", self.hidden, 3 * self.hidden)
             yield "mtp.0.main_norm.weight", (self.hidden,), "BF16"
             yield from self.ending("mtp.2.")
-            yield "mtp.2.markov_head.markov_w1.weight", (VOCABULARY, 256), "BF16"
-            yield "mtp.2.markov_head.markov_w2.weight", (VOCABULARY, 256), "BF16"
+            yield "mtp.2.markov_head.markov_w1.weight", (self.vocabulary, 256), "BF16"
+            yield "mtp.2.markov_head.markov_w2.weight", (self.vocabulary, 256), "BF16"
             yield "mtp.2.confidence_head.proj.weight", (1, self.hidden + 256), "BF16"
 
     def linear(self, module: str, rows: int, columns: int) -> Iterator[Entry]:
@@ -87,7 +88,11 @@ class Model:
             yield f"{prefix}hc_{name}_scale", (3,), "F32"
         ffn = f"{prefix}ffn."
         yield f"{ffn}gate.weight", (self.experts, self.hidden), "BF16"
-        yield (f"{ffn}gate.tid2eid", (VOCABULARY, 6), "I64") if hashed else (f"{ffn}gate.bias", (self.experts,), "F32")
+        yield (
+            (f"{ffn}gate.tid2eid", (self.vocabulary, 6), "I64")
+            if hashed
+            else (f"{ffn}gate.bias", (self.experts,), "F32")
+        )
         for name in (f"experts.{expert}" for expert in range(self.experts)):
             yield from self.expert(f"{ffn}{name}.w1", self.expert_size, self.hidden)
             yield from self.expert(f"{ffn}{name}.w2", self.hidden, self.expert_size)

@@ -27,11 +27,15 @@ def config(name: str) -> Config:
 @cache
 def minimax_m2() -> tuple[TensorInfo, ...]:
     """MiniMax M2, M2.1, M2.5 and M2.7: all releases have the same 96,103 tensors."""
-    return tuple(TensorInfo(name, dtype, shape, "hub", 0, _bytes(shape, dtype)) for name, shape, dtype in _minimax_m2())
+    return tuple(
+        TensorInfo(name, dtype, shape, "hub", 0, _bytes(shape, dtype)) for name, shape, dtype in minimax_m2_tensors()
+    )
 
 
-def _minimax_m2() -> Iterator[tuple[str, tuple[int, ...], str]]:
-    hidden, experts, expert_size, vocabulary = 3072, 256, 1536, 200064
+def minimax_m2_tensors(
+    layers: int = 62, experts: int = 256, vocabulary: int = 200064
+) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    hidden, expert_size = 3072, 1536
 
     def linear(module: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...], str]]:
         yield f"{module}.weight", (rows, columns), "F8_E4M3"
@@ -40,7 +44,7 @@ def _minimax_m2() -> Iterator[tuple[str, tuple[int, ...], str]]:
     yield "model.embed_tokens.weight", (vocabulary, hidden), "BF16"
     yield "model.norm.weight", (hidden,), "BF16"
     yield "lm_head.weight", (vocabulary, hidden), "BF16"
-    for layer in range(62):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", (hidden,), "BF16"
         yield f"{prefix}.post_attention_layernorm.weight", (hidden,), "BF16"

@@ -136,22 +136,18 @@ def test_failed_conversion_keeps_the_file_it_would_replace(minimax_fp8: Checkpoi
     assert [file.name for file in output.parent.iterdir()] == ["model.gguf"]
 
 
-def test_disk_full(minimax: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("limit", "command", "options"),
+    [
+        (1_000_000, "convert", ["-o", "{}", "--no-verify", "--no-calibration"]),
+        (5_000, "imatrix", ["-o", "{}/imatrix.gguf", "--calibration", str(checkpoints.TEXT), "-c", "64"]),
+    ],
+)
+def test_disk_full(limit: int, command: str, options: list[str], minimax: Checkpoint, tmp_path: Path) -> None:
     """A process that may not write files this large gets the same refusal from the system as on a full disk."""
-    limit = 1_000_000
-    command = [
-        sys.executable,
-        "-m",
-        "moecast.cli",
-        "convert",
-        str(minimax.folder),
-        "-o",
-        str(tmp_path),
-        "--no-verify",
-        "--no-calibration",
-    ]
+    output = [option.format(tmp_path) for option in options]
     result = subprocess.run(
-        command,
+        [sys.executable, "-m", "moecast.cli", command, str(minimax.folder), *output],
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
