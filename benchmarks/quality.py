@@ -101,7 +101,7 @@ def log_probabilities(model: Model, tokens: Tensor) -> Tensor:
     for layer in model.graph.layers:
         stream.advance(layer)
     states = stream.final_states(SCORED)
-    logits = torch.cat([states @ block.T for block in stream.head_blocks()], dim=1)
+    logits = stream.logits(states)
     return torch.log_softmax(logits, dim=1).view(len(tokens), -1, logits.shape[1])
 
 

@@ -12,7 +12,6 @@ from ..sources.model import Model
 from ..sources.tokenizer import Tokenizer
 from .onnx_model import OnnxModel
 from .stream import Cache, Stream
-from .weights import multiply
 
 Engine = Callable[[Tensor], Tensor]  # further token ids int64 [tokens] -> logits of what follows, [vocabulary size]
 
@@ -62,8 +61,7 @@ def _stream_engine(model: Model) -> Engine:
         stream = Stream(model, tokens[None], cache)
         for layer in model.graph.layers:
             stream.advance(layer)
-        states = stream.final_states(slice(-1, None))
-        return torch.cat([multiply(states, block) for block in stream.head_blocks()], dim=1)[0]
+        return stream.logits(stream.final_states(slice(-1, None)))[0]
 
     return engine
 

@@ -12,7 +12,7 @@ from ..sources.progress import Progress
 from .onnx_model import OnnxModel
 from .scores import Divergence, Scores
 from .stream import Stream
-from .weights import ModelWeights, multiply
+from .weights import ModelWeights
 
 LogitSource = Callable[[int], Tensor]  # number of a chunk -> float32 [scored positions, vocabulary size]
 _WORDS = 4096  # of the vocabulary at a time: what is computed from logits needs several times their memory
@@ -37,7 +37,7 @@ def logit_source(
         stream.advance(layer)
         progress.advance(1, f"layer {layer.index}")
     states = stream.final_states(positions).unflatten(0, (len(tokens), -1))
-    return lambda chunk: torch.cat([multiply(states[chunk], block) for block in stream.head_blocks()], dim=1)
+    return lambda chunk: stream.logits(states[chunk])
 
 
 def score(source: LogitSource, scores: Scores, chunks: int, progress: Progress) -> None:

@@ -22,7 +22,7 @@ from .compressed_attention import CompressedAttentionMixer
 from .experts import ExpertLane, run_experts
 from .mamba import MambaMixer
 from .residual import residual_of
-from .weights import ModelWeights, Weights
+from .weights import ModelWeights, Weights, multiply
 
 _TOKENS = 1024  # embedded at a time
 
@@ -142,6 +142,10 @@ class Stream:
     def _final(self, chunk: int, positions: slice) -> Tensor:
         normalise = normaliser(self.weights.graph.final_norm, self.weights)
         return normalise(self._residual.end(self.hidden[chunk][positions]))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Final states [positions, hidden size] -> [positions, vocabulary size]"""
+        return torch.cat([multiply(states, block) for block in self.head_blocks()], dim=1)
 
     def head_blocks(self) -> Iterator[Tensor]:
         """The rows of the output projection, [block rows, hidden size] at a time, in vocabulary order."""

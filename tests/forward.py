@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from moecast.runner.stream import Stream
 from moecast.sources.model import Model
 from torch import Tensor
@@ -14,4 +13,4 @@ def runner_logits(model: Model, tokens: Tensor) -> Tensor:
     for layer in model.graph.layers:
         stream.advance(layer)
     states = stream.final_states(slice(None))
-    return torch.cat([states @ block.T for block in stream.head_blocks()], dim=1).view(*tokens.shape, -1)
+    return stream.logits(states).view(*tokens.shape, -1)

@@ -65,7 +65,7 @@ def _in_pieces(model: Model, tokens: Tensor, cuts: list[int]) -> Iterator[Tensor
         for layer in model.graph.layers:
             stream.advance(layer)
         states = stream.final_states(slice(None))
-        logits = torch.cat([states @ block.T for block in stream.head_blocks()], dim=1)
+        logits = stream.logits(states)
         yield logits.view(*stream.tokens.shape, -1)
 
 
