@@ -12,12 +12,17 @@ from .cli_evaluate import judge
 from .options import (
     Size,
     TypeOverride,
+    calibration_option,
+    chunk_options,
     compute_dtype_option,
+    dry_run_option,
     goal_options,
     hub_options,
+    imatrix_option,
     json_option,
     memory_option,
     mtp_option,
+    overwrite_option,
     pad_option,
     target_option,
     text_options,
@@ -46,11 +51,11 @@ _VERIFY_CHUNKS = 16
 )
 @click.option("--split-max-size", type=Size(), help="Start a new file beyond this size, for example 40G.")
 @click.option("--pre", help="Name of llama.cpp's text splitter, where the automatic choice is wrong.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-@click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
-@click.option("--calibration", type=click.Path(path_type=Path), help="Calibration text; a bundled one by default.")
+@overwrite_option
+@dry_run_option
+@calibration_option
 @click.option("--no-calibration", is_flag=True, help="Weigh all columns of a weight alike.")
-@click.option("--imatrix", type=click.Path(path_type=Path), help="Use this importance matrix instead, GGUF or .dat.")
+@imatrix_option
 @click.option("--imatrix-out", type=click.Path(path_type=Path), help="Write what calibration found as GGUF.")
 @click.option("--min-expert-tokens", default=0, help="Stop where an expert saw fewer calibration tokens than this.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare the result with the source.")
@@ -183,13 +188,13 @@ def convert(
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @goal_options
-@click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix of llama.cpp, GGUF or .dat.")
+@imatrix_option
 @click.option(
     "--tensor-type", "tensor_types", multiple=True, type=TypeOverride(), help="Type of tensors whose names match."
 )
 @click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantised already.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-@click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
+@overwrite_option
+@dry_run_option
 @threads_option
 @json_option
 def quantize(
@@ -227,7 +232,7 @@ def quantize(
         return
     with watch() as progress:
         result = requantize(
-            source,
+            model,
             output,
             plan,
             imatrix=imatrix,
@@ -243,10 +248,9 @@ def quantize(
 @click.command()
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The importance matrix, .gguf.")
-@click.option("--calibration", type=click.Path(path_type=Path), help="Calibration text; a bundled one by default.")
-@click.option("-c", "--context", default=512, show_default=True, help="Tokens in a chunk.")
-@click.option("--chunks", type=int, help="Use at most this many chunks of the text.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@calibration_option
+@chunk_options
+@overwrite_option
 @compute_dtype_option
 @memory_option
 @hub_options

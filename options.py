@@ -71,10 +71,13 @@ hub_options = shared(
     click.option("--revision", help="Branch, tag or commit of a Hub repository."),
     click.option("--token", envvar="HF_TOKEN", help="Hub access token; by default the one `hf auth login` stored."),
 )
-text_options = shared(
-    click.option("-f", "--file", type=click.Path(path_type=Path), help="Evaluation text; a bundled one by default."),
+chunk_options = shared(
     click.option("-c", "--context", default=512, show_default=True, help="Tokens in a chunk."),
     click.option("--chunks", type=int, help="Use at most this many chunks of the text."),
+)
+text_options = shared(
+    click.option("-f", "--file", type=click.Path(path_type=Path), help="Evaluation text; a bundled one by default."),
+    chunk_options,
 )
 pad_option = click.option(
     "--pad/--no-pad", default=True, show_default=True, help="Fill rows up with zeros to fit the recipe."
@@ -85,6 +88,14 @@ mtp_option = click.option(
 quant_option = click.option("--quant", help="Recipe, as llama-quantize names it.  [default: Q4_K_M, for ONNX Q4_0]")
 target_option = click.option(
     "--to", "target", type=click.Choice(["gguf", "onnx"]), default="gguf", show_default=True, help="File format."
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
+calibration_option = click.option(
+    "--calibration", type=click.Path(path_type=Path), help="Calibration text; a bundled one by default."
+)
+imatrix_option = click.option(
+    "--imatrix", type=click.Path(path_type=Path), help="Weigh columns by this importance matrix, GGUF or .dat."
 )
 low_memory_option = click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file; much slower.")
 memory_option = click.option(

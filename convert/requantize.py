@@ -24,7 +24,7 @@ _UNQUANTISED_BITS = 16
 
 
 def requantize(
-    source: str | Path,
+    source: str | Path | Model,
     output: str | Path,
     quant: str | Plan = "Q4_K_M",
     *,
@@ -35,7 +35,7 @@ def requantize(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Quantise a GGUF file (the first one of a split) as a recipe or a plan says; the options are llama-quantize's.
+    """Quantise a GGUF file (open, or the first of a split) as a recipe or plan says; options are llama-quantize's.
 
     Args:
         imatrix: importance matrix of llama.cpp, as GGUF or .dat.
@@ -46,9 +46,9 @@ def requantize(
     """
     started = time.monotonic()
     progress = progress or Silent()
-    model = open_model(source)
+    model = source if isinstance(source, Model) else open_model(source)
     if not model.metadata:
-        raise BadInput(f"{source} is a checkpoint folder, expected a GGUF file: use `moecast convert`")
+        raise BadInput(f"{model.path} is a checkpoint folder, expected a GGUF file: use `moecast convert`")
     importance = read_imatrix(Path(imatrix)) if imatrix else None
     plan = plan_requantized(model, quant, tensor_types, importance is not None)
     if not allow_requantize:

@@ -5,11 +5,13 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch.nn import functional
+from trained_examples import evaluation_chunks
 from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM, PreTrainedModel
 
 Tensors = dict[str, torch.Tensor]
@@ -64,9 +66,26 @@ def perplexity(model: PreTrainedModel, chunks: torch.Tensor) -> float:
     return math.exp(torch.stack(losses).mean().item())
 
 
-@pytest.fixture(scope="session", name="read_tensors")
-def _read_tensors() -> Callable[[Path], Tensors]:
-    return read_tensors
+@pytest.fixture(scope="module")
+def config(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The configuration of the checkpoint that a module calls FOLDER."""
+    return json.loads((request.module.FOLDER / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tensors(request: pytest.FixtureRequest) -> Tensors:
+    return read_tensors(request.module.FOLDER)
+
+
+@pytest.fixture(scope="module")
+def chunks(request: pytest.FixtureRequest) -> torch.Tensor:
+    return evaluation_chunks(request.module.FOLDER)
+
+
+@pytest.fixture(scope="module")
+def reference(model: PreTrainedModel, chunks: torch.Tensor) -> float:
+    """The perplexity of a module's `model`."""
+    return perplexity(model, chunks)
 
 
 @pytest.fixture(scope="session", name="load_minimax_m2")

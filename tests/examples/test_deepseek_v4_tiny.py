@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from trained_examples import EXAMPLES, ExpertShares, best_unigram_perplexity, evaluation_chunks
+from trained_examples import EXAMPLES, ExpertShares, best_unigram_perplexity
 from transformers import AutoTokenizer, DeepseekV4ForCausalLM, PreTrainedModel
 
 FOLDER = EXAMPLES / "deepseek-v4-tiny"
@@ -49,16 +47,6 @@ def _codes(packed: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def config() -> dict[str, Any]:
-    return json.loads((FOLDER / "config.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def tensors(read_tensors: Callable[[Path], Tensors]) -> Tensors:
-    return read_tensors(FOLDER)
-
-
-@pytest.fixture(scope="module")
 def model(tensors: Tensors, config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> DeepseekV4ForCausalLM:
     """Dequantised by hand; the published names and keys are understood by transformers."""
     folder = tmp_path_factory.mktemp("dequantized")
@@ -68,20 +56,6 @@ def model(tensors: Tensors, config: dict[str, Any], tmp_path_factory: pytest.Tem
     model, report = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     return model.eval()
-
-
-@pytest.fixture(scope="module")
-def chunks() -> torch.Tensor:
-    return evaluation_chunks(FOLDER)
-
-
-@pytest.fixture(scope="module")
-def reference(model: DeepseekV4ForCausalLM, chunks: torch.Tensor, perplexity: Perplexity) -> float:
-    return perplexity(model, chunks)
-
-
-def test_the_folder_is_small() -> None:
-    assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= 5_000_000
 
 
 def test_it_predicts_text_it_never_saw(reference: float, chunks: torch.Tensor) -> None:
@@ -178,16 +152,6 @@ def test_shards_are_those_of_the_index(tensors: Tensors) -> None:
     files = sorted(file.name for file in FOLDER.glob("*.safetensors"))
     assert files == sorted(set(index["weight_map"].values()))
     assert files == [f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))]
-
-
-@pytest.mark.parametrize(
-    "text", ["In the beginning God created\n\nthe heaven.", "Naïve “quotes”, 12345 façades: 日本語 🙂\t\r\n  end "]
-)
-def test_the_tokenizer_restores_any_text(text: str) -> None:
-    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
-    tokens = tokenizer.encode(text).ids
-    assert tokenizer.decode(tokens) == text
-    assert AutoTokenizer.from_pretrained(FOLDER)(text).input_ids == tokens
 
 
 def test_special_tokens_are_at_both_ends_of_the_vocabulary(config: dict[str, Any]) -> None:

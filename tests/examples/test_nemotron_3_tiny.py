@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import pytest
 import torch
-from tokenizers import Tokenizer
-from trained_examples import EXAMPLES, ExpertShares, best_unigram_perplexity, evaluation_chunks
+from trained_examples import EXAMPLES, ExpertShares, best_unigram_perplexity
 from transformers import AutoTokenizer, NemotronHForCausalLM, PreTrainedModel
 
 FOLDER = EXAMPLES / "nemotron-3-tiny"
@@ -20,16 +18,6 @@ LARGEST_PERPLEXITY = 30.0
 
 Tensors = dict[str, torch.Tensor]
 Perplexity = Callable[[PreTrainedModel, torch.Tensor], float]
-
-
-@pytest.fixture(scope="module")
-def config() -> dict[str, Any]:
-    return json.loads((FOLDER / "config.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def tensors(read_tensors: Callable[[Path], Tensors]) -> Tensors:
-    return read_tensors(FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +30,8 @@ def model() -> NemotronHForCausalLM:
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def chunks() -> torch.Tensor:
-    return evaluation_chunks(FOLDER)
-
-
-@pytest.fixture(scope="module")
-def reference(model: NemotronHForCausalLM, chunks: torch.Tensor, perplexity: Perplexity) -> float:
-    return perplexity(model, chunks)
-
-
 def _routed(model: NemotronHForCausalLM) -> list[Any]:
     return [layer.mixer for layer in model.model.layers if hasattr(layer.mixer, "experts")]
-
-
-def test_the_folder_is_small() -> None:
-    assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= 5_000_000
 
 
 def test_it_predicts_text_it_never_saw(reference: float, chunks: torch.Tensor) -> None:
@@ -122,16 +96,6 @@ def test_shards_are_those_of_the_index(tensors: Tensors) -> None:
     files = sorted(file.name for file in FOLDER.glob("*.safetensors"))
     assert files == sorted(set(index["weight_map"].values()))
     assert files == [f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))]
-
-
-@pytest.mark.parametrize(
-    "text", ["In the beginning God created\n\nthe heaven.", "Naïve “quotes”, 12345 façades: 日本語 🙂\t\r\n  end "]
-)
-def test_the_tokenizer_restores_any_text(text: str) -> None:
-    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
-    tokens = tokenizer.encode(text).ids
-    assert tokenizer.decode(tokens) == text
-    assert AutoTokenizer.from_pretrained(FOLDER)(text).input_ids == tokens
 
 
 def test_special_tokens_begin_the_vocabulary(config: dict[str, Any]) -> None:
