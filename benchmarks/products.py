@@ -1,0 +1,64 @@
+"""What products in BF16 change: `python benchmarks/products.py [CHECKPOINT ...] [--chunks 32] [--quants Q8_0 Q4_K_M]`.
+
+For each checkpoint (by default the examples) the divergence that rounding products causes by itself, and the KL
+divergence of quantised files measured with both kinds of products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from moecast.convert import convert
+from moecast.runner import parity
+from moecast.runner.evaluate import EVALUATION_TEXT, chunk_tokens, compare_heads, summarise, with_bos
+from moecast.runner.stream import Stream, advance
+from moecast.runner.weights import ModelWeights
+from moecast.sources.model import open_model
+
+ROOT = Path(__file__).parent.parent
+CONTEXT = 512
+
+
+def rounding(folder: Path, chunks: int) -> tuple[float, float]:
+    """KL(float32 || bfloat16) in nats and the ratio of perplexities of one model."""
+    model = open_model(folder)
+    tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, chunks)
+    inputs = with_bos(tokens, model.tokenizer)
+    streams = [Stream(model, inputs, weights=ModelWeights(model, dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    for layer in model.graph.layers:
+        advance(streams, [layer, layer])
+    (divergence,) = compare_heads(streams[0], streams[1:], tokens)
+    result = summarise(divergence, (), CONTEXT, chunks, torch.bfloat16)
+    return result.mean_kld, result.perplexity_ratio
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    examples = sorted(path.parent for path in ROOT.glob("examples/*/config.json"))
+    parser.add_argument("checkpoints", nargs="*", type=Path, default=examples)
+    parser.add_argument("--chunks", type=int, default=32)
+    parser.add_argument("--quants", nargs="+", default=["Q8_0", "Q4_K_M", "IQ2_XXS"])
+    options = parser.parse_args()
+    print(
+        "| model | perplexity | mean KL | " + " | ".join(f"{quant}, float32 / BF16" for quant in options.quants) + " |"
+    )
+    print("|---|---|---|" + "---|" * len(options.quants))
+    for folder in options.checkpoints:
+        kld, ratio = rounding(folder, options.chunks)
+        cells = [folder.name, f"{ratio - 1:+.3%}", f"{kld:.6f}"]
+        for quant in options.quants:
+            with tempfile.TemporaryDirectory() as temporary:
+                file = convert(folder, temporary, quant, verify=False).files[0]
+                found = [
+                    parity(folder, file, EVALUATION_TEXT, CONTEXT, options.chunks, compute_dtype=dtype).mean_kld
+                    for dtype in (torch.float32, torch.bfloat16)
+                ]
+            cells.append(" / ".join(f"{value:.6f}" for value in found))
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
