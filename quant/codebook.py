@@ -36,8 +36,8 @@ class _Microfloat:
 
     @staticmethod
     def codes(values: Tensor) -> Tensor:
-        """A code is the upper bits of a float, once magnitudes below 2 are brought between 1 and 2, where a float's
-        levels are as far apart as those of E2M1 are there; so it takes no more than to round bits.
+        """A code is the upper bits of a float, once magnitudes below 2 are brought between 1 and 2, where floats with a
+        single bit of mantissa are two, as the levels below 2 are; so it takes no more than to round bits.
         """
         magnitude = values.abs()
         normal = torch.maximum(magnitude, magnitude * 0.5 + 1)

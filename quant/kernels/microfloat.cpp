@@ -13,9 +13,9 @@ struct Microfloat {
         return smaller((positive + whole) - whole, all(12.0f));
     }
 
-    // The code of the level nearest to a magnitude, or a larger one if that is above the last. A code is the upper bits of
-    // a float, once magnitudes below 2 are brought between 1 and 2, where levels of floats are as far apart as those of
-    // E2M1 are there; so it takes no more than to round bits.
+    // The code of the level nearest to a magnitude, or a larger one if that is above the last. A code is the upper bits
+    // of a float, once magnitudes below 2 are brought between 1 and 2, where floats with a single bit of mantissa are two,
+    // as the levels below 2 are; so it takes no more than to round bits.
     static Ints unlimited_code(Floats positive) {
         Floats normal = larger(positive, positive * 0.5f + 1.0f);
         return (bits(normal) - (bits(all(1.0f)) - (1 << 21))) >> 22;

@@ -1,5 +1,5 @@
-// For formats with too little to compute for lanes to pay: vectors hold values of a block side by side. Only what there is
-// one of for each block, such as its scale, is computed for LANES blocks together, one to a lane.
+// For formats with too little to compute for lanes to pay: vectors hold values of a block side by side. Only what there
+// is one of for each block, such as its scale, is computed for LANES blocks together, one to a lane.
 #pragma once
 
 #include "tiles.h"
@@ -44,8 +44,8 @@ template <class Input> Ints largest_of(const Input* values, int64_t count) {
     return largest;
 }
 
-// Sums over the values of each block, one to a lane. terms[block][i] holds sums of every eighth value, LANES of them; the
-// eight are added pairwise.
+// Sums over the values of each block, one to a lane. terms[block] holds the sums of every eighth value; the eight are
+// added pairwise.
 inline Floats sum_of(const Floats (&terms)[LANES][8 / LANES]) {
     Floats parts[8];
     for (int i = 0; i < 8 / LANES; i++) {
