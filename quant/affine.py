@@ -7,7 +7,6 @@ squares given the codes, rounding to what the format can store, nearest codes gi
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Final, NamedTuple
 
 import torch
@@ -31,13 +30,12 @@ from .symmetric import pack_5_bits, unpack_5_bits
 
 SINGULAR: Final = 1e-6  # a determinant this small, relative to its terms, has lost its digits
 
-Starts = tuple[tuple[float, float], ...]
-
 # Ranges to try: by how many levels the lowest and the highest value lie outside the codes (negative: inside). Chosen
-# greedily, in the order in which a range lowers the error of many synthetic blocks most. Where all values weigh alike,
-# the later ones gain little.
-_STARTS_ALIKE: Final[Starts] = ((0.3, 0.3), (0.6, 0.0), (0.0, 0.6), (-0.9, 0.0), (0.0, 0.0), (-0.9, -0.9))
-_STARTS: Final[Starts] = (*_STARTS_ALIKE, (-0.2, 0.9), (1.3, 0.3), (-0.2, -0.9), (0.3, 0.0), (0.0, 0.3), (0.6, 0.9))
+# greedily, in the order in which a range lowers the error of many synthetic blocks most.
+STARTS: Final = (
+    (0.3, 0.3), (0.6, 0.0), (0.0, 0.6), (-0.9, 0.0), (0.0, 0.0), (-0.9, -0.9),
+    (-0.2, 0.9), (1.3, 0.3), (-0.2, -0.9), (0.3, 0.0), (0.0, 0.3), (0.6, 0.9),
+)  # fmt: skip
 
 # Steps to try for the scales and the minima of a super-block, relative to those that just span them.
 STEPS: Final = ((1.0, 1.0), (1.05, 1.0), (1.0, 1.05))
@@ -90,11 +88,11 @@ class Fit(NamedTuple):
 class Block:
     """Sub-blocks of values [..., n, lanes], to be stored with codes from 0 to `top`.
 
-    Scales and minima are [..., lanes]. A minimum is at least 0 unless `signed`. `starts` are the ranges to try.
+    Scales and minima are [..., lanes]. A minimum is at least 0 unless `signed`.
     """
 
-    def __init__(self, values: Tensor, weights: Tensor, top: int, signed: bool, starts: Starts) -> None:
-        self.values, self.weights, self.top, self.signed, self.starts = values, weights, top, signed, starts
+    def __init__(self, values: Tensor, weights: Tensor, top: int, signed: bool) -> None:
+        self.values, self.weights, self.top, self.signed = values, weights, top, signed
         self.weight_sum = ordered_sum(weights)
         self.value_sum = ordered_sum(weights * values)
 
@@ -115,7 +113,7 @@ class Block:
         )
 
     def best_start(self) -> tuple[Fit, Tensor, Tensor]:
-        """The sums, scale and minimum that the best of the starts leads to."""
+        """The sums, scale and minimum that the best of STARTS leads to."""
         lowest, highest = self.values.amin(-2), self.values.amax(-2)
         if not self.signed:
             lowest = lowest.clamp(max=0)
@@ -130,7 +128,7 @@ class Block:
             scale, minimum = fit.solve(scale, minimum, self.signed)
             return fit.gain(scale, minimum), scale, minimum, *fit
 
-        _, scale, minimum, *sums = best_of(map(trial, self.starts))
+        _, scale, minimum, *sums = best_of(map(trial, STARTS))
         return Fit(*sums), scale, minimum
 
 
@@ -189,19 +187,19 @@ def _nearest_multiples(
     return scales, minima
 
 
-def _encode_4_1(values: Tensor, unit: Tensor, weights: Tensor, starts: Starts = _STARTS) -> Tensor:
-    scales, codes = _block_codes(values, unit, weights, starts, 15)
+def _encode_4_1(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    scales, codes = _block_codes(values, unit, weights, 15)
     return torch.cat([scales, pack(codes.unflatten(0, (2, 16)), 4)])
 
 
-def _encode_5_1(values: Tensor, unit: Tensor, weights: Tensor, starts: Starts = _STARTS) -> Tensor:
-    scales, codes = _block_codes(values, unit, weights, starts, 31)
+def _encode_5_1(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    scales, codes = _block_codes(values, unit, weights, 31)
     return torch.cat([scales, pack_5_bits(codes)])
 
 
-def _block_codes(values: Tensor, unit: Tensor, weights: Tensor, starts: Starts, top: int) -> tuple[Tensor, Tensor]:
+def _block_codes(values: Tensor, unit: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """The bytes of scale and offset [4, lanes] and the codes [32, lanes]."""
-    block = Block(values, weights, top, True, starts)
+    block = Block(values, weights, top, signed=True)
     scale, minimum = search_scale_and_minimum(block, unit)
     scales = torch.cat([half_to_bytes(scale, unit), half_to_bytes(-minimum, unit)])
     return scales, block.codes(scale, minimum).to(torch.uint8)
@@ -219,27 +217,26 @@ def _from_block_codes(scales: Tensor, codes: Tensor) -> Tensor:
     return half_from_bytes(scales[:2]) * codes.to(torch.float32) + half_from_bytes(scales[2:])
 
 
-def _encode_2_k(values: Tensor, unit: Tensor, weights: Tensor, starts: Starts = _STARTS) -> Tensor:
-    steps, scales, minima, codes = _super_block_codes(values, unit, weights, starts, 16, 3, 15)
+def _encode_2_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    steps, scales, minima, codes = _super_block_codes(values, unit, weights, 16, 3, 15)
     return torch.cat([scales | minima << 4, pack(codes.reshape(2, 4, 32, -1), 2).flatten(0, 1), steps])
 
 
-def _encode_4_k(values: Tensor, unit: Tensor, weights: Tensor, starts: Starts = _STARTS) -> Tensor:
-    steps, scales, minima, codes = _super_block_codes(values, unit, weights, starts, 8, 15, 63)
+def _encode_4_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    steps, scales, minima, codes = _super_block_codes(values, unit, weights, 8, 15, 63)
     return torch.cat([steps, _pack_6_bits(scales, minima), _pack_pairs(codes)])
 
 
-def _encode_5_k(values: Tensor, unit: Tensor, weights: Tensor, starts: Starts = _STARTS) -> Tensor:
-    steps, scales, minima, codes = _super_block_codes(values, unit, weights, starts, 8, 31, 63)
+def _encode_5_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+    steps, scales, minima, codes = _super_block_codes(values, unit, weights, 8, 31, 63)
     return torch.cat([steps, _pack_6_bits(scales, minima), pack(codes >> 4, 1), _pack_pairs(codes & 15)])
 
 
 def _super_block_codes(
-    values: Tensor, unit: Tensor, weights: Tensor, starts: Starts, sub_blocks: int, top: int, largest: int
+    values: Tensor, unit: Tensor, weights: Tensor, sub_blocks: int, top: int, largest: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The bytes of the two steps [4, lanes]; uint8 multiples [s, lanes], twice; codes [s, n, lanes]."""
-    values, weights = values.unflatten(0, (sub_blocks, -1)), weights.unflatten(0, (sub_blocks, -1))
-    block = Block(values, weights, top, False, starts)
+    block = Block(values.unflatten(0, (sub_blocks, -1)), weights.unflatten(0, (sub_blocks, -1)), top, signed=False)
     scale_step, minimum_step, scales, minima = search_multiples(block, unit, largest)
     codes = block.codes(scale_step * scales, minimum_step * minima)
     products = ordered_sum(block.weights * codes * block.values) * (scale_step * scales)
@@ -301,12 +298,9 @@ def _unpack_6_bits(data: Tensor) -> tuple[Tensor, Tensor]:
 
 
 CODECS: Final = {
-    name: Codec(decode, encode, partial(encode, starts=_STARTS_ALIKE))
-    for name, decode, encode in (
-        ("Q4_1", _decode_4_1, _encode_4_1),
-        ("Q5_1", _decode_5_1, _encode_5_1),
-        ("Q2_K", _decode_2_k, _encode_2_k),
-        ("Q4_K", _decode_4_k, _encode_4_k),
-        ("Q5_K", _decode_5_k, _encode_5_k),
-    )
+    "Q4_1": Codec(_decode_4_1, _encode_4_1),
+    "Q5_1": Codec(_decode_5_1, _encode_5_1),
+    "Q2_K": Codec(_decode_2_k, _encode_2_k),
+    "Q4_K": Codec(_decode_4_k, _encode_4_k),
+    "Q5_K": Codec(_decode_5_k, _encode_5_k),
 }

@@ -35,15 +35,14 @@ struct AffineFit {
     }
 };
 
-// Ranges to try: by how many levels the lowest and the highest value lie outside the codes. Where all weigh alike, the
-// later ones gain little.
-template <int TOP, bool WEIGHTED> struct Ranges {
-    static constexpr int COUNT = WEIGHTED ? 12 : 6;
+// Ranges to try: by how many levels the lowest and the highest value lie outside the codes.
+template <int TOP> struct Ranges {
+    static constexpr int COUNT = 12;
     float per_range[COUNT] = {};  // the scale, relative to highest - lowest
     float below[COUNT] = {};      // the minimum, relative to the scale
 
     constexpr Ranges() {
-        constexpr double outside[][2] = {
+        constexpr double outside[COUNT][2] = {
             {0.3, 0.3},  {0.6, 0.0}, {0.0, 0.6},   {-0.9, 0.0}, {0.0, 0.0}, {-0.9, -0.9},
             {-0.2, 0.9}, {1.3, 0.3}, {-0.2, -0.9}, {0.3, 0.0},  {0.0, 0.3}, {0.6, 0.9},
         };
@@ -96,7 +95,7 @@ template <int COUNT, int TOP, bool SIGNED, bool WEIGHTED> struct AffineBlock {
             highest = larger(highest, values[i]);
         }
         if (!SIGNED) lowest = smaller(lowest, all(0.0f));
-        static constexpr Ranges<TOP, WEIGHTED> starts;
+        static constexpr Ranges<TOP> starts;
         scale = minimum = all(0.0f);
         AffineFit best{};
         Best gains;
