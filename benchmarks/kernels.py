@@ -33,9 +33,10 @@ from synthetic import heavy_tailed, importance, relative_error
 TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
          "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")  # fmt: skip
 NEED_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS")  # ggml refuses to write them without
+TWO_THREADS = ("Q4_K", "Q6_K", "IQ4_XS", "IQ2_XXS")
 LLAMA_CPP = "llama_cpp_python-0.3.36"
 SOURCES = ("ggml.c", "ggml-alloc.c", "ggml-quants.c", "ggml-threading.cpp", "ggml-backend.cpp", "ggml-backend-meta.cpp")
-REPEATS = 16
+REPEATS = 64
 Floats = NDArray[np.float32]
 Quantizer = Callable[[Floats, str, "Floats | None"], NDArray[np.uint8]]
 
@@ -75,8 +76,10 @@ def main() -> None:
     figures: dict[str, Any] = {"unit": "million values a second", "types": lines, "copy": copy}
     if hasattr(os, "sched_setaffinity") and len(cores) > 1:
         os.sched_setaffinity(0, cores)
-        faster, dearer = figures["two_threads"] = measure_two_threads(10 * arguments.rounds)
-        print(f"Two threads quantise Q4_K {faster:.2f} times as fast as one, in {dearer:.2f} times the CPU's time.")
+        figures["two_threads"] = two = measure_two_threads(10 * arguments.rounds)
+        each = ", ".join(f"{name} {ratio:.2f}" for name, ratio in two["faster"].items())
+        faster, dearer = (statistics.mean(two[figure].values()) for figure in ("faster", "cpu"))
+        print(f"Two threads are {faster:.2f} times as fast as one ({each}), in {dearer:.2f} times the CPU's time.")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
@@ -134,21 +137,25 @@ def measure_copy(rounds: int) -> float:
     return source.size / statistics.median(seconds[1:]) / 1e6
 
 
-def measure_two_threads(rounds: int) -> tuple[float, float]:
+def measure_two_threads(rounds: int) -> dict[str, dict[str, float]]:
     """How many times faster two threads are, by the clock on the wall, and how many times as much of the CPU they take.
 
     The best of many turns of each, not the median: what else a core does slows two threads down more often than one.
     """
-    x = torch.from_numpy(heavy_tailed(0, 4096, 4096))
-    wall: dict[int, list[float]] = {1: [], 2: []}
-    cpu: dict[int, list[float]] = {1: [], 2: []}
+    x = torch.from_numpy(heavy_tailed(0, 1024, 4096))
+    columns = torch.from_numpy(importance(0, 4096))
+    wall = {(name, threads): float("inf") for name in TWO_THREADS for threads in (1, 2)}
+    cpu = dict(wall)
     for _ in range(rounds):
-        for threads in wall:
+        for name, threads in wall:
             start = time.perf_counter(), time.process_time()
-            quantize(x, "Q4_K", threads=threads)
-            wall[threads].append(time.perf_counter() - start[0])
-            cpu[threads].append(time.process_time() - start[1])
-    return min(wall[1]) / min(wall[2]), min(cpu[2]) / min(cpu[1])
+            quantize(x, name, columns, threads=threads)
+            wall[name, threads] = min(wall[name, threads], time.perf_counter() - start[0])
+            cpu[name, threads] = min(cpu[name, threads], time.process_time() - start[1])
+    return {
+        "faster": {name: wall[name, 1] / wall[name, 2] for name in TWO_THREADS},
+        "cpu": {name: cpu[name, 2] / cpu[name, 1] for name in TWO_THREADS},
+    }
 
 
 def our_quantizer(kernels: str) -> Quantizer:

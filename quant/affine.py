@@ -32,7 +32,10 @@ SINGULAR: Final = 1e-6  # a determinant this small, relative to its terms, has l
 
 # Ranges to try: by how many levels the lowest and the highest value lie outside the codes (negative: inside). Chosen
 # greedily, in the order in which a range lowers the error of many synthetic blocks most.
-STARTS: Final = ((0.3, 0.3), (0.6, 0.0), (0.0, 0.6), (-0.9, 0.0), (0.0, 0.0), (-0.9, -0.9))
+STARTS: Final = (
+    (0.3, 0.3), (0.6, 0.0), (0.0, 0.6), (-0.9, 0.0), (0.0, 0.0), (-0.9, -0.9),
+    (-0.2, 0.9), (1.3, 0.3), (-0.2, -0.9), (0.3, 0.0), (0.0, 0.3), (0.6, 0.9),
+)  # fmt: skip
 
 # Steps to try for the scales and the minima of a super-block, relative to those that just span them.
 STEPS: Final = ((1.0, 1.0), (1.05, 1.0), (1.0, 1.05))

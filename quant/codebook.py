@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
 from typing import Final
 
 import torch
@@ -19,25 +21,34 @@ _NON_LINEAR: Final = Table(
 )
 
 
-class _Microfloat(Table):
+class _Microfloat:
     """Levels of E2M1 of the OCP microscaling specification, doubled to whole numbers.
 
-    A tie goes to the even mantissa, as in IEEE 754. Code 8, minus zero, is never written.
+    Code 8, minus zero, is never written.
     """
 
-    def __init__(self) -> None:
-        positive = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 5), (8, 6), (12, 7))
-        levels = [*((-level, code + 8) for level, code in reversed(positive)), (0, 0), *positive]
-        super().__init__(tuple(level for level, _ in levels), tuple(code for _, code in levels))
-
-    def nearest(self, values: Tensor) -> Tensor:
+    @staticmethod
+    def nearest(values: Tensor) -> Tensor:
         magnitude = values.abs().clamp(max=12)
         # Added to this, a magnitude is rounded to a multiple of the distance between levels: 1 below 4, 2 below 8.
         whole = ((magnitude.view(torch.int32) & 0x7F800000).clamp(min=0x40000000) + (22 << 23)).view(torch.float32)
         return torch.copysign((magnitude + whole) - whole, values)
 
-    def codes(self, values: Tensor) -> Tensor:
-        return super().codes(self.nearest(values))
+    @staticmethod
+    def codes(values: Tensor) -> Tensor:
+        """A code is the upper bits of a float, once magnitudes below 2 are brought between 1 and 2, where floats with a
+        single bit of mantissa are two, as the levels below 2 are; so it takes no more than to round bits.
+        """
+        magnitude = values.abs()
+        normal = torch.maximum(magnitude, magnitude * 0.5 + 1)
+        codes = (normal.view(torch.int32) - 0x3F800000 + (1 << 21) >> 22).clamp(max=7)
+        return torch.where((values < 0) & (codes > 0), codes + 8, codes).to(torch.uint8)
+
+    @staticmethod
+    def decoded(codes: Tensor) -> Tensor:
+        """The levels that codes stand for, float32."""
+        level = torch.tensor((0, 1, 2, 3, 4, 6, 8, 12), device=codes.device)[(codes & 7).long()]
+        return torch.where(codes > 7, -level, level).to(torch.float32)
 
 
 _E2M1: Final = _Microfloat()
@@ -77,36 +88,44 @@ def _decode_iq4_xs(data: Tensor) -> Tensor:
 
 
 def _encode_mxfp4(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    """Tries two shared exponents: the one that puts the peak between 4 and 8 (6 is the top), and one more where the
-    peak is then above 6.5, else one less, which suits blocks whose peak has little weight.
+    """The exponent that puts the peak between 7 and 14, or one more if that is better."""
+    exponent = (_mxfp4_exponent(values, unit, 7) - 1).clamp(min=1)
+    costs = weights * _mxfp4_cost((values * spread(_mxfp4_inverse(exponent, unit) * 0.5)).abs())
+    above = ordered_sum(reduce(add, costs.unflatten(0, (4, 8)))) > 0  # summed in the order that suits the kernels
+    return _mxfp4_bytes(values, unit, exponent + above.int())
+
+
+def _mxfp4_cost(magnitude: Tensor) -> Tensor:
+    """How much larger the squared error of a magnitude, divided by its scale, is than with the doubled scale.
+
+    Below 2 the doubled scale has every other level only; from 2 to 6 both have the same levels; above 6 it alone has
+    any, 8 and 12. Between levels and middles the difference is linear; above 6 a parabola comes close to it.
     """
-    peak = unit.view(torch.int32) >> 23
-
-    def trial(shift: int | Tensor) -> tuple[Tensor, Tensor]:
-        exponent = (peak + shift).clamp(min=0)
-        scale = spread(_mxfp4_scale(exponent - peak))
-        miss = _E2M1.nearest(values * (1 / scale)) * scale - values
-        return -ordered_sum(weights * miss * miss), exponent
-
-    other = torch.where(values.abs().amax(0) > 6.5 / 4, -1, -3).to(torch.int32)
-    return _mxfp4_bytes(values, unit, best_of((trial(-2), trial(other)))[1])
+    excess = magnitude.clamp(min=6.25) - 6.25
+    return excess * excess - (0.25 - ((magnitude - 1).abs() - 0.5).abs()).clamp(min=0)
 
 
 def _encode_mxfp4_alike(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    """The exponent that puts the peak between 4 and 8 is the best up to 7.25, and one more beyond."""
-    shift = torch.where(values.abs().amax(0) > 7.25 / 4, -1, -2).to(torch.int32)
-    return _mxfp4_bytes(values, unit, ((unit.view(torch.int32) >> 23) + shift).clamp(min=0))
+    return _mxfp4_bytes(values, unit, _mxfp4_exponent(values, unit, 7.25))
+
+
+def _mxfp4_exponent(values: Tensor, unit: Tensor, most: float) -> Tensor:
+    """The exponent that puts the peak between 4 and 8, or one more if it is then above `most`, from 4 to 8.
+
+    Where all weigh alike, 7.25 is best. Exponent 0, a subnormal scale, is not used.
+    """
+    above = values.abs().amax(0) > most / 4
+    return ((unit.view(torch.int32) >> 23) - 2 + above.int()).clamp(min=1)
 
 
 def _mxfp4_bytes(values: Tensor, unit: Tensor, exponent: Tensor) -> Tensor:
-    scale = _mxfp4_scale(exponent - (unit.view(torch.int32) >> 23))
-    codes = _E2M1.codes(values * spread(1 / scale))
+    codes = _E2M1.codes(values * spread(_mxfp4_inverse(exponent, unit)))
     return torch.cat([exponent.unsqueeze(0).to(torch.uint8), pack(codes.unflatten(0, (2, 16)), 4)])
 
 
-def _mxfp4_scale(exponent: Tensor) -> Tensor:
-    """What a doubled level is worth under a shared exponent relative to the unit's: 2 ** (exponent - 1)."""
-    return (exponent + 126 << 23).view(torch.float32)
+def _mxfp4_inverse(exponent: Tensor, unit: Tensor) -> Tensor:
+    """1 over what a doubled level is worth under an exponent, in units: 2 ** (128 - exponent) times the unit."""
+    return (255 - exponent + (unit.view(torch.int32) >> 23) - 127 << 23).view(torch.float32)
 
 
 def _decode_mxfp4(data: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from .shrinkage import lengthening
 
 _LEVELS_8_0: Final = Uniform(-127, 127)
 _LEVELS_5_0: Final = Uniform(-16, 15)
-_LEVELS_4_0: Final = Uniform(-8, 7)
+_LEVELS_4_0: Final = Uniform(-8, 7, peaks=(-8.5, -9.5, -7.25, -8.0))
 _LEVELS_6_K: Final = Uniform(-32, 31)
-_LEVELS_3_K: Final = Uniform(-4, 3, peaks=(-4.2, -3.3, -5.6))
+_LEVELS_3_K: Final = Uniform(-4, 3, peaks=(-4.4, -5.6, -3.8, -3.2, -7.0))
 _LEVELS_3_K_ALIKE: Final = Uniform(-4, 3, peaks=(-4.2,), quick=True)  # a long search gains next to nothing
 
 

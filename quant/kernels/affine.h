@@ -37,13 +37,14 @@ struct AffineFit {
 
 // Ranges to try: by how many levels the lowest and the highest value lie outside the codes.
 template <int TOP> struct Ranges {
-    static constexpr int COUNT = 6;
+    static constexpr int COUNT = 12;
     float per_range[COUNT] = {};  // the scale, relative to highest - lowest
     float below[COUNT] = {};      // the minimum, relative to the scale
 
     constexpr Ranges() {
         constexpr double outside[COUNT][2] = {
-            {0.3, 0.3}, {0.6, 0.0}, {0.0, 0.6}, {-0.9, 0.0}, {0.0, 0.0}, {-0.9, -0.9},
+            {0.3, 0.3},  {0.6, 0.0}, {0.0, 0.6},   {-0.9, 0.0}, {0.0, 0.0}, {-0.9, -0.9},
+            {-0.2, 0.9}, {1.3, 0.3}, {-0.2, -0.9}, {0.3, 0.0},  {0.0, 0.3}, {0.6, 0.9},
         };
         for (int i = 0; i < COUNT; i++) {
             per_range[i] = float(1 / (TOP + outside[i][0] + outside[i][1]));

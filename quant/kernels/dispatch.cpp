@@ -12,9 +12,10 @@
 
 #define FAMILIES_OF(set)                                                                        \
     namespace kernels_##set {                                                                   \
-    extern const Kernel AFFINE[], SYMMETRIC[], CODEBOOK[], LATTICE[], ROUNDING[], TERNARY[];    \
-    const Kernel* const FAMILIES[] = {AFFINE,  SYMMETRIC, CODEBOOK, LATTICE,                    \
-                                      ROUNDING, TERNARY,  nullptr};                             \
+    extern const Kernel AFFINE[], SYMMETRIC[], CODEBOOK[], LATTICE[], MICROFLOAT[], ROUNDING[], \
+        TERNARY[];                                                                              \
+    const Kernel* const FAMILIES[] = {AFFINE,     SYMMETRIC, CODEBOOK, LATTICE,                 \
+                                      MICROFLOAT, ROUNDING,  TERNARY,  nullptr};                \
     }
 
 #ifdef WITH_AVX512

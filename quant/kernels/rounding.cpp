@@ -1,45 +1,9 @@
-// Q8_0: without a search there is too little to compute for lanes to pay, so vectors hold values side by side instead.
-// Only the scales of LANES blocks are computed together, one to a lane.
-#include "tiles.h"
+// Q8_0, without a search.
+#include "side_by_side.h"
 
 namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 
-constexpr int BLOCK = 32, VECTORS = BLOCK / LANES, BYTES = 2 + BLOCK;
-
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
-
-// Whole numbers from -128 to 127, VECTORS vectors of them, to BLOCK bytes.
-inline void store_narrowed(const Ints* numbers, uint8_t* bytes) {
-#if defined(__AVX2__)  // by name, because compilers narrow each vector by itself
-    __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32((__m256i)numbers[0], (__m256i)numbers[1]),
-                                        _mm256_packs_epi32((__m256i)numbers[2], (__m256i)numbers[3]));
-    packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    std::memcpy(bytes, &packed, BLOCK);
-#elif defined(__SSE4_2__)
-    for (int i = 0; i < VECTORS; i += 4) {
-        __m128i packed = _mm_packs_epi16(_mm_packs_epi32((__m128i)numbers[i], (__m128i)numbers[i + 1]),
-                                         _mm_packs_epi32((__m128i)numbers[i + 2], (__m128i)numbers[i + 3]));
-        std::memcpy(bytes + i * LANES, &packed, sizeof packed);
-    }
-#else
-    for (int i = 0; i < VECTORS; i++) {
-        Bytes narrow = __builtin_convertvector(numbers[i], Bytes);
-        std::memcpy(bytes + i * LANES, &narrow, LANES);
-    }
-#endif
-}
-
-// The largest magnitude of each of `count` blocks, as bits; of the lanes beyond, zero.
-template <class Input> Ints largest_of(const Input* values, int64_t count) {
-    Ints rows[LANES] = {};
-    for (int block = 0; block < count; block++)
-        for (int i = 0; i < VECTORS; i++)
-            rows[block] = larger(rows[block], bits(magnitude(load(values + block * BLOCK + i * LANES))));
-    transpose(rows);
-    Ints largest = rows[0];
-    for (int i = 1; i < LANES; i++) largest = larger(largest, rows[i]);
-    return largest;
-}
+constexpr int BYTES = 2 + BLOCK;
 
 template <class Input> int64_t encode_8_0(const Input* values, uint8_t* bytes, int64_t first, int64_t last) {
     for (; first < last; first += LANES) {
@@ -58,7 +22,9 @@ template <class Input> int64_t encode_8_0(const Input* values, uint8_t* bytes, i
             uint8_t* to = bytes + (first + block) * BYTES;
             uint16_t scale = scales[block];
             std::memcpy(to, &scale, sizeof scale);
-            store_narrowed(codes, to + sizeof scale);
+            BlockOfBytes narrowed;
+            narrow(codes, narrowed);
+            std::memcpy(to + sizeof scale, &narrowed, sizeof narrowed);
         }
     }
     return -1;

@@ -19,13 +19,17 @@ template <class Levels> struct SmallScaled {
     }
 };
 
+struct Levels4 : Uniform<-8, 7> {
+    static constexpr float PEAKS[] = {-8.5f, -9.5f, -7.25f, -8.0f};
+};
+
 struct Q4_0 {
     static constexpr int ID = 2, SIZE = 32, BYTES = 18;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
         Ints codes[32];
-        SmallScaled<Uniform<-8, 7>>::encode(values, weights, unit, bytes, codes);
+        SmallScaled<Levels4>::encode(values, weights, unit, bytes, codes);
         pack<4, 16>(codes, bytes + 2);
     }
 
@@ -125,7 +129,7 @@ template <bool WEIGHTED> struct Levels3K : Uniform<-4, 3> {
 };
 
 template <> struct Levels3K<true> : Uniform<-4, 3> {
-    static constexpr float PEAKS[] = {-4.2f, -3.3f, -5.6f};
+    static constexpr float PEAKS[] = {-4.4f, -5.6f, -3.8f, -3.2f, -7.0f};
 };
 
 struct Q3_K {
