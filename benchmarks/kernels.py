@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from ctypes import CDLL, c_int, c_int64, c_size_t, c_void_p
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from synthetic import heavy_tailed, importance, relative_error
 
 TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
          "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")  # fmt: skip
+AS_FAST_AS_COPIES = ("Q8_0", "MXFP4")
 NEED_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS")  # ggml refuses to write them without
 TWO_THREADS = ("Q4_K", "Q6_K", "IQ4_XS", "IQ2_XXS")
 LLAMA_CPP = "llama_cpp_python-0.3.36"
@@ -62,7 +64,8 @@ def main() -> None:
         os.sched_setaffinity(0, {min(cores)})
 
     keep_memory()
-    measure(arguments.types[0], False, ggml, ours, arguments.rows, 1)  # not printed: touches the memory
+    for weighted in (False, True):  # not printed: touches the memory
+        measure("Q8_0", weighted, ggml, ours, arguments.rows, arguments.rounds)
     print("| type | importance | " + " | ".join((*ggml, *ours)) + " | times ggml | error |")
     print("|---|---|" + "---:|" * (len(ggml) + len(ours) + 2))
     lines = []
@@ -71,9 +74,10 @@ def main() -> None:
             if weighted or name not in NEED_IMPORTANCE:
                 lines.append(measure(name, weighted, ggml, ours, arguments.rows, arguments.rounds))
                 print(table_row(lines[-1]), flush=True)
-    copy = measure_copy(arguments.rounds)
-    print(f"\nMillions of values a second and core; a copy of float32 values moves {copy:.0f} million.")
-    figures: dict[str, Any] = {"unit": "million values a second", "types": lines, "copy": copy}
+    copies = measure_copies(next(iter(ours.values())), arguments.rounds)
+    print("\nMillions of values a second and core. As long as a copy of float32 values, times:")
+    print(", ".join(f"{name} {ratio:.2f}" for name, ratio in copies.items()))
+    figures: dict[str, Any] = {"unit": "million values a second", "types": lines, "copies": copies}
     if hasattr(os, "sched_setaffinity") and len(cores) > 1:
         os.sched_setaffinity(0, cores)
         figures["two_threads"] = two = measure_two_threads(10 * arguments.rounds)
@@ -125,16 +129,25 @@ def table_row(line: dict[str, Any]) -> str:
     return f"| {line['type']} | {'yes' if line['importance'] else 'no'} | {speeds} | {times} | {line['error']:.3f} |"
 
 
-def measure_copy(rounds: int) -> float:
-    """Million float32 values a second that a core copies between buffers far larger than its cache."""
-    source = np.ones(1 << 24, np.float32)
-    target = np.empty_like(source)
-    seconds = []
-    for _ in range(rounds + 1):
-        start = time.thread_time()
-        np.copyto(target, source)
-        seconds.append(time.thread_time() - start)
-    return source.size / statistics.median(seconds[1:]) / 1e6
+def measure_copies(quantizer: Quantizer, rounds: int) -> dict[str, float]:
+    """How many times longer than to copy float32 values it takes to quantise them to the simplest types.
+
+    Values are far more than a cache holds; both take turns.
+    """
+    x, target = heavy_tailed(0, 4096, 4096), np.empty((4096, 4096), np.float32)
+    calls: dict[str, Callable[[], object]] = {"copy": lambda: np.copyto(target, x)}
+    for name in AS_FAST_AS_COPIES:
+        calls[name] = partial(quantizer, x, name, None)
+        calls[f"{name} with importance"] = partial(quantizer, x, name, importance(0, 4096))
+    seconds: dict[str, list[float]] = {label: [] for label in calls}
+    for number in range(rounds + 1):
+        for label, call in calls.items():
+            start = time.thread_time()
+            call()
+            if number:
+                seconds[label].append(time.thread_time() - start)
+    pairs = {label: zip(times, seconds["copy"], strict=True) for label, times in seconds.items() if label != "copy"}
+    return {label: statistics.median(ours / copy for ours, copy in both) for label, both in pairs.items()}
 
 
 def measure_two_threads(rounds: int) -> dict[str, dict[str, float]]:
