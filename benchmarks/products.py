@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 CONTEXT = 512
 
 
-def rounding(folder: Path, chunks: int) -> tuple[float, float]:
-    """KL(float32 || bfloat16) in nats and the ratio of perplexities of one model."""
+def rounding(folder: Path, chunks: int) -> tuple[float, float, float]:
+    """The ratio of perplexities in bfloat16 and float32; KL(float32 || bfloat16) in nats, its mean and median."""
     model = open_model(folder)
     tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, chunks)
     inputs = with_bos(tokens, model.tokenizer)
@@ -32,7 +32,7 @@ def rounding(folder: Path, chunks: int) -> tuple[float, float]:
         advance(streams, [layer, layer])
     (divergence,) = compare_heads(streams[0], streams[1:], tokens)
     result = summarise(divergence, (), CONTEXT, chunks, torch.bfloat16)
-    return result.mean_kld, result.perplexity_ratio
+    return result.perplexity_ratio, result.mean_kld, float(divergence.kld.median())
 
 
 def main() -> None:
@@ -40,15 +40,14 @@ def main() -> None:
     examples = sorted(path.parent for path in ROOT.glob("examples/*/config.json"))
     parser.add_argument("checkpoints", nargs="*", type=Path, default=examples)
     parser.add_argument("--chunks", type=int, default=32)
-    parser.add_argument("--quants", nargs="+", default=["Q8_0", "Q4_K_M", "IQ2_XXS"])
+    parser.add_argument("--quants", nargs="*", default=["Q8_0", "Q4_K_M", "IQ2_XXS"])
     options = parser.parse_args()
-    print(
-        "| model | perplexity | mean KL | " + " | ".join(f"{quant}, float32 / BF16" for quant in options.quants) + " |"
-    )
-    print("|---|---|---|" + "---|" * len(options.quants))
+    columns = ["model", "perplexity", "mean KL", "median KL", *(f"{quant}, float32 / BF16" for quant in options.quants)]
+    print(f"| {' | '.join(columns)} |")
+    print("|" + "---|" * len(columns))
     for folder in options.checkpoints:
-        kld, ratio = rounding(folder, options.chunks)
-        cells = [folder.name, f"{ratio - 1:+.3%}", f"{kld:.6f}"]
+        ratio, kld, median = rounding(folder, options.chunks)
+        cells = [folder.name, f"{ratio - 1:+.3%}", f"{kld:.6f}", f"{median:.6f}"]
         for quant in options.quants:
             with tempfile.TemporaryDirectory() as temporary:
                 file = convert(folder, temporary, quant, verify=False).files[0]
