@@ -331,6 +331,11 @@ class Graph:
     draft: Graph | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def residual_size(self) -> int:
+        """Values of a token between two layers: those of all residual streams."""
+        return self.hidden_size * (self.residual.streams if self.residual else 1)
+
     def weights(self) -> Iterator[Weight]:
         """Every weight once, in file order."""
         return weights_in(replace(self, draft=None))

@@ -38,9 +38,7 @@ def check_disk(
 
 def _state_bytes(plan: Plan, lanes: Lanes) -> int:
     """What the lanes' states take between two layers."""
-    graph = plan.graph
-    width = graph.hidden_size * (graph.residual.streams if graph.residual else 1)
-    return 4 * width * lanes.tokens
+    return 4 * plan.graph.residual_size * lanes.tokens
 
 
 def _size(count: int) -> str:

@@ -48,8 +48,7 @@ class Fit:
 def fit(graph: Graph, machine: Machine, damage: Damage, one_bit: bool = False, name: str = "fit") -> Fit:
     """The plan of least damage for a machine's memory. Raises BadInput when the model cannot fit."""
     state = graph.state_bytes_per_token() * machine.context + fixed_state_bytes(graph)
-    streams = graph.residual.streams if graph.residual else 1
-    working = 4 * _BATCH * (graph.vocabulary_size + _WORKING_ROWS * streams * graph.hidden_size)
+    working = 4 * _BATCH * (graph.vocabulary_size + _WORKING_ROWS * graph.residual_size)
     ram = machine.ram - max(_RESERVE, machine.ram // _RESERVE_SHARE)
     if machine.vram:
         types, layers = _split(graph, ram, machine.vram - _GPU_RESERVE - state - working, damage, one_bit)

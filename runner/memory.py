@@ -55,8 +55,7 @@ def working_set(graph: Graph, context: int, casting: bool) -> int:
     """An upper bound of the bytes that weights and the numbers of one chunk take while a model runs."""
     copies = 3 if casting else 1  # casting: as they are, as they are stored, and their pieces while they are joined
     vocabulary = _BLOCK * (copies * graph.hidden_size + 8 * context)
-    streams = graph.residual.streams if graph.residual else 1
-    residual = _PASSING * context * graph.hidden_size * streams
+    residual = _PASSING * context * graph.residual_size
     return _FLOAT * (max(_operation(op, context, copies) for op in graph.operations()) + vocabulary + residual)
 
 
