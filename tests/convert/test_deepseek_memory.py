@@ -19,11 +19,10 @@ VOCABULARY = 512
 
 def _write(folder: Path) -> Path:
     """One overlapping layer of zeros; the file is sparse, so that it takes no room on disk."""
-    model = replace(real_deepseek.FLASH, ratios=(4,), hash_layers=0, drafts=0)
+    model = replace(real_deepseek.FLASH, ratios=(4,), hash_layers=0, drafts=0, vocabulary=VOCABULARY)
     header: dict[str, object] = {}
     offset = 0
     for name, shape, dtype in model.tensors():
-        shape = tuple(VOCABULARY if size == real_deepseek.VOCABULARY else size for size in shape)
         length = real_deepseek.DTYPE_BYTES[dtype]
         for size in shape:
             length *= size
