@@ -80,3 +80,12 @@ class Divergence:
         """
         probability = self.reference.log_probability.exp()
         return self.kld * probability / probability.mean()
+
+    @property
+    def typical_kld(self) -> float:
+        """The square of the mean root of `trusted_kld`.
+
+        The divergence grows with the square of a change of the logits, so its root is the length of that change. A
+        mean of lengths does not hang on the few positions where a token happened to go to another expert.
+        """
+        return float(self.trusted_kld.clamp_min(0).sqrt().mean().square())

@@ -46,21 +46,21 @@ def test_a_probe_is_a_file_with_one_weight_rounded(full: Path, tmp_path: Path) -
     damage = measure_damage(model, tokens, None, None, [model.graph], Silent())
     for name in ("token_embd.weight", "blk.0.attn_v.weight", "blk.1.ffn_down_exps.weight", "output.weight"):
         file = requantize(full, tmp_path / f"{name}.gguf", "F32", tensor_types=[(f"^{name}$", "IQ2_XXS")]).files[0]
-        expected = trusted_divergence(model, open_model(file), tokens)
+        expected = typical_divergence(model, open_model(file), tokens)
         assert damage.sensitivity[name] * damage.probe[name] == pytest.approx(expected, rel=1e-3)
         assert damage.errors[name]["Q8_0"] < damage.errors[name]["Q4_K"] < damage.errors[name]["IQ2_XXS"] < 0.3
 
 
-def trusted_divergence(reference: Model, candidate: Model, tokens: Tensor) -> float:
-    """KL divergence of the second half of each chunk, weighed by the probability of the token that follows."""
+def typical_divergence(reference: Model, candidate: Model, tokens: Tensor) -> float:
+    """The mean root of the second half's KL divergences, weighed by the probability of the token that follows."""
     positions, total, weight = slice(CONTEXT // 2, CONTEXT - 1), 0.0, 0.0
     sources = [logit_source(model, tokens, positions, Silent()) for model in (reference, candidate)]
     for chunk, ids in enumerate(tokens):
         first, second = (source(chunk).double().log_softmax(dim=1) for source in sources)
         follows = first.exp().gather(1, ids[CONTEXT // 2 + 1 :, None])[:, 0]
-        total += float(((first.exp() * (first - second)).sum(dim=1) * follows).sum())
+        total += float(((first.exp() * (first - second)).sum(dim=1) * follows).sqrt().sum())
         weight += float(follows.sum())
-    return total / weight
+    return total**2 / (weight * len(tokens) * (CONTEXT // 2 - 1))
 
 
 def test_foreign_text_ranks_weights_nearly_like_text_of_the_kind_a_model_knows() -> None:
