@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 from moecast.convert import convert
-from moecast.convert.allocate import ROLES, rivals_within, split_tokens, winner
+from moecast.convert.allocate import HELD_OUT_CHUNKS, PROBE_CHUNKS, ROLES, rivals_within, split_tokens, winner
 from moecast.convert.choose import Budget
 from moecast.quant.allocation import Damage
 from moecast.quant.plan import Plan, plan_tensors
 from moecast.quant.recipes import Recipe, recipe_named
-from moecast.runner.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT, chunk_tokens
+from moecast.runner.evaluate import EVALUATION_TEXT, chunk_tokens
 from moecast.runner.probe import measure_damage
 from moecast.runner.rivals import divergences
 from moecast.sources.model import Model, open_model
@@ -42,7 +42,9 @@ DATA = Path(__file__).parent / "data" / "allocation.json"
 POINTS = ("Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_XXS")
 CONFIRMED = ("IQ4_XS", "Q3_K_M", "IQ3_XXS")
 UNIFORM = ("Q4_K", "Q3_K", "IQ3_XXS", "IQ2_XXS")
-CONTEXT, PROBE_CHUNKS = 512, 6
+CONTEXT = 512
+# Of the kind that the examples were trained on: to them the bundled text is as foreign as noise.
+CALIBRATION_TEXT = EVALUATION_TEXT.with_name("calibration.txt")
 
 
 def uniform(model: Model, type: str) -> Plan:
@@ -56,7 +58,7 @@ def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[st
     calibration = chunk_tokens(model.tokenizer, CALIBRATION_TEXT, CONTEXT, calibrating)
     evaluation = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, None)
     evaluation = evaluation[:: max(1, len(evaluation) // chunks)][:chunks]
-    probes, held_out = split_tokens(calibration, PROBE_CHUNKS)
+    probes, held_out = split_tokens(calibration, PROBE_CHUNKS, HELD_OUT_CHUNKS)
     started = time.process_time()
     damage = measure_damage(model, probes, calibration, None, [model.graph], progress)
     seconds = time.process_time() - started
@@ -64,14 +66,15 @@ def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[st
     rivals = {point: _rivals(model, stock, damage) for point, stock in stocks.items()}
     keys = [(point, name) for point in POINTS for name in rivals[point]]
     found = divergences(model, [rivals[p][n] for p, n in keys], held_out, calibration, None, progress)
-    klds = dict(zip(keys, found, strict=True))
+    klds = {key: divergence.trusted_kld for key, divergence in zip(keys, found, strict=True)}
     winners = {point: winner({name: klds[point, name] for name in rivals[point]}) for point in POINTS}
     shown = {point: {"ours": rivals[point][winners[point]], "stock": stocks[point]} for point in POINTS}
     for point, plans in shown.items():
         plans["roles"] = rivals[point].get(ROLES, plans["ours"])
     keys = [(point, name) for point in POINTS for name in shown[point]]
     plans = [shown[p][n] for p, n in keys] + [uniform(model, type) for type in UNIFORM]
-    final = [float(kld.mean()) for kld in divergences(model, plans, evaluation, calibration, None, progress)]
+    measured = divergences(model, plans, evaluation, calibration, None, progress)
+    final = [float(divergence.kld.mean()) for divergence in measured]
     kld = dict(zip(keys, final, strict=False))
     rows = [
         {

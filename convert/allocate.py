@@ -28,14 +28,17 @@ from .choose import Budget, Goal, budget_of, plan_for_budget, refuse_mixed_types
 from .encode import MeasuredImportance
 
 _EXPONENTS = (1.0, 0.8, 1.25)  # of the error in the damage: how much more low bits hurt than high ones
-_CHUNKS = 8  # of text, for probes and for comparing plans each
+PROBE_CHUNKS, HELD_OUT_CHUNKS = 8, 24  # of text at most; hundreds of lanes are probes, seven compare plans
 ROLES = "one type a role"  # the name of that plan
 _EDGE = 8  # the first and last of so many parts of the layers are the edges
 
 
 @dataclass(frozen=True)
 class Rival:
-    """A plan that took part: its size, and its mean KL divergence in nats on text that no plan was made from."""
+    """A plan that took part: its size, and its mean KL divergence in nats on text that no plan was made from.
+
+    Positions count by how probable the model finds what follows, see `Divergence.trusted_kld`.
+    """
 
     name: str
     bytes: int
@@ -77,7 +80,7 @@ def allocate(
     weighed = importance is not None or calibration is not None
     plans = rivals_within(model.graph, budget, damage, padding=padding, mtp=mtp, importance=weighed)
     measured = divergences(model, list(plans.values()), held_out, calibration, importance, progress)
-    klds = dict(zip(plans, measured, strict=True))
+    klds = {name: divergence.trusted_kld for name, divergence in zip(plans, measured, strict=True)}
     best = winner(klds)
     order = sorted(plans, key=lambda name: (name != best, float(klds[name].mean())))
     rivals = tuple(Rival(name, plans[name].bytes, float(klds[name].mean())) for name in order)
@@ -126,7 +129,7 @@ def allocate_for(
     """
     refuse_mixed_types(target)
     text = chunk_tokens(model.tokenizer, calibration or CALIBRATION_TEXT, context, None)
-    probes, held_out = split_tokens(text, _CHUNKS)
+    probes, held_out = split_tokens(text, PROBE_CHUNKS, HELD_OUT_CHUNKS)
     return allocate(
         model,
         budget_of(model, goal),
@@ -176,13 +179,18 @@ def _verdict(rivals: tuple[Rival, ...]) -> str:
     return f"{kept}KL divergence on held-out text: {winner.name} {winner.mean_kld:.5f}; {compared}"
 
 
-def split_tokens(tokens: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Calibration chunks for probes and for comparing plans, at most so many each; none is in both.
+def split_tokens(tokens: Tensor, probes: int, held_out: int) -> tuple[Tensor, Tensor]:
+    """Calibration chunks for probes and for comparing plans, at most so many; spread evenly, and none is in both.
 
     Raises BadInput when there are fewer than two.
     """
     if len(tokens) < 2:
         raise BadInput("the calibration text has one chunk, expected two or more: use more text or less --context")
-    count = min(most, len(tokens) // 2)
-    spread = torch.linspace(0, len(tokens) - 1, 2 * count).long()
-    return tokens[spread[0::2]], tokens[spread[1::2]]
+    probing = _spread(len(tokens), min(probes, len(tokens) // 2))
+    rest = torch.tensor([number for number in range(len(tokens)) if number not in set(probing.tolist())])
+    return tokens[probing], tokens[rest[_spread(len(rest), min(held_out, len(rest)))]]
+
+
+def _spread(length: int, count: int) -> Tensor:
+    """So many of the numbers below `length`, evenly apart."""
+    return torch.arange(count) * length // count

@@ -2,7 +2,9 @@
 
 Every weight has a probe: a lane that follows the reference up to the layer of its weight, runs that layer with the one
 weight rounded coarsely, and goes on with the weights as they are. Probes share what is loaded, so that a pass reads
-the model once. The KL divergence of a probe, divided by the error that caused it, is the weight's sensitivity.
+the model once. The KL divergence of a probe, divided by the error that caused it, is the weight's sensitivity. Tokens
+that the model expects count for more, as calibration text may be of a kind that it was never trained on, and roots are
+averaged, because which few tokens an error sends to another expert is chance.
 
 Probes are coarse on purpose: small errors move tokens to other experts now and then, which costs more for each unit of
 error than it does in a model in which everything is rounded and tokens move anyhow.
@@ -95,7 +97,7 @@ def measure_damage(
     measured = errors.relative()
     divergences = compare_heads(reference, list(probes.values()), tokens)
     sensitivity = {
-        name: float(divergence.kld.mean()) / measured[name][probed[name]]
+        name: divergence.typical_kld / measured[name][probed[name]]
         for name, divergence in zip(probes, divergences, strict=True)
         if measured.get(name, {}).get(probed[name])
     }

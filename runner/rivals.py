@@ -13,6 +13,7 @@ from ..sources.progress import Progress
 from .evaluate import compare_heads, with_bos
 from .observe import ObservingWeights
 from .quantized import Quantizer, RoundedWeights
+from .scores import Divergence
 from .stream import Stream, advance
 from .weights import ModelWeights
 
@@ -24,8 +25,8 @@ def divergences(
     calibration: Tensor | None,
     importance: Importance | None,
     progress: Progress,
-) -> list[Tensor]:
-    """KL(model || plan) in nats, float64 [positions], of each plan on `tokens` [chunks, context].
+) -> list[Divergence]:
+    """How far each plan is from the model on `tokens` [chunks, context].
 
     Columns are weighed by what the calibration tokens show, or else by `importance`. Plans for padded forms of the
     model's graph may take part. The second half of each chunk is scored.
@@ -45,7 +46,7 @@ def divergences(
         advance(streams, layers)
         statistics.clear()
         progress.advance(1, f"layer {layers[0].index}")
-    return [divergence.kld for divergence in compare_heads(reference, candidates, tokens)]
+    return compare_heads(reference, candidates, tokens)
 
 
 def _rounded(quantizer: Quantizer, plan: Plan) -> RoundedWeights:

@@ -71,3 +71,21 @@ class Divergence:
         """KL divergence in nats, float64 [positions]."""
         expected = self._difference / self.reference.total
         return expected - self.reference.log_normaliser + self.candidate.log_normaliser
+
+    @property
+    def trusted_kld(self) -> Tensor:
+        """The same, each position weighed by the probability that the reference gives to its target; weights mean 1.
+
+        Where a model did not expect what it reads, its damage says little about the texts that it is good for.
+        """
+        probability = self.reference.log_probability.exp()
+        return self.kld * probability / probability.mean()
+
+    @property
+    def typical_kld(self) -> float:
+        """The square of the mean root of `trusted_kld`.
+
+        The divergence grows with the square of a change of the logits, so its root is the length of that change. A
+        mean of lengths does not hang on the few positions where a token happened to go to another expert.
+        """
+        return float(self.trusted_kld.clamp_min(0).sqrt().mean().square())
