@@ -155,7 +155,7 @@ def measure_two_threads(rounds: int) -> dict[str, dict[str, float]]:
 
     The best of many turns of each, not the median: what else a core does slows two threads down more often than one.
     """
-    x = torch.from_numpy(heavy_tailed(0, 1024, 4096))
+    x = torch.from_numpy(heavy_tailed(0, 4096, 4096))
     columns = torch.from_numpy(importance(0, 4096))
     wall = {(name, threads): float("inf") for name in TWO_THREADS for threads in (1, 2)}
     cpu = dict(wall)

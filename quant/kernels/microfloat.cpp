@@ -54,6 +54,8 @@ struct MXFP4 {
     }
 
   private:
+    static constexpr float MOST_LEVELS = 6.25f;  // up to here a magnitude loses nothing to the lower exponent
+
     template <class Input>
     static int64_t encode_values(const Input* values, const Rows& rows, int64_t first, int64_t last) {
         for (; first < last; first += LANES) {
@@ -82,9 +84,11 @@ struct MXFP4 {
     static Ints search(const Input* values, const Rows& rows, int64_t first, int64_t count, Ints largest) {
         Ints exponent = larger(exponent_of(largest, 7.0f) - 1, all(1));
         Floats inverse = inverse_of(exponent) * 0.5f, costs[LANES][8 / LANES] = {};
+        Floats peak = from_bits(largest) * inverse;
         int64_t column = first % rows.blocks;
         for (int block = 0; block < count; block++) {
-            for (int i = 0; i < VECTORS; i++) {
+            // Without an excess, as in five blocks of six, no cost is above zero.
+            for (int i = 0; i < VECTORS && peak[block] > MOST_LEVELS; i++) {
                 Floats positive = magnitude(load(values + block * BLOCK + i * LANES) * all(inverse[block]));
                 costs[block][i % (8 / LANES)] += load(rows.weights + column * BLOCK + i * LANES) * cost(positive);
             }
@@ -95,7 +99,7 @@ struct MXFP4 {
 
     // How much larger a squared error is than with an exponent one higher, as quant/codebook.py explains it.
     static Floats cost(Floats positive) {
-        Floats excess = larger(positive, all(6.25f)) - 6.25f;
+        Floats excess = larger(positive, all(MOST_LEVELS)) - MOST_LEVELS;
         return excess * excess - larger(0.25f - magnitude(magnitude(positive - 1.0f) - 0.5f), all(0.0f));
     }
 
