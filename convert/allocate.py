@@ -153,7 +153,7 @@ def _distinct(plans: dict[str, Plan]) -> dict[str, Plan]:
 
 def stock_within(graph: Graph, size: int, padding: bool, mtp: bool | None, importance: bool) -> Plan | None:
     """The largest of llama.cpp's mixes whose data section is within a size; None where none is."""
-    recipes = (recipe for recipe in RECIPES.values() if recipe.quantised and not recipe.native)
+    recipes = (recipe for recipe in RECIPES.values() if recipe.quantised and not (recipe.native or recipe.ours))
     plans = (plan_file(graph, recipe, padding, mtp, importance) for recipe in recipes)
     return max((plan for plan in plans if plan.bytes <= size), key=lambda plan: plan.bytes, default=None)
 

@@ -80,7 +80,8 @@ Rules = tuple[tuple[str, Condition], ...]
 class Recipe:
     """Types for a whole model; `file_type` is llama.cpp's number for it, `base` serves where no rule applies.
 
-    `native` asks for what the checkpoint itself holds, wherever the file format has a form for it.
+    `native` asks for what the checkpoint itself holds, wherever the file format has a form for it. What is `ours`
+    llama-quantize does not have.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Recipe:
     base: str
     rules: Mapping[Role, Rules] = field(default_factory=dict)
     native: bool = False
+    ours: bool = False
 
     @property
     def quantised(self) -> bool:
@@ -173,7 +175,7 @@ def _experts_low(name: str, file_type: int, gate_up: str, down: str) -> Recipe:
         Role.EXPERT_UP: ((gate_up, _always),),
         Role.EXPERT_DOWN: ((down, _always),),
     }
-    return Recipe(name, file_type, "Q8_0", rules)
+    return Recipe(name, file_type, "Q8_0", rules, ours=True)
 
 
 GUESSED = 1024  # llama.cpp's file type for "see the tensors"

@@ -26,7 +26,7 @@ from ..quant.importance import Importance, Statistics
 from ..sources.model import Model
 from ..sources.progress import Progress
 from .evaluate import compare_heads, with_bos
-from .observe import ObservingWeights
+from .observe import calibration_lanes
 from .quantized import Quantizer, RoundedWeights
 from .rounding_error import ErrorWeights
 from .stream import Stream, advance
@@ -62,10 +62,7 @@ def measure_damage(
     errors = ErrorWeights(source, quantizer, {name: {*types[name], probed[name]} for name in probed})
     inputs = with_bos(tokens, model.tokenizer)
     reference = Stream(model, inputs, weights=errors)
-    observers = []
-    if calibration is not None:
-        watched = ObservingWeights(source, statistics)
-        observers.append(Stream(model, with_bos(calibration, model.tokenizer), weights=watched))
+    observers = calibration_lanes(model, calibration, source, statistics)
 
     def rounded(name: str) -> RoundedWeights:
         return RoundedWeights(quantizer, model.graph, {name: probed[name]})

@@ -12,7 +12,7 @@ from ..archs.weights import Weight
 from ..quant import dequantize, quantize
 from ..quant.formats import format_named
 from ..quant.importance import Importance
-from .weights import KeptWeights, Weights
+from .weights import Products, Weights
 
 
 class Quantizer:
@@ -46,7 +46,7 @@ class Quantizer:
         self.source.forget(expert)
 
 
-class RoundedWeights(KeptWeights):
+class RoundedWeights(Products):
     """The weights of a graph, those named in `types` rounded to them; the others are the source's.
 
     The graph is the source's own or another form of it, whose weights read the same stored tensors.

@@ -11,7 +11,7 @@ from ..quant.plan import Plan
 from ..sources.model import Model
 from ..sources.progress import Progress
 from .evaluate import compare_heads, with_bos
-from .observe import ObservingWeights
+from .observe import calibration_lanes
 from .quantized import Quantizer, RoundedWeights
 from .scores import Divergence
 from .stream import Stream, advance
@@ -34,10 +34,7 @@ def divergences(
     source, statistics = ModelWeights(model), Statistics()
     quantizer = Quantizer(source, importance if calibration is None else statistics)
     inputs = with_bos(tokens, model.tokenizer)
-    observers = []
-    if calibration is not None:
-        watched = ObservingWeights(source, statistics)
-        observers.append(Stream(model, with_bos(calibration, model.tokenizer), weights=watched))
+    observers = calibration_lanes(model, calibration, source, statistics)
     reference = Stream(model, inputs, weights=source)
     candidates = [Stream(model, inputs, weights=_rounded(quantizer, plan)) for plan in plans]
     streams = [*observers, reference, *candidates]

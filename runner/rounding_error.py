@@ -11,7 +11,7 @@ from torch import Tensor
 from ..archs.weights import Weight
 from ..sources.model import pieces
 from .quantized import Quantizer
-from .weights import KeptWeights, Weights, multiply
+from .weights import Products, Weights, multiply
 
 _TOKENS = 32  # of each expert
 _ROWS = 256  # of each matrix
@@ -19,7 +19,7 @@ _EXPERTS = 16  # of each stack, those with the most tokens
 _VOCABULARY_ROWS = 4096  # of embedding and head
 
 
-class ErrorWeights(KeptWeights):
+class ErrorWeights(Products):
     """A source's weights, which measure on the inputs of `project` what rounding would do to its outputs.
 
     The relative squared error of a type is that of the products of some rows, some tokens and the busiest experts, so

@@ -35,8 +35,8 @@ class Weights(Protocol):
         """Drop what was kept of one expert, or all that was kept: whoever needed it is done."""
 
 
-class KeptWeights:
-    """Weights whose numbers are read once and kept until `forget`; `read` says where they come from.
+class Products:
+    """Products with whatever `load` gives.
 
     Products with weights that may be quantised are computed in `compute_dtype`, see `multiply`; the others decide too
     much, and stay in float32.
@@ -46,6 +46,26 @@ class KeptWeights:
         self.graph = graph
         self.label = label
         self.compute_dtype = compute_dtype
+
+    def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def project(self, states: Tensor, weight: Weight, expert: int | None = None) -> Tensor:
+        return multiply(states, self.load(weight, expert), self._dtype_for(weight))
+
+    def project_groups(self, states: Tensor, weight: Weight) -> Tensor:
+        matrices = self.load(weight).unflatten(0, (len(states), -1))  # [groups, rows / groups, columns]
+        return multiply(states, matrices, self._dtype_for(weight))
+
+    def _dtype_for(self, weight: Weight) -> torch.dtype:
+        return torch.float32 if weight.role.protected else self.compute_dtype
+
+
+class KeptWeights(Products):
+    """Weights whose numbers are read once and kept until `forget`; `read` says where they come from."""
+
+    def __init__(self, graph: Graph, label: str, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(graph, label, compute_dtype)
         # By identity, because a padded graph has other weights of the same names.
         self._kept: dict[tuple[int, int | None, tuple[int, int] | None], Tensor] = {}
 
@@ -61,18 +81,8 @@ class KeptWeights:
             self._kept[key] = self.read(weight, expert, rows)
         return self._kept[key]
 
-    def project(self, states: Tensor, weight: Weight, expert: int | None = None) -> Tensor:
-        return multiply(states, self.load(weight, expert), self._dtype_for(weight))
-
-    def project_groups(self, states: Tensor, weight: Weight) -> Tensor:
-        matrices = self.load(weight).unflatten(0, (len(states), -1))  # [groups, rows / groups, columns]
-        return multiply(states, matrices, self._dtype_for(weight))
-
     def forget(self, expert: int | None = None) -> None:
         self._kept = {} if expert is None else {key: kept for key, kept in self._kept.items() if key[1] != expert}
-
-    def _dtype_for(self, weight: Weight) -> torch.dtype:
-        return torch.float32 if weight.role.protected else self.compute_dtype
 
 
 class ModelWeights(KeptWeights):

@@ -12,12 +12,12 @@ from conftest import Checkpoint
 from moecast.archs.errors import BadInput
 from moecast.cli import main
 from moecast.convert import convert
-from moecast.convert.allocate import allocate, split_tokens, winner
+from moecast.convert.allocate import allocate, split_tokens, stock_within, winner
 from moecast.convert.choose import Budget, Goal, choose_plan
 from moecast.convert.requantize import requantize
 from moecast.quant.allocation import typical_damage
 from moecast.quant.plan import plan_file
-from moecast.quant.recipes import recipe_named
+from moecast.quant.recipes import RECIPES, recipe_named
 from moecast.runner.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT, chunk_tokens
 from moecast.runner.logits import logit_source
 from moecast.runner.probe import measure_damage
@@ -99,6 +99,15 @@ def test_the_best_plan_is_no_worse_than_stock_at_its_bytes(minimax: Checkpoint) 
     again, other = divergences(model, [found.plan, stock], held_out, tokens, None, Silent())
     assert float(again.trusted_kld.mean()) == pytest.approx(found.rivals[0].mean_kld)
     assert float(other.trusted_kld.mean()) == pytest.approx(klds["Q3_K_M"])
+
+
+def test_stock_is_what_llama_quantize_has(minimax: Checkpoint) -> None:
+    """Not one of our own mixes, even where that comes closer to the size."""
+    graph = open_model(minimax.folder).graph
+    for recipe in (recipe for recipe in RECIPES.values() if recipe.ours):
+        plan = plan_file(graph, recipe, padding=False, mtp=None, importance=True)
+        stock = stock_within(graph, plan.bytes, padding=False, mtp=None, importance=True)
+        assert stock is not None and not stock.recipe.ours and 0.7 * plan.bytes < stock.bytes <= plan.bytes
 
 
 def test_stock_wins_ties() -> None:
