@@ -6,10 +6,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..archs.graph import Graph
 from ..archs.weights import Weight
 from ..sources.model import Model
+
+
+_TILE = 32  # tokens: for every number of them, oneDNN compiles a kernel of its own and keeps half a megabyte
 
 
 class Weights(Protocol):
@@ -101,4 +105,8 @@ def multiply(states: Tensor, matrix: Tensor, dtype: torch.dtype = torch.float32)
 
     Both factors are rounded to `dtype` first, summed up in float32 and rounded to `dtype`; the result is float32.
     """
-    return (states.to(dtype) @ matrix.to(dtype).mT).float()
+    if dtype == torch.float32:
+        return states @ matrix.mT
+    tokens = states.shape[-2]
+    padded = functional.pad(states.to(dtype), (0, 0, 0, -tokens % _TILE))
+    return (padded @ matrix.to(dtype).mT)[..., :tokens, :].float()
