@@ -12,7 +12,6 @@ from ..archs.graph import Graph
 from ..archs.weights import Weight
 from ..sources.model import Model
 
-
 _TILE = 32  # tokens: for every number of them, oneDNN compiles a kernel of its own and keeps half a megabyte
 
 
