@@ -17,7 +17,7 @@ CONTEXT = 160
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-@pytest.mark.parametrize(("quant", "bound"), [("F32", 1e-5), ("BF16", 1e-3), ("Q8_0", 3e-3), ("Q4_K_M", 3e-3)])
+@pytest.mark.parametrize(("quant", "bound"), [("F32", 1e-5), ("BF16", 1e-3), ("Q8_0", 3e-3), ("Q4_K_M", 5e-3)])
 def test_example_in_llama(folder: Path, tmp_path: Path, quant: str, bound: float) -> None:
     """The same log-probabilities from llama.cpp and our runner on the same file, up to llama.cpp's rounding.
 

@@ -137,7 +137,7 @@ def test_bytes_are_weighed_by_what_was_seen(minimax_fp8: Checkpoint, tmp_path: P
             importance = (sums[expert] + 16 * pooled) / (counts[expert] + 16)
             found, values = stored[name].reshape(16, -1)[expert], model.load(weight, expert)
             # The written sums are rounded to float32, which turns a tie now and then.
-            assert (quantize(values, type_name, importance).numpy().flatten() != found).mean() < 0.003
+            assert (quantize(values, type_name, importance).numpy().flatten() != found).mean() < 0.006
         alone = quantize(values, type_name, sums[expert] / counts[expert]).numpy().flatten()
         assert (alone != found).mean() > 0.01
 
