@@ -30,6 +30,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from .convert.choose import Goal
     from .quant.plan import Plan
 
@@ -92,7 +94,7 @@ def convert(
     context: int,
     chunks: int | None,
     threads: int | None,
-    compute_dtype: str,
+    compute_dtype: torch.dtype,
     memory: int | None,
     scratch: int | None,
     keep_source: bool,
@@ -112,8 +114,6 @@ def convert(
       moecast convert CHECKPOINT --to onnx -o out/
       moecast convert OWNER/NAME --quant IQ4_XS --scratch 20GB
     """
-    import torch
-
     from .console import watch
     from .convert.allocate import allocate_for
     from .convert.choose import choose_plan
@@ -175,7 +175,7 @@ def convert(
             context=context,
             chunks=chunks or _VERIFY_CHUNKS,
             threads=threads,
-            compute_dtype=getattr(torch, compute_dtype),
+            compute_dtype=compute_dtype,
             memory=memory,
             provenance=provenance,
             progress=progress,
@@ -262,7 +262,7 @@ def imatrix(
     context: int,
     chunks: int | None,
     overwrite: bool,
-    compute_dtype: str,
+    compute_dtype: torch.dtype,
     memory: int | None,
     revision: str | None,
     token: str | None,
@@ -275,8 +275,6 @@ def imatrix(
       moecast imatrix CHECKPOINT -o imatrix.gguf
       moecast imatrix OWNER/NAME -o imatrix.gguf --calibration text.txt --chunks 100
     """
-    import torch
-
     from .console import watch
     from .convert.calibrate import write_imatrix
     from .report import show_calibration
@@ -292,7 +290,7 @@ def imatrix(
             context=context,
             chunks=chunks,
             overwrite=overwrite,
-            compute_dtype=getattr(torch, compute_dtype),
+            compute_dtype=compute_dtype,
             memory=memory,
             progress=progress,
         )

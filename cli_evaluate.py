@@ -11,6 +11,8 @@ import click
 from .options import compute_dtype_option, hub_options, json_option, low_memory_option, text_options
 
 if TYPE_CHECKING:
+    import torch
+
     from .runner.evaluate import Parity
     from .runner.onnx_model import OnnxModel
     from .sources.model import Model
@@ -28,7 +30,7 @@ def perplexity(
     file: Path | None,
     context: int,
     chunks: int | None,
-    compute_dtype: str,
+    compute_dtype: torch.dtype,
     low_memory: bool,
     revision: str | None,
     token: str | None,
@@ -41,8 +43,6 @@ def perplexity(
       moecast perplexity CHECKPOINT -f text.txt
       moecast perplexity model.gguf -f text.txt --chunks 20 --json
     """
-    import torch
-
     from .console import watch
     from .report import show_perplexity
     from .runner.evaluate import EVALUATION_TEXT
@@ -50,7 +50,7 @@ def perplexity(
 
     opened = _open(model, revision, token, low_memory)
     with watch() as progress:
-        result = run(opened, file or EVALUATION_TEXT, context, chunks, progress, getattr(torch, compute_dtype))
+        result = run(opened, file or EVALUATION_TEXT, context, chunks, progress, compute_dtype)
     show_perplexity(str(opened.path), result, as_json)
 
 
@@ -70,7 +70,7 @@ def parity(
     context: int,
     chunks: int | None,
     max_kld: float | None,
-    compute_dtype: str,
+    compute_dtype: torch.dtype,
     low_memory: bool,
     revision: str | None,
     token: str | None,
@@ -83,8 +83,6 @@ def parity(
       moecast parity CHECKPOINT model.gguf --max-kld 0.05
       moecast parity a.gguf b.gguf -f text.txt --json
     """
-    import torch
-
     from .console import watch
     from .report import show_parity
     from .runner.evaluate import EVALUATION_TEXT
@@ -92,8 +90,7 @@ def parity(
 
     first, second = _open(reference, revision, token, low_memory), _open(candidate, None, token, low_memory)
     with watch() as progress:
-        dtype = getattr(torch, compute_dtype)
-        result = run(first, second, file or EVALUATION_TEXT, context, chunks, progress, dtype)
+        result = run(first, second, file or EVALUATION_TEXT, context, chunks, progress, compute_dtype)
     show_parity(f"{second.path} against {first.path}", result, as_json)
     judge(result, max_kld)
 

@@ -43,6 +43,15 @@ class TypeOverride(click.ParamType[tuple[str, str]]):
         return pattern, type_name.upper()
 
 
+class FloatType(click.Choice[str]):
+    """The name of a torch type of floats; commands get the type itself."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        import torch
+
+        return value if isinstance(value, torch.dtype) else getattr(torch, super().convert(value, param, ctx))
+
+
 class Commands(click.Group):
     """Turns bad input into one line and exit code 2, whatever command it came from."""
 
@@ -103,7 +112,7 @@ memory_option = click.option(
 )
 compute_dtype_option = click.option(
     "--compute-dtype",
-    type=click.Choice(["float32", "bfloat16"]),
+    type=FloatType(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
     help="What products with weights are computed in; bfloat16 is faster, and blurs KL divergences below 0.001.",

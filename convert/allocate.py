@@ -187,8 +187,10 @@ def split_tokens(tokens: Tensor, probes: int, held_out: int) -> tuple[Tensor, Te
     if len(tokens) < 2:
         raise BadInput("the calibration text has one chunk, expected two or more: use more text or less --context")
     probing = _spread(len(tokens), min(probes, len(tokens) // 2))
-    rest = torch.tensor([number for number in range(len(tokens)) if number not in set(probing.tolist())])
-    return tokens[probing], tokens[rest[_spread(len(rest), min(held_out, len(rest)))]]
+    unused = torch.ones(len(tokens), dtype=torch.bool)
+    unused[probing] = False
+    rest = tokens[unused]
+    return tokens[probing], rest[_spread(len(rest), min(held_out, len(rest)))]
 
 
 def _spread(length: int, count: int) -> Tensor:
