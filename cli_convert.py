@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,8 +116,8 @@ def convert(
       moecast convert OWNER/NAME --quant IQ4_XS --scratch 20GB
     """
     from .console import watch
-    from .convert.allocate import allocate_for
     from .convert.choose import choose_plan
+    from .convert.measured import measured_plan
     from .convert.pipeline import convert as run
     from .report import show_conversion, show_plan
     from .runner.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT
@@ -130,27 +131,34 @@ def convert(
         show_plan(choose_plan(describe(source, revision, token), goal, target, pad, mtp), as_json)
         return
     text = None if no_calibration else calibration or CALIBRATION_TEXT
-    with watch() as progress:
+    with watch() as progress, ExitStack() as stack:
         # Measuring reads the model more than once, so it has to be here as a whole.
         stay = keep_source or not goal.is_recipe
         found, provenance = (locate if stay else locate_to_stream)(source, revision, token, progress)
+        name = provenance.get("repository", "").split("/")[-1] or None
         origin: Path | HubCheckpoint | Model = found
         plan: str | Plan | None = goal.quant
         if not goal.is_recipe:
             assert isinstance(found, Path)
             origin = open_model(found)
         if isinstance(origin, Model) and goal.is_budget and measure:
-            plan = allocate_for(
+            allocation = measured_plan(
                 origin,
                 goal,
-                target,
+                output,
+                target=target,
+                name=name,
                 calibration=text,
                 imatrix=imatrix,
                 context=context,
                 padding=pad,
                 mtp=mtp,
+                overwrite=overwrite,
+                memory=memory,
+                compute_dtype=compute_dtype,
                 progress=progress,
-            ).plan
+            )
+            plan = stack.enter_context(allocation).plan
         elif isinstance(origin, Model):
             plan = choose_plan(origin, goal, target, pad, mtp, importance=bool(text or imatrix))
         result = run(
@@ -161,7 +169,7 @@ def convert(
             activations=activations,
             padding=pad,
             mtp=mtp,
-            name=provenance.get("repository", "").split("/")[-1] or None,
+            name=name,
             pre=pre,
             scratch=scratch,
             split_max_bytes=split_max_size,

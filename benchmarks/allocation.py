@@ -32,10 +32,10 @@ from moecast.quant.allocation import Damage
 from moecast.quant.plan import Plan, plan_tensors
 from moecast.quant.recipes import Recipe, recipe_named
 from moecast.runner.evaluate import EVALUATION_TEXT, chunk_tokens
+from moecast.runner.passes import Measuring
 from moecast.runner.probe import measure_damage
 from moecast.runner.rivals import divergences
 from moecast.sources.model import Model, open_model
-from moecast.sources.progress import Silent
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data" / "allocation.json"
@@ -54,18 +54,19 @@ def uniform(model: Model, type: str) -> Plan:
 
 def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[str, Any]:
     """All points of one model."""
-    model, progress = open_model(folder), Silent()
+    model = open_model(folder)
     calibration = chunk_tokens(model.tokenizer, CALIBRATION_TEXT, CONTEXT, calibrating)
     evaluation = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, None)
     evaluation = evaluation[:: max(1, len(evaluation) // chunks)][:chunks]
     probes, held_out = split_tokens(calibration, PROBE_CHUNKS, HELD_OUT_CHUNKS)
     started = time.process_time()
-    damage = measure_damage(model, probes, calibration, None, [model.graph], progress)
+    measuring = Measuring(model, calibration)
+    damage = measure_damage(measuring, probes, [model.graph])
     seconds = time.process_time() - started
     stocks = {point: plan_tensors(model.graph, recipe_named(point), importance=True) for point in POINTS}
     rivals = {point: _rivals(model, stock, damage) for point, stock in stocks.items()}
     keys = [(point, name) for point in POINTS for name in rivals[point]]
-    found = divergences(model, [rivals[p][n] for p, n in keys], held_out, calibration, None, progress)
+    found = divergences(measuring, [rivals[p][n] for p, n in keys], held_out)
     klds = {key: divergence.trusted_kld for key, divergence in zip(keys, found, strict=True)}
     winners = {point: winner({name: klds[point, name] for name in rivals[point]}) for point in POINTS}
     shown = {point: {"ours": rivals[point][winners[point]], "stock": stocks[point]} for point in POINTS}
@@ -73,7 +74,7 @@ def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[st
         plans["roles"] = rivals[point].get(ROLES, plans["ours"])
     keys = [(point, name) for point in POINTS for name in shown[point]]
     plans = [shown[p][n] for p, n in keys] + [uniform(model, type) for type in UNIFORM]
-    measured = divergences(model, plans, evaluation, calibration, None, progress)
+    measured = divergences(measuring, plans, evaluation)
     final = [float(divergence.kld.mean()) for divergence in measured]
     kld = dict(zip(keys, final, strict=False))
     rows = [

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,20 +14,19 @@ from ..archs.errors import BadInput
 from ..archs.graph import Graph
 from ..archs.weights import Weight
 from ..quant.allocation import Damage, Key
-from ..quant.importance import Importance
 from ..quant.plan import Plan, plan_file
 from ..quant.recipes import RECIPES
-from ..runner.evaluate import CALIBRATION_TEXT, chunk_tokens
-from ..runner.probe import measure_damage
+from ..runner.memory import CASTING, comparing, workspace
+from ..runner.passes import Measuring, packed, unpacked
+from ..runner.probe import measure_damage, types_of
 from ..runner.rivals import divergences
-from ..sources.imatrix import read_imatrix
-from ..sources.model import Model
-from ..sources.progress import Progress
-from .choose import Budget, Goal, budget_of, plan_for_budget, refuse_mixed_types, variants
-from .encode import MeasuredImportance
+from .checkpoints import Notebook
+from .choose import Budget, plan_for_budget, variants
+from .journal import Journal
 
 _EXPONENTS = (1.0, 0.8, 1.25)  # of the error in the damage: how much more low bits hurt than high ones
 PROBE_CHUNKS, HELD_OUT_CHUNKS = 8, 24  # of text at most; hundreds of lanes are probes, seven compare plans
+_MOST_PLANS = 7  # that `rivals_within` gives
 ROLES = "one type a role"  # the name of that plan
 _EDGE = 8  # the first and last of so many parts of the layers are the edges
 
@@ -55,37 +53,60 @@ class Allocation:
 
 
 def allocate(
-    model: Model,
+    measuring: Measuring,
     budget: Budget,
     probes: Tensor,
     held_out: Tensor,
-    calibration: Tensor | None,
-    importance: Importance | None,
-    progress: Progress,
     *,
     padding: bool = True,
     mtp: bool | None = None,
+    memory: int | None = None,
+    journal: Journal | None = None,
 ) -> Allocation:
     """The plan with the least measured divergence within a budget.
 
     Args:
         probes: tokens [chunks, context] on which single weights are measured.
         held_out: tokens on which whole plans are compared.
-        calibration: tokens that show which inputs of a weight matter; without, `importance` does.
+        memory: most bytes this process may take; activations that do not fit go to scratch files beside the journal.
+        journal: keeps what is measured, and what an earlier run has measured.
 
     The largest stock mix within the budget takes part; unless another plan is better than it beyond doubt (one
-    standard error of the difference), it wins. Raises BadInput for a budget that is too small.
+    standard error of the difference), it wins. Raises BadInput for a budget or a memory that is too small.
     """
-    damage = measure_damage(model, probes, calibration, importance, variants(model.graph, padding, mtp), progress)
-    weighed = importance is not None or calibration is not None
-    plans = rivals_within(model.graph, budget, damage, padding=padding, mtp=mtp, importance=weighed)
-    measured = divergences(model, list(plans.values()), held_out, calibration, importance, progress)
-    klds = {name: divergence.trusted_kld for name, divergence in zip(plans, measured, strict=True)}
+    graph, forms = measuring.model.graph, variants(measuring.model.graph, padding, mtp)
+    probed = len(types_of(forms, measuring.weighs_columns))
+    probing = _with_room(measuring, memory, journal, probes, 1 + probed, CASTING)
+    comparing_plans = _with_room(measuring, memory, journal, held_out, 1 + _MOST_PLANS, comparing(_MOST_PLANS))
+    notebook = Notebook(journal, graph.layers)
+    (found,) = notebook.once(
+        "damage", lambda states: [packed(asdict(measure_damage(replace(probing, states=states), probes, forms)))]
+    )
+    damage = Damage(**unpacked(found))
+    plans = rivals_within(graph, budget, damage, padding=padding, mtp=mtp, importance=measuring.weighs_columns)
+    measured = notebook.once(
+        "divergences",
+        lambda states: [
+            divergence.trusted_kld
+            for divergence in divergences(replace(comparing_plans, states=states), list(plans.values()), held_out)
+        ],
+    )
+    klds = dict(zip(plans, measured, strict=True))
     best = winner(klds)
     order = sorted(plans, key=lambda name: (name != best, float(klds[name].mean())))
     rivals = tuple(Rival(name, plans[name].bytes, float(klds[name].mean())) for name in order)
     plan = replace(plans[best], expected_kld=rivals[0].mean_kld)
     return Allocation(replace(plan, notes=(*plan.notes, _verdict(rivals))), damage, rivals)
+
+
+def _with_room(
+    measuring: Measuring, memory: int | None, journal: Journal | None, tokens: Tensor, lanes: int, copies: int
+) -> Measuring:
+    """The same with a workspace for so many lanes of `tokens`."""
+    calibrating = measuring.calibration.numel() if measuring.calibration is not None else 0
+    total, folder = calibrating + lanes * tokens.numel(), journal.folder.parent if journal else None
+    room = workspace(memory, measuring.model.graph, total, tokens.shape[1], folder, copies)
+    return replace(measuring, workspace=room)
 
 
 def winner(klds: Mapping[str, Tensor]) -> str:
@@ -109,38 +130,6 @@ def rivals_within(
     if stock:
         plans[stock.recipe.name] = stock
     return _distinct(plans)
-
-
-def allocate_for(
-    model: Model,
-    goal: Goal,
-    target: str = "gguf",
-    *,
-    calibration: Path | None,
-    imatrix: Path | None,
-    context: int,
-    padding: bool = True,
-    mtp: bool | None = None,
-    progress: Progress,
-) -> Allocation:
-    """`allocate` with what `convert` knows: texts and files.
-
-    Probes and comparisons take parts of the calibration text, of the bundled one where columns are not weighed by any.
-    """
-    refuse_mixed_types(target)
-    text = chunk_tokens(model.tokenizer, calibration or CALIBRATION_TEXT, context, None)
-    probes, held_out = split_tokens(text, PROBE_CHUNKS, HELD_OUT_CHUNKS)
-    return allocate(
-        model,
-        budget_of(model, goal),
-        probes,
-        held_out,
-        text if calibration and not imatrix else None,
-        MeasuredImportance(read_imatrix(imatrix)) if imatrix else None,
-        progress,
-        padding=padding,
-        mtp=mtp,
-    )
 
 
 def _distinct(plans: dict[str, Plan]) -> dict[str, Plan]:

@@ -61,7 +61,7 @@ def write_imatrix(
     model = model if isinstance(model, Model) else open_model(model)
     progress = progress or Silent()
     tokens = chunk_tokens(model.tokenizer, Path(calibration), context, chunks)
-    room = workspace(memory, model.graph, tokens.numel(), context, casting=False, folder=Path(output).parent)
+    room = workspace(memory, model.graph, tokens.numel(), context, Path(output).parent)
     statistics = Statistics()
     unseen, fewest = 0, []
     with ImatrixWriter(Path(output), Path(calibration), tokens, overwrite) as writer:

@@ -2,61 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from ..archs.graph import Layer
 from ..quant.importance import Statistics
-from ..runner.stream import Stream
 from .journal import Journal
 
 
-class Checkpoints:
-    """Saves what lanes and errors are after a layer, and finds the last of it again."""
+class SavedStates:
+    """The `LayerStates` of a pass, which goes by a name of its own in the journal."""
+
+    def __init__(self, journal: Journal, layers: Sequence[Layer], name: str = "states") -> None:
+        self._journal = journal
+        self._name = name
+        self.last = max((layer.index for layer in layers if journal.holds(self._of(layer.index))), default=None)
+
+    def load(self) -> Iterator[Tensor]:
+        """What was saved after `last`."""
+        assert self.last is not None
+        return self._journal.load(self._of(self.last))
+
+    def save(self, layer: int, tensors: Iterable[Tensor]) -> None:
+        """Keep tensors as they are after a layer; those of the layer before go."""
+        self._journal.save(self._of(layer), tensors)
+        self.drop()
+        self.last = layer
+
+    def drop(self) -> None:
+        """Remove what is kept."""
+        if self.last is not None:
+            self._journal.drop(self._of(self.last))
+
+    def _of(self, layer: int) -> str:
+        return f"{self._name}-{layer}"
+
+
+class Notebook:
+    """Results of passes over these layers, each measured once, by this run or by an earlier one; all without a journal.
+
+    A pass that was stopped goes on from its `SavedStates`.
+    """
 
     def __init__(self, journal: Journal | None, layers: Sequence[Layer]) -> None:
         self._journal = journal
-        done = [layer.index for layer in layers if journal and journal.holds(_states(layer.index))]
-        self.last = max(done, default=None)
-        self.errors: list[float] = []
-        if journal and self.last is not None:
-            self._states: Iterator[Tensor] | None = journal.load(_states(self.last))
-            self.errors = next(self._states).tolist()
-        else:
-            self._states = None
+        self._layers = layers
 
-    def hidden(self, chunks: int) -> Iterator[Tensor] | None:
-        """The states of the next lane, chunk by chunk; None where the pass begins."""
-        return islice(self._states, chunks) if self._states else None
-
-    def save(self, layer: int, streams: Sequence[Stream], statistics: Statistics | None) -> None:
-        """Keep everything as it is after a layer; `statistics` where they are needed once more at the end."""
+    def once(self, name: str, measure: Callable[[SavedStates | None], list[Tensor]]) -> list[Tensor]:
+        """What `measure` gives, under a name."""
         if not self._journal:
-            return
-        if statistics:
-            self._journal.save(_statistics(layer), statistics.tensors())
-        self._journal.save(_states(layer), self._tensors(streams))
-        if self.last is not None:
-            self._journal.drop(_states(self.last))
-        self.last = layer
-
-    def statistics(self, layer: int) -> Statistics:
-        """Those of a layer that an earlier run has passed."""
-        assert self._journal
-        return Statistics.of_tensors(self._journal.load(_statistics(layer)))
-
-    def _tensors(self, streams: Sequence[Stream]) -> Iterator[Tensor]:
-        yield torch.tensor(self.errors, dtype=torch.float64)
-        for stream in streams:
-            yield from (stream.hidden[chunk] for chunk in range(len(stream.hidden)))
+            return measure(None)
+        if not self._journal.holds(name):
+            states = SavedStates(self._journal, self._layers, f"{name}-states")
+            self._journal.save(name, measure(states))
+            states.drop()
+        return list(self._journal.load(name))
 
 
-def _states(layer: int) -> str:
-    return f"states-{layer}"
+def save_statistics(journal: Journal, layer: int, statistics: Statistics) -> None:
+    """Keep what a layer's weights have seen until the importance matrix is complete."""
+    journal.save(f"statistics-{layer}", statistics.tensors())
 
 
-def _statistics(layer: int) -> str:
-    return f"statistics-{layer}"
+def load_statistics(journal: Journal, layer: int) -> Statistics:
+    """What an earlier run has kept of a layer."""
+    return Statistics.of_tensors(journal.load(f"statistics-{layer}"))

@@ -129,7 +129,8 @@ class CastingWeights(KeptWeights):
     def read(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
         tensor = self._planned[weight.name]
         asked = [(expert, rows)] if expert is not None or rows else pieces(weight)
-        values = torch.cat([_decoded(tensor, self._encoder.encode(tensor, *piece)) for piece in asked])
+        parts = [_decoded(tensor, self._encoder.encode(tensor, *piece)) for piece in asked]
+        values = parts[0] if len(parts) == 1 else torch.cat(parts)
         scale = self._planned.get(f"{weight.name.removesuffix('.weight')}.scale")
         if scale:
             values *= self.load(scale.weight)[expert or 0]

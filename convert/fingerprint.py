@@ -34,8 +34,17 @@ def fingerprint(
         **(others or {}),
         "the list of tensors": digest([types, split_max_bytes, activations]),
         "the metadata": digest(metadata),
-        "moecast": f"{__version__} ({code_digest()})",
+        "moecast": _program(),
     }
+
+
+def measurement_fingerprint(model: Model, facts: Mapping[str, str]) -> dict[str, str]:
+    """The fingerprint of what is measured of a model; `facts` are all else that changes it."""
+    return {"source": source_identity(model, {}), **facts, "moecast": _program()}
+
+
+def _program() -> str:
+    return f"{__version__} ({code_digest()})"
 
 
 def source_identity(model: Model, metadata: Mapping[str, Any]) -> str:

@@ -21,14 +21,15 @@ from ..archs.errors import BadInput
 from ..quant.importance import Importance, Statistics
 from ..quant.plan import Plan
 from ..runner.activations import Workspace
-from ..runner.evaluate import Parity, compare_heads, relative_error, summarise, with_bos
+from ..runner.evaluate import Parity, compare_heads, relative_error, summarise
 from ..runner.memory import peak_rss_bytes
 from ..runner.observe import ObservingWeights
-from ..runner.stream import Stream, advance
-from ..runner.weights import ModelWeights, Weights
+from ..runner.passes import Pass
+from ..runner.stream import advance
+from ..runner.weights import ModelWeights
 from ..sources.model import Model
 from ..sources.progress import Progress
-from .checkpoints import Checkpoints
+from .checkpoints import SavedStates, load_statistics, save_statistics
 from .encode import CastingWeights, Encoder
 from .imatrix import ImatrixWriter
 from .journal import Journal
@@ -79,24 +80,21 @@ def cast(
     source, statistics = ModelWeights(model, compute_dtype), Statistics()
     known = importance if lanes.calibration is None else statistics
     encoder = Encoder(source, plan, writer, progress, known, threads)
-    checkpoints = Checkpoints(journal, model.graph.layers)
-    runs: list[tuple[Tensor, Weights]] = []
+    states = SavedStates(journal, model.graph.layers) if journal else None
+    passing = Pass(model, workspace, states)
     if lanes.calibration is not None:
-        runs.append((lanes.calibration, ObservingWeights(source, statistics)))
+        passing.begin(lanes.calibration, ObservingWeights(source, statistics))
     if lanes.evaluation is not None:
-        candidate = CastingWeights(encoder, f"{model.path} as {plan.recipe.name}")
-        runs += [(lanes.evaluation, source), (lanes.evaluation, candidate)]
-    streams = [
-        Stream(model, with_bos(tokens, model.tokenizer), None, weights, checkpoints.hidden(len(tokens)), workspace)
-        for tokens, weights in runs
-    ]
-    errors = checkpoints.errors
+        passing.begin(lanes.evaluation, source)
+        passing.begin(lanes.evaluation, CastingWeights(encoder, f"{model.path} as {plan.recipe.name}"))
+    streams = passing.streams
+    errors = passing.facts.tolist() if passing.facts is not None else []
     lines = _Lines(plan, progress)
     for layers in zip(*(stream.weights.graph.layers for stream in streams), strict=True):
         index = layers[0].index
-        if checkpoints.last is not None and index <= checkpoints.last:
-            if imatrix:
-                imatrix.add(checkpoints.statistics(index))
+        if passing.passed(index):
+            if imatrix and journal:
+                imatrix.add(load_statistics(journal, index))
             continue
         advance(streams, layers, partial(encoder.finish_expert, index))
         encoder.finish(index)
@@ -104,9 +102,11 @@ def cast(
             errors.append(relative_error(streams[-2].hidden, streams[-1].hidden))
         if imatrix:
             imatrix.add(statistics)
+            if journal:
+                save_statistics(journal, index, statistics)
         _check_coverage(index, statistics, min_expert_tokens)
         lines.write(index, errors[-1] if errors else None, statistics)
-        checkpoints.save(index, streams, statistics if imatrix else None)
+        passing.save(index, torch.tensor(errors, dtype=torch.float64))
         statistics.clear()
     result = None
     if lanes.evaluation is not None:

@@ -18,7 +18,7 @@ from ..quant.plan import Plan, plan_tensors
 from ..quant.recipes import Recipe
 from ..quant.targets import plan_target, recipe_for
 from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, chunk_tokens, dtype_name
-from ..runner.memory import peak_rss_bytes, workspace
+from ..runner.memory import CASTING, RUNNING, peak_rss_bytes, workspace
 from ..sources.hub import HubCheckpoint
 from ..sources.imatrix import read_imatrix
 from ..sources.model import Model, open_model
@@ -143,7 +143,7 @@ def convert(
     progress = progress or Silent()
     recipe = quant.recipe if isinstance(quant, Plan) else recipe_for(target, quant)
     weighs = (quant if isinstance(quant, Plan) else recipe).weighs_columns
-    name = name or _name_of(source)
+    name = name or name_of(source)
     provenance = provenance or (source.provenance if isinstance(source, HubCheckpoint) else {})
     measured = read_imatrix(Path(imatrix)) if imatrix else None
     text = None if measured or not (imatrix_out or weighs) else calibration
@@ -154,7 +154,7 @@ def convert(
         activations = activations or "int8"
     else:
         _refuse("a GGUF file", {"--activations": activations})
-    path = _output_path(Path(output), name, recipe.name, target)
+    path = output_path(Path(output), name, recipe.name, target)
     model = _open(source, scratch, path)
     if isinstance(quant, Plan):
         plan = quant
@@ -172,7 +172,8 @@ def convert(
         "the type of products": dtype_name(compute_dtype),
     }
     identity = fingerprint(model, plan, metadata, texts, split_max_bytes, activations)
-    room = workspace(memory, plan.graph, lanes.tokens, context, casting=verify, folder=path.parent)
+    copies = CASTING if verify else RUNNING
+    room = workspace(memory, plan.graph, lanes.tokens, context, path.parent, copies)
     with closing(model), Journal(path, identity, overwrite) as journal, ExitStack() as stack:
         check_disk(path, plan, model, lanes, memory, journal, progress)
         found = None
@@ -224,7 +225,8 @@ def _refuse(what: str, options: dict[str, object]) -> None:
             raise BadInput(f"{option} means nothing for {what}; leave it out")
 
 
-def _name_of(source: str | Path | HubCheckpoint | Model) -> str:
+def name_of(source: str | Path | HubCheckpoint | Model) -> str:
+    """What a model is called if nobody says otherwise."""
     if isinstance(source, HubCheckpoint):
         return source.provenance["repository"].split("/")[-1]
     if isinstance(source, Model):
@@ -280,7 +282,7 @@ def gguf_metadata(
     return {**general, **source, **model.architecture.gguf_metadata(plan.graph), **tokenizer}
 
 
-def _output_path(output: Path, name: str, quant: str, target: str) -> Path:
+def output_path(output: Path, name: str, quant: str, target: str) -> Path:
     """The GGUF file or the ONNX folder, in a folder that exists."""
     if target == "onnx":
         folder = path = output / f"{name}-{quant}-onnx"

@@ -11,6 +11,8 @@ from ..archs.graph import Attention, CompressedAttention, Graph, Mamba2, MoE, Op
 from ..archs.weights import Role
 from .activations import Workspace
 
+RUNNING = 1  # form of a weight: as it is
+CASTING = 3  # forms: as it is, as it is stored, and its pieces while they are joined
 _FLOAT = 4  # bytes
 _PASSING = 4  # numbers that exist beside a chunk's result while it is computed, in multiples of it
 _BLOCK = 1024  # tokens of an expert, rows of a vocabulary at a time
@@ -28,21 +30,21 @@ def peak_rss_bytes() -> int:
 
 
 def workspace(
-    memory: int | None, graph: Graph, tokens: int, context: int, casting: bool, folder: Path | None
+    memory: int | None, graph: Graph, tokens: int, context: int, folder: Path | None, copies: int = RUNNING
 ) -> Workspace:
     """Room for activations: what is left of `memory` bytes beside all else that a run holds at its peak.
 
     Args:
         memory: for the whole process; None keeps everything in memory.
         graph: what runs `tokens` tokens of all lanes, in chunks of `context`.
-        casting: whether weights are held twice, as they are and as they are stored.
+        copies: how many forms of a weight are held at once: RUNNING, CASTING, or `comparing` plans.
         folder: where activations go that do not fit.
 
     Raises BadInput when even without activations more is needed, saying how much.
     """
     if memory is None:
         return Workspace()
-    floor = _resident() + working_set(graph, context, casting) + _routing(graph, tokens) + _SLACK
+    floor = _resident() + working_set(graph, context, copies) + _routing(graph, tokens) + _SLACK
     if memory < floor:
         raise BadInput(
             f"--memory is {memory / 1e9:.2f} GB, but the least that this model takes is {floor / 1e9:.2f} GB; "
@@ -51,9 +53,13 @@ def workspace(
     return Workspace(memory - floor, folder)
 
 
-def working_set(graph: Graph, context: int, casting: bool) -> int:
+def comparing(plans: int) -> int:
+    """The `copies` of so many plans side by side: what each makes of a weight, the source, and what is being made."""
+    return plans + 3
+
+
+def working_set(graph: Graph, context: int, copies: int) -> int:
     """An upper bound of the bytes that weights and the numbers of one chunk take while a model runs."""
-    copies = 3 if casting else 1  # casting: as they are, as they are stored, and their pieces while they are joined
     vocabulary = _BLOCK * (copies * graph.hidden_size + 8 * context)
     residual = _PASSING * context * graph.residual_size
     return _FLOAT * (max(_operation(op, context, copies) for op in graph.operations()) + vocabulary + residual)

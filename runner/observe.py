@@ -6,9 +6,6 @@ from torch import Tensor
 
 from ..archs.weights import Weight
 from ..quant.importance import Statistics
-from ..sources.model import Model
-from .evaluate import with_bos
-from .stream import Stream
 from .weights import Weights
 
 
@@ -34,10 +31,3 @@ class ObservingWeights:
 
     def forget(self, expert: int | None = None) -> None:
         self._inner.forget(expert)
-
-
-def calibration_lanes(model: Model, tokens: Tensor | None, weights: Weights, statistics: Statistics) -> list[Stream]:
-    """The lane of calibration tokens [chunks, context] through `weights` that `statistics` watches; none without."""
-    if tokens is None:
-        return []
-    return [Stream(model, with_bos(tokens, model.tokenizer), weights=ObservingWeights(weights, statistics))]

@@ -22,75 +22,65 @@ from ..archs.graph import Graph, weights_in
 from ..archs.weights import Weight
 from ..quant.allocation import Damage, candidates, typical_damage
 from ..quant.formats import format_named
-from ..quant.importance import Importance, Statistics
-from ..sources.model import Model
-from ..sources.progress import Progress
-from .evaluate import compare_heads, with_bos
-from .observe import calibration_lanes
+from ..quant.importance import Statistics
+from .evaluate import compare_heads
+from .passes import Measuring, packed, unpacked
 from .quantized import Quantizer, RoundedWeights
 from .rounding_error import ErrorWeights
 from .stream import Stream, advance
-from .weights import ModelWeights, Weights
+from .weights import ModelWeights
 
 _COARSE, _COARSE_SHORT_ROWS = "IQ2_XXS", "Q2_0"  # the type of a probe, where blocks of 256 fit and where they do not
 _LEAST_SENSITIVITY = 0.02  # of the role's median: noise may hide what little a weight matters
 
 
-def measure_damage(
-    model: Model,
-    tokens: Tensor,
-    calibration: Tensor | None,
-    importance: Importance | None,
-    forms: Sequence[Graph],
-    progress: Progress,
-) -> Damage:
+def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph]) -> Damage:
     """Sensitivities and errors of all weights that may be quantised.
 
     Args:
         tokens: int64 [chunks, context], on which probes run; the second half of each chunk is scored.
-        calibration: tokens [chunks, context] that show which inputs of a weight matter.
-        importance: what to weigh columns by where there is no calibration.
         forms: the graphs that will be planned for; their types' errors are measured.
 
     Weights that this text does not reach get what is usual in their role.
     """
-    source, statistics = ModelWeights(model), Statistics()
-    known = importance if calibration is None else statistics
-    quantizer = Quantizer(source, known)
-    types = _types(forms, known is not None)
-    probed = {weight.name: _coarse(weight) for weight in model.graph.weights() if weight.name in types}
+    graph, progress = measuring.model.graph, measuring.progress
+    source, statistics = ModelWeights(measuring.model, measuring.compute_dtype), Statistics()
+    passing, importance = measuring.begin(source, statistics)
+    quantizer = Quantizer(source, importance)
+    types = types_of(forms, measuring.weighs_columns)
+    probed = {weight.name: _coarse(weight) for weight in graph.weights() if weight.name in types}
     errors = ErrorWeights(source, quantizer, {name: {*types[name], probed[name]} for name in probed})
-    inputs = with_bos(tokens, model.tokenizer)
-    reference = Stream(model, inputs, weights=errors)
-    observers = calibration_lanes(model, calibration, source, statistics)
+    reference = passing.begin(tokens, errors)
 
     def rounded(name: str) -> RoundedWeights:
-        return RoundedWeights(quantizer, model.graph, {name: probed[name]})
+        return RoundedWeights(quantizer, graph, {name: probed[name]})
 
-    def fork(weights: Weights) -> Stream:
-        """A lane that has come as far as the reference."""
-        hidden = (reference.hidden[chunk] for chunk in range(len(inputs)))
-        return Stream(model, inputs, None, weights, hidden)
-
-    embedding, head = model.graph.embedding, model.graph.head
     probes: dict[str, Stream] = {}
-    if embedding.name in probed:
-        errors.note_rows(embedding, torch.bincount(inputs.flatten(), minlength=embedding.shape[0]))
-        probes[embedding.name] = Stream(model, inputs, weights=rounded(embedding.name))
-        probes[embedding.name].weights = source
-    progress.begin("Measuring", len(model.graph.layers), "layers")
-    for layer in model.graph.layers:
+    if passing.facts is not None:
+        errors.squares = unpacked(passing.facts)
+    elif graph.embedding.name in probed:
+        errors.note_rows(
+            graph.embedding, torch.bincount(reference.tokens.flatten(), minlength=graph.embedding.shape[0])
+        )
+    if graph.embedding.name in probed:
+        probes[graph.embedding.name] = passing.begin(tokens, rounded(graph.embedding.name))
+        probes[graph.embedding.name].weights = source
+    progress.begin("Measuring", len(graph.layers), "layers")
+    for layer in graph.layers:
         here = [weight.name for weight in weights_in(layer) if weight.name in probed]
-        probes |= {name: fork(rounded(name)) for name in here}
-        streams = [*observers, reference, *probes.values()]
-        advance(streams, [layer] * len(streams))
-        for name in here:
-            probes[name].weights = source
-        statistics.clear()
+        if passing.passed(layer.index):
+            probes |= {name: passing.begin(tokens, source) for name in here}
+        else:
+            probes |= {name: passing.fork(reference, rounded(name)) for name in here}
+            advance(passing.streams, [layer] * len(passing.streams))
+            for name in here:
+                probes[name].weights = source
+            statistics.clear()
+            passing.save(layer.index, packed(errors.squares))
         progress.advance(1, f"layer {layer.index}: {len(here)} weights")
-    if head.name in probed:
-        errors.note_rows(head, torch.ones(head.shape[0]))
-        probes[head.name] = fork(rounded(head.name))
+    if graph.head.name in probed:
+        errors.note_rows(graph.head, torch.ones(graph.head.shape[0]))
+        probes[graph.head.name] = passing.fork(reference, rounded(graph.head.name))
     measured = errors.relative()
     divergences = compare_heads(reference, list(probes.values()), tokens)
     sensitivity = {
@@ -98,10 +88,10 @@ def measure_damage(
         for name, divergence in zip(probes, divergences, strict=True)
         if measured.get(name, {}).get(probed[name])
     }
-    return _damage(model.graph, sensitivity, measured, probed)
+    return _damage(graph, sensitivity, measured, probed)
 
 
-def _types(forms: Sequence[Graph], importance: bool) -> dict[str, set[str]]:
+def types_of(forms: Sequence[Graph], importance: bool) -> dict[str, set[str]]:
     """By weight name, the types that it may take in any form, where there is a choice."""
     types: dict[str, set[str]] = {}
     for form in forms:

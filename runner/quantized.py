@@ -12,13 +12,13 @@ from ..archs.weights import Weight
 from ..quant import dequantize, quantize
 from ..quant.formats import format_named
 from ..quant.importance import Importance
-from .weights import Products, Weights
+from .weights import KeptWeights, Products
 
 
 class Quantizer:
     """Rounds weights to types and back; what it made is kept until `forget`, for all lanes that ask for the same."""
 
-    def __init__(self, source: Weights, importance: Importance | None) -> None:
+    def __init__(self, source: KeptWeights, importance: Importance | None) -> None:
         self.source = source
         self._importance = importance
         self._kept: dict[tuple[int, str, int | None, tuple[int, int] | None], Tensor] = {}
@@ -53,7 +53,7 @@ class RoundedWeights(Products):
     """
 
     def __init__(self, quantizer: Quantizer, graph: Graph, types: Mapping[str, str]) -> None:
-        super().__init__(graph, quantizer.source.label)
+        super().__init__(graph, quantizer.source.label, quantizer.source.compute_dtype)
         self._quantizer = quantizer
         self._types = types
 

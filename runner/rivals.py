@@ -4,45 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from ..quant.importance import Importance, Statistics
+from ..quant.importance import Statistics
 from ..quant.plan import Plan
-from ..sources.model import Model
-from ..sources.progress import Progress
-from .evaluate import compare_heads, with_bos
-from .observe import calibration_lanes
+from .evaluate import compare_heads
+from .passes import Measuring
 from .quantized import Quantizer, RoundedWeights
 from .scores import Divergence
-from .stream import Stream, advance
+from .stream import advance
 from .weights import ModelWeights
 
 
-def divergences(
-    model: Model,
-    plans: Sequence[Plan],
-    tokens: Tensor,
-    calibration: Tensor | None,
-    importance: Importance | None,
-    progress: Progress,
-) -> list[Divergence]:
+def divergences(measuring: Measuring, plans: Sequence[Plan], tokens: Tensor) -> list[Divergence]:
     """How far each plan is from the model on `tokens` [chunks, context].
 
-    Columns are weighed by what the calibration tokens show, or else by `importance`. Plans for padded forms of the
-    model's graph may take part. The second half of each chunk is scored.
+    Plans for padded forms of the model's graph may take part. The second half of each chunk is scored.
     """
-    source, statistics = ModelWeights(model), Statistics()
-    quantizer = Quantizer(source, importance if calibration is None else statistics)
-    inputs = with_bos(tokens, model.tokenizer)
-    observers = calibration_lanes(model, calibration, source, statistics)
-    reference = Stream(model, inputs, weights=source)
-    candidates = [Stream(model, inputs, weights=_rounded(quantizer, plan)) for plan in plans]
-    streams = [*observers, reference, *candidates]
-    progress.begin("Comparing plans", len(model.graph.layers), "layers")
-    for layers in zip(*(stream.weights.graph.layers for stream in streams), strict=True):
-        advance(streams, layers)
-        statistics.clear()
-        progress.advance(1, f"layer {layers[0].index}")
+    source, statistics = ModelWeights(measuring.model, measuring.compute_dtype), Statistics()
+    passing, importance = measuring.begin(source, statistics)
+    quantizer = Quantizer(source, importance)
+    reference = passing.begin(tokens, source)
+    candidates = [passing.begin(tokens, _rounded(quantizer, plan)) for plan in plans]
+    graphs = [stream.weights.graph for stream in passing.streams]
+    measuring.progress.begin("Comparing plans", len(reference.weights.graph.layers), "layers")
+    for layers in zip(*(graph.layers for graph in graphs), strict=True):
+        index = layers[0].index
+        if not passing.passed(index):
+            advance(passing.streams, layers)
+            statistics.clear()
+            passing.save(index, torch.empty(0))
+        measuring.progress.advance(1, f"layer {index}")
     return compare_heads(reference, candidates, tokens)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..archs.weights import Weight
 from ..sources.model import pieces
 from .quantized import Quantizer
-from .weights import Products, Weights, multiply
+from .weights import KeptWeights, Products, multiply
 
 _TOKENS = 32  # of each expert
 _ROWS = 256  # of each matrix
@@ -24,14 +24,17 @@ class ErrorWeights(Products):
 
     The relative squared error of a type is that of the products of some rows, some tokens and the busiest experts, so
     an expert counts by what it contributes.
+
+    Attributes:
+        squares: sums of squares by weight name and type, under the name "" those of the outputs themselves.
     """
 
-    def __init__(self, source: Weights, quantizer: Quantizer, types: Mapping[str, set[str]]) -> None:
-        super().__init__(source.graph, source.label)
+    def __init__(self, source: KeptWeights, quantizer: Quantizer, types: Mapping[str, set[str]]) -> None:
+        super().__init__(source.graph, source.label, source.compute_dtype)
         self._source = source
         self._quantizer = quantizer
         self._types = types
-        self._squares: dict[str, dict[str, float]] = {}
+        self.squares: dict[str, dict[str, float]] = {}
         self._seen: dict[str, set[int | None]] = {}
 
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
@@ -52,7 +55,7 @@ class ErrorWeights(Products):
         """By weight name and type, the squared error of the outputs over their square."""
         return {
             name: {type: error / squares[""] for type, error in squares.items() if type}
-            for name, squares in self._squares.items()
+            for name, squares in self.squares.items()
             if squares[""]
         }
 
@@ -77,7 +80,7 @@ class ErrorWeights(Products):
         self._add(weight, expert, matrix, lambda rows: multiply(some, rows))
 
     def _add(self, weight: Weight, expert: int | None, matrix: Tensor, output: Callable[[Tensor], Tensor]) -> None:
-        squares = self._squares.setdefault(weight.name, {"": 0.0})
+        squares = self.squares.setdefault(weight.name, {"": 0.0})
         squares[""] += float(output(matrix).square().sum())
         for type in self._types[weight.name]:
             rounded = self._quantizer.round(matrix, weight, type, expert)

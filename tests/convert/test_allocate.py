@@ -20,6 +20,7 @@ from moecast.quant.plan import plan_file
 from moecast.quant.recipes import RECIPES, recipe_named
 from moecast.runner.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT, chunk_tokens
 from moecast.runner.logits import logit_source
+from moecast.runner.passes import Measuring
 from moecast.runner.probe import measure_damage
 from moecast.runner.rivals import divergences
 from moecast.sources.model import Model, open_model
@@ -43,7 +44,7 @@ def run(*arguments: object) -> Result:
 def test_a_probe_is_a_file_with_one_weight_rounded(full: Path, tmp_path: Path) -> None:
     model = open_model(full)
     tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, 3)
-    damage = measure_damage(model, tokens, None, None, [model.graph], Silent())
+    damage = measure_damage(Measuring(model), tokens, [model.graph])
     for name in ("token_embd.weight", "blk.0.attn_v.weight", "blk.1.ffn_down_exps.weight", "output.weight"):
         file = requantize(full, tmp_path / f"{name}.gguf", "F32", tensor_types=[(f"^{name}$", "IQ2_XXS")]).files[0]
         expected = typical_divergence(model, open_model(file), tokens)
@@ -69,7 +70,7 @@ def test_foreign_text_ranks_weights_nearly_like_text_of_the_kind_a_model_knows()
     logarithms = []
     for file in (CALIBRATION_TEXT, EVALUATION_TEXT):
         tokens = chunk_tokens(model.tokenizer, file, 512, 3)
-        damage = measure_damage(model, tokens, None, None, [model.graph], Silent())
+        damage = measure_damage(Measuring(model), tokens, [model.graph])
         logarithms.append(torch.tensor([damage.sensitivity[name] for name in damage.probe]).log())
     assert float(torch.corrcoef(torch.stack(logarithms))[0, 1]) > 0.85
 
@@ -78,7 +79,7 @@ def test_plans_side_by_side_are_the_files_they_describe(minimax: Checkpoint, ful
     model = open_model(minimax.folder)
     tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, 3)
     plans = [plan_file(model.graph, recipe_named(name)) for name in ("Q4_K_M", "Q2_K")]
-    found = divergences(model, plans, tokens, None, None, Silent())
+    found = divergences(Measuring(model), plans, tokens)
     for plan, divergence in zip(plans, found, strict=True):
         path = tmp_path / f"{plan.recipe.name}.gguf"
         result = convert(model, path, plan, calibration=None, context=CONTEXT, chunks=3)
@@ -91,12 +92,12 @@ def test_the_best_plan_is_no_worse_than_stock_at_its_bytes(minimax: Checkpoint) 
     tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, 8)
     stock = plan_file(model.graph, recipe_named("Q3_K_M"), importance=True)
     probes, held_out = split_tokens(tokens, 4, 4)
-    found = allocate(model, Budget("best", stock.bytes), probes, held_out, tokens, None, Silent())
+    found = allocate(Measuring(model, tokens), Budget("best", stock.bytes), probes, held_out)
     klds = {rival.name: rival.mean_kld for rival in found.rivals}
     assert found.plan.bytes <= stock.bytes
     assert min(klds.values()) < klds["Q3_K_M"]
     assert found.plan.expected_kld == pytest.approx(min(klds.values()))
-    again, other = divergences(model, [found.plan, stock], held_out, tokens, None, Silent())
+    again, other = divergences(Measuring(model, tokens), [found.plan, stock], held_out)
     assert float(again.trusted_kld.mean()) == pytest.approx(found.rivals[0].mean_kld)
     assert float(other.trusted_kld.mean()) == pytest.approx(klds["Q3_K_M"])
 

@@ -1,0 +1,76 @@
+"""The plan under a budget that a model's own measurements lead to, kept until the file that it is for is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..archs.errors import BadInput
+from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, dtype_name
+from ..runner.passes import Measuring
+from ..sources.imatrix import read_imatrix
+from ..sources.model import Model
+from ..sources.progress import Progress, Silent
+from .allocate import HELD_OUT_CHUNKS, PROBE_CHUNKS, Allocation, allocate, split_tokens
+from .choose import Goal, budget_of, refuse_mixed_types
+from .encode import MeasuredImportance
+from .fingerprint import file_identity, measurement_fingerprint, text_identity
+from .journal import Journal
+from .pipeline import name_of, output_path
+
+
+@contextmanager
+def measured_plan(
+    model: Model,
+    goal: Goal,
+    output: str | Path = ".",
+    *,
+    target: str = "gguf",
+    name: str | None = None,
+    calibration: Path | None = CALIBRATION_TEXT,
+    imatrix: Path | None = None,
+    context: int = DEFAULT_CONTEXT,
+    padding: bool = True,
+    mtp: bool | None = None,
+    overwrite: bool = False,
+    memory: int | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> Iterator[Allocation]:
+    """The best plan for a goal with a budget; within the context, convert by it. Arguments as for `convert`.
+
+    Probes and comparisons take parts of the calibration text, of the bundled one where columns are not weighed by any.
+    What was measured is kept beside the output until the context ends well: stopped by whatever means, here or while
+    converting, the same call goes on. Raises BadInput as `allocate` and `convert` do.
+    """
+    refuse_mixed_types(target)
+    budget = budget_of(model, goal)
+    path = output_path(Path(output), name or name_of(model), budget.name, target)
+    if path.exists() and not overwrite:
+        raise BadInput(f"{path} exists: use --overwrite to replace it, or another --output")
+    text = calibration or CALIBRATION_TEXT
+    tokens = chunk_tokens(model.tokenizer, text, context, None)
+    probes, held_out = split_tokens(tokens, PROBE_CHUNKS, HELD_OUT_CHUNKS)
+    identity = measurement_fingerprint(
+        model,
+        {
+            "quant": f"{budget.name} ({budget.bytes} bytes, {budget.bytes_per_token} a token)",
+            "importance matrix": file_identity(imatrix) if imatrix else "none",
+            "text": text_identity(text, tokens),
+            "calibration": "yes" if calibration and not imatrix else "no",
+            "the type of products": dtype_name(compute_dtype),
+            "padding and prediction": f"{padding}, {mtp}",
+        },
+    )
+    with Journal(path.with_name(f"{path.name}.plan"), identity, overwrite) as journal:
+        measuring = Measuring(
+            model,
+            tokens if calibration and not imatrix else None,
+            MeasuredImportance(read_imatrix(imatrix)) if imatrix else None,
+            progress or Silent(),
+            compute_dtype,
+        )
+        yield allocate(measuring, budget, probes, held_out, padding=padding, mtp=mtp, memory=memory, journal=journal)
