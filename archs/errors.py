@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class BadInput(ValueError):
     """Something the user gave is wrong: a file, a tensor, a configuration value, an option.
@@ -16,3 +18,10 @@ class Interruption(BadInput):
 
     What was done is kept, and the same command continues once the cause is removed.
     """
+
+
+class OutputExists(BadInput):
+    """What should be written is there already."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path} exists: use --overwrite to replace it, or another name")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..archs.errors import BadInput
+from ..archs.errors import OutputExists
 from ..quant.plan import ALIGNMENT, PlannedTensor
 from ..sources.gguf import SPLIT_NAME
 from ..sources.storage import read_at, write_at
@@ -63,7 +63,7 @@ class GGUFWriter(Writer):
         self._slots: dict[str, _Slot] = {}
         existing = next((file for file in self.paths if file.exists()), None)
         if existing and not overwrite and not self._complete:
-            raise BadInput(f"{existing} exists: use --overwrite to replace it, or another --output")
+            raise OutputExists(existing)
         try:
             for number, part in enumerate(parts):
                 if not self._ready(number):

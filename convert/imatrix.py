@@ -11,7 +11,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..archs.errors import BadInput, Interruption
+from ..archs.errors import BadInput, Interruption, OutputExists
 from ..archs.weights import Role, Weight, Zeros
 from ..quant.formats import format_named
 from ..quant.importance import Statistics
@@ -36,7 +36,7 @@ class ImatrixWriter:
 
     def __init__(self, path: Path, dataset: Path, tokens: Tensor, overwrite: bool = False) -> None:
         if path.exists() and not overwrite:
-            raise BadInput(f"{path} exists: use --overwrite to replace it, or another name")
+            raise OutputExists(path)
         self.path = path
         self._metadata = {
             "general.type": "imatrix",

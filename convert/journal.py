@@ -22,7 +22,7 @@ import numpy.lib.format as npy
 import torch
 from torch import Tensor
 
-from ..archs.errors import BadInput, Interruption
+from ..archs.errors import BadInput, Interruption, OutputExists
 
 BATCH_BYTES = 256 << 20  # this much is written before it is made durable
 BATCH_SECONDS = 2.0  # or for this long
@@ -46,15 +46,19 @@ class Journal:
         output: the file or folder that is made; the journal lies beside it.
         fingerprint: everything that decides its bytes, under names and in values that a user understands.
         overwrite: discard the unfinished work of another fingerprint.
+        precious: bad input, which may be found late, does not remove what is done either; a complete output does.
 
     Raises BadInput when there is unfinished work of another fingerprint, when another process is writing the same
     output, or when the folder cannot be written.
     """
 
-    def __init__(self, output: Path, fingerprint: Mapping[str, str], overwrite: bool = False) -> None:
+    def __init__(
+        self, output: Path, fingerprint: Mapping[str, str], overwrite: bool = False, precious: bool = False
+    ) -> None:
         self.folder = journal_folder(output)
         self._output = output
         self._fingerprint = dict(fingerprint)
+        self._precious = precious
         self._done: set[Key] = set()
         self._pending: list[Key] = []
         self._pending_bytes = 0
@@ -180,7 +184,8 @@ class Journal:
 
     def keeps(self, error: BaseException) -> bool:
         """Whether the same command can go on after this error; if so, everything done is recorded."""
-        refused = isinstance(error, BadInput) and not isinstance(error, Interruption)
+        lasting = BadInput if self._precious else Interruption
+        refused = isinstance(error, BadInput) and (isinstance(error, OutputExists) or not isinstance(error, lasting))
         if refused or not self.continues:
             return False
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..archs.errors import BadInput
+from ..archs.errors import OutputExists
 from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, dtype_name
 from ..runner.passes import Measuring
 from ..sources.imatrix import read_imatrix
@@ -18,7 +18,7 @@ from .allocate import HELD_OUT_CHUNKS, PROBE_CHUNKS, Allocation, allocate, split
 from .choose import Goal, budget_of, refuse_mixed_types
 from .encode import MeasuredImportance
 from .fingerprint import file_identity, measurement_fingerprint, text_identity
-from .journal import Journal
+from .journal import Journal, journal_folder
 from .pipeline import name_of, output_path
 
 
@@ -44,13 +44,12 @@ def measured_plan(
 
     Probes and comparisons take parts of the calibration text, of the bundled one where columns are not weighed by any.
     What was measured is kept beside the output until the context ends well: stopped by whatever means, here or while
-    converting, the same call goes on. Raises BadInput as `allocate` and `convert` do.
+    converting, the same call goes on; so it does after what `convert` refuses. Raises
+    BadInput as `allocate` and `convert` do.
     """
     refuse_mixed_types(target)
     budget = budget_of(model, goal)
     path = output_path(Path(output), name or name_of(model), budget.name, target)
-    if path.exists() and not overwrite:
-        raise BadInput(f"{path} exists: use --overwrite to replace it, or another --output")
     text = calibration or CALIBRATION_TEXT
     tokens = chunk_tokens(model.tokenizer, text, context, None)
     probes, held_out = split_tokens(tokens, PROBE_CHUNKS, HELD_OUT_CHUNKS)
@@ -65,7 +64,9 @@ def measured_plan(
             "padding and prediction": f"{padding}, {mtp}",
         },
     )
-    with Journal(path.with_name(f"{path.name}.plan"), identity, overwrite) as journal:
+    with Journal(path.with_name(f"{path.name}.plan"), identity, overwrite, precious=True) as journal:
+        if path.exists() and not (overwrite or journal_folder(path).exists()):
+            raise OutputExists(path)
         measuring = Measuring(
             model,
             tokens if calibration and not imatrix else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from ctypes import CDLL
 from pathlib import Path
 
 from ..archs.errors import BadInput
@@ -95,6 +96,10 @@ def _operation(operation: Operation, context: int, copies: int) -> int:
 
 
 def _resident() -> int:
+    """Of what is in use, without what glibc keeps of what was freed, in case earlier work was done in this process."""
+    trim = getattr(CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
     try:
         return _status("VmRSS")
     except OSError:

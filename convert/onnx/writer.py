@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...archs.errors import BadInput
+from ...archs.errors import OutputExists
 from ...quant.onnx_plan import OnnxPlan, StoredArray
 from ...quant.packing import PACKINGS
 from ...runner.onnx_model import MODEL_NAME
@@ -51,7 +51,7 @@ class OnnxWriter(Writer):
         super().__init__(folder.name, paths, [folder / f".{name}.part" for name in names], journal, folder)
         self._folder, self._plan, self._contents = folder, plan, contents
         if not overwrite and self.paths[0].exists() and not self._complete:
-            raise BadInput(f"{self.paths[0]} exists: use --overwrite to replace it, or another --output")
+            raise OutputExists(self.paths[0])
         try:
             for name, size in plan.files.items():
                 self._open(name, size)

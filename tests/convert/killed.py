@@ -22,7 +22,10 @@ from typing import Any
 
 import torch
 from moecast.convert import journal
+from moecast.convert.choose import Goal
+from moecast.convert.measured import measured_plan
 from moecast.convert.pipeline import convert
+from moecast.sources.model import open_model
 
 CALLS = ("pwrite", "ftruncate", "replace", "unlink", "rmdir", "mkdir")
 SYNCHRONISING = ("fdatasync", "fsync")
@@ -52,6 +55,17 @@ class Calls:
         return counted
 
 
+def make(source: Path, output: Path, size: int | None = None, **options: Any) -> None:
+    """A conversion, by a plan for `size` bytes that is measured first."""
+    if size is None:
+        convert(source, output, threads=1, **options)
+        return
+    model = open_model(source)
+    texts = {"calibration": Path(options["calibration"]), "context": options["context"]}
+    with measured_plan(model, Goal(size=size), output, **texts) as found:
+        convert(model, output, found.plan, threads=1, **options)
+
+
 def attempt(
     source: Path, folder: Path, options: dict[str, Any], calls: tuple[float, bool], seconds: float | None
 ) -> tuple[bool, int]:
@@ -61,7 +75,7 @@ def attempt(
     if child == 0:
         try:
             counter = Calls(*calls)
-            convert(source, folder if options.get("target") == "onnx" else folder / "model.gguf", threads=1, **options)
+            make(source, folder if options.get("target") == "onnx" else folder / "model.gguf", **options)
             os.write(writer, str(counter.count).encode())
             os._exit(0)
         except BaseException as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,25 @@ def test_long_texts_go_to_disk(tmp_path: Path) -> None:
     activations = 3 * measured["tokens"] * 512 * 4  # the residual, what experts read and what they answer
     assert activations > memory / 2
     assert measured["peak_rss_bytes"] < memory
+
+
+def test_measuring_stays_within_memory(tmp_path: Path) -> None:
+    """Probes and plans to compare are many lanes; what does not fit goes to disk, and the plan is the same."""
+    folder = _write(tmp_path / "model", num_hidden_layers=1, intermediate_size=64)
+    options = ["--calibration", str(CALIBRATION), "--size", "2MB", "--no-verify", "-c", "128", "--json"]
+    command = [sys.executable, "-m", "moecast.cli", "convert", str(folder), *options]
+    memory, refusals = "100MB", 0
+    while refusals < 3:
+        arguments = [*command, "-o", str(tmp_path / "bounded.gguf"), "--memory", memory]
+        result = subprocess.run(arguments, capture_output=True, text=True)
+        found = re.search(r"the least that this model takes is ([\d.]+) GB", result.stderr)
+        if not found:
+            break
+        memory, refusals = str(int(float(found[1]) * 1e9) + 10_000_000), refusals + 1
+        shutil.rmtree(tmp_path / ".bounded.gguf.plan.journal", ignore_errors=True)  # the last run measures too
+    assert refusals and result.returncode == 0, result.stderr
+    bounded = json.loads(result.stdout)
+    assert bounded["peak_rss_bytes"] < int(memory)
+    free = json.loads(subprocess.run([*command, "-o", tmp_path / "free.gguf"], capture_output=True, check=True).stdout)
+    assert free["peak_rss_bytes"] > int(memory)
+    assert (tmp_path / "bounded.gguf").read_bytes() == (tmp_path / "free.gguf").read_bytes()
