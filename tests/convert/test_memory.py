@@ -105,8 +105,8 @@ def test_long_texts_go_to_disk(tmp_path: Path) -> None:
 
 def test_measuring_stays_within_memory(tmp_path: Path) -> None:
     """Probes and plans to compare are many lanes; what does not fit goes to disk, and the plan is the same."""
-    folder = _write(tmp_path / "model", num_hidden_layers=1, intermediate_size=64)
-    options = ["--calibration", str(CALIBRATION), "--size", "2MB", "--no-verify", "-c", "128", "--json"]
+    folder = _write(tmp_path / "model", num_hidden_layers=2, intermediate_size=64)
+    options = ["--calibration", str(CALIBRATION), "--size", "3MB", "--no-verify", "-c", "128", "--json"]
     command = [sys.executable, "-m", "moecast.cli", "convert", str(folder), *options]
     memory, refusals = "100MB", 0
     while refusals < 3:
