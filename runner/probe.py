@@ -12,7 +12,7 @@ error than it does in a model in which everything is rounded and tokens move any
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -24,7 +24,7 @@ from ..quant.allocation import Damage, candidates, typical_damage
 from ..quant.formats import format_named
 from ..quant.importance import Statistics
 from .evaluate import compare_heads
-from .passes import Measuring, packed, unpacked
+from .passes import Measuring, Pass, packed, unpacked
 from .quantized import Quantizer, RoundedWeights
 from .rounding_error import ErrorWeights
 from .stream import Stream, advance
@@ -51,44 +51,78 @@ def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph])
     probed = {weight.name: _coarse(weight) for weight in graph.weights() if weight.name in types}
     errors = ErrorWeights(source, quantizer, {name: {*types[name], probed[name]} for name in probed})
     reference = passing.begin(tokens, errors)
-
-    def rounded(name: str) -> RoundedWeights:
-        return RoundedWeights(quantizer, graph, {name: probed[name]})
-
-    probes: dict[str, Stream] = {}
+    probes = _Probes(passing, reference, quantizer, probed)
     if passing.facts is not None:
         errors.squares = unpacked(passing.facts)
     elif graph.embedding.name in probed:
-        errors.note_rows(
-            graph.embedding, torch.bincount(reference.tokens.flatten(), minlength=graph.embedding.shape[0])
-        )
-    if graph.embedding.name in probed:
-        probes[graph.embedding.name] = passing.begin(tokens, rounded(graph.embedding.name))
-        probes[graph.embedding.name].weights = source
+        counts = torch.bincount(reference.tokens.flatten(), minlength=graph.embedding.shape[0])
+        errors.note_rows(graph.embedding, counts)
+    probes.embed(graph.embedding.name)
     progress.begin("Measuring", len(graph.layers), "layers")
     for layer in graph.layers:
-        here = [weight.name for weight in weights_in(layer) if weight.name in probed]
+        here = [weight.name for weight in weights_in(layer)]
         if passing.passed(layer.index):
-            probes |= {name: passing.begin(tokens, source) for name in here}
+            probes.go_on(here)
         else:
-            probes |= {name: passing.fork(reference, rounded(name)) for name in here}
+            probes.fork(here)
             advance(passing.streams, [layer] * len(passing.streams))
-            for name in here:
-                probes[name].weights = source
+            probes.settle()
             statistics.clear()
             passing.save(layer.index, packed(errors.squares))
-        progress.advance(1, f"layer {layer.index}: {len(here)} weights")
+        progress.advance(1, f"layer {layer.index}: {len(probes.lanes)} of {len(probed)} weights")
     if graph.head.name in probed:
         errors.note_rows(graph.head, torch.ones(graph.head.shape[0]))
-        probes[graph.head.name] = passing.fork(reference, rounded(graph.head.name))
+    probes.fork([graph.head.name])
     measured = errors.relative()
-    divergences = compare_heads(reference, list(probes.values()), tokens)
+    divergences = compare_heads(reference, list(probes.lanes.values()), tokens)
     sensitivity = {
         name: divergence.typical_kld / measured[name][probed[name]]
-        for name, divergence in zip(probes, divergences, strict=True)
+        for name, divergence in zip(probes.lanes, divergences, strict=True)
         if measured.get(name, {}).get(probed[name])
     }
     return _damage(graph, sensitivity, measured, probed)
+
+
+class _Probes:
+    """The lanes of the weights so far, by name: each weight rounded in its own layer, and as the source has it later.
+
+    `types` are those that weights are rounded to; weights that it lacks have no lane.
+    """
+
+    def __init__(self, passing: Pass, reference: Stream, quantizer: Quantizer, types: Mapping[str, str]) -> None:
+        self.lanes: dict[str, Stream] = {}
+        self._passing = passing
+        self._reference = reference
+        self._quantizer = quantizer
+        self._types = types
+
+    def embed(self, name: str) -> None:
+        """Begin the lane of the embedding."""
+        if name in self._types:
+            self.lanes[name] = self._passing.begin(self._reference.tokens, self._rounded(name))
+            self.settle()
+
+    def fork(self, names: Iterable[str]) -> None:
+        """Begin the lanes of weights in the layer that the reference comes to."""
+        for name in self._probed(names):
+            self.lanes[name] = self._passing.fork(self._reference, self._rounded(name))
+
+    def go_on(self, names: Iterable[str]) -> None:
+        """Take up the lanes of weights that an earlier run has passed."""
+        for name in self._probed(names):
+            self.lanes[name] = self._passing.begin(self._reference.tokens, self._quantizer.source)
+
+    def settle(self) -> None:
+        """The layer is done: from now on all lanes have the source's weights."""
+        for lane in self.lanes.values():
+            lane.weights = self._quantizer.source
+
+    def _probed(self, names: Iterable[str]) -> Iterator[str]:
+        return (name for name in names if name in self._types)
+
+    def _rounded(self, name: str) -> RoundedWeights:
+        source = self._quantizer.source
+        return RoundedWeights(self._quantizer, source.graph, {name: self._types[name]})
 
 
 def types_of(forms: Sequence[Graph], importance: bool) -> dict[str, set[str]]:
