@@ -127,14 +127,24 @@ class CastingWeights(KeptWeights):
         self._planned = {tensor.weight.name: tensor for tensor in encoder.plan.tensors}
 
     def read(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
-        tensor = self._planned[weight.name]
-        asked = [(expert, rows)] if expert is not None or rows else pieces(weight)
-        parts = [_decoded(tensor, self._encoder.encode(tensor, *piece)) for piece in asked]
-        values = parts[0] if len(parts) == 1 else torch.cat(parts)
-        scale = self._planned.get(f"{weight.name.removesuffix('.weight')}.scale")
+        values = self._decoded(weight, expert, rows, torch.float32)
+        scale = self._scale_of(weight)
         if scale:
             values *= self.load(scale.weight)[expert or 0]
         return values.flatten() if len(weight.shape) == 1 else values
+
+    def read_directly(self, weight: Weight, expert: int | None) -> Tensor | None:
+        return None if self._scale_of(weight) else self._decoded(weight, expert, None, self.compute_dtype)
+
+    def _decoded(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
+        """What is stored, in `dtype`."""
+        tensor = self._planned[weight.name]
+        asked = [(expert, rows)] if expert is not None or rows else pieces(weight)
+        parts = [_decode(self._encoder.encode(tensor, *piece), tensor.type.name, dtype) for piece in asked]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _scale_of(self, weight: Weight) -> PlannedTensor | None:
+        return self._planned.get(f"{weight.name.removesuffix('.weight')}.scale")
 
 
 def _first_row(weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> int:
@@ -149,8 +159,8 @@ def _row_count(weight: Weight, rows: tuple[int, int] | None) -> int:
     return weight.shape[-2] if len(weight.shape) > 1 else 1
 
 
-def _decoded(tensor: PlannedTensor, data: Tensor) -> Tensor:
-    if tensor.type.name == "I32":
-        return data.view(torch.int32).float()
-    values: Tensor = dequantize(data, tensor.type.name)
+def _decode(data: Tensor, type_name: str, dtype: torch.dtype) -> Tensor:
+    if type_name == "I32":
+        return data.view(torch.int32).to(dtype)
+    values: Tensor = dequantize(data, type_name, type=dtype)
     return values

@@ -54,26 +54,45 @@ class Products:
         raise NotImplementedError
 
     def project(self, states: Tensor, weight: Weight, expert: int | None = None) -> Tensor:
-        return multiply(states, self.load(weight, expert), self._dtype_for(weight))
+        return multiply(states, self.factor(weight, expert), self._dtype_for(weight))
 
     def project_groups(self, states: Tensor, weight: Weight) -> Tensor:
         matrices = self.load(weight).unflatten(0, (len(states), -1))  # [groups, rows / groups, columns]
         return multiply(states, matrices, self._dtype_for(weight))
+
+    def factor(self, weight: Weight, expert: int | None) -> Tensor:
+        """A matrix to multiply with: float32, or what products with it are computed in."""
+        return self.load(weight, expert)
 
     def _dtype_for(self, weight: Weight) -> torch.dtype:
         return torch.float32 if weight.role.protected else self.compute_dtype
 
 
 class KeptWeights(Products):
-    """Weights whose numbers are read once and kept until `forget`; `read` says where they come from."""
+    """Weights that are read once and kept until `forget`; `read` and `read_directly` say where they come from."""
 
     def __init__(self, graph: Graph, label: str, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(graph, label, compute_dtype)
         # By identity, because a padded graph has other weights of the same names.
-        self._kept: dict[tuple[int, int | None, tuple[int, int] | None], Tensor] = {}
+        self._kept: dict[tuple[int, int | None, tuple[int, int] | torch.dtype | None], Tensor] = {}
 
     def read(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
         raise NotImplementedError
+
+    def read_directly(self, weight: Weight, expert: int | None) -> Tensor | None:
+        """A matrix in `compute_dtype`, None where it has to be rounded from what `read` gives."""
+        raise NotImplementedError
+
+    def factor(self, weight: Weight, expert: int | None) -> Tensor:
+        if self._dtype_for(weight) == torch.float32:
+            return self.load(weight, expert)
+        key = (id(weight), expert, self.compute_dtype)
+        if key not in self._kept:
+            direct = self.read_directly(weight, expert)
+            if direct is None:
+                return self.load(weight, expert)
+            self._kept[key] = direct
+        return self._kept[key]
 
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
         whole = self._kept.get((id(weight), expert, None))
@@ -97,6 +116,9 @@ class ModelWeights(KeptWeights):
 
     def read(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
         return self.model.load(weight, expert, rows)
+
+    def read_directly(self, weight: Weight, expert: int | None) -> Tensor | None:
+        return self.model.load_directly(weight, expert, self.compute_dtype)
 
 
 def multiply(states: Tensor, matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -15,7 +15,7 @@ from ..archs.graph import Graph
 from ..archs.registry import Architecture, architecture_named, architecture_of
 from ..archs.weights import TensorInfo, Weight
 from .checkpoint import read_config, read_tensors
-from .decode import evaluate
+from .decode import evaluate, evaluate_directly
 from .fp4 import repack
 from .gguf import read_gguf
 from .storage import Storage
@@ -76,6 +76,10 @@ class Model:
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A weight's numbers in float32: one expert of a stack, some rows, or all of it. See `decode.evaluate`."""
         return evaluate(weight.source, self.storage, expert, rows)
+
+    def load_directly(self, weight: Weight, expert: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """A matrix in `dtype`, None where it comes in float32 alone. See `evaluate_directly`."""
+        return evaluate_directly(weight.source, self.storage, expert, dtype)
 
     def repacked(
         self, weight: Weight, type_name: str, expert: int | None = None, rows: tuple[int, int] | None = None

@@ -49,6 +49,21 @@ def test_routers_stay_in_float32(folder: Path) -> None:
     assert 1e-4 < float((found - expected).norm() / expected.norm()) < 1e-2
 
 
+@pytest.mark.parametrize("quant", ["Q3_K_M", "IQ2_XXS", "BF16"])
+def test_factors_are_rounded_once(quant: str, tmp_path: Path) -> None:
+    """Matrices that come in BF16 without a detour are those that the detour gives."""
+    file = convert(FOLDERS[0], tmp_path, quant, calibration=None, verify=False).files[0]
+    model, direct = open_model(file), 0
+    weights = ModelWeights(model, torch.bfloat16)
+    for weight in model.graph.weights():
+        if len(weight.shape) > 1 and not weight.role.protected:
+            expert = 3 if weight.experts else None
+            factor = weights.factor(weight, expert)
+            direct += factor.dtype == torch.bfloat16
+            assert torch.equal(factor.bfloat16(), model.load(weight, expert).bfloat16())
+    assert direct > 10
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_results_differ_by_rounding(folder: Path, tmp_path: Path) -> None:
     """What a coarse file costs is found either way; `convert` and `parity` say the same."""
