@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := archs quant sources runner convert
-MODULES := cli cli_convert cli_evaluate cli_models options console report doctor
+MODULES := cli cli_convert cli_evaluate cli_models cli_plan options console report doctor
 
 .PHONY: demo test lint types clean
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from moecast.convert import convert
-from moecast.convert.allocate import HELD_OUT_CHUNKS, PROBE_CHUNKS, ROLES, rivals_within, split_tokens, winner
+from moecast.convert.allocate import HELD_OUT_CHUNKS, ROLES, probe_chunks, rivals_within, split_tokens, winner
 from moecast.convert.choose import Budget
 from moecast.quant.allocation import Damage
 from moecast.quant.plan import Plan, plan_tensors
@@ -58,7 +58,7 @@ def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[st
     calibration = chunk_tokens(model.tokenizer, CALIBRATION_TEXT, CONTEXT, calibrating)
     evaluation = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, None)
     evaluation = evaluation[:: max(1, len(evaluation) // chunks)][:chunks]
-    probes, held_out = split_tokens(calibration, PROBE_CHUNKS, HELD_OUT_CHUNKS)
+    probes, held_out = split_tokens(calibration, probe_chunks(model.graph), HELD_OUT_CHUNKS)
     started = time.process_time()
     measuring = Measuring(model, calibration)
     damage = measure_damage(measuring, probes, [model.graph])

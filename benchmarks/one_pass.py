@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from hub_server import HubServer
 CALIBRATION, EVALUATION = (ROOT / "examples" / "text" / name for name in ("calibration.txt", "evaluation.txt"))
 MOECAST = [sys.executable, "-m", "moecast.cli"]
 CONTEXT = 512
+LONG_CHUNKS = 32  # to compare evaluations on: few tokens say more of reading weights than of multiplying with them
 # Runs llama.cpp's converter on a tokenizer that is not in its list.
 CONVERTER = """
 import runpy, sys
@@ -106,13 +107,17 @@ class Bench:
         shared = ["--quant", self.quant, "--overwrite", "--threads", self.threads]
         self.run(name, [*MOECAST, "convert", source, "-o", self.folder / output, *shared, *options], variables)
 
-    def evaluation(self) -> list[str | Path]:
-        return ["-f", EVALUATION, "-c", str(CONTEXT), "--chunks", self.chunks]
+    def evaluation(self, chunks: int | None = None) -> list[str | Path]:
+        return ["-f", EVALUATION, "-c", str(CONTEXT), "--chunks", str(chunks or self.chunks)]
+
+    def llama_flags(self) -> list[str]:
+        """What makes llama.cpp fastest here: four chunks in a batch."""
+        return ["-t", self.threads, "-b", str(4 * CONTEXT), "-ub", str(4 * CONTEXT)]
 
     def calibration(self) -> list[str | Path]:
         return ["--calibration", self.folder / "calibration.txt"]
 
-    def together(self, name: str, *steps: str) -> Cost:
+    def together(self, name: str, steps: Iterable[str]) -> Cost:
         """Steps one after another, each of which leaves its file for the next."""
         costs = [self.costs[step] for step in steps]
         total = [sum(getattr(c, field) for c in costs) for field in ("seconds", "processor_seconds", "read", "written")]
@@ -128,12 +133,13 @@ def ours(bench: Bench, source: Path) -> None:
     bench.convert("moecast convert --imatrix --no-verify", source, "ours.gguf", *measured)
 
 
-def theirs(bench: Bench, source: Path, llama: Path, converter: Path) -> None:
+def theirs(bench: Bench, source: Path, llama: Path, converter: Path) -> list[Cost]:
+    """Their chain; the sums of all steps, and of those without calibration and proof."""
+    before = set(bench.costs)
     full, imatrix, base = (bench.folder / name for name in ("bf16.gguf", "imatrix.gguf", "base.kld"))
     small = bench.folder / "small.gguf"
-    running = ["-t", bench.threads, "-b", str(CONTEXT)]
-    perplexity = [llama / "llama-perplexity", *bench.evaluation(), *running]
-    calibration = ["-f", bench.folder / "calibration.txt", "-c", str(CONTEXT), *running]
+    perplexity = [llama / "llama-perplexity", *bench.evaluation(), *bench.llama_flags()]
+    calibration = ["-f", bench.folder / "calibration.txt", "-c", str(CONTEXT), *bench.llama_flags()]
     convert = [sys.executable, "-c", CONVERTER, converter, source, "--outfile", full, "--outtype", "bf16"]
     bench.run("convert_hf_to_gguf.py", convert)
     bench.run("llama-imatrix", [llama / "llama-imatrix", "-m", full, "-o", imatrix, *calibration])
@@ -142,16 +148,20 @@ def theirs(bench: Bench, source: Path, llama: Path, converter: Path) -> None:
     bench.run("llama-perplexity of BF16", [*perplexity, "-m", full, "--kl-divergence-base", base])
     compare = ["--kl-divergence-base", base, "--kl-divergence"]
     bench.run("llama-perplexity --kl-divergence", [*perplexity, "-m", small, *compare])
+    return [
+        bench.together("their whole chain", bench.costs.keys() - before),
+        bench.together("their conversion and quantisation", ("convert_hf_to_gguf.py", "llama-quantize")),
+    ]
 
 
 def evaluation(bench: Bench, llama: Path) -> None:
     """Both on the same file of llama.cpp's."""
     small = bench.folder / "small.gguf"
     for dtype in ("float32", "bfloat16"):
-        command = [*MOECAST, "perplexity", small, *bench.evaluation(), "--compute-dtype", dtype]
-        bench.run(f"moecast perplexity, {dtype}", command)
-    command = [llama / "llama-perplexity", "-m", small, *bench.evaluation(), "-t", bench.threads, "-b", str(CONTEXT)]
-    bench.run("llama-perplexity", command)
+        command = [*MOECAST, "perplexity", small, *bench.evaluation(LONG_CHUNKS), "--compute-dtype", dtype]
+        bench.run(f"moecast perplexity of 16k tokens, {dtype}", command)
+    command = [llama / "llama-perplexity", "-m", small, *bench.evaluation(LONG_CHUNKS), *bench.llama_flags()]
+    bench.run("llama-perplexity of 16k tokens", command)
 
 
 def alone(bench: Bench, source: Path, memory: int, scratch: int | None, dtype: str) -> None:
@@ -216,12 +226,10 @@ def main() -> None:
         text = CALIBRATION.read_text(encoding="utf-8")[: options.calibration_bytes]
         (folder / "calibration.txt").write_text(text, encoding="utf-8")
         bench = Bench(folder, options.quant, options.chunks, options.threads)
-        sums = []
+        sums: list[Cost] = []
         if options.llama:
             ours(bench, source)
-            theirs(bench, source, options.llama, options.converter)
-            sums.append(bench.together("their whole chain", *list(bench.costs)[3:]))
-            sums.append(bench.together("their conversion and quantisation", "convert_hf_to_gguf.py", "llama-quantize"))
+            sums = theirs(bench, source, options.llama, options.converter)
             evaluation(bench, options.llama)
         else:
             alone(bench, source, options.memory, options.scratch, options.compute_dtype)

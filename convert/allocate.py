@@ -25,7 +25,8 @@ from .choose import Budget, plan_for_budget, variants
 from .journal import Journal
 
 _EXPONENTS = (1.0, 0.8, 1.25)  # of the error in the damage: how much more low bits hurt than high ones
-PROBE_CHUNKS, HELD_OUT_CHUNKS = 8, 24  # of text at most; hundreds of lanes are probes, seven compare plans
+HELD_OUT_CHUNKS = 24  # of text at most
+_PROBE_CHUNKS, _ALL_PROBE_CHUNKS = (2, 8), 1024  # least and most of one probe, most of all probes together
 _MOST_PLANS = 7  # that `rivals_within` gives
 ROLES = "one type a role"  # the name of that plan
 _EDGE = 8  # the first and last of so many parts of the layers are the edges
@@ -130,6 +131,12 @@ def rivals_within(
     if stock:
         plans[stock.recipe.name] = stock
     return _distinct(plans)
+
+
+def probe_chunks(graph: Graph) -> int:
+    """How many chunks of text a probe takes: the fewer the more weights there are, for the time that all take."""
+    least, most = _PROBE_CHUNKS
+    return min(max(_ALL_PROBE_CHUNKS // len(types_of([graph], importance=True)), least), most)
 
 
 def _distinct(plans: dict[str, Plan]) -> dict[str, Plan]:

@@ -9,14 +9,18 @@ from pathlib import Path
 import torch
 
 from ..quant.importance import Statistics
-from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, with_bos
+from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, dtype_name
 from ..runner.memory import peak_rss_bytes, workspace
 from ..runner.observe import ObservingWeights
-from ..runner.stream import Stream
+from ..runner.passes import Pass
+from ..runner.stream import advance
 from ..runner.weights import ModelWeights
 from ..sources.model import Model, open_model
 from ..sources.progress import Progress, Silent
+from .checkpoints import SavedStates, load_statistics, save_statistics
+from .fingerprint import measurement_fingerprint, text_identity
 from .imatrix import ImatrixWriter
+from .journal import Journal
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ def write_imatrix(
     """Write llama.cpp's importance matrix of a model on a text: what llama-imatrix writes, layer by layer.
 
     Activations that do not fit into `memory` bytes for the whole process go to a scratch file beside the output, which
-    changes no number. `compute_dtype` as for `perplexity`. Raises BadInput for an existing output, less memory than the
+    changes no number. A journal beside the output records what is done: stopped by whatever means, the same call
+    continues. `compute_dtype` as for `perplexity`. Raises BadInput for an existing output, less memory than the
     model takes, a text that is too short, and numbers that are not finite.
     """
     started = time.monotonic()
@@ -64,15 +69,26 @@ def write_imatrix(
     room = workspace(memory, model.graph, tokens.numel(), context, Path(output).parent)
     statistics = Statistics()
     unseen, fewest = 0, []
-    with ImatrixWriter(Path(output), Path(calibration), tokens, overwrite) as writer:
-        weights = ObservingWeights(ModelWeights(model, compute_dtype), statistics)
-        stream = Stream(model, with_bos(tokens, model.tokenizer), weights=weights, workspace=room)
+    facts = {"calibration": text_identity(calibration, tokens), "the type of products": dtype_name(compute_dtype)}
+    identity = measurement_fingerprint(model, facts)
+    with (
+        Journal(Path(output), identity, overwrite) as journal,
+        ImatrixWriter(Path(output), Path(calibration), tokens, overwrite) as writer,
+    ):
+        passing = Pass(model, room, SavedStates(journal, model.graph.layers))
+        passing.begin(tokens, ObservingWeights(ModelWeights(model, compute_dtype), statistics))
         progress.begin("Calibrating", len(model.graph.layers), "layers")
         for layer in model.graph.layers:
-            stream.advance(layer)
-            writer.add(statistics)
+            if passing.passed(layer.index):
+                seen = load_statistics(journal, layer.index)
+            else:
+                advance(passing.streams, [layer])
+                seen = statistics
+                save_statistics(journal, layer.index, seen)
+                passing.save(layer.index)
+            writer.add(seen)
             progress.advance(1, f"layer {layer.index}")
-            experts = statistics.expert_tokens
+            experts = seen.expert_tokens
             if experts is not None:
                 unseen += int((experts == 0).sum())
                 fewest.append(int(experts.min()))

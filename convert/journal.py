@@ -65,7 +65,7 @@ class Journal:
         self._unsynchronised: set[int] = set()
         self._committed = time.monotonic()
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self.folder / "records", os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 self._continue(overwrite)

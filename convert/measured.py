@@ -14,7 +14,7 @@ from ..runner.passes import Measuring
 from ..sources.imatrix import read_imatrix
 from ..sources.model import Model
 from ..sources.progress import Progress, Silent
-from .allocate import HELD_OUT_CHUNKS, PROBE_CHUNKS, Allocation, allocate, split_tokens
+from .allocate import HELD_OUT_CHUNKS, Allocation, allocate, probe_chunks, split_tokens
 from .choose import Goal, budget_of, refuse_mixed_types
 from .encode import MeasuredImportance
 from .fingerprint import file_identity, measurement_fingerprint, text_identity
@@ -52,7 +52,7 @@ def measured_plan(
     path = output_path(Path(output), name or name_of(model), budget.name, target)
     text = calibration or CALIBRATION_TEXT
     tokens = chunk_tokens(model.tokenizer, text, context, None)
-    probes, held_out = split_tokens(tokens, PROBE_CHUNKS, HELD_OUT_CHUNKS)
+    probes, held_out = split_tokens(tokens, probe_chunks(model.graph), HELD_OUT_CHUNKS)
     identity = measurement_fingerprint(
         model,
         {

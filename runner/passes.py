@@ -62,10 +62,11 @@ class Pass:
         """One more stream, which has come as far as another."""
         return self._add(stream.tokens, weights, _states_of(stream))
 
-    def save(self, layer: int, facts: Tensor) -> None:
+    def save(self, layer: int, facts: Tensor | None = None) -> None:
         """Keep what all streams have come to after a layer."""
         if self._states:
-            self._states.save(layer, chain([facts], *map(_states_of, self.streams)))
+            first = torch.empty(0) if facts is None else facts
+            self._states.save(layer, chain([first], *map(_states_of, self.streams)))
 
     def _add(self, tokens: Tensor, weights: Weights, hidden: Iterable[Tensor] | None) -> Stream:
         self.streams.append(Stream(self.model, tokens, None, weights, hidden, self._workspace))

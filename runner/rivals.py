@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..quant.importance import Statistics
@@ -34,7 +33,7 @@ def divergences(measuring: Measuring, plans: Sequence[Plan], tokens: Tensor) -> 
         if not passing.passed(index):
             advance(passing.streams, layers)
             statistics.clear()
-            passing.save(index, torch.empty(0))
+            passing.save(index)
         measuring.progress.advance(1, f"layer {index}")
     return compare_heads(reference, candidates, tokens)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import checkpoints
 import deepseek_checkpoints
+import moecast.convert.calibrate
 import moecast.convert.encode
 import moecast.convert.onepass
 import pytest
@@ -27,9 +28,11 @@ from moecast.archs.errors import BadInput, Interruption
 from moecast.archs.graph import Layer
 from moecast.cli import main
 from moecast.convert import journal
+from moecast.convert.calibrate import write_imatrix
 from moecast.convert.journal import Journal
 from moecast.convert.pipeline import Conversion, convert
 from moecast.runner.stream import Stream
+from moecast.sources.model import open_model
 
 KILLED = Path(__file__).with_name("killed.py")
 FINGERPRINT = {"source": "this", "quant": "Q4_K_M"}
@@ -172,6 +175,31 @@ def test_interrupted_pass(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: 
     for name in ("m.gguf", "i.gguf"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
     assert _hidden(tmp_path / "out") == []
+
+
+def test_interrupted_calibration(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`moecast imatrix` alone goes on after the last whole layer too."""
+    text, layers = _excerpt(tmp_path), []
+    files = [tmp_path / name / "i.gguf" for name in ("undisturbed", "out")]
+    advance = moecast.convert.calibrate.advance
+    undisturbed = write_imatrix(minimax_fp8.folder, files[0], text, context=64)
+    with monkeypatch.context() as patched:
+        patched.setattr(moecast.convert.calibrate, "advance", _after(1, KeyboardInterrupt(), advance))
+        with pytest.raises(KeyboardInterrupt):
+            write_imatrix(minimax_fp8.folder, files[1], text, context=64)
+    assert _hidden(files[1].parent) == [".i.gguf.journal"]
+    monkeypatch.setattr(
+        moecast.convert.calibrate,
+        "advance",
+        lambda streams, here: layers.append(here[0].index) or advance(streams, here),
+    )
+    continued = write_imatrix(minimax_fp8.folder, files[1], text, context=64)
+    assert layers == [layer.index for layer in open_model(minimax_fp8.folder).graph.layers][1:]
+    assert (continued.unseen_experts, continued.fewest_tokens) == (
+        undisturbed.unseen_experts,
+        undisturbed.fewest_tokens,
+    )
+    assert files[0].read_bytes() == files[1].read_bytes() and _hidden(files[1].parent) == []
 
 
 def _interrupt(folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
