@@ -117,7 +117,7 @@ def convert(
     """
     from .console import watch
     from .convert.choose import choose_plan
-    from .convert.measured import measured_plan
+    from .convert.measured import measured_plan, path_within
     from .convert.pipeline import convert as run
     from .report import show_conversion, show_plan
     from .runner.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT
@@ -145,9 +145,8 @@ def convert(
             allocation = measured_plan(
                 origin,
                 goal,
-                output,
+                path_within(origin, goal, output, name, target),
                 target=target,
-                name=name,
                 calibration=text,
                 imatrix=imatrix,
                 context=context,

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .archs.errors import BadInput
-from .options import Size, goal_options, hub_options, json_option, mtp_option, pad_option, target_option
+from .archs.errors import BadInput, OutputExists
+from .options import (
+    Size,
+    calibration_option,
+    compute_dtype_option,
+    goal_options,
+    hub_options,
+    imatrix_option,
+    json_option,
+    memory_option,
+    mtp_option,
+    overwrite_option,
+    pad_option,
+    target_option,
+)
 
 if TYPE_CHECKING:
+    import torch
+
     from .convert.choose import Goal
     from .quant.fit import Machine
+    from .quant.plan import Plan
 
 
 @click.command()
@@ -23,7 +40,13 @@ if TYPE_CHECKING:
 @click.option("--ram", type=Size(), help="With --fit: a machine with so much RAM instead.")
 @click.option("--vram", type=Size(), help="With --fit: a GPU with so much memory instead, 0 for none.")
 @click.option("-c", "--context", default=32768, show_default=True, help="With --fit: tokens whose state must fit too.")
+@click.option("--measure", is_flag=True, help="With --size or --bpw: measure the model, as convert does.")
+@calibration_option
+@imatrix_option
+@memory_option
+@compute_dtype_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan to a file for --plan.")
+@overwrite_option
 @pad_option
 @mtp_option
 @hub_options
@@ -36,7 +59,13 @@ def plan(
     ram: int | None,
     vram: int | None,
     context: int,
+    measure: bool,
+    calibration: Path | None,
+    imatrix: Path | None,
+    memory: int | None,
+    compute_dtype: torch.dtype,
     output: Path | None,
+    overwrite: bool,
     pad: bool,
     mtp: bool | None,
     revision: str | None,
@@ -45,12 +74,13 @@ def plan(
 ) -> None:
     """Show which type every tensor would get, and the exact size, without converting.
 
-    Under a budget the types follow from what is typical of each role; `convert` measures the model itself.
+    Under a budget the types follow from what is typical of each role; with --measure, as in `convert`, from this model.
 
     \b
     Examples:
       moecast plan CHECKPOINT --quant Q3_K_M
       moecast plan OWNER/NAME --size 96GB -o plan.json
+      moecast plan CHECKPOINT --size 96GB --measure --memory 32GB -o plan.json
       moecast plan OWNER/NAME --to onnx
       moecast plan OWNER/NAME --fit --vram 24GB --ram 96GB --context 32768
     """
@@ -59,18 +89,64 @@ def plan(
     from .report import show_fit, show_plan
     from .sources.locate import describe
 
-    model = describe(source, revision, token)
     if not fit and (ram is not None or vram is not None):
         raise BadInput("--ram and --vram describe a machine to fit: add --fit")
-    if fit:
-        found = fit_machine(model.graph, _machine(ram, vram, context), pad, mtp)
-        chosen = found.plan
-        show_fit(found, as_json)
-    else:
-        chosen = choose_plan(model, goal, target, pad, mtp)
-        show_plan(chosen, as_json)
-    if output:
-        write_plan_file(chosen, output)
+    if measure and (fit or not goal.is_budget):
+        raise BadInput("--measure finds the best plan for a budget: add --size or --bpw, and leave out --fit")
+    if output and output.exists() and not overwrite:
+        raise OutputExists(output)
+    with ExitStack() as stack:
+        if measure:
+            chosen = _measured(
+                stack,
+                source,
+                revision,
+                token,
+                goal,
+                output,
+                target=target,
+                calibration=calibration,
+                imatrix=imatrix,
+                padding=pad,
+                mtp=mtp,
+                overwrite=overwrite,
+                memory=memory,
+                compute_dtype=compute_dtype,
+            )
+            show_plan(chosen, as_json)
+        elif fit:
+            found = fit_machine(describe(source, revision, token).graph, _machine(ram, vram, context), pad, mtp)
+            chosen = found.plan
+            show_fit(found, as_json)
+        else:
+            chosen = choose_plan(describe(source, revision, token), goal, target, pad, mtp)
+            show_plan(chosen, as_json)
+        if output:
+            write_plan_file(chosen, output)
+
+
+def _measured(
+    stack: ExitStack,
+    source: str,
+    revision: str | None,
+    token: str | None,
+    goal: Goal,
+    output: Path | None,
+    calibration: Path | None,
+    **options: Any,
+) -> Plan:
+    """The plan that measuring leads to; what was measured is kept until `stack` is left."""
+    from .console import watch
+    from .convert.measured import measured_plan
+    from .runner.evaluate import CALIBRATION_TEXT
+    from .sources.locate import locate
+    from .sources.model import open_model
+
+    with watch() as progress:
+        folder, _ = locate(source, revision, token, progress)
+        text, path = calibration or CALIBRATION_TEXT, output or Path(f"{folder.resolve().name}.json")
+        plan = measured_plan(open_model(folder), goal, path, calibration=text, progress=progress, **options)
+        return stack.enter_context(plan).plan
 
 
 def _machine(ram: int | None, vram: int | None, context: int) -> Machine:

@@ -26,10 +26,9 @@ from .pipeline import name_of, output_path
 def measured_plan(
     model: Model,
     goal: Goal,
-    output: str | Path = ".",
+    path: Path,
     *,
     target: str = "gguf",
-    name: str | None = None,
     calibration: Path | None = CALIBRATION_TEXT,
     imatrix: Path | None = None,
     context: int = DEFAULT_CONTEXT,
@@ -40,16 +39,15 @@ def measured_plan(
     compute_dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> Iterator[Allocation]:
-    """The best plan for a goal with a budget; within the context, convert by it. Arguments as for `convert`.
+    """The best plan for a goal with a budget; within the context, make `path` of it. Other arguments as for `convert`.
 
     Probes and comparisons take parts of the calibration text, of the bundled one where columns are not weighed by any.
-    What was measured is kept beside the output until the context ends well: stopped by whatever means, here or while
+    What was measured is kept beside `path` until the context ends well: stopped by whatever means, here or while
     converting, the same call goes on; so it does after what `convert` refuses. Raises
     BadInput as `allocate` and `convert` do.
     """
     refuse_mixed_types(target)
     budget = budget_of(model, goal)
-    path = output_path(Path(output), name or name_of(model), budget.name, target)
     text = calibration or CALIBRATION_TEXT
     tokens = chunk_tokens(model.tokenizer, text, context, None)
     probes, held_out = split_tokens(tokens, probe_chunks(model.graph), HELD_OUT_CHUNKS)
@@ -75,3 +73,8 @@ def measured_plan(
             compute_dtype,
         )
         yield allocate(measuring, budget, probes, held_out, padding=padding, mtp=mtp, memory=memory, journal=journal)
+
+
+def path_within(model: Model, goal: Goal, output: Path, name: str | None, target: str) -> Path:
+    """The file that a goal with a budget amounts to, in the folder `output` unless that is the file; see `convert`."""
+    return output_path(output, name or name_of(model), budget_of(model, goal).name, target)

@@ -11,6 +11,7 @@ slowest dimension first; those of a padded plan are larger than the model's.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,10 +56,16 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
 
 def write_plan_file(plan: Plan, path: Path) -> None:
-    """Raises BadInput when the file cannot be written."""
+    """Raises BadInput when the file cannot be written; then there is none."""
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        path.write_text(json.dumps(plan_as_json(plan), indent=1) + "\n", encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(plan_as_json(plan), indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise BadInput(f"{path} cannot be written: {error.strerror}") from None
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 CONTEXT = 64
 EXAMPLES = Path(__file__).parents[2] / "examples"
+TEXT = Path(__file__).parent.parent / "data" / "imatrix" / "text.txt"
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,23 @@ def test_a_plan_file_and_a_model_file_give_their_types(minimax_fp8: Checkpoint, 
     assert {tensor["name"]: tensor["type"] for tensor in json.loads(like.stdout)["tensors"]} == types
     assert run("plan", minimax_fp8.folder, "--bpw", 4, "--like", file).exit_code == 2
     assert run("plan", minimax_fp8.folder, "--bpw", 4, "--to", "onnx").exit_code == 2
+
+
+def test_a_measured_plan_is_the_one_that_convert_makes(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
+    """`plan --measure` writes nothing but the plan, and what `convert` measures leads to the same types."""
+    file, goal = tmp_path / "plan.json", ("--bpw", 4, "--calibration", TEXT)
+    planned = run("plan", minimax_fp8.folder, *goal, "--measure", "-o", file, "--json")
+    assert planned.exit_code == 0, planned.output
+    plan = json.loads(planned.stdout)
+    assert plan == json.loads(file.read_text()) and plan["expected_kld"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    made = run("convert", minimax_fp8.folder, "-o", tmp_path / "model.gguf", *goal, "--no-verify")
+    assert made.exit_code == 0, made.output
+    types = {tensor["name"]: tensor["type"] for tensor in plan["tensors"]}
+    assert {tensor.name: tensor.dtype for tensor in open_model(tmp_path / "model.gguf").tensors} == types
+    again = run("plan", minimax_fp8.folder, *goal, "--measure", "-o", file)
+    assert again.exit_code == 2 and "plan.json exists: use --overwrite" in again.stderr
+    assert "add --size or --bpw" in run("plan", minimax_fp8.folder, "--quant", "Q4_K_M", "--measure").stderr
 
 
 def test_rows_are_padded_where_that_does_less_damage(minimax_odd: Checkpoint) -> None:
