@@ -16,7 +16,7 @@ from ..archs.weights import Weight
 from ..quant.allocation import Damage, Key
 from ..quant.plan import Plan, plan_file
 from ..quant.recipes import RECIPES
-from ..runner.memory import CASTING, comparing, workspace
+from ..runner.memory import comparing, workspace
 from ..runner.passes import Measuring, packed, unpacked
 from ..runner.probe import measure_damage, types_of
 from ..runner.rivals import divergences
@@ -26,7 +26,8 @@ from .journal import Journal
 
 _EXPONENTS = (1.0, 0.8, 1.25)  # of the error in the damage: how much more low bits hurt than high ones
 HELD_OUT_CHUNKS = 24  # of text at most
-_PROBE_CHUNKS, _ALL_PROBE_CHUNKS = (2, 8), 1024  # least and most of one probe, most of all probes together
+_PROBE_CHUNKS, _LEAST_PROBE_CHUNKS = 8, 2  # of text that one probe takes
+_ALL_PROBE_CHUNKS = 1024  # that all probes take together, unless that leaves too few to one
 _MOST_PLANS = 7  # that `rivals_within` gives
 ROLES = "one type a role"  # the name of that plan
 _EDGE = 8  # the first and last of so many parts of the layers are the edges
@@ -77,8 +78,8 @@ def allocate(
     """
     graph, forms = measuring.model.graph, variants(measuring.model.graph, padding, mtp)
     probed = len(types_of(forms, measuring.weighs_columns))
-    probing = _with_room(measuring, memory, journal, probes, 1 + probed, CASTING)
-    comparing_plans = _with_room(measuring, memory, journal, held_out, 1 + _MOST_PLANS, comparing(_MOST_PLANS))
+    probing = _with_room(measuring, memory, journal, probes, 1 + probed, comparing(1))
+    side_by_side = _with_room(measuring, memory, journal, held_out, 1 + _MOST_PLANS, comparing(_MOST_PLANS))
     notebook = Notebook(journal, graph.layers)
     (found,) = notebook.once(
         "damage", lambda states: [packed(asdict(measure_damage(replace(probing, states=states), probes, forms)))]
@@ -89,7 +90,7 @@ def allocate(
         "divergences",
         lambda states: [
             divergence.trusted_kld
-            for divergence in divergences(replace(comparing_plans, states=states), list(plans.values()), held_out)
+            for divergence in divergences(replace(side_by_side, states=states), list(plans.values()), held_out)
         ],
     )
     klds = dict(zip(plans, measured, strict=True))
@@ -135,8 +136,8 @@ def rivals_within(
 
 def probe_chunks(graph: Graph) -> int:
     """How many chunks of text a probe takes: the fewer the more weights there are, for the time that all take."""
-    least, most = _PROBE_CHUNKS
-    return min(max(_ALL_PROBE_CHUNKS // len(types_of([graph], importance=True)), least), most)
+    share = _ALL_PROBE_CHUNKS // len(types_of([graph], importance=True))
+    return min(max(share, _LEAST_PROBE_CHUNKS), _PROBE_CHUNKS)
 
 
 def _distinct(plans: dict[str, Plan]) -> dict[str, Plan]:

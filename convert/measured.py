@@ -43,8 +43,8 @@ def measured_plan(
 
     Probes and comparisons take parts of the calibration text, of the bundled one where columns are not weighed by any.
     What was measured is kept beside `path` until the context ends well: stopped by whatever means, here or while
-    converting, the same call goes on; so it does after what `convert` refuses. Raises
-    BadInput as `allocate` and `convert` do.
+    converting, the same call goes on; so it does after what `convert` refuses. Raises BadInput as `allocate` and
+    `convert` do.
     """
     refuse_mixed_types(target)
     budget = budget_of(model, goal)

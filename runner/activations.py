@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
 import weakref
 from math import prod
@@ -16,6 +17,7 @@ from ..archs.errors import Interruption
 from ..sources.storage import read_at, write_at
 
 _FLOAT = 4  # bytes
+_FILES = 8192
 
 
 class Activations(Protocol):
@@ -50,6 +52,8 @@ class Workspace:
     def __init__(self, memory: int | None = None, folder: Path | None = None) -> None:
         self._left = memory
         self._folder = folder
+        if memory is not None:
+            _allow_files()
 
     def activations(self, *shape: int, whole_chunks: bool = False) -> Activations:
         """New activations. Those that are only read and written by `whole_chunks` do not suffer from a disk, so they
@@ -67,6 +71,14 @@ class Workspace:
     def _release(self, size: int) -> None:
         assert self._left is not None
         self._left += size
+
+
+def _allow_files() -> None:
+    """Every activation on disk is an open file, and hundreds of lanes are more than a shell allows by default."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if most == resource.RLIM_INFINITY else min(_FILES, most)
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 class MemoryActivations:
