@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ _BLOCK = 1024  # tokens an expert takes at a time
 class ExpertLane:
     """One lane's tokens [chunks, context] on their way through the experts of a layer.
 
-    `route` every chunk, `seal`, `run` experts in any order, take `answer`. `where` names model and layer for messages.
+    `route` every chunk, `seal`, `add` what experts answer in any order, take `answer`. `where` names model and layer
+    for messages.
     """
 
     def __init__(self, operation: MoE, weights: Weights, tokens: Tensor, workspace: Workspace, where: str) -> None:
@@ -49,14 +50,28 @@ class ExpertLane:
         self._rows = (order // top_k).split(self.counts.tolist())
         self._portions = torch.cat(self._shares).flatten()[order].split(self.counts.tolist())
 
-    def run(self, expert: int) -> None:
-        """Add an expert's answers to the tokens that chose it. Raises BadInput when they are not finite."""
-        for rows, shares in zip(self._rows[expert].split(_BLOCK), self._portions[expert].split(_BLOCK), strict=True):
-            if len(rows):
-                output = self._output(expert, self._inputs.rows(rows))
-                if not math.isfinite(float(output.sum())):
-                    raise BadInput(f"{self._where}, expert {expert}: the output is NaN or infinite")
-                self._answers.add_rows(rows, output * shares[:, None])
+    def pieces(self, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Numbers of the tokens that chose an expert and its shares in their answers, so many at a time."""
+        pairs = zip(self._rows[expert].split(_BLOCK), self._portions[expert].split(_BLOCK), strict=True)
+        return ((rows, shares) for rows, shares in pairs if len(rows))
+
+    def inputs(self, rows: Tensor) -> Tensor:
+        """What experts read of tokens, [tokens, width]."""
+        return self._inputs.rows(rows)
+
+    def output(self, expert: int, states: Tensor) -> Tensor:
+        """states [tokens, width] -> [tokens, width] through one expert. Raises BadInput when that is not finite."""
+        operation, project = self.operation, self.weights.project
+        gate = project(states, operation.gate, expert) if operation.gate else None
+        inner = activate(operation.activation, operation.clamp, gate, project(states, operation.up, expert))
+        answers = project(inner, operation.down, expert)
+        if not math.isfinite(float(answers.sum())):
+            raise BadInput(f"{self._where}, expert {expert}: the output is NaN or infinite")
+        return answers
+
+    def add(self, rows: Tensor, answers: Tensor) -> None:
+        """Add to tokens what an expert answers, in the share that it has."""
+        self._answers.add_rows(rows, answers)
 
     def answer(self, chunk: int, normed: Tensor) -> Tensor:
         """What the whole block says to a chunk of normed states, [tokens, hidden size] both."""
@@ -65,12 +80,8 @@ class ExpertLane:
             answer = self.weights.project(answer, operation.latent_up)
         return answer + mlp(operation.shared, normed, self.weights) if operation.shared else answer
 
-    def _output(self, expert: int, states: Tensor) -> Tensor:
-        """states [tokens, width] -> [tokens, width] through one expert."""
-        operation, project = self.operation, self.weights.project
-        gate = project(states, operation.gate, expert) if operation.gate else None
-        inner = activate(operation.activation, operation.clamp, gate, project(states, operation.up, expert))
-        return project(inner, operation.down, expert)
+
+_Piece = tuple[ExpertLane, Tensor, Tensor]  # tokens of a lane, and the shares of an expert in their answers
 
 
 def run_experts(lanes: Sequence[ExpertLane], expert_done: Callable[[int], None] | None) -> None:
@@ -78,11 +89,35 @@ def run_experts(lanes: Sequence[ExpertLane], expert_done: Callable[[int], None] 
     count = max(lane.operation.experts for lane in lanes)
     tokens = torch.zeros(count, dtype=torch.int64)
     tokens[: lanes[0].operation.experts] = lanes[0].counts
+    alike: dict[int, list[ExpertLane]] = {}
+    for lane in lanes:
+        alike.setdefault(id(lane.weights), []).append(lane)
     for expert in tokens.argsort(descending=True, stable=True).tolist():
-        for lane in lanes:
-            if expert < lane.operation.experts:
-                lane.run(expert)
+        for group in alike.values():
+            if expert < group[0].operation.experts:
+                _run(group, expert)
         if expert_done:
             expert_done(expert)
         for lane in lanes:
             lane.weights.forget(expert)
+
+
+def _run(lanes: Sequence[ExpertLane], expert: int) -> None:
+    """Lanes of the same weights through one expert; few tokens of each are many of all, and multiply faster."""
+    for block in _blocks([(lane, rows, shares) for lane in lanes for rows, shares in lane.pieces(expert)]):
+        output = lanes[0].output(expert, torch.cat([lane.inputs(rows) for lane, rows, _ in block]))
+        parts = output.split([len(rows) for _, rows, _ in block])
+        for (lane, rows, shares), part in zip(block, parts, strict=True):
+            lane.add(rows, part * shares[:, None])
+
+
+def _blocks(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces side by side, as long as they are no more tokens than one piece may be."""
+    block: list[_Piece] = []
+    for piece in pieces:
+        if block and sum(len(rows) for _, rows, _ in block) + len(piece[1]) > _BLOCK:
+            yield block
+            block = []
+        block.append(piece)
+    if block:
+        yield block
