@@ -116,9 +116,10 @@ def convert(
       moecast convert OWNER/NAME --quant IQ4_XS --scratch 20GB
     """
     from .console import watch
-    from .convert.choose import choose_plan
-    from .convert.measured import measured_plan, path_within
+    from .convert.choose import budget_of, choose_plan, refuse_mixed_types
+    from .convert.measured import measured_plan
     from .convert.pipeline import convert as run
+    from .convert.pipeline import name_of, output_path
     from .report import show_conversion, show_plan
     from .runner.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT
     from .sources.hub import HubCheckpoint
@@ -142,11 +143,12 @@ def convert(
             assert isinstance(found, Path)
             origin = open_model(found)
         if isinstance(origin, Model) and goal.is_budget and measure:
+            refuse_mixed_types(target)
+            budget = budget_of(origin, goal)
             allocation = measured_plan(
                 origin,
-                goal,
-                path_within(origin, goal, output, name, target),
-                target=target,
+                budget,
+                output_path(output, name or name_of(origin), budget.name, target),
                 calibration=text,
                 imatrix=imatrix,
                 context=context,

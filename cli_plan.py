@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from .convert.choose import Goal
     from .quant.fit import Machine
-    from .quant.plan import Plan
 
 
 @click.command()
@@ -84,10 +83,15 @@ def plan(
       moecast plan OWNER/NAME --to onnx
       moecast plan OWNER/NAME --fit --vram 24GB --ram 96GB --context 32768
     """
-    from .convert.choose import choose_plan, fit_machine
+    from .console import watch
+    from .convert.choose import budget_of, choose_plan, fit_machine, refuse_mixed_types
+    from .convert.measured import measured_plan
+    from .convert.pipeline import name_of
     from .quant.plan_file import write_plan_file
     from .report import show_fit, show_plan
-    from .sources.locate import describe
+    from .runner.evaluate import CALIBRATION_TEXT
+    from .sources.locate import describe, locate
+    from .sources.model import open_model
 
     if not fit and (ram is not None or vram is not None):
         raise BadInput("--ram and --vram describe a machine to fit: add --fit")
@@ -97,22 +101,24 @@ def plan(
         raise OutputExists(output)
     with ExitStack() as stack:
         if measure:
-            chosen = _measured(
-                stack,
-                source,
-                revision,
-                token,
-                goal,
-                output,
-                target=target,
-                calibration=calibration,
-                imatrix=imatrix,
-                padding=pad,
-                mtp=mtp,
-                overwrite=overwrite,
-                memory=memory,
-                compute_dtype=compute_dtype,
-            )
+            refuse_mixed_types(target)
+            with watch() as progress:
+                folder, _ = locate(source, revision, token, progress)
+                model = open_model(folder)
+                allocation = measured_plan(
+                    model,
+                    budget_of(model, goal),
+                    output or Path(f"{name_of(model)}.json"),
+                    calibration=calibration or CALIBRATION_TEXT,
+                    imatrix=imatrix,
+                    padding=pad,
+                    mtp=mtp,
+                    overwrite=overwrite,
+                    memory=memory,
+                    compute_dtype=compute_dtype,
+                    progress=progress,
+                )
+                chosen = stack.enter_context(allocation).plan
             show_plan(chosen, as_json)
         elif fit:
             found = fit_machine(describe(source, revision, token).graph, _machine(ram, vram, context), pad, mtp)
@@ -123,30 +129,6 @@ def plan(
             show_plan(chosen, as_json)
         if output:
             write_plan_file(chosen, output)
-
-
-def _measured(
-    stack: ExitStack,
-    source: str,
-    revision: str | None,
-    token: str | None,
-    goal: Goal,
-    output: Path | None,
-    calibration: Path | None,
-    **options: Any,
-) -> Plan:
-    """The plan that measuring leads to; what was measured is kept until `stack` is left."""
-    from .console import watch
-    from .convert.measured import measured_plan
-    from .runner.evaluate import CALIBRATION_TEXT
-    from .sources.locate import locate
-    from .sources.model import open_model
-
-    with watch() as progress:
-        folder, _ = locate(source, revision, token, progress)
-        text, path = calibration or CALIBRATION_TEXT, output or Path(f"{folder.resolve().name}.json")
-        plan = measured_plan(open_model(folder), goal, path, calibration=text, progress=progress, **options)
-        return stack.enter_context(plan).plan
 
 
 def _machine(ram: int | None, vram: int | None, context: int) -> Machine:

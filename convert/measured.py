@@ -15,20 +15,18 @@ from ..sources.imatrix import read_imatrix
 from ..sources.model import Model
 from ..sources.progress import Progress, Silent
 from .allocate import HELD_OUT_CHUNKS, Allocation, allocate, probe_chunks, split_tokens
-from .choose import Goal, budget_of, refuse_mixed_types
+from .choose import Budget
 from .encode import MeasuredImportance
 from .fingerprint import file_identity, measurement_fingerprint, text_identity
 from .journal import Journal, journal_folder
-from .pipeline import name_of, output_path
 
 
 @contextmanager
 def measured_plan(
     model: Model,
-    goal: Goal,
+    budget: Budget,
     path: Path,
     *,
-    target: str = "gguf",
     calibration: Path | None = CALIBRATION_TEXT,
     imatrix: Path | None = None,
     context: int = DEFAULT_CONTEXT,
@@ -39,15 +37,13 @@ def measured_plan(
     compute_dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> Iterator[Allocation]:
-    """The best plan for a goal with a budget; within the context, make `path` of it. Other arguments as for `convert`.
+    """The best plan within a budget; inside the context, make `path` of it. Other arguments as for `convert`.
 
     Probes and comparisons take parts of the calibration text, of the bundled one where columns are not weighed by any.
     What was measured is kept beside `path` until the context ends well: stopped by whatever means, here or while
     converting, the same call goes on; so it does after what `convert` refuses. Raises BadInput as `allocate` and
     `convert` do.
     """
-    refuse_mixed_types(target)
-    budget = budget_of(model, goal)
     text = calibration or CALIBRATION_TEXT
     tokens = chunk_tokens(model.tokenizer, text, context, None)
     probes, held_out = split_tokens(tokens, probe_chunks(model.graph), HELD_OUT_CHUNKS)
@@ -73,8 +69,3 @@ def measured_plan(
             compute_dtype,
         )
         yield allocate(measuring, budget, probes, held_out, padding=padding, mtp=mtp, memory=memory, journal=journal)
-
-
-def path_within(model: Model, goal: Goal, output: Path, name: str | None, target: str) -> Path:
-    """The file that a goal with a budget amounts to, in the folder `output` unless that is the file; see `convert`."""
-    return output_path(output, name or name_of(model), budget_of(model, goal).name, target)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from moecast.convert import journal
-from moecast.convert.choose import Goal
+from moecast.convert.choose import Goal, budget_of
 from moecast.convert.measured import measured_plan
 from moecast.convert.pipeline import convert
 from moecast.sources.model import open_model
@@ -62,7 +62,7 @@ def make(source: Path, output: Path, size: int | None = None, **options: Any) ->
         return
     model = open_model(source)
     texts = {"calibration": Path(options["calibration"]), "context": options["context"]}
-    with measured_plan(model, Goal(size=size), output, **texts) as found:
+    with measured_plan(model, budget_of(model, Goal(size=size)), output, **texts) as found:
         convert(model, output, found.plan, threads=1, **options)
 
 
