@@ -57,7 +57,7 @@ class Products:
         return multiply(states, self.factor(weight, expert), self._dtype_for(weight))
 
     def project_groups(self, states: Tensor, weight: Weight) -> Tensor:
-        matrices = self.load(weight).unflatten(0, (len(states), -1))  # [groups, rows / groups, columns]
+        matrices = self.factor(weight, None).unflatten(0, (len(states), -1))  # [groups, rows / groups, columns]
         return multiply(states, matrices, self._dtype_for(weight))
 
     def factor(self, weight: Weight, expert: int | None) -> Tensor:

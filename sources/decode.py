@@ -95,12 +95,11 @@ def evaluate_directly(
     """
     if not isinstance(expression, Read) or len(expression.tensor.shape) < 2:
         return None
-    tensor, rows = expression.tensor, expression.tensor.shape[-2]
+    tensor = expression.tensor
     stored = _TORCH_DTYPES.get(tensor.dtype)
     if stored not in (None, dtype):
         return None
-    first = (expert or 0) * rows
-    data = storage.read(tensor, first, first + rows)
+    data = _stored(tensor, storage, expert, None)
     return data.view(dtype) if stored else dequantize(data, tensor.dtype, type=dtype)
 
 
@@ -110,9 +109,14 @@ def _whole(tensor: TensorInfo, storage: Storage) -> Tensor:
 
 
 def _read(tensor: TensorInfo, storage: Storage, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+    return _decode(_stored(tensor, storage, expert, rows), tensor.dtype)
+
+
+def _stored(tensor: TensorInfo, storage: Storage, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+    """The bytes of a matrix of a tensor or a stack, or of some rows of it, uint8 [rows, row bytes]."""
     start, stop = rows or (0, tensor.shape[-2])
     first = (expert or 0) * tensor.shape[-2]
-    return _decode(storage.read(tensor, first + start, first + stop), tensor.dtype)
+    return storage.read(tensor, first + start, first + stop)
 
 
 def _decode(data: Tensor, dtype: str) -> Tensor:
