@@ -73,6 +73,12 @@ def _peak(folder: Path, output: Path) -> int:
     return int(json.loads(result.stdout)["peak_rss_bytes"])
 
 
+def _floor(run: subprocess.CompletedProcess[str]) -> int | None:
+    """The bytes that --memory would have to be, where it is refused."""
+    found = re.search(r"the least that this model takes is ([\d.]+) GB", run.stderr)
+    return int(float(found[1]) * 1e9) if found else None
+
+
 @pytest.fixture(scope="module")
 def base_peak(tmp_path_factory: pytest.TempPathFactory) -> int:
     folder = tmp_path_factory.mktemp("memory")
@@ -93,9 +99,9 @@ def test_long_texts_go_to_disk(tmp_path: Path) -> None:
     arguments = ["imatrix", str(folder), "-o", str(tmp_path / "imatrix.gguf"), "-c", "128", "--json", "--memory"]
     command = [sys.executable, "-m", "moecast.cli", *arguments]
     refused = subprocess.run([*command, "100MB"], capture_output=True, text=True)
-    found = re.search(r"the least that this model takes is ([\d.]+) GB", refused.stderr)
-    assert refused.returncode == 2 and found
-    memory = int(float(found[1]) * 1e9) + 20_000_000
+    floor = _floor(refused)
+    assert refused.returncode == 2 and floor
+    memory = floor + 20_000_000
     result = subprocess.run([*command, str(memory)], capture_output=True, text=True, check=True)
     measured = json.loads(result.stdout)
     activations = 3 * measured["tokens"] * 512 * 4  # the residual, what experts read and what they answer
@@ -112,10 +118,10 @@ def test_measuring_stays_within_memory(tmp_path: Path) -> None:
     while refusals < 3:
         arguments = [*command, "-o", str(tmp_path / "bounded.gguf"), "--memory", memory]
         result = subprocess.run(arguments, capture_output=True, text=True)
-        found = re.search(r"the least that this model takes is ([\d.]+) GB", result.stderr)
-        if not found:
+        floor = _floor(result)
+        if not floor:
             break
-        memory, refusals = str(int(float(found[1]) * 1e9) + 10_000_000), refusals + 1
+        memory, refusals = str(floor + 10_000_000), refusals + 1
         shutil.rmtree(tmp_path / ".bounded.gguf.plan.journal", ignore_errors=True)  # the last run measures too
     assert refusals and result.returncode == 0, result.stderr
     bounded = json.loads(result.stdout)
