@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from moecast.convert import convert
-from moecast.convert.allocate import HELD_OUT_CHUNKS, ROLES, probe_chunks, rivals_within, split_tokens, winner
+from moecast.convert.allocate import HELD_OUT_CHUNKS, ROLES, probe_chunks, rivals_within, split_tokens, winner, without
 from moecast.convert.choose import Budget
 from moecast.quant.allocation import Damage
 from moecast.quant.plan import Plan, plan_tensors
@@ -60,13 +60,15 @@ def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[st
     evaluation = evaluation[:: max(1, len(evaluation) // chunks)][:chunks]
     probes, held_out = split_tokens(calibration, probe_chunks(model.graph), HELD_OUT_CHUNKS)
     started = time.process_time()
-    measuring = Measuring(model, calibration)
-    damage = measure_damage(measuring, probes, [model.graph])
+    measuring = Measuring(model, calibration, error_feedback=True)
+    nearest = replace(measuring, error_feedback=False)
+    damage = measure_damage(replace(measuring, calibration=without(calibration, probes)), probes, [model.graph])
     seconds = time.process_time() - started
     stocks = {point: plan_tensors(model.graph, recipe_named(point), importance=True) for point in POINTS}
     rivals = {point: _rivals(model, stock, damage) for point, stock in stocks.items()}
     keys = [(point, name) for point in POINTS for name in rivals[point]]
-    found = divergences(measuring, [rivals[p][n] for p, n in keys], held_out)
+    comparing = replace(measuring, calibration=without(calibration, held_out))
+    found = divergences(comparing, [rivals[p][n] for p, n in keys], held_out)
     klds = {key: divergence.trusted_kld for key, divergence in zip(keys, found, strict=True)}
     winners = {point: winner({name: klds[point, name] for name in rivals[point]}) for point in POINTS}
     shown = {point: {"ours": rivals[point][winners[point]], "stock": stocks[point]} for point in POINTS}
@@ -74,9 +76,8 @@ def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[st
         plans["roles"] = rivals[point].get(ROLES, plans["ours"])
     keys = [(point, name) for point in POINTS for name in shown[point]]
     plans = [shown[p][n] for p, n in keys] + [uniform(model, type) for type in UNIFORM]
-    measured = divergences(measuring, plans, evaluation)
-    final = [float(divergence.kld.mean()) for divergence in measured]
-    kld = dict(zip(keys, final, strict=False))
+    final, plain = ([float(d.kld.mean()) for d in divergences(how, plans, evaluation)] for how in (measuring, nearest))
+    kld, plain_kld = (dict(zip(keys, found, strict=False)) for found in (final, plain))
     rows = [
         {
             "point": point,
@@ -84,7 +85,12 @@ def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[st
             "bytes_stock": stocks[point].bytes,
             "bits_per_weight": stocks[point].bits_per_weight,
             "winner": winners[point],
-            **{name: kld[point, name] for name in shown[point]},
+            "ours": kld[point, "ours"],
+            "stock": plain_kld[point, "stock"],
+            "roles": plain_kld[point, "roles"],
+            "ours_nearest": plain_kld[point, "ours"],
+            "stock_feedback": kld[point, "stock"],
+            "roles_feedback": kld[point, "roles"],
             "expected": damage_of(damage, shown[point]["ours"]),
         }
         for point in POINTS

@@ -78,8 +78,9 @@ def allocate(
     """
     graph, forms = measuring.model.graph, variants(measuring.model.graph, padding, mtp)
     probed = len(types_of(forms, measuring.weighs_columns))
-    probing = _with_room(measuring, memory, journal, probes, 1 + probed, comparing(1))
-    side_by_side = _with_room(measuring, memory, journal, held_out, 1 + _MOST_PLANS, comparing(_MOST_PLANS))
+    probing, side_by_side = (_calibrated_without(measuring, part) for part in (probes, held_out))
+    probing = _with_room(probing, memory, journal, probes, 1 + probed, comparing(1))
+    side_by_side = _with_room(side_by_side, memory, journal, held_out, 1 + _MOST_PLANS, comparing(_MOST_PLANS))
     notebook = Notebook(journal, graph.layers)
     (found,) = notebook.once(
         "damage", lambda states: [packed(asdict(measure_damage(replace(probing, states=states), probes, forms)))]
@@ -99,6 +100,19 @@ def allocate(
     rivals = tuple(Rival(name, plans[name].bytes, float(klds[name].mean())) for name in order)
     plan = replace(plans[best], expected_kld=rivals[0].mean_kld)
     return Allocation(replace(plan, notes=(*plan.notes, _verdict(rivals))), damage, rivals)
+
+
+def _calibrated_without(measuring: Measuring, tokens: Tensor) -> Measuring:
+    """The same without these chunks in calibration: rounding is judged by text that it has not seen."""
+    if measuring.calibration is None:
+        return measuring
+    return replace(measuring, calibration=without(measuring.calibration, tokens))
+
+
+def without(calibration: Tensor, tokens: Tensor) -> Tensor:
+    """Chunks that are not among `tokens`; all of them if none is left."""
+    same = (calibration[:, None] == tokens).all(-1).any(1)
+    return calibration[~same] if not same.all() else calibration
 
 
 def _with_room(
@@ -179,7 +193,7 @@ def _verdict(rivals: tuple[Rival, ...]) -> str:
 def split_tokens(tokens: Tensor, probes: int, held_out: int) -> tuple[Tensor, Tensor]:
     """Calibration chunks for probes and for comparing plans, at most so many; spread evenly, and none is in both.
 
-    Raises BadInput when there are fewer than two.
+    At most half compare plans, so that these are rounded by others. Raises BadInput when there are fewer than two.
     """
     if len(tokens) < 2:
         raise BadInput("the calibration text has one chunk, expected two or more: use more text or less --context")
@@ -187,7 +201,7 @@ def split_tokens(tokens: Tensor, probes: int, held_out: int) -> tuple[Tensor, Te
     unused = torch.ones(len(tokens), dtype=torch.bool)
     unused[probing] = False
     rest = tokens[unused]
-    return tokens[probing], rest[_spread(len(rest), min(held_out, len(rest)))]
+    return tokens[probing], rest[_spread(len(rest), min(held_out, max(1, len(tokens) // 2)))]
 
 
 def _spread(length: int, count: int) -> Tensor:

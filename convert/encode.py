@@ -10,8 +10,10 @@ from torch.nn import functional
 
 from ..archs.errors import BadInput
 from ..archs.weights import Padded, Weight, first_tensor, of_expert
-from ..quant import dequantize, native, quantize
+from ..quant import dequantize, native
+from ..quant.feedback import quantize_weight
 from ..quant.importance import Importance
+from ..quant.moments import Moments
 from ..quant.plan import Plan, PlannedTensor
 from ..runner.weights import KeptWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
@@ -30,6 +32,9 @@ class MeasuredImportance:
         columns = weight.source.source.shape[-1] if isinstance(weight.source, Padded) else weight.columns
         means = self._matrix.of(weight.name, columns, weight.experts or 1)
         return functional.pad(means[expert or 0], (0, weight.columns - columns)) if means is not None else None
+
+    def moments(self, weight: Weight, expert: int | None) -> Moments | None:
+        return None
 
 
 class Encoder:
@@ -109,8 +114,7 @@ class Encoder:
             values = self.source.load(weight, expert, rows).view(-1, weight.columns)
             if type_name == "I32":
                 return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
-            importance = self._importance.of(weight, expert) if self._importance else None
-            return quantize(values, type_name, importance, self._threads)
+            return quantize_weight(values, weight, expert, type_name, self._importance, self._threads)
         except BadInput as error:
             stored = first_tensor(of_expert(weight.source, expert))
             raise BadInput(

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from ..archs.errors import BadInput
 from ..quant.importance import Importance, Statistics
+from ..quant.moments import statistics_for
 from ..quant.plan import Plan
 from ..runner.activations import Workspace
 from ..runner.evaluate import Parity, compare_heads, relative_error, summarise
 from ..runner.memory import peak_rss_bytes
-from ..runner.observe import ObservingWeights
+from ..runner.observe import ObservingWeights, observe_head
 from ..runner.passes import Pass
 from ..runner.stream import advance
 from ..runner.weights import ModelWeights
@@ -63,6 +64,7 @@ def cast(
     workspace: Workspace | None = None,
     min_expert_tokens: int = 0,
     compute_dtype: torch.dtype = torch.float32,
+    error_feedback: bool = False,
 ) -> Parity | None:
     """Write every tensor of a plan, and compare the result with its source on the evaluation tokens.
 
@@ -73,11 +75,12 @@ def cast(
         workspace: where activations are kept, by default in memory.
         min_expert_tokens: how many calibration tokens every expert must have seen.
         compute_dtype: what products with weights are computed in, see `perplexity`.
+        error_feedback: round what calibration has passed through with error feedback, see `quant.feedback`.
 
     Raises BadInput naming a stored tensor, a block or an expert whose numbers are not finite, and a layer where an
     expert has seen too few tokens.
     """
-    source, statistics = ModelWeights(model, compute_dtype), Statistics()
+    source, statistics = ModelWeights(model, compute_dtype), statistics_for(error_feedback)
     known = importance if lanes.calibration is None else statistics
     encoder = Encoder(source, plan, writer, progress, known, threads)
     states = SavedStates(journal, model.graph.layers) if journal else None
@@ -108,6 +111,8 @@ def cast(
         lines.write(index, errors[-1] if errors else None, statistics)
         passing.save(index, torch.tensor(errors, dtype=torch.float64))
         statistics.clear()
+    if lanes.calibration is not None and error_feedback:
+        observe_head(streams[0], statistics)
     result = None
     if lanes.evaluation is not None:
         chunks, context = lanes.evaluation.shape

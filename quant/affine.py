@@ -7,6 +7,7 @@ squares given the codes, rounding to what the format can store, nearest codes gi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from .lanes import (
     REFINEMENTS,
     Codec,
+    Grid,
     best_of,
     half,
     half_from_bytes,
@@ -25,6 +27,7 @@ from .lanes import (
     spread,
     unpack,
 )
+from .scaled import Uniform
 from .shrinkage import lengthening
 from .symmetric import pack_5_bits, unpack_5_bits
 
@@ -188,13 +191,19 @@ def _nearest_multiples(
 
 
 def _encode_4_1(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    scales, codes = _block_codes(values, unit, weights, 15)
-    return torch.cat([scales, pack(codes.unflatten(0, (2, 16)), 4)])
+    return _with_codes_4_1(*_block_codes(values, unit, weights, 15))
+
+
+def _with_codes_4_1(data: Tensor, codes: Tensor) -> Tensor:
+    return torch.cat([data[:4], pack(codes.unflatten(0, (2, 16)), 4)])
 
 
 def _encode_5_1(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    scales, codes = _block_codes(values, unit, weights, 31)
-    return torch.cat([scales, pack_5_bits(codes)])
+    return _with_codes_5_1(*_block_codes(values, unit, weights, 31))
+
+
+def _with_codes_5_1(data: Tensor, codes: Tensor) -> Tensor:
+    return torch.cat([data[:4], pack_5_bits(codes)])
 
 
 def _block_codes(values: Tensor, unit: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -206,30 +215,47 @@ def _block_codes(values: Tensor, unit: Tensor, weights: Tensor, top: int) -> tup
 
 
 def _decode_4_1(data: Tensor) -> Tensor:
-    return _from_block_codes(data[:4], unpack(data[4:], 4).flatten(0, 1))
+    return _from_codes(*_block_scales(data), unpack(data[4:], 4).flatten(0, 1))
 
 
 def _decode_5_1(data: Tensor) -> Tensor:
-    return _from_block_codes(data[:4], unpack_5_bits(data[4:]))
+    return _from_codes(*_block_scales(data), unpack_5_bits(data[4:]))
 
 
-def _from_block_codes(scales: Tensor, codes: Tensor) -> Tensor:
-    return half_from_bytes(scales[:2]) * codes.to(torch.float32) + half_from_bytes(scales[2:])
+def _block_scales(data: Tensor) -> tuple[Tensor, Tensor]:
+    return half_from_bytes(data[:2])[None], -half_from_bytes(data[2:4])[None]
 
 
 def _encode_2_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
     steps, scales, minima, codes = _super_block_codes(values, unit, weights, 16, 3, 15)
-    return torch.cat([scales | minima << 4, pack(codes.reshape(2, 4, 32, -1), 2).flatten(0, 1), steps])
+    return _join_2_k(scales | minima << 4, codes, steps)
+
+
+def _join_2_k(multiples: Tensor, codes: Tensor, steps: Tensor) -> Tensor:
+    return torch.cat([multiples, pack(codes.reshape(2, 4, 32, -1), 2).flatten(0, 1), steps])
+
+
+def _with_codes_2_k(data: Tensor, codes: Tensor) -> Tensor:
+    return _join_2_k(data[:16], codes, data[80:])
 
 
 def _encode_4_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
     steps, scales, minima, codes = _super_block_codes(values, unit, weights, 8, 15, 63)
-    return torch.cat([steps, _pack_6_bits(scales, minima), _pack_pairs(codes)])
+    return _with_codes_4_k(torch.cat([steps, _pack_6_bits(scales, minima)]), codes)
+
+
+def _with_codes_4_k(data: Tensor, codes: Tensor) -> Tensor:
+    return torch.cat([data[:16], _pack_pairs(codes)])
 
 
 def _encode_5_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
     steps, scales, minima, codes = _super_block_codes(values, unit, weights, 8, 31, 63)
-    return torch.cat([steps, _pack_6_bits(scales, minima), pack(codes >> 4, 1), _pack_pairs(codes & 15)])
+    return _with_codes_5_k(torch.cat([steps, _pack_6_bits(scales, minima)]), codes)
+
+
+def _with_codes_5_k(data: Tensor, codes: Tensor) -> Tensor:
+    codes = codes.view(8, 32, -1)
+    return torch.cat([data[:16], pack(codes >> 4, 1), _pack_pairs(codes & 15)])
 
 
 def _super_block_codes(
@@ -247,32 +273,40 @@ def _super_block_codes(
 
 
 def _decode_2_k(data: Tensor) -> Tensor:
-    multiples, codes, steps = data.split([16, 64, 4])
-    return _from_super_block_codes(
-        steps, multiples & 15, multiples >> 4, unpack(codes.unflatten(0, (2, 32)), 2).reshape(16, 16, -1)
-    )
+    return _from_codes(*_scales_2_k(data), unpack(data[16:80].unflatten(0, (2, 32)), 2).flatten(0, 2))
 
 
 def _decode_4_k(data: Tensor) -> Tensor:
-    steps, multiples, codes = data.split([4, 12, 128])
-    return _from_super_block_codes(steps, *_unpack_6_bits(multiples), _unpack_pairs(codes))
+    return _from_codes(*_scales_k(data), _unpack_pairs(data[16:]).flatten(0, 1))
 
 
 def _decode_5_k(data: Tensor) -> Tensor:
-    steps, multiples, fifth, codes = data.split([4, 12, 32, 128])
-    return _from_super_block_codes(steps, *_unpack_6_bits(multiples), _unpack_pairs(codes) | unpack(fifth, 1) << 4)
+    codes = _unpack_pairs(data[48:]) | unpack(data[16:48], 1) << 4
+    return _from_codes(*_scales_k(data), codes.flatten(0, 1))
 
 
-def _from_super_block_codes(steps: Tensor, scales: Tensor, minima: Tensor, codes: Tensor) -> Tensor:
-    """Bytes of the steps [4, lanes], multiples [s, lanes] and codes [s, n, lanes] to values [s * n, lanes]."""
-    scale = half_from_bytes(steps[:2]) * scales.to(torch.float32)
-    minimum = half_from_bytes(steps[2:]) * minima.to(torch.float32)
-    return (spread(scale) * codes.to(torch.float32) - spread(minimum)).flatten(0, 1)
+def _scales_2_k(data: Tensor) -> tuple[Tensor, Tensor]:
+    return _multiples(data[80:], data[:16] & 15, data[:16] >> 4)
+
+
+def _scales_k(data: Tensor) -> tuple[Tensor, Tensor]:
+    return _multiples(data[:4], *_unpack_6_bits(data[4:16]))
+
+
+def _multiples(steps: Tensor, scales: Tensor, minima: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes of the steps [4, lanes] times whole multiples [s, lanes]: scales and minima."""
+    return half_from_bytes(steps[:2]) * scales.to(torch.float32), half_from_bytes(steps[2:]) * minima.to(torch.float32)
+
+
+def _from_codes(scale: Tensor, minimum: Tensor, codes: Tensor) -> Tensor:
+    """Scales and minima [s, lanes] and codes [n, lanes] to values [n, lanes]."""
+    levels = codes.to(torch.float32).view(len(scale), -1, codes.shape[-1])
+    return (spread(scale) * levels - spread(minimum)).flatten(0, 1)
 
 
 def _pack_pairs(codes: Tensor) -> Tensor:
-    """Four-bit codes of sub-blocks 2i and 2i + 1 side by side: [8, 32, lanes] -> [128, lanes]."""
-    return pack(codes.unflatten(0, (4, 2)), 4).flatten(0, 1)
+    """Four-bit codes of sub-blocks 2i and 2i + 1 side by side: [256, lanes] or [8, 32, lanes] -> [128, lanes]."""
+    return pack(codes.view(4, 2, 32, -1), 4).flatten(0, 1)
 
 
 def _unpack_pairs(data: Tensor) -> Tensor:
@@ -297,10 +331,19 @@ def _unpack_6_bits(data: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def _grid(
+    top: int, scales: Callable[[Tensor], tuple[Tensor, Tensor]], with_codes: Callable[[Tensor, Tensor], Tensor]
+) -> Grid:
+    levels = Uniform(0, top)
+    return Grid(
+        scales, lambda scaled, _: levels.nearest(scaled), lambda data, levels: with_codes(data, levels.to(torch.uint8))
+    )
+
+
 CODECS: Final = {
-    "Q4_1": Codec(_decode_4_1, _encode_4_1),
-    "Q5_1": Codec(_decode_5_1, _encode_5_1),
-    "Q2_K": Codec(_decode_2_k, _encode_2_k),
-    "Q4_K": Codec(_decode_4_k, _encode_4_k),
-    "Q5_K": Codec(_decode_5_k, _encode_5_k),
+    "Q4_1": Codec(_decode_4_1, _encode_4_1, grid=_grid(15, _block_scales, _with_codes_4_1)),
+    "Q5_1": Codec(_decode_5_1, _encode_5_1, grid=_grid(31, _block_scales, _with_codes_5_1)),
+    "Q2_K": Codec(_decode_2_k, _encode_2_k, grid=_grid(3, _scales_2_k, _with_codes_2_k)),
+    "Q4_K": Codec(_decode_4_k, _encode_4_k, grid=_grid(15, _scales_k, _with_codes_4_k)),
+    "Q5_K": Codec(_decode_5_k, _encode_5_k, grid=_grid(31, _scales_k, _with_codes_5_k)),
 }

@@ -19,6 +19,7 @@ from ..archs.errors import BadInput
 from . import affine, codebook, lattice, native, symmetric, ternary
 from .formats import Format, format_named
 from .lanes import Codec, unit_of
+from .moments import LEAST_SQUARE
 
 Array = TypeVar("Array", Tensor, NDArray[np.generic])
 
@@ -31,7 +32,6 @@ CODECS: Final[dict[str, Codec]] = {
 }
 FLOATS: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-LEAST_WEIGHT: Final = 1e-3  # of the mean: no channel is worthless, however rarely the calibration text stirred it
 CHUNK: Final = {"cpu": 1 << 18}  # values worked on at once: what a core's cache holds
 LARGE_CHUNK: Final = 1 << 24  # on an accelerator, to keep it busy
 
@@ -178,7 +178,7 @@ def _weights(importance: Tensor, device: torch.device) -> Tensor | None:
     """Importance relative to its mean, floored: float32 [columns]. None if it says nothing."""
     if (importance == importance[:1]).all():
         return None
-    return (importance / importance.mean()).clamp(min=LEAST_WEIGHT).to(device, torch.float32)
+    return (importance / importance.mean()).clamp(min=LEAST_SQUARE).to(device, torch.float32)
 
 
 @contextmanager

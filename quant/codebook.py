@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from operator import add
 from typing import Final
@@ -9,7 +10,20 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .lanes import Codec, best_of, half, half_from_bytes, half_to_bytes, ordered_sum, pack, reciprocal, spread, unpack
+from .lanes import (
+    Codec,
+    Grid,
+    best_of,
+    half,
+    half_from_bytes,
+    half_to_bytes,
+    ordered_sum,
+    pack,
+    reciprocal,
+    spread,
+    unpack,
+    without_minima,
+)
 from .scaled import Table, search_multiples, search_scale
 from .shrinkage import lengthening
 
@@ -59,12 +73,19 @@ def _encode_iq4_nl(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
     scaled = values * spread(reciprocal(scale))
     product = ordered_sum(weights * _NON_LINEAR.nearest(scaled) * values)
     scale = half(scale * lengthening(values, weights, product * scale), unit)
-    codes = _NON_LINEAR.codes(scaled)
-    return torch.cat([half_to_bytes(scale, unit), pack(codes.unflatten(0, (2, 16)), 4)])
+    return _with_codes_iq4_nl(half_to_bytes(scale, unit), _NON_LINEAR.codes(scaled))
+
+
+def _with_codes_iq4_nl(data: Tensor, codes: Tensor) -> Tensor:
+    return torch.cat([data[:2], pack(codes.unflatten(0, (2, 16)), 4)])
 
 
 def _decode_iq4_nl(data: Tensor) -> Tensor:
-    return half_from_bytes(data[:2]) * _NON_LINEAR.decoded(unpack(data[2:], 4).flatten(0, 1))
+    return _scale_iq4_nl(data) * _NON_LINEAR.decoded(unpack(data[2:], 4).flatten(0, 1))
+
+
+def _scale_iq4_nl(data: Tensor) -> Tensor:
+    return half_from_bytes(data[:2])[None]
 
 
 def _encode_iq4_xs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
@@ -73,18 +94,25 @@ def _encode_iq4_xs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
     scaled = values * spread(reciprocal(step * multiples))
     product = ordered_sum(ordered_sum(weights * _NON_LINEAR.nearest(scaled) * values) * multiples)
     step = half(step * lengthening(values, weights, product * step), unit)
-    codes = _NON_LINEAR.codes(scaled)
     scales = (multiples + 32).to(torch.uint8)
     high = pack((scales >> 4).unflatten(0, (2, 4, 1)), 2).flatten(0, 1)
     low = pack((scales & 15).unflatten(0, (4, 2, 1)), 4).flatten(0, 1)
-    return torch.cat([half_to_bytes(step, unit), high, low, pack(codes.unflatten(1, (2, 16)), 4).flatten(0, 1)])
+    return _with_codes_iq4_xs(torch.cat([half_to_bytes(step, unit), high, low]), _NON_LINEAR.codes(scaled))
+
+
+def _with_codes_iq4_xs(data: Tensor, codes: Tensor) -> Tensor:
+    return torch.cat([data[:8], pack(codes.view(8, 2, 16, -1), 4).flatten(0, 1)])
 
 
 def _decode_iq4_xs(data: Tensor) -> Tensor:
-    step, high, low, codes = data.split([2, 2, 4, 128])
+    levels = _NON_LINEAR.decoded(unpack(data[8:].unflatten(0, (8, 16)), 4).flatten(1, 2))
+    return (spread(_scales_iq4_xs(data)) * levels).flatten(0, 1)
+
+
+def _scales_iq4_xs(data: Tensor) -> Tensor:
+    step, high, low = data[:8].split([2, 2, 4])
     scales = unpack(low.unsqueeze(1), 4).flatten(0, 2) | unpack(high.unsqueeze(1), 2).flatten(0, 2) << 4
-    scale = half_from_bytes(step) * (scales.to(torch.float32) - 32)
-    return (spread(scale) * _NON_LINEAR.decoded(unpack(codes.unflatten(0, (8, 16)), 4).flatten(1, 2))).flatten(0, 1)
+    return half_from_bytes(step) * (scales.to(torch.float32) - 32)
 
 
 def _encode_mxfp4(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
@@ -169,9 +197,17 @@ def _nvfp4_scale(code: Tensor) -> Tensor:
     return torch.where(code == 127, 0.0, scale * 0.5)  # 127 would be E4M3's NaN
 
 
+def _grid(scales: Callable[[Tensor], Tensor], with_codes: Callable[[Tensor, Tensor], Tensor]) -> Grid:
+    return Grid(
+        lambda data: without_minima(scales(data)),
+        lambda scaled, _: _NON_LINEAR.nearest(scaled),
+        lambda data, chosen: with_codes(data, _NON_LINEAR.codes(chosen)),
+    )
+
+
 CODECS: Final = {
-    "IQ4_NL": Codec(_decode_iq4_nl, _encode_iq4_nl),
-    "IQ4_XS": Codec(_decode_iq4_xs, _encode_iq4_xs),
+    "IQ4_NL": Codec(_decode_iq4_nl, _encode_iq4_nl, grid=_grid(_scale_iq4_nl, _with_codes_iq4_nl)),
+    "IQ4_XS": Codec(_decode_iq4_xs, _encode_iq4_xs, grid=_grid(_scales_iq4_xs, _with_codes_iq4_xs)),
     "MXFP4": Codec(_decode_mxfp4, _encode_mxfp4, _encode_mxfp4_alike),
     "NVFP4": Codec(_decode_nvfp4, _encode_nvfp4),
 }

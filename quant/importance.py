@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from torch.nn import functional
 
 from ..archs.weights import Role, Weight
 
-_PRIOR = 16  # tokens that the average over all experts counts for beside an expert's own
+if TYPE_CHECKING:
+    from .moments import Moments
+
+PRIOR: Final = 16  # tokens that the average over all experts counts for beside an expert's own
 
 
 class Importance(Protocol):
@@ -19,6 +22,9 @@ class Importance(Protocol):
 
     def of(self, weight: Weight, expert: int | None) -> Tensor | None:
         """The mean square of each input of one matrix, [columns]; None where nothing is known."""
+
+    def moments(self, weight: Weight, expert: int | None) -> Moments | None:
+        """How the inputs of one matrix go together; None where that is not known."""
 
 
 class Statistics:
@@ -74,11 +80,21 @@ class Statistics:
         if weight.experts is None:
             mean = own / count
         else:
-            pooled = self._pooled[weight.name] / counts.sum()
+            pooled = self.pooled(weight)
             if weight.role is Role.EXPERT_DOWN:
                 pooled = pooled.mean().expand_as(pooled)
-            mean = (own + _PRIOR * pooled) / (count + _PRIOR)
+            mean = (own + PRIOR * pooled) / (count + PRIOR)
         return functional.pad(mean, (0, weight.columns - len(mean)))
+
+    def pooled(self, weight: Weight) -> Tensor:
+        """The mean square of each input of all experts, float64 [columns]."""
+        return self._pooled[weight.name] / self.counts[weight.name].sum()
+
+    def moments(self, weight: Weight, expert: int | None) -> Moments | None:
+        return None
+
+    def forget(self, expert: int | None = None) -> None:
+        """Nobody will ask again for what was made of one expert's inputs, or of all."""
 
     @property
     def expert_tokens(self) -> Tensor | None:

@@ -26,6 +26,23 @@ TINY: Final = 2.0**-116  # smaller numbers count as zero, so that no reciprocal 
 
 
 @dataclass(frozen=True)
+class Grid:
+    """What a format's blocks can hold once their scales are chosen: ``scale * level - minimum``.
+
+    scales: uint8 [block_bytes, lanes] -> scales and minima, float32 [s, lanes] both, each for its share of consecutive
+    values.
+    nearest: values divided by their scale [group, lanes] and their weights [group] -> the nearest levels, float32.
+    with_levels: the bytes, with other levels [block_size, lanes] for the same scales.
+    group: how many consecutive values choose their levels together.
+    """
+
+    scales: Callable[[Tensor], tuple[Tensor, Tensor]]
+    nearest: Callable[[Tensor, Tensor], Tensor]
+    with_levels: Callable[[Tensor, Tensor], Tensor]
+    group: int = 1
+
+
+@dataclass(frozen=True)
 class Codec:
     """How one format turns lanes into bytes and back.
 
@@ -33,11 +50,13 @@ class Codec:
     encode: float32 values [block_size, lanes], the unit [lanes] that they were divided by (see `unit_of`) and their
     weights [block_size, lanes] -> uint8 [block_bytes, lanes]. It minimises sum(weight * (value - decoded value)²).
     encode_alike: serves in its place where all weights are 1, if that allows a shorter search.
+    grid: what its blocks can hold, where that is scales and levels.
     """
 
     decode: Callable[[Tensor], Tensor]
     encode: Callable[[Tensor, Tensor, Tensor], Tensor]
     encode_alike: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    grid: Grid | None = None
 
 
 def ordered_sum(terms: Tensor) -> Tensor:
@@ -97,6 +116,11 @@ def half_to_bytes(value: Tensor, unit: Tensor) -> Tensor:
     """The two bytes of a result of `half`, [lanes] -> [2, lanes]."""
     bits = (value * unit).to(torch.float16).view(torch.int16).to(torch.int32)
     return torch.stack([bits & 0xFF, bits >> 8 & 0xFF]).to(torch.uint8)
+
+
+def without_minima(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """What `Grid.scales` gives where all minima are zero."""
+    return scales, torch.zeros_like(scales)
 
 
 def half_from_bytes(data: Tensor) -> Tensor:

@@ -5,13 +5,27 @@ The points themselves are data of the gguf package, which is read rather than co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from .lanes import Codec, from_bytes, half, half_from_bytes, half_to_bytes, ordered_sum, pack, spread, unpack
+from .lanes import (
+    Codec,
+    Grid,
+    from_bytes,
+    half,
+    half_from_bytes,
+    half_to_bytes,
+    ordered_sum,
+    pack,
+    spread,
+    unpack,
+    without_minima,
+)
 from .lattice_search import Choice, Lattice, even_signs, search_odd_multiples
 from .shrinkage import lengthening
 
@@ -55,46 +69,44 @@ def _nibbles(data: Tensor) -> Tensor:
 
 def _decode_iq2_xxs(data: Tensor) -> Tensor:
     """Each 32 values: four point numbers in one 32-bit word; four sign codes and a scale in the next."""
-    step, words = half_from_bytes(data[:2]), data[2:].unflatten(0, (8, 8))
-    points = _chosen("IQ2_XXS", words[:, :4])
-    return _with_word_scales(step, words[:, 4:], points, 0.25)
+    points = _IQ2_XXS.points(data[2:].unflatten(0, (8, 8))[:, :4].flatten(0, 1))
+    return _with_scales(_IQ2_XXS.scales(data), points, _word_signs(_words_iq2_xxs(data)))
+
+
+def _words_iq2_xxs(data: Tensor) -> Tensor:
+    return from_bytes(data[2:].unflatten(0, (8, 8))[:, 4:].flatten(0, 1), 4)
 
 
 def _decode_iq3_xxs(data: Tensor) -> Tensor:
-    step, index, words = data.split([2, 64, 32])
-    points = _chosen("IQ3_XXS", index.unflatten(0, (8, 4, 2))).flatten(2, 3)
-    return _with_word_scales(half_from_bytes(step), words.unflatten(0, (8, 4)), points, 0.5)
+    points = _IQ3_XXS.points(data[2:66].unflatten(0, (32, 2))).flatten(1, 2)
+    return _with_scales(_IQ3_XXS.scales(data), points, _word_signs(_words_iq3_xxs(data)))
 
 
-def _with_word_scales(step: Tensor, words: Tensor, points: Tensor, factor: float) -> Tensor:
-    """Points [8, 4, 8, lanes] times the signs (4 x 7 bits) and scale (4 bits) in the words [8, 4 bytes, lanes]."""
-    word = from_bytes(words.flatten(0, 1), 4)
-    signs = torch.stack([_even_signs(word >> 7 * group & 127) for group in range(4)], dim=1)
-    scale = step * (0.5 + (word >> 28).to(torch.float32)) * factor
-    return (spread(spread(scale)) * points * signs).flatten(0, 2)
+def _words_iq3_xxs(data: Tensor) -> Tensor:
+    return from_bytes(data[66:], 4)
+
+
+def _word_signs(word: Tensor) -> Tensor:
+    """Signs from words [8, lanes] that hold four times seven bits: float32 [32, 8, lanes]."""
+    return torch.stack([_even_signs(word >> 7 * group & 127) for group in range(4)], dim=1).flatten(0, 1)
 
 
 def _decode_iq2_xs(data: Tensor) -> Tensor:
-    step, codes, scales = data.split([2, 64, 8])
-    code = from_bytes(codes, 2)
-    scale = half_from_bytes(step) * (0.5 + _nibbles(scales).to(torch.float32)) * 0.25
-    points = _chosen("IQ2_XS", code & 511)
-    return _with_scales(scale, points, _even_signs(code >> 9))
+    code = from_bytes(data[2:66], 2)
+    return _with_scales(_IQ2_XS.scales(data), _IQ2_XS.points(code & 511), _even_signs(code >> 9))
 
 
 def _decode_iq2_s(data: Tensor) -> Tensor:
-    step, low, signs, high, scales = data.split([2, 32, 32, 8, 8])
+    low, signs, high = data[2:74].split([32, 32, 8])
     index = low.to(torch.int32) | unpack(high.unsqueeze(1), 2).flatten(0, 2).to(torch.int32) << 8
-    scale = half_from_bytes(step) * (0.5 + _nibbles(scales).to(torch.float32)) * 0.25
-    return _with_scales(scale, _chosen("IQ2_S", index), _signs(signs))
+    return _with_scales(_IQ2_S.scales(data), _IQ2_S.points(index), _signs(signs))
 
 
 def _decode_iq3_s(data: Tensor) -> Tensor:
-    step, low, high, signs, scales = data.split([2, 64, 8, 32, 4])
+    low, high, signs = data[2:106].split([64, 8, 32])
     index = low.to(torch.int32) | unpack(high.unsqueeze(1), 1).flatten(0, 2).to(torch.int32) << 8
-    scale = half_from_bytes(step) * (1 + 2 * _nibbles(scales).to(torch.float32))
-    points = _chosen("IQ3_S", index.unflatten(0, (32, 2))).flatten(1, 2)
-    return _with_scales(scale, points, _signs(signs))
+    points = _IQ3_S.points(index.unflatten(0, (32, 2))).flatten(1, 2)
+    return _with_scales(_IQ3_S.scales(data), points, _signs(signs))
 
 
 def _with_scales(scale: Tensor, points: Tensor, signs: Tensor) -> Tensor:
@@ -141,48 +153,92 @@ def _lattice(name: str, divisor: int, device: torch.device) -> Lattice:
     return Lattice(_points(name, device) / divisor)
 
 
-def _signed_codes(
-    name: str,
-    divisor: int,
-    sub_blocks: int,
-    even: bool,
-    block: tuple[Tensor, Tensor, Tensor],
-    spans: tuple[float, ...] = (0.92, 1.12),
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The search for formats that store signs apart from points, for a block's values, unit and weights.
+@dataclass(frozen=True)
+class _Signed:
+    """A format that stores signs apart from points.
 
-    Returns the bytes of the step [2, lanes], the halved multiples [sub_blocks, lanes], the point numbers
-    [32 or 64, lanes] and the signs [32, lanes], eight to a byte.
+    Attributes:
+        name: of the format and its lattice.
+        divisor: of the points, whose quotients are the levels that odd multiples of the step scale.
+        even: whether each eight values have an even number of negative signs.
+        multiples: the stored scales from the bytes: integers [8 or 16, lanes].
+        join: bytes from those of the step [2, lanes], the stored scales, the point numbers [32 or 64, lanes] and the
+            signs [32, lanes], eight to a byte.
+        spans: scales to choose points for before there is a step.
     """
-    values, unit, weights = block
-    lattice = _lattice(name, divisor, values.device)
-    groups, group_weights = values.unflatten(0, (32, 8)), weights.unflatten(0, (32, 8))
-    negative = even_signs(groups, group_weights) if even else groups < 0
-    magnitudes = torch.where(negative, -groups, groups).view(sub_blocks, 256 // sub_blocks, -1)
-    points = lattice.points.shape[1]
-    point_weights = weights.view(sub_blocks, -1, points, weights.shape[-1])
 
-    def nearest(scaled: Tensor) -> Choice:
-        numbers = lattice.nearest(scaled.unflatten(1, (-1, points)), point_weights)
-        return Choice(lattice.point(numbers).flatten(1, 2), numbers)
+    name: str
+    divisor: int
+    even: bool
+    sub_blocks: int
+    multiples: Callable[[Tensor], Tensor]
+    join: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    spans: tuple[float, ...] = (0.92, 1.12)
 
-    weights = weights.view_as(magnitudes)
-    step, multiples, codes, product = search_odd_multiples(
-        magnitudes, weights, unit, [lattice.levels], spans, largest=31, nearest=nearest
-    )
-    step = half(step * lengthening(magnitudes, weights, step * product), unit)
-    signs = pack(negative.unsqueeze(2), 1).flatten(0, 1)
-    return half_to_bytes(step, unit), multiples.to(torch.int64) >> 1, codes.flatten(0, 1), signs
+    def encode(self, values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
+        lattice = self._lattice(values.device)
+        negative, magnitudes = self._signs(values, weights)
+        magnitudes = magnitudes.view(self.sub_blocks, 256 // self.sub_blocks, -1)
+        points = lattice.points.shape[1]
+        point_weights = weights.view(self.sub_blocks, -1, points, weights.shape[-1])
+
+        def nearest(scaled: Tensor) -> Choice:
+            numbers = lattice.nearest(scaled.unflatten(1, (-1, points)), point_weights)
+            return Choice(lattice.point(numbers).flatten(1, 2), numbers)
+
+        weights = weights.view_as(magnitudes)
+        step, multiples, codes, product = search_odd_multiples(
+            magnitudes, weights, unit, [lattice.levels], self.spans, largest=31, nearest=nearest
+        )
+        step = half(step * lengthening(magnitudes, weights, step * product), unit)
+        stored = multiples.to(torch.int64) >> 1
+        return self.join(half_to_bytes(step, unit), stored, codes.flatten(0, 1), _packed(negative))
+
+    def scales(self, data: Tensor) -> Tensor:
+        """What levels are multiplied with, odd multiples of the step: float32 [8 or 16, lanes]."""
+        return half_from_bytes(data[:2]) * (1 + 2 * self.multiples(data).to(torch.float32))
+
+    def points(self, numbers: Tensor) -> Tensor:
+        """The levels of points with these numbers: [..., lanes] -> [..., 4 or 8, lanes]."""
+        return self._lattice(numbers.device).point(numbers.to(torch.int64))
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(lambda data: without_minima(self.scales(data)), self._nearest, self._with_levels, group=8)
+
+    def _nearest(self, scaled: Tensor, weights: Tensor) -> Tensor:
+        lattice, weights = self._lattice(scaled.device), weights[:, None].expand_as(scaled)
+        negative, magnitudes = self._signs(scaled, weights)
+        parts = (-1, lattice.points.shape[1])
+        numbers = lattice.nearest(magnitudes.flatten(0, 1).unflatten(0, parts), weights.unflatten(0, parts))
+        levels = lattice.point(numbers).flatten(0, 1)
+        return torch.where(negative.flatten(0, 1), -levels, levels)
+
+    def _with_levels(self, data: Tensor, levels: Tensor) -> Tensor:
+        numbers = self._lattice(levels.device).numbers(levels.abs())
+        return self.join(data[:2], self.multiples(data), numbers, _packed(levels.unflatten(0, (32, 8)) < 0))
+
+    def _lattice(self, device: torch.device) -> Lattice:
+        return _lattice(self.name, self.divisor, device)
+
+    def _signs(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Which values [n, lanes] are stored as negative, and what their points have to be near: [n / 8, 8, lanes]."""
+        groups, group_weights = values.unflatten(0, (-1, 8)), weights.unflatten(0, (-1, 8))
+        negative = even_signs(groups, group_weights) if self.even else groups < 0
+        return negative, torch.where(negative, -groups, groups)
 
 
-def _encode_iq2_xxs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    step, scales, numbers, signs = _signed_codes("IQ2_XXS", 8, 8, True, (values, unit, weights))
+def _packed(negative: Tensor) -> Tensor:
+    """Signs [32, 8, lanes] to bytes [32, lanes]."""
+    return pack(negative.unsqueeze(2), 1).flatten(0, 1)
+
+
+def _join_iq2_xxs(step: Tensor, scales: Tensor, numbers: Tensor, signs: Tensor) -> Tensor:
     words = torch.cat([numbers.to(torch.uint8).unflatten(0, (8, 4)), _scale_words(scales, signs)], dim=1)
     return torch.cat([step, words.flatten(0, 1)])
 
 
-def _encode_iq3_xxs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    step, scales, numbers, signs = _signed_codes("IQ3_XXS", 4, 8, True, (values, unit, weights))
+def _join_iq3_xxs(step: Tensor, scales: Tensor, numbers: Tensor, signs: Tensor) -> Tensor:
     return torch.cat([step, numbers.to(torch.uint8), _scale_words(scales, signs).flatten(0, 1)])
 
 
@@ -195,22 +251,26 @@ def _scale_words(scales: Tensor, signs: Tensor) -> Tensor:
     return words
 
 
-def _encode_iq2_xs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    step, scales, numbers, signs = _signed_codes("IQ2_XS", 8, 16, True, (values, unit, weights))
+def _join_iq2_xs(step: Tensor, scales: Tensor, numbers: Tensor, signs: Tensor) -> Tensor:
     codes = numbers | (signs.to(torch.int64) & 127) << 9
     return torch.cat([step, _to_bytes(codes, 2), _to_nibbles(scales)])
 
 
-def _encode_iq2_s(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    step, scales, numbers, signs = _signed_codes("IQ2_S", 8, 16, False, (values, unit, weights))
+def _join_iq2_s(step: Tensor, scales: Tensor, numbers: Tensor, signs: Tensor) -> Tensor:
     high = pack((numbers >> 8).unflatten(0, (8, 4, 1)), 2).flatten(0, 1)
     return torch.cat([step, _low_byte(numbers), signs, high, _to_nibbles(scales)])
 
 
-def _encode_iq3_s(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    step, scales, numbers, signs = _signed_codes("IQ3_S", 1, 8, False, (values, unit, weights), (1.02,))
+def _join_iq3_s(step: Tensor, scales: Tensor, numbers: Tensor, signs: Tensor) -> Tensor:
     high = pack((numbers >> 8).unflatten(0, (8, 8, 1)), 1).flatten(0, 1)
     return torch.cat([step, _low_byte(numbers), high, signs, _to_nibbles(scales)])
+
+
+_IQ2_XXS: Final = _Signed("IQ2_XXS", 8, True, 8, lambda data: _words_iq2_xxs(data) >> 28, _join_iq2_xxs)
+_IQ2_XS: Final = _Signed("IQ2_XS", 8, True, 16, lambda data: _nibbles(data[66:]), _join_iq2_xs)
+_IQ2_S: Final = _Signed("IQ2_S", 8, False, 16, lambda data: _nibbles(data[74:]), _join_iq2_s)
+_IQ3_XXS: Final = _Signed("IQ3_XXS", 4, True, 8, lambda data: _words_iq3_xxs(data) >> 28, _join_iq3_xxs)
+_IQ3_S: Final = _Signed("IQ3_S", 1, False, 8, lambda data: _nibbles(data[106:]), _join_iq3_s, (1.02,))
 
 
 def _encode_iq1_s(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
@@ -279,9 +339,9 @@ def _to_bytes(numbers: Tensor, count: int) -> Tensor:
 CODECS: Final = {
     "IQ1_S": Codec(_decode_iq1_s, _encode_iq1_s),
     "IQ1_M": Codec(_decode_iq1_m, _encode_iq1_m),
-    "IQ2_XXS": Codec(_decode_iq2_xxs, _encode_iq2_xxs),
-    "IQ2_XS": Codec(_decode_iq2_xs, _encode_iq2_xs),
-    "IQ2_S": Codec(_decode_iq2_s, _encode_iq2_s),
-    "IQ3_XXS": Codec(_decode_iq3_xxs, _encode_iq3_xxs),
-    "IQ3_S": Codec(_decode_iq3_s, _encode_iq3_s),
+    "IQ2_XXS": Codec(_decode_iq2_xxs, _IQ2_XXS.encode, grid=_IQ2_XXS.grid),
+    "IQ2_XS": Codec(_decode_iq2_xs, _IQ2_XS.encode, grid=_IQ2_XS.grid),
+    "IQ2_S": Codec(_decode_iq2_s, _IQ2_S.encode, grid=_IQ2_S.grid),
+    "IQ3_XXS": Codec(_decode_iq3_xxs, _IQ3_XXS.encode, grid=_IQ3_XXS.grid),
+    "IQ3_S": Codec(_decode_iq3_s, _IQ3_S.encode, grid=_IQ3_S.grid),
 }

@@ -91,6 +91,13 @@ class Lattice:
         """The points with these numbers: [..., lanes] -> [..., 4 or 8, lanes]."""
         return self.points[numbers].movedim(-1, -2)
 
+    def numbers(self, levels: Tensor) -> Tensor:
+        """The numbers of points that are in the lattice: [n * (4 or 8), lanes] -> int64 [n, lanes]."""
+        digits = torch.bucketize(levels, self.levels).unflatten(0, (-1, self.points.shape[1]))
+        first, second = digits.split(digits.shape[1] // 2, dim=1)
+        places = len(self.levels) ** torch.arange(first.shape[1] - 1, -1, -1, device=levels.device)[:, None]
+        return self._numbers[(first * places).sum(1) << TAG_BITS | self._tags[(second * places).sum(1)].to(torch.int64)]
+
     def _distances(self, values: Tensor, weights: Tensor) -> Tensor:
         """Weighted squared distances of the values [2 or 4, ...] from all halves: [halves, ...]."""
         levels = self.levels.view(-1, *[1] * (values.ndim - 1))

@@ -8,7 +8,7 @@ work to the same bits, several times more slowly. MOECAST_KERNELS in the environ
 from __future__ import annotations
 
 import os
-from ctypes import CDLL, c_char_p, c_int, c_int64, c_void_p
+from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -102,6 +102,53 @@ def dequantize(data: Tensor, format: Format, result: Tensor, threads: int) -> No
     )
 
 
+class Choosing(Structure):
+    """The arguments of `choose` as the kernels want them, see quant/kernels/kernels.h."""
+
+    _fields_ = (
+        ("target", c_void_p),
+        ("scales", c_void_p),
+        ("minima", c_void_p),
+        ("sub_blocks", c_int),
+        ("carried", c_void_p),
+        ("metric", c_void_p),
+        ("first_weights", c_void_p),
+        ("weights", c_void_p),
+        ("levels", c_void_p),
+        ("stored", c_void_p),
+        ("lanes", c_int64),
+        ("sweeps", c_int),
+    )
+
+
+def can_choose(format: Format, target: Tensor) -> bool:
+    """Whether kernels choose levels for this format's scales."""
+    if path() == TORCH or target.device.type != "cpu" or not _support(path(), format):
+        return False
+    return bool(_loaded().kernels_can_choose(path().encode(), format.id))
+
+
+def choose(
+    format: Format,
+    target: Tensor,
+    scales: tuple[Tensor, Tensor],
+    carried: Tensor,
+    metric: Tensor,
+    weights: tuple[Tensor, Tensor],
+    sweeps: int,
+    threads: int,
+) -> tuple[Tensor, Tensor]:
+    """The levels of blocks whose scales are chosen and what they stand for, as `quant.feedback` explains it."""
+    inputs = [part.contiguous() for part in (target, *scales, carried, metric, *weights)]
+    levels, stored = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
+    places = [part.data_ptr() for part in inputs]
+    task = Choosing(
+        *places[:3], len(scales[0]), *places[3:], levels.data_ptr(), stored.data_ptr(), target.shape[1], sweeps
+    )
+    _loaded().kernels_choose(path().encode(), format.id, byref(task), threads)
+    return levels, stored
+
+
 @cache
 def _support(path: str, format: Format) -> int:
     if format.name in lattice.CODECS:
@@ -147,6 +194,9 @@ def _declared(library: CDLL) -> CDLL:
     library.kernels_quantize.argtypes = [
         c_char_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int
     ]  # fmt: skip
+    library.kernels_can_choose.restype, library.kernels_can_choose.argtypes = c_int, [c_char_p, c_int]
+    library.kernels_choose.restype = None
+    library.kernels_choose.argtypes = [c_char_p, c_int, POINTER(Choosing), c_int]
     library.kernels_dequantize.restype = None
     library.kernels_dequantize.argtypes = [c_char_p, c_int, c_void_p, c_void_p, c_int, c_int64, c_int]
     return library

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from .lanes import Codec, half, half_from_bytes, half_to_bytes, ordered_sum, pack, reciprocal, spread, unpack
+from .lanes import (
+    Codec,
+    Grid,
+    half,
+    half_from_bytes,
+    half_to_bytes,
+    ordered_sum,
+    pack,
+    reciprocal,
+    spread,
+    unpack,
+    without_minima,
+)
 from .scaled import Uniform, search_multiples, search_scale
 from .shrinkage import lengthening
 
@@ -41,22 +54,31 @@ def _decode_8_0(data: Tensor) -> Tensor:
 
 
 def _encode_4_0(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    scale, codes = _block_codes(values, weights, unit, _LEVELS_4_0)
-    return torch.cat([scale, pack(codes.unflatten(0, (2, 16)), 4)])
+    return _with_codes_4_0(*_block_codes(values, weights, unit, _LEVELS_4_0))
+
+
+def _with_codes_4_0(data: Tensor, codes: Tensor) -> Tensor:
+    return torch.cat([data[:2], pack(codes.unflatten(0, (2, 16)), 4)])
 
 
 def _decode_4_0(data: Tensor) -> Tensor:
-    codes = unpack(data[2:], 4).flatten(0, 1)
-    return half_from_bytes(data[:2]) * (codes.to(torch.float32) - 8)
+    return _from_codes(_block_scale(data), unpack(data[2:], 4).flatten(0, 1), _LEVELS_4_0)
 
 
 def _encode_5_0(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    scale, codes = _block_codes(values, weights, unit, _LEVELS_5_0)
-    return torch.cat([scale, pack_5_bits(codes)])
+    return _with_codes_5_0(*_block_codes(values, weights, unit, _LEVELS_5_0))
+
+
+def _with_codes_5_0(data: Tensor, codes: Tensor) -> Tensor:
+    return torch.cat([data[:2], pack_5_bits(codes)])
 
 
 def _decode_5_0(data: Tensor) -> Tensor:
-    return half_from_bytes(data[:2]) * (unpack_5_bits(data[2:]).to(torch.float32) - 16)
+    return _from_codes(_block_scale(data), unpack_5_bits(data[2:]), _LEVELS_5_0)
+
+
+def _block_scale(data: Tensor) -> Tensor:
+    return half_from_bytes(data[:2])[None]
 
 
 def pack_5_bits(codes: Tensor) -> Tensor:
@@ -83,16 +105,27 @@ def _super_block_codes(
 def _encode_6_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
     values, weights = values.unflatten(0, (16, 16)), weights.unflatten(0, (16, 16))
     step, multiples, codes = _super_block_codes(values, weights, unit, _LEVELS_6_K, -128, 127)
+    return _join_6_k(codes, torch.cat([multiples.view(torch.uint8), half_to_bytes(step, unit)]))
+
+
+def _join_6_k(codes: Tensor, scales: Tensor) -> Tensor:
     low = pack((codes & 15).reshape(2, 2, 64, -1), 4).flatten(0, 1)
     high = pack((codes >> 4).reshape(2, 4, 32, -1), 2).flatten(0, 1)
-    return torch.cat([low, high, multiples.view(torch.uint8), half_to_bytes(step, unit)])
+    return torch.cat([low, high, scales])
+
+
+def _with_codes_6_k(data: Tensor, codes: Tensor) -> Tensor:
+    return _join_6_k(codes, data[192:])
 
 
 def _decode_6_k(data: Tensor) -> Tensor:
-    low, high, multiples, step = data.split([128, 64, 16, 2])
-    high = unpack(high.unflatten(0, (2, 32)), 2).flatten(0, 2)
+    low, high = data[:128], unpack(data[128:192].unflatten(0, (2, 32)), 2).flatten(0, 2)
     codes = unpack(low.unflatten(0, (2, 64)), 4).flatten(0, 2) | high << 4
-    return _from_super_block_codes(step, multiples.view(torch.int8).to(torch.float32), codes.to(torch.float32) - 32)
+    return _from_codes(_scales_6_k(data), codes, _LEVELS_6_K)
+
+
+def _scales_6_k(data: Tensor) -> Tensor:
+    return half_from_bytes(data[208:]) * data[192:208].view(torch.int8).to(torch.float32)
 
 
 def _encode_3_k(values: Tensor, unit: Tensor, weights: Tensor, levels: Uniform = _LEVELS_3_K) -> Tensor:
@@ -100,30 +133,55 @@ def _encode_3_k(values: Tensor, unit: Tensor, weights: Tensor, levels: Uniform =
     step, multiples, codes = _super_block_codes(values, weights, unit, levels, -32, 31)
     product = ordered_sum(ordered_sum(weights * (codes.to(torch.float32) - 4) * values) * multiples)
     step = half(step * lengthening(values, weights, product * step), unit)
-    third = pack((codes >> 2).reshape(8, 32, -1), 1)
-    low = pack((codes & 3).reshape(2, 4, 32, -1), 2).flatten(0, 1)
     scales = (multiples + 32).view(torch.uint8)
     scales = torch.cat([pack((scales & 15).unflatten(0, (2, 8)), 4), pack((scales >> 4).unflatten(0, (4, 4)), 2)])
-    return torch.cat([third, low, scales, half_to_bytes(step, unit)])
+    return _join_3_k(codes, torch.cat([scales, half_to_bytes(step, unit)]))
+
+
+def _join_3_k(codes: Tensor, scales: Tensor) -> Tensor:
+    third = pack((codes >> 2).reshape(8, 32, -1), 1)
+    low = pack((codes & 3).reshape(2, 4, 32, -1), 2).flatten(0, 1)
+    return torch.cat([third, low, scales])
+
+
+def _with_codes_3_k(data: Tensor, codes: Tensor) -> Tensor:
+    return _join_3_k(codes, data[96:])
 
 
 def _decode_3_k(data: Tensor) -> Tensor:
-    third, low, scales, step = data.split([32, 64, 12, 2])
+    third, low = data[:32], data[32:96]
     codes = unpack(low.unflatten(0, (2, 32)), 2).flatten(0, 2) | unpack(third, 1).flatten(0, 1) << 2
-    multiples = unpack(scales[:8], 4).flatten(0, 1) | unpack(scales[8:], 2).flatten(0, 1) << 4
-    return _from_super_block_codes(step, multiples.to(torch.float32) - 32, codes.to(torch.float32) - 4)
+    return _from_codes(_scales_3_k(data), codes, _LEVELS_3_K)
 
 
-def _from_super_block_codes(step: Tensor, multiples: Tensor, levels: Tensor) -> Tensor:
-    """Bytes of the step [2, lanes], multiples [16, lanes] and levels [256, lanes] to values [256, lanes]."""
-    scale = half_from_bytes(step) * multiples
-    return (spread(scale) * levels.view(16, 16, -1)).flatten(0, 1)
+def _scales_3_k(data: Tensor) -> Tensor:
+    multiples = unpack(data[96:104], 4).flatten(0, 1) | unpack(data[104:108], 2).flatten(0, 1) << 4
+    return half_from_bytes(data[108:]) * (multiples.to(torch.float32) - 32)
+
+
+def _from_codes(scale: Tensor, codes: Tensor, levels: Uniform) -> Tensor:
+    """Scales [s, lanes] and codes [n, lanes] to values [n, lanes]."""
+    parts = (codes.to(torch.float32) + levels.lowest).view(len(scale), -1, codes.shape[-1])
+    return (spread(scale) * parts).flatten(0, 1)
+
+
+def _grid(levels: Uniform, scales: Callable[[Tensor], Tensor], with_codes: Callable[[Tensor, Tensor], Tensor]) -> Grid:
+    return Grid(
+        lambda data: without_minima(scales(data)),
+        lambda scaled, _: levels.nearest(scaled),
+        lambda data, chosen: with_codes(data, levels.codes(chosen)),
+    )
 
 
 CODECS: Final = {
     "Q8_0": Codec(_decode_8_0, _encode_8_0),
-    "Q5_0": Codec(_decode_5_0, _encode_5_0),
-    "Q4_0": Codec(_decode_4_0, _encode_4_0),
-    "Q6_K": Codec(_decode_6_k, _encode_6_k),
-    "Q3_K": Codec(_decode_3_k, _encode_3_k, partial(_encode_3_k, levels=_LEVELS_3_K_ALIKE)),
+    "Q5_0": Codec(_decode_5_0, _encode_5_0, grid=_grid(_LEVELS_5_0, _block_scale, _with_codes_5_0)),
+    "Q4_0": Codec(_decode_4_0, _encode_4_0, grid=_grid(_LEVELS_4_0, _block_scale, _with_codes_4_0)),
+    "Q6_K": Codec(_decode_6_k, _encode_6_k, grid=_grid(_LEVELS_6_K, _scales_6_k, _with_codes_6_k)),
+    "Q3_K": Codec(
+        _decode_3_k,
+        _encode_3_k,
+        partial(_encode_3_k, levels=_LEVELS_3_K_ALIKE),
+        _grid(_LEVELS_3_K, _scales_3_k, _with_codes_3_k),
+    ),
 }

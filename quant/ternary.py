@@ -7,7 +7,18 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .lanes import Codec, half, half_from_bytes, half_to_bytes, ordered_sum, pack, reciprocal, unpack
+from .lanes import (
+    Codec,
+    Grid,
+    half,
+    half_from_bytes,
+    half_to_bytes,
+    ordered_sum,
+    pack,
+    reciprocal,
+    unpack,
+    without_minima,
+)
 from .scaled import Uniform, search_scale
 
 # The peak of weights that have so few levels already is at the outermost; otherwise large values are best cut off.
@@ -35,8 +46,11 @@ def _encode_q1_0(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
 
 
 def _encode_q2_0(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
-    scale, codes = _codes(values, unit, weights, _TWO_BITS)
-    return torch.cat([scale, pack(codes.unflatten(0, (16, 4, 1)), 2).flatten(0, 1)])
+    return _with_codes_q2_0(*_codes(values, unit, weights, _TWO_BITS))
+
+
+def _with_codes_q2_0(data: Tensor, codes: Tensor) -> Tensor:
+    return torch.cat([data[:2], pack(codes.unflatten(0, (16, 4, 1)), 2).flatten(0, 1)])
 
 
 def _codes(values: Tensor, unit: Tensor, weights: Tensor, levels: Uniform) -> tuple[Tensor, Tensor]:
@@ -68,9 +82,15 @@ def _decode_q2_0(data: Tensor) -> Tensor:
     return half_from_bytes(data[:2]) * (codes.to(torch.float32) - 1)
 
 
+_GRID_Q2_0: Final = Grid(
+    scales=lambda data: without_minima(half_from_bytes(data[:2])[None]),
+    nearest=lambda scaled, _: _TWO_BITS.nearest(scaled),
+    with_levels=lambda data, levels: _with_codes_q2_0(data, _TWO_BITS.codes(levels)),
+)
+
 CODECS: Final = {
     "TQ1_0": Codec(_decode_tq1_0, _encode_tq1_0),
     "TQ2_0": Codec(_decode_tq2_0, _encode_tq2_0),
     "Q1_0": Codec(_decode_q1_0, _encode_q1_0),
-    "Q2_0": Codec(_decode_q2_0, _encode_q2_0),
+    "Q2_0": Codec(_decode_q2_0, _encode_q2_0, grid=_GRID_Q2_0),
 }

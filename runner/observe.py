@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..archs.weights import Weight
 from ..quant.importance import Statistics
+from .stream import Stream
 from .weights import Weights
 
 
@@ -30,4 +31,11 @@ class ObservingWeights:
         return self._inner.project_groups(states, weight)
 
     def forget(self, expert: int | None = None) -> None:
+        self._statistics.forget(expert)
         self._inner.forget(expert)
+
+
+def observe_head(stream: Stream, statistics: Statistics) -> None:
+    """Count in what the head reads of all tokens of a stream that has passed all layers."""
+    for chunk in range(len(stream.hidden)):
+        statistics.add(stream.weights.graph.head, None, stream.final(chunk, slice(None)))

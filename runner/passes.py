@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..quant.importance import Importance, Statistics
+from ..quant.moments import statistics_for
 from ..sources.model import Model
 from ..sources.progress import Progress, Silent
 from .activations import Workspace
 from .evaluate import with_bos
-from .observe import ObservingWeights
+from .observe import ObservingWeights, observe_head
 from .stream import Stream
 from .weights import Weights
 
@@ -96,6 +97,7 @@ class Measuring:
         calibration: tokens [chunks, context] that show which inputs of a weight matter.
         importance: what to weigh columns by where there is no calibration.
         compute_dtype: what products with weights are computed in.
+        error_feedback: round with error feedback, where there is calibration; see `quant.feedback`.
         workspace: where activations are kept, by default in memory.
         states: keeps what a pass has come to, by default nothing does.
     """
@@ -105,6 +107,7 @@ class Measuring:
     importance: Importance | None = None
     progress: Progress = field(default_factory=Silent)
     compute_dtype: torch.dtype = torch.float32
+    error_feedback: bool = False
     workspace: Workspace | None = None
     states: LayerStates | None = None
 
@@ -113,10 +116,15 @@ class Measuring:
         """Whether something shows which inputs matter."""
         return self.calibration is not None or self.importance is not None
 
-    def begin(self, source: Weights, statistics: Statistics) -> tuple[Pass, Importance | None]:
-        """A pass in which calibration comes first, if there is any; and what columns are weighed by."""
-        passing = Pass(self.model, self.workspace, self.states)
+    def begin(self, source: Weights) -> tuple[Pass, Statistics, Importance | None]:
+        """A pass in which calibration comes first, if there is any; what it finds; and what columns are weighed by."""
+        passing, statistics = Pass(self.model, self.workspace, self.states), statistics_for(self.error_feedback)
         if self.calibration is None:
-            return passing, self.importance
+            return passing, statistics, self.importance
         passing.begin(self.calibration, ObservingWeights(source, statistics))
-        return passing, statistics
+        return passing, statistics, statistics
+
+    def end(self, passing: Pass, statistics: Statistics) -> None:
+        """All layers are passed, and the head is next."""
+        if self.calibration is not None and self.error_feedback:
+            observe_head(passing.streams[0], statistics)

@@ -15,14 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
-import torch
 from torch import Tensor
 
 from ..archs.graph import Graph, weights_in
 from ..archs.weights import Weight
 from ..quant.allocation import Damage, candidates, typical_damage
 from ..quant.formats import format_named
-from ..quant.importance import Statistics
 from .evaluate import compare_heads
 from .passes import Measuring, Pass, packed, unpacked
 from .quantized import Quantizer, RoundedWeights
@@ -44,8 +42,8 @@ def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph])
     Weights that this text does not reach get what is usual in their role.
     """
     graph, progress = measuring.model.graph, measuring.progress
-    source, statistics = ModelWeights(measuring.model, measuring.compute_dtype), Statistics()
-    passing, importance = measuring.begin(source, statistics)
+    source = ModelWeights(measuring.model, measuring.compute_dtype)
+    passing, statistics, importance = measuring.begin(source)
     quantizer = Quantizer(source, importance)
     types = types_of(forms, measuring.weighs_columns)
     probed = {weight.name: _coarse(weight) for weight in graph.weights() if weight.name in types}
@@ -55,8 +53,7 @@ def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph])
     if passing.facts is not None:
         errors.squares = unpacked(passing.facts)
     elif graph.embedding.name in probed:
-        counts = torch.bincount(reference.tokens.flatten(), minlength=graph.embedding.shape[0])
-        errors.note_rows(graph.embedding, counts)
+        errors.note_embedding(reference.tokens)
     probes.embed(graph.embedding.name)
     progress.begin("Measuring", len(graph.layers), "layers")
     for layer in graph.layers:
@@ -70,8 +67,9 @@ def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph])
             statistics.clear()
             passing.save(layer.index, packed(errors.squares))
         progress.advance(1, f"layer {layer.index}: {len(probes.lanes)} of {len(probed)} weights")
+    measuring.end(passing, statistics)
     if graph.head.name in probed:
-        errors.note_rows(graph.head, torch.ones(graph.head.shape[0]))
+        errors.note_head(reference)
     probes.fork([graph.head.name])
     measured = errors.relative()
     divergences = compare_heads(reference, list(probes.lanes.values()), tokens)

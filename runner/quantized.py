@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from ..archs.graph import Graph
 from ..archs.weights import Weight
-from ..quant import dequantize, quantize
+from ..quant import dequantize
+from ..quant.feedback import quantize_weight
 from ..quant.formats import format_named
 from ..quant.importance import Importance
 from .weights import KeptWeights, Products
@@ -34,11 +35,8 @@ class Quantizer:
         """Some rows of a weight after storing them; rows that blocks do not divide are filled up with zeros first."""
         matrix = values.reshape(-1, weight.columns)
         missing = -weight.columns % format_named(type).block_size
-        importance = self._importance.of(weight, expert) if self._importance else None
-        if missing:
-            matrix = functional.pad(matrix, (0, missing))
-            importance = functional.pad(importance, (0, missing)) if importance is not None else None
-        stored = dequantize(quantize(matrix, type, importance), type)
+        padded = functional.pad(matrix, (0, missing)) if missing else matrix
+        stored = dequantize(quantize_weight(padded, weight, expert, type, self._importance), type)
         return stored[:, : weight.columns].reshape(values.shape)
 
     def forget(self, expert: int | None = None) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..quant.importance import Statistics
 from ..quant.plan import Plan
 from .evaluate import compare_heads
 from .passes import Measuring
@@ -21,8 +20,8 @@ def divergences(measuring: Measuring, plans: Sequence[Plan], tokens: Tensor) -> 
 
     Plans for padded forms of the model's graph may take part. The second half of each chunk is scored.
     """
-    source, statistics = ModelWeights(measuring.model, measuring.compute_dtype), Statistics()
-    passing, importance = measuring.begin(source, statistics)
+    source = ModelWeights(measuring.model, measuring.compute_dtype)
+    passing, statistics, importance = measuring.begin(source)
     quantizer = Quantizer(source, importance)
     reference = passing.begin(tokens, source)
     candidates = [passing.begin(tokens, _rounded(quantizer, plan)) for plan in plans]
@@ -35,6 +34,7 @@ def divergences(measuring: Measuring, plans: Sequence[Plan], tokens: Tensor) -> 
             statistics.clear()
             passing.save(index)
         measuring.progress.advance(1, f"layer {index}")
+    measuring.end(passing, statistics)
     return compare_heads(reference, candidates, tokens)
 
 

@@ -11,12 +11,14 @@ from torch import Tensor
 from ..archs.weights import Weight
 from ..sources.model import pieces
 from .quantized import Quantizer
+from .stream import Stream
 from .weights import KeptWeights, Products, multiply
 
 _TOKENS = 32  # of each expert
 _ROWS = 256  # of each matrix
 _EXPERTS = 16  # of each stack, those with the most tokens
 _VOCABULARY_ROWS = 4096  # of embedding and head
+_HEAD_TOKENS = 512  # about so many
 
 
 class ErrorWeights(Products):
@@ -59,8 +61,10 @@ class ErrorWeights(Products):
             if squares[""]
         }
 
-    def note_rows(self, weight: Weight, counts: Tensor) -> None:
-        """Errors of rows of the embedding or the head themselves, each weighed by its count."""
+    def note_embedding(self, tokens: Tensor) -> None:
+        """Errors of rows of the embedding themselves, each weighed by how often its token occurs."""
+        weight = self.graph.embedding
+        counts = torch.bincount(tokens.flatten(), minlength=weight.shape[0])
         step = max(1, weight.shape[0] // _VOCABULARY_ROWS)
         for _, rows in pieces(weight):
             part = counts[slice(*rows)] if rows else counts
@@ -68,6 +72,16 @@ class ErrorWeights(Products):
             if len(used):
                 values = self.load(weight, None, rows)[used]
                 self._add(weight, None, values, partial(torch.mul, part[used].sqrt()[:, None]))
+            self.forget()
+
+    def note_head(self, stream: Stream) -> None:
+        """Errors of logits of some tokens of a stream that has passed all layers."""
+        weight, count = self.graph.head, stream.tokens.shape[1]
+        positions = slice(None, None, max(1, count * len(stream.hidden) // _HEAD_TOKENS))
+        states = stream.final_states(positions)
+        step = max(1, weight.shape[0] // _VOCABULARY_ROWS)
+        for _, rows in pieces(weight):
+            self._add(weight, None, self.load(weight, None, rows)[::step], lambda values: multiply(states, values))
             self.forget()
 
     def _note(self, states: Tensor, weight: Weight, expert: int | None) -> None:

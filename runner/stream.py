@@ -128,7 +128,7 @@ class Stream:
 
     def final_states(self, positions: slice) -> Tensor:
         """States ready for the head, [chunks * positions, hidden size], of the given positions of every chunk."""
-        return torch.cat([self._final(chunk, positions) for chunk in range(len(self.hidden))])
+        return torch.cat([self.final(chunk, positions) for chunk in range(len(self.hidden))])
 
     def final_activations(self, positions: slice) -> Activations:
         """The same for texts of any length, [chunks, positions, hidden size]."""
@@ -136,10 +136,11 @@ class Stream:
         size = self.weights.graph.hidden_size
         final = self._workspace.activations(len(self.hidden), count, size, whole_chunks=True)
         for chunk in range(len(self.hidden)):
-            final[chunk] = self._final(chunk, positions)
+            final[chunk] = self.final(chunk, positions)
         return final
 
-    def _final(self, chunk: int, positions: slice) -> Tensor:
+    def final(self, chunk: int, positions: slice) -> Tensor:
+        """Those of one chunk, [positions, hidden size]."""
         normalise = normaliser(self.weights.graph.final_norm, self.weights)
         return normalise(self._residual.end(self.hidden[chunk][positions]))
 

@@ -1,7 +1,9 @@
 // Q4_1, Q5_1, Q2_K, Q4_K and Q5_K.
 #include "affine.h"
+#include "feedback.h"
 #include "length.h"
 #include "packing.h"
+#include "scaled.h"
 
 namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 
@@ -181,6 +183,10 @@ struct Q5_K {
     }
 };
 
-extern const Kernel AFFINE[] = {kernel<Q4_1>(), kernel<Q5_1>(), kernel<Q2_K>(), kernel<Q4_K>(), kernel<Q5_K>(), {}};
+extern const Kernel AFFINE[] = {
+    choosing_kernel<Q4_1, Single<Uniform<0, 15>>>(), choosing_kernel<Q5_1, Single<Uniform<0, 31>>>(),
+    choosing_kernel<Q2_K, Single<Uniform<0, 3>>>(),  choosing_kernel<Q4_K, Single<Uniform<0, 15>>>(),
+    choosing_kernel<Q5_K, Single<Uniform<0, 31>>>(), {},
+};
 
 }  // namespace

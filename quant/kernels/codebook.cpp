@@ -1,4 +1,5 @@
 // IQ4_NL and IQ4_XS: codes that index sixteen uneven levels.
+#include "feedback.h"
 #include "length.h"
 #include "packing.h"
 #include "scaled.h"
@@ -98,6 +99,7 @@ struct IQ4_XS {
     }
 };
 
-extern const Kernel CODEBOOK[] = {kernel<IQ4_NL>(), kernel<IQ4_XS>(), {}};
+extern const Kernel CODEBOOK[] = {choosing_kernel<IQ4_NL, Single<NonLinear>>(),
+                                  choosing_kernel<IQ4_XS, Single<NonLinear>>(), {}};
 
 }  // namespace

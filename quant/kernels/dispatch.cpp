@@ -131,6 +131,18 @@ EXPORT void kernels_dequantize(const char* instruction_set, int format, const ui
           [&](int64_t first, int64_t last) { kernel->decode(bytes, values, type, first, last); });
 }
 
+// Whether levels can be chosen for the scales of a format's blocks.
+EXPORT int kernels_can_choose(const char* instruction_set, int format) {
+    const Kernel* kernel = find(instruction_set, format);
+    return kernel && kernel->choose;
+}
+
+EXPORT void kernels_choose(const char* instruction_set, int format, const Choosing* task, int threads) {
+    const Kernel* kernel = find(instruction_set, format);
+    share(task->lanes, kernel->block_size, threads,
+          [&](int64_t first, int64_t last) { kernel->choose(*task, first, last); });
+}
+
 // Hands over the points of a format's lattice: the places of their `size` levels, 4 or 8, among `levels` rising ones.
 EXPORT void kernels_set_lattice(int format, const uint8_t* digits, int count, int size, int levels) {
     auto* points = new LatticePoints{};

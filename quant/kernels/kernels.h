@@ -12,6 +12,18 @@ struct Rows {
     uint8_t* bytes;
 };
 
+// Blocks, one to a lane, that are to choose levels for the scales they have: quant/feedback.py explains the fields.
+struct Choosing {
+    const float* target;  // [size, lanes]
+    const float *scales, *minima;  // [sub_blocks, lanes]
+    int sub_blocks;
+    const float *carried, *metric;  // [size, size]
+    const float *first_weights, *weights;  // [size], of values in turn and later
+    float *levels, *stored;  // [size, lanes], the result
+    int64_t lanes;
+    int sweeps;
+};
+
 struct Kernel {
     int id;  // of the format in a GGUF file
     int block_size;
@@ -20,6 +32,8 @@ struct Kernel {
     int64_t (*encode)(const Rows& rows, int64_t first, int64_t last);
     // Values of the type, which is numbered as for Rows and not float16.
     void (*decode)(const uint8_t* bytes, void* values, int type, int64_t first, int64_t last);
+    // Lanes first to last; null where levels are not all that there is to a format but scales.
+    void (*choose)(const Choosing& task, int64_t first, int64_t last);
 };
 
 constexpr int MOST_TERMS = 256;

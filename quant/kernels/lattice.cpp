@@ -1,6 +1,7 @@
 // IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ1_S and IQ1_M: codes that index points of a lattice.
 #include "lattice.h"
 
+#include "feedback.h"
 #include "length.h"
 #include "packing.h"
 
@@ -49,10 +50,23 @@ template <class Lattice, int COUNT_, bool EVEN> struct Signed {
     static void choose(const Floats* scaled, Weights<WEIGHTED> weights, Floats* levels, Ints* codes) {
         for (int point = 0; point < POINTS; point += 2) {
             int first = point * Lattice::SIZE;
-            nearest_two<Lattice>(scaled + first, weights.from(first), codes + point);
+            nearest_points<Lattice, 2>(scaled + first, weights.from(first), codes + point);
         }
         for (int i = 0; i < SUB_BLOCK; i++)
             levels[i] = Halves<Lattice>::level(codes[i / Lattice::SIZE], i % Lattice::SIZE);
+    }
+
+    // For choices with error feedback: eight values with their signs.
+    static constexpr int GROUP = 8;
+
+    static void nearest(const Floats* scaled, const Floats* weights, Floats* levels) {
+        Floats magnitudes[GROUP];
+        Ints pairs[GROUP / Lattice::SIZE], signs = take_signs(scaled, Weights<true>{weights}, magnitudes);
+        nearest_points<Lattice, GROUP / Lattice::SIZE>(magnitudes, Weights<true>{weights}, pairs);
+        for (int i = 0; i < GROUP; i++) {
+            Floats level = Halves<Lattice>::level(pairs[i / Lattice::SIZE], i % Lattice::SIZE);
+            levels[i] = (signs >> i & 1) != 0 ? -level : level;
+        }
     }
 
     struct Codes {
@@ -279,7 +293,7 @@ template <int COUNT_, int PARTS> struct Shifted {
             for (int i = first; i < first + EACH; i += 8) marks[i / 8] = down & 1 << 16;
         }
         for (int point = 0; point < POINTS; point += 2)
-            nearest_two<Lattice1>(shifted + 8 * point, weights.from(8 * point), codes + point);
+            nearest_points<Lattice1, 2>(shifted + 8 * point, weights.from(8 * point), codes + point);
         for (int point = 0; point < POINTS; point++) codes[point] |= marks[point];
         for (int i = 0; i < SUB_BLOCK; i++) levels[i] = level(codes[i / 8], i % 8);
     }
@@ -360,7 +374,10 @@ struct IQ1_M : Shifted<16, 2> {
     }
 };
 
-extern const Kernel LATTICE[] = {kernel<IQ2_XXS>(), kernel<IQ2_XS>(), kernel<IQ2_S>(), kernel<IQ3_XXS>(),
-                                 kernel<IQ3_S>(),   kernel<IQ1_S>(),  kernel<IQ1_M>(), {}};
+extern const Kernel LATTICE[] = {
+    choosing_kernel<IQ2_XXS, IQ2_XXS>(), choosing_kernel<IQ2_XS, IQ2_XS>(), choosing_kernel<IQ2_S, IQ2_S>(),
+    choosing_kernel<IQ3_XXS, IQ3_XXS>(), choosing_kernel<IQ3_S, IQ3_S>(),   kernel<IQ1_S>(),
+    kernel<IQ1_M>(),                     {},
+};
 
 }  // namespace

@@ -61,15 +61,15 @@ template <class Lattice> struct Halves {
     }
 };
 
-// The pairs whose points are nearest to values, two points at a time: one search for the least serves both.
-template <class Lattice, bool WEIGHTED>
-void nearest_two(const Floats* values, Weights<WEIGHTED> weights, Ints* pairs) {
+// The pairs whose points are nearest to values, several points at a time: one search for the least serves all.
+template <class Lattice, int POINTS, bool WEIGHTED>
+void nearest_points(const Floats* values, Weights<WEIGHTED> weights, Ints* pairs) {
     using Half = Halves<Lattice>;
     const LatticePoints& points = Lattice::points();
     constexpr auto& numbers = Half::NUMBERS.of;
-    Floats firsts[2][Half::COUNT];
-    Ints seconds[MOST_TERMS][2];  // distances, not negative, sort as whole numbers do
-    for (int point = 0; point < 2; point++) {
+    Floats firsts[POINTS][Half::COUNT];
+    Ints seconds[MOST_TERMS][POINTS];  // distances, not negative, sort as whole numbers do
+    for (int point = 0; point < POINTS; point++) {
         int first = point * Lattice::SIZE, second = first + Half::SIZE;
         Floats distances[Half::COUNT];
         Half::distances(values + first, weights.from(first), firsts[point]);
@@ -78,27 +78,28 @@ void nearest_two(const Floats* values, Weights<WEIGHTED> weights, Ints* pairs) {
             seconds[place][point] = (bits(distances[place]) & ~255) | numbers[place];
     }
     const uint8_t *term = points.terms, *count = points.term_counts;
-    auto least_of_list = [&](Ints (&least)[2]) {
+    auto least_of_list = [&](Ints (&least)[POINTS]) {
         const uint8_t* end = term + *count++;
-        for (int point = 0; point < 2; point++) least[point] = seconds[*term][point];
+        for (int point = 0; point < POINTS; point++) least[point] = seconds[*term][point];
         while (++term != end)
-            for (int point = 0; point < 2; point++) least[point] = smaller(least[point], seconds[*term][point]);
+            for (int point = 0; point < POINTS; point++) least[point] = smaller(least[point], seconds[*term][point]);
     };
     for (int list = 0; list < points.shared_count; list++) {
-        Ints least[2];
+        Ints least[POINTS];
         least_of_list(least);
-        for (int point = 0; point < 2; point++) seconds[points.shared[list]][point] = least[point];
+        for (int point = 0; point < POINTS; point++) seconds[points.shared[list]][point] = least[point];
     }
-    Floats least[2] = {all(__builtin_inff()), all(__builtin_inff())};
-    Ints chosen_first[2] = {}, chosen_second[2] = {};
+    Floats least[POINTS];
+    Ints chosen_first[POINTS] = {}, chosen_second[POINTS] = {};
+    for (Floats& distance : least) distance = all(__builtin_inff());
     for (int place = 0; place < Half::COUNT; place++) {
         if (!*count) {
             count++;
             continue;
         }
-        Ints second[2];
+        Ints second[POINTS];
         least_of_list(second);
-        for (int point = 0; point < 2; point++) {
+        for (int point = 0; point < POINTS; point++) {
             Floats distance = firsts[point][place] + from_bits(second[point]);
             Ints nearer = distance < least[point];
             least[point] = nearer ? distance : least[point];
@@ -106,7 +107,7 @@ void nearest_two(const Floats* values, Weights<WEIGHTED> weights, Ints* pairs) {
             chosen_first[point] = nearer ? all(numbers[place]) : chosen_first[point];
         }
     }
-    for (int point = 0; point < 2; point++) pairs[point] = chosen_first[point] << 8 | (chosen_second[point] & 255);
+    for (int point = 0; point < POINTS; point++) pairs[point] = chosen_first[point] << 8 | (chosen_second[point] & 255);
 }
 
 // Sub-blocks of SIZE values whose scales are odd multiples, up to LARGEST, of a float16 step.

@@ -183,7 +183,7 @@ struct NVFP4 {
 };
 
 extern const Kernel MICROFLOAT[] = {
-    {MXFP4::ID, BLOCK, MXFP4::BYTES, MXFP4::encode, decode<MXFP4>}, kernel<NVFP4>(), {},
+    {MXFP4::ID, BLOCK, MXFP4::BYTES, MXFP4::encode, decode<MXFP4>, nullptr}, kernel<NVFP4>(), {},
 };
 
 }  // namespace

@@ -59,6 +59,6 @@ struct Q8_0 {
     }
 };
 
-extern const Kernel ROUNDING[] = {{8, BLOCK, BYTES, Q8_0::encode, Q8_0::decode}, {}};
+extern const Kernel ROUNDING[] = {{8, BLOCK, BYTES, Q8_0::encode, Q8_0::decode, nullptr}, {}};
 
 }  // namespace

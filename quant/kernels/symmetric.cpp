@@ -1,4 +1,5 @@
 // Q5_0, Q4_0, Q6_K and Q3_K.
+#include "feedback.h"
 #include "length.h"
 #include "packing.h"
 #include "scaled.h"
@@ -159,6 +160,9 @@ struct Q3_K {
     }
 };
 
-extern const Kernel SYMMETRIC[] = {kernel<Q5_0>(), kernel<Q4_0>(), kernel<Q6_K>(), kernel<Q3_K>(), {}};
+extern const Kernel SYMMETRIC[] = {
+    choosing_kernel<Q5_0, Single<Uniform<-16, 15>>>(), choosing_kernel<Q4_0, Single<Uniform<-8, 7>>>(),
+    choosing_kernel<Q6_K, Single<Uniform<-32, 31>>>(), choosing_kernel<Q3_K, Single<Uniform<-4, 3>>>(), {},
+};
 
 }  // namespace

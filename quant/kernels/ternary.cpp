@@ -1,4 +1,5 @@
 // TQ1_0, TQ2_0, Q1_0 and Q2_0: one or two bits around a single scale.
+#include "feedback.h"
 #include "packing.h"
 #include "scaled.h"
 
@@ -126,6 +127,6 @@ struct Q2_0 {
     }
 };
 
-extern const Kernel TERNARY[] = {kernel<TQ1_0>(), kernel<TQ2_0>(), kernel<Q1_0>(), kernel<Q2_0>(), {}};
+extern const Kernel TERNARY[] = {kernel<TQ1_0>(), kernel<TQ2_0>(), kernel<Q1_0>(), choosing_kernel<Q2_0, Single<Uniform<-1, 2>>>(), {}};
 
 }  // namespace

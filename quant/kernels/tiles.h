@@ -238,7 +238,7 @@ void decode(const uint8_t* blocks, void* values, int type, int64_t first, int64_
 }
 
 template <class Format> constexpr Kernel kernel() {
-    return {Format::ID, Format::SIZE, Format::BYTES, encode<Format>, decode<Format>};
+    return {Format::ID, Format::SIZE, Format::BYTES, encode<Format>, decode<Format>, nullptr};
 }
 
 }  // namespace

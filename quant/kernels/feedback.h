@@ -1,0 +1,133 @@
+// The choice of levels for blocks whose scales are chosen, when inputs go together, as quant/feedback.py explains it.
+//
+// Levels are a type with GROUP, how many values choose theirs together, and nearest(values over their scale, weights,
+// levels), which fills in the levels nearest to a group.
+#pragma once
+
+#include "tiles.h"
+
+namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
+
+// Values that choose levels by themselves.
+template <class Each> struct Single {
+    static constexpr int GROUP = 1;
+
+    static void nearest(const Floats* scaled, const Floats*, Floats* levels) { levels[0] = Each::nearest(scaled[0]); }
+};
+
+template <class Levels, int SIZE> class Choice {
+  public:
+    Choice(const Choosing& task, int64_t first, int64_t count) : task(task), first(first), count(count) {
+        for (int i = 0; i < SIZE; i++) target[i] = slope[i] = row(task.target, i);
+        for (int i = 0; i < task.sub_blocks; i++) {
+            scale[i] = row(task.scales, i);
+            minimum[i] = row(task.minima, i);
+            inverse[i] = reciprocal(scale[i]);
+        }
+    }
+
+    // One group after another, each making good what those before it cost.
+    void in_turn() {
+        Floats* wanted = slope;
+        for (int here = 0; here < SIZE; here += GROUP) {
+            Floats error[GROUP];
+            nearest(here, wanted + here, task.first_weights, levels + here, stored + here);
+            for (int i = 0; i < GROUP; i++) error[i] = target[here + i] - stored[here + i];
+            for (int later = here + GROUP; later < SIZE; later++)
+                for (int i = 0; i < GROUP; i++)
+                    wanted[later] = wanted[later] + task.carried[(here + i) * SIZE + later] * error[i];
+        }
+        for (int i = 0; i < SIZE; i++) slope[i] = all(0.0f);
+        for (int from = 0; from < SIZE; from++) incline(from, stored[from] - target[from]);
+    }
+
+    // Changes what makes the error smaller, given all others as they are.
+    void improve() {
+        for (int here = 0; here < SIZE; here += GROUP) {
+            Floats wanted[GROUP], chosen[GROUP], changed[GROUP], change[GROUP], gain = all(0.0f);
+            for (int i = 0; i < GROUP; i++)
+                wanted[i] = stored[here + i] - slope[here + i] * (1 / task.metric[(here + i) * (SIZE + 1)]);
+            nearest(here, wanted, task.weights, chosen, changed);
+            for (int i = 0; i < GROUP; i++) change[i] = changed[i] - stored[here + i];
+            for (int i = 0; i < GROUP; i++) {
+                Floats sum = 2.0f * slope[here + i];
+                for (int j = 0; j < GROUP; j++) sum = sum + task.metric[(here + i) * SIZE + here + j] * change[j];
+                gain = gain - change[i] * sum;
+            }
+            Ints better = gain > 0.0f;
+            for (int i = 0; i < GROUP; i++) {
+                levels[here + i] = better ? chosen[i] : levels[here + i];
+                stored[here + i] = better ? changed[i] : stored[here + i];
+                change[i] = better ? change[i] : all(0.0f);
+            }
+            if (any(better))
+                for (int i = 0; i < GROUP; i++) incline(here + i, change[i]);
+        }
+    }
+
+    void store_all() const {
+        for (int i = 0; i < SIZE; i++) {
+            store_row(levels[i], task.levels, i);
+            store_row(stored[i], task.stored, i);
+        }
+    }
+
+  private:
+    static constexpr int GROUP = Levels::GROUP, MOST_SUB_BLOCKS = 16;
+
+    const Choosing& task;
+    int64_t first, count;
+    Floats target[SIZE], levels[SIZE], stored[SIZE];
+    Floats slope[SIZE];  // half of how the error changes with each value; before that, what each value should be
+    Floats scale[MOST_SUB_BLOCKS], minimum[MOST_SUB_BLOCKS], inverse[MOST_SUB_BLOCKS];
+
+    void nearest(int here, const Floats* wanted, const float* weights, Floats* chosen, Floats* values) const {
+        Floats scaled[GROUP], weight[GROUP];
+        int sub_block = here * task.sub_blocks / SIZE;
+        for (int i = 0; i < GROUP; i++) {
+            scaled[i] = (wanted[i] + minimum[sub_block]) * inverse[sub_block];
+            weight[i] = all(weights[here + i]);
+        }
+        Levels::nearest(scaled, weight, chosen);
+        for (int i = 0; i < GROUP; i++) values[i] = scale[sub_block] * chosen[i] - minimum[sub_block];
+    }
+
+    void incline(int from, Floats change) {
+        const float* products = task.metric + from * SIZE;
+        for (int i = 0; i < SIZE; i++) slope[i] = slope[i] + products[i] * change;
+    }
+
+    static bool any(Ints lanes) {
+        int64_t any = 0, parts[sizeof lanes / sizeof any];
+        std::memcpy(parts, &lanes, sizeof lanes);
+        for (int64_t part : parts) any |= part;
+        return any;
+    }
+
+    Floats row(const float* rows, int i) const {
+        Floats values{};
+        std::memcpy(&values, rows + i * task.lanes + first, count * sizeof(float));
+        return values;
+    }
+
+    void store_row(Floats values, float* rows, int i) const {
+        std::memcpy(rows + i * task.lanes + first, &values, count * sizeof(float));
+    }
+};
+
+template <class Levels, int SIZE> void choose(const Choosing& task, int64_t first, int64_t last) {
+    for (; first < last; first += LANES) {
+        Choice<Levels, SIZE> choice(task, first, last - first < LANES ? last - first : LANES);
+        choice.in_turn();
+        for (int sweep = 0; sweep < task.sweeps; sweep++) choice.improve();
+        choice.store_all();
+    }
+}
+
+template <class Format, class Levels> constexpr Kernel choosing_kernel() {
+    Kernel made = kernel<Format>();
+    made.choose = choose<Levels, Format::SIZE>;
+    return made;
+}
+
+}  // namespace
