@@ -17,6 +17,7 @@ from .options import (
     chunk_options,
     compute_dtype_option,
     dry_run_option,
+    error_feedback_option,
     goal_options,
     hub_options,
     imatrix_option,
@@ -61,6 +62,7 @@ _VERIFY_CHUNKS = 16
 @imatrix_option
 @click.option("--imatrix-out", type=click.Path(path_type=Path), help="Write what calibration found as GGUF.")
 @click.option("--min-expert-tokens", default=0, help="Stop where an expert saw fewer calibration tokens than this.")
+@error_feedback_option
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare the result with the source.")
 @click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
 @text_options
@@ -89,6 +91,7 @@ def convert(
     imatrix: Path | None,
     imatrix_out: Path | None,
     min_expert_tokens: int,
+    error_feedback: bool | None,
     verify: bool,
     max_kld: float | None,
     file: Path | None,
@@ -132,6 +135,8 @@ def convert(
         show_plan(choose_plan(describe(source, revision, token), goal, target, pad, mtp), as_json)
         return
     text = None if no_calibration else calibration or CALIBRATION_TEXT
+    if error_feedback is None:
+        error_feedback = bool(text and not imatrix and not goal.is_recipe)
     with watch() as progress, ExitStack() as stack:
         # Measuring reads the model more than once, so it has to be here as a whole.
         stay = keep_source or not goal.is_recipe
@@ -157,6 +162,7 @@ def convert(
                 overwrite=overwrite,
                 memory=memory,
                 compute_dtype=compute_dtype,
+                error_feedback=error_feedback,
                 progress=progress,
             )
             plan = stack.enter_context(allocation).plan
@@ -185,6 +191,7 @@ def convert(
             chunks=chunks or _VERIFY_CHUNKS,
             threads=threads,
             compute_dtype=compute_dtype,
+            error_feedback=error_feedback,
             memory=memory,
             provenance=provenance,
             progress=progress,

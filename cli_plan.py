@@ -13,6 +13,7 @@ from .options import (
     Size,
     calibration_option,
     compute_dtype_option,
+    error_feedback_option,
     goal_options,
     hub_options,
     imatrix_option,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 @imatrix_option
 @memory_option
 @compute_dtype_option
+@error_feedback_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan to a file for --plan.")
 @overwrite_option
 @pad_option
@@ -63,6 +65,7 @@ def plan(
     imatrix: Path | None,
     memory: int | None,
     compute_dtype: torch.dtype,
+    error_feedback: bool | None,
     output: Path | None,
     overwrite: bool,
     pad: bool,
@@ -116,6 +119,7 @@ def plan(
                     overwrite=overwrite,
                     memory=memory,
                     compute_dtype=compute_dtype,
+                    error_feedback=not imatrix if error_feedback is None else error_feedback,
                     progress=progress,
                 )
                 chosen = stack.enter_context(allocation).plan

@@ -117,6 +117,11 @@ compute_dtype_option = click.option(
     show_default=True,
     help="What products with weights are computed in; bfloat16 is faster, and blurs KL divergences below 0.001.",
 )
+error_feedback_option = click.option(
+    "--error-feedback/--no-error-feedback",
+    default=None,
+    help="Let each weight make good the rounding of others (GPTQ); slower.  [default: unless --quant]",
+)
 threads_option = click.option("--threads", type=int, help="Threads to quantise with, all cores by default.")
 
 

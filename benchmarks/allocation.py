@@ -1,4 +1,4 @@
-"""KL divergence of plans under a budget against llama.cpp's mixes of the same bytes: same quantisers, same importance.
+"""KL divergence of plans under a budget against llama.cpp's mixes of the same bytes: same quantisers, same calibration.
 
     python benchmarks/allocation.py [CHECKPOINT ...] [--llama] [--chunks 12] [--save benchmarks/data/allocation.json]
     python benchmarks/allocation.py --plot docs/allocation.svg
@@ -9,7 +9,8 @@ Checkpoints are the three examples unless others are given; larger ones come fro
         --intermediate-size 256 --steps 1100 --batch 2 --learning-rate 3e-3
 
 Weights are measured on parts of the calibration text, plans are chosen on other parts of it, and what is printed was
-measured on the evaluation text. `--llama` writes three pairs of files and lets llama.cpp measure them too. The tables
+measured on the evaluation text. Ours are rounded with error feedback; mixes and plans by role are not, but for the last
+two columns. `--llama` writes three pairs of files and lets llama.cpp measure them too. The tables
 and the plot of docs/performance.md come from here.
 """
 
@@ -43,6 +44,13 @@ POINTS = ("Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_XXS")
 CONFIRMED = ("IQ4_XS", "Q3_K_M", "IQ3_XXS")
 UNIFORM = ("Q4_K", "Q3_K", "IQ3_XXS", "IQ2_XXS")
 CONTEXT = 512
+RATIOS = {
+    "ours / stock": ("ours", "stock"),
+    "ours / roles": ("ours", "roles"),
+    "the same without error feedback": ("ours_nearest", "stock"),
+    "ours / stock with it": ("ours", "stock_feedback"),
+    "ours / roles with it": ("ours", "roles_feedback"),
+}
 # Of the kind that the examples were trained on: to them the bundled text is as foreign as noise.
 CALIBRATION_TEXT = EVALUATION_TEXT.with_name("calibration.txt")
 
@@ -143,8 +151,9 @@ def confirm(model: Model, plans: dict[str, Plan], tokens: torch.Tensor) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         files = {"F32": convert(model, folder, "F32", padding=False, verify=False).files[0]}
         for name in ("ours", "stock"):
-            plan = replace(plans[name], recipe=replace(plans[name].recipe, name=name))
-            files[name] = convert(model, folder, plan, verify=False).files[0]
+            plan, feedback = replace(plans[name], recipe=replace(plans[name].recipe, name=name)), name == "ours"
+            how = {"calibration": CALIBRATION_TEXT, "verify": False, "error_feedback": feedback}
+            files[name] = convert(model, folder, plan, **how).files[0]
         sums = {"ours": 0.0, "stock": 0.0}
         chunks = tokens[:: max(1, len(tokens) // 4)][:4]
         for chunk in chunks:
@@ -156,25 +165,27 @@ def confirm(model: Model, plans: dict[str, Plan], tokens: torch.Tensor) -> dict[
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    print("| model | bytes of | bits per weight | stock | best by role | ours | ours / stock | ours / roles | chosen |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    stock_ratios, role_ratios = [], []
+    print("| model | bytes of | bits per weight | stock | by role | ours | " + " | ".join(RATIOS) + " | chosen |")
+    print("|---|---|---|---|---|---" + "|---" * len(RATIOS) + "|---|")
+    ratios: dict[str, list[float]] = {name: [] for name in RATIOS}
     for result in results:
         for row in result["points"]:
-            stock_ratios.append(row["ours"] / row["stock"])
-            role_ratios.append(row["ours"] / row["roles"])
+            for name, (part, whole) in RATIOS.items():
+                ratios[name].append(row[part] / row[whole])
             print(
                 f"| {result['model']} | {row['point']} | {row['bits_per_weight']:.2f} | {row['stock']:.5f} "
-                f"| {row['roles']:.5f} | {row['ours']:.5f} | {stock_ratios[-1]:.2f} | {role_ratios[-1]:.2f} "
-                f"| {row['winner']} |"
+                f"| {row['roles']:.5f} | {row['ours']:.5f} | "
+                + " | ".join(f"{found[-1]:.2f}" for found in ratios.values())
+                + f" | {row['winner']} |"
             )
-    for name, ratios in (("stock", stock_ratios), ("roles", role_ratios)):
-        print(f"\nours / {name}: {sum(ratios) / len(ratios):.3f} on average, {max(ratios):.3f} at most")
+    print()
+    for name, found in ratios.items():
+        print(f"- {name}: {sum(found) / len(found):.3f} on average, {max(found):.3f} at most")
     for result in results:
         for row in result["points"]:
             if "llama_ours" in row:
                 print(
-                    f"llama.cpp, {result['model']} {row['point']}: stock {row['llama_stock']:.5f}, "
+                    f"- llama.cpp, {result['model']} {row['point']}: stock {row['llama_stock']:.5f}, "
                     f"ours {row['llama_ours']:.5f} ({row['llama_ours'] / row['llama_stock']:.2f}x)"
                 )
 

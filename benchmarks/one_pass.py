@@ -10,7 +10,7 @@ With --llama (the folder of llama.cpp's tools) and --converter (its script, for 
 supplied, because it refuses tokenizers that it does not know) both sides make the same: a quantised file, importance,
 perplexity, KL divergence; ours by one command. Then come parts: conversion and quantisation alone, and evaluation of
 the quantised file. Without them, one command of ours alone fetches the checkpoint from a Hub on this machine, within
---memory and --scratch.
+--memory and --scratch; once more with error feedback in its rounding.
 """
 
 from __future__ import annotations
@@ -173,6 +173,8 @@ def alone(bench: Bench, source: Path, memory: int, scratch: int | None, dtype: s
         variables = {"HF_ENDPOINT": server.endpoint, "HF_HOME": home}
         proof = [*bench.calibration(), *bench.evaluation(), *limits]
         bench.convert("moecast convert", server.repository, "ours.gguf", *proof, **variables)
+        fed_back = ("moecast convert --error-feedback", server.repository, "ours.gguf", "--error-feedback")
+        bench.convert(*fed_back, *proof, **variables)
 
 
 def _moved(pid: int) -> tuple[int, int] | None:

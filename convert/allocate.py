@@ -121,7 +121,8 @@ def _with_room(
     """The same with a workspace for so many lanes of `tokens`."""
     calibrating = measuring.calibration.numel() if measuring.calibration is not None else 0
     total, folder = calibrating + lanes * tokens.numel(), journal.folder.parent if journal else None
-    room = workspace(memory, measuring.model.graph, total, tokens.shape[1], folder, copies)
+    graph, context = measuring.model.graph, tokens.shape[1]
+    room = workspace(memory, graph, total, context, folder, copies, measuring.error_feedback)
     return replace(measuring, workspace=room)
 
 

@@ -35,6 +35,7 @@ def measured_plan(
     overwrite: bool = False,
     memory: int | None = None,
     compute_dtype: torch.dtype = torch.float32,
+    error_feedback: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Allocation]:
     """The best plan within a budget; inside the context, make `path` of it. Other arguments as for `convert`.
@@ -55,6 +56,7 @@ def measured_plan(
             "text": text_identity(text, tokens),
             "calibration": "yes" if calibration and not imatrix else "no",
             "the type of products": dtype_name(compute_dtype),
+            "error feedback": "yes" if error_feedback else "no",
             "padding and prediction": f"{padding}, {mtp}",
         },
     )
@@ -67,5 +69,6 @@ def measured_plan(
             MeasuredImportance(read_imatrix(imatrix)) if imatrix else None,
             progress or Silent(),
             compute_dtype,
+            error_feedback,
         )
         yield allocate(measuring, budget, probes, held_out, padding=padding, mtp=mtp, memory=memory, journal=journal)

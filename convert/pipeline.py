@@ -100,6 +100,7 @@ def convert(
     threads: int | None = None,
     memory: int | None = None,
     compute_dtype: torch.dtype = torch.float32,
+    error_feedback: bool = False,
     scratch: int | None = None,
     provenance: dict[str, str] | None = None,
     progress: Progress | None = None,
@@ -131,6 +132,8 @@ def convert(
         memory: most bytes this process may take; activations that do not fit go to a scratch file beside the output.
             The result does not depend on it. By default all of them stay in memory.
         compute_dtype: what calibration and comparison compute products with weights in; bfloat16 is faster.
+        error_feedback: round weights so that each makes good what the rounding of those before it did to the outputs
+            (`quant.feedback`), which takes calibration text, and longer.
         scratch: most bytes of shards from the Hub on disk; by default twice what a layer needs.
         provenance: further facts about the source to store in the file.
 
@@ -149,6 +152,8 @@ def convert(
     text = None if measured or not (imatrix_out or weighs) else calibration
     if imatrix_out and not text:
         raise BadInput("--imatrix-out writes what calibration finds: leave out --imatrix and --no-calibration")
+    if error_feedback and (imatrix or not calibration):
+        raise BadInput("--error-feedback needs calibration text: leave out --imatrix and --no-calibration")
     if target == "onnx":
         _refuse("an ONNX model", {"--pre": pre, "--split-max-size": split_max_bytes})
         activations = activations or "int8"
@@ -170,10 +175,11 @@ def convert(
         "calibration": text_identity(text, lanes.calibration),
         "evaluation": text_identity(file, lanes.evaluation),
         "the type of products": dtype_name(compute_dtype),
+        "error feedback": "yes" if error_feedback else "no",
     }
     identity = fingerprint(model, plan, metadata, texts, split_max_bytes, activations)
     copies = CASTING if verify else RUNNING
-    room = workspace(memory, plan.graph, lanes.tokens, context, path.parent, copies)
+    room = workspace(memory, plan.graph, lanes.tokens, context, path.parent, copies, error_feedback)
     with closing(model), Journal(path, identity, overwrite) as journal, ExitStack() as stack:
         check_disk(path, plan, model, lanes, memory, journal, progress)
         found = None
@@ -195,6 +201,7 @@ def convert(
                 workspace=room,
                 min_expert_tokens=min_expert_tokens,
                 compute_dtype=compute_dtype,
+                error_feedback=error_feedback,
             )
         files = [*writer.paths]
         if mtp and model.graph.draft:

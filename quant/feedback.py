@@ -88,7 +88,7 @@ def _choose(
     carried, weights = divided(triangle, grid.group), (triangle.diagonal().square(), metric.diagonal())
     if native.can_choose(format, target):
         threads = threads or torch.get_num_threads()
-        return native.choose(format, target, scales, carried, metric, weights, _SWEEPS, threads)
+        return native.choose(format, target, scales, carried.T, metric, weights, _SWEEPS, threads)
     scale, minimum = (part.repeat_interleave(len(target) // len(part), dim=0) for part in scales)
     inverse, levels, stored = reciprocal(scale), torch.empty_like(target), torch.empty_like(target)
     groups = [slice(start, start + grid.group) for start in range(0, len(target), grid.group)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Final, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from ..archs.weights import Role, Weight
 from .importance import PRIOR, Statistics
 
 LEAST_SQUARE: Final = 1e-3  # of the mean: no channel is worthless, however rarely the calibration text stirred it
+_STRIP: Final = 512  # columns
 _LEAST_SHRINKAGE: Final = 0.01  # keeps the factorisation sound in float32
 
 
@@ -28,57 +28,82 @@ class Factor(NamedTuple):
 
 
 class Moments:
-    """Mean products of the inputs of a matrix, float32 [columns, columns], and from how many tokens they are."""
+    """Mean products of the inputs of a matrix, and from how many tokens they are.
+
+    `means` are float32 [columns, columns], of which the upper triangle counts.
+    """
 
     def __init__(self, means: Tensor, tokens: float) -> None:
         self.means = means
         self.tokens = tokens
-        self.factor = lru_cache(self._factor)
-        self.padded = lru_cache(self._padded)
+        self._padded: dict[int, Moments] = {}
+        self._triangle: Tensor | None = None
+        self._factors: dict[int, Factor] = {}
 
-    def _padded(self, columns: int) -> Moments:
+    def padded(self, columns: int) -> Moments:
         """The same with columns that have no inputs, so that there are so many."""
         missing = columns - len(self.means)
-        return Moments(functional.pad(self.means, (0, missing, 0, missing)), self.tokens) if missing else self
+        if missing and columns not in self._padded:
+            self._padded[columns] = Moments(functional.pad(self.means, (0, missing, 0, missing)), self.tokens)
+        return self._padded[columns] if missing else self
 
-    def _factor(self, size: int) -> Factor:
-        """For blocks of so many columns.
+    def factor(self, size: int) -> Factor:
+        """For blocks of so many columns."""
+        if size not in self._factors:
+            if self._triangle is None:
+                self._triangle = self._factorised()
+            self._factors[size] = Factor(self._triangle, divided(self._triangle, size))
+        return self._factors[size]
+
+    def _factorised(self) -> Tensor:
+        """An upper triangle T with moments = T @ T.T.
 
         Means of products of inputs are noisy where tokens are few: but for squares they are divided by
         1 + columns / tokens. With half as many tokens as columns, rounding then still gains on other text.
 
-        With T upper triangular and moments = T @ T.T, errors cost ``sum((e @ T)²)`` (LDLQ of Chee et al. 2023, which
-        is equal to GPTQ of Frantar et al. 2022, but needs no inverse).
+        Errors cost ``sum((e @ T)²)`` (LDLQ of Chee et al. 2023, which is equal to GPTQ of Frantar et al. 2022, but
+        needs no inverse).
         """
         squares = self.means.diagonal()
         squares = squares.clamp(min=max(LEAST_SQUARE * float(squares.mean()), torch.finfo(torch.float32).tiny))
         roots = squares.sqrt()
         shrinkage = max(len(squares) / max(self.tokens, 1), _LEAST_SHRINKAGE)
-        correlations = self.means / roots[:, None] / roots / (1 + shrinkage)
+        correlations = (self.means / (roots[:, None] * (1 + shrinkage))).div_(roots)
         correlations.diagonal().fill_(1)
-        triangle = torch.linalg.cholesky(correlations.flip(0, 1)).flip(0, 1) * roots[:, None]
-        return Factor(triangle, divided(triangle, size))
+        backwards = correlations.flip(0, 1)  # whose lower triangle is read
+        torch.linalg.cholesky(backwards, out=backwards)
+        return backwards.flip(0, 1).mul_(roots[:, None])
 
 
 def divided(triangle: Tensor, size: int) -> Tensor:
     """Each `size` columns of an upper triangle divided by their block of the diagonal, from the right."""
     columns = triangle.unflatten(1, (-1, size)).movedim(1, 0)  # [blocks, columns, size]
     blocks = columns.unflatten(1, (-1, size)).diagonal(dim1=0, dim2=1).movedim(-1, 0)  # [blocks, size, size]
-    return torch.linalg.solve_triangular(blocks, columns, upper=True, left=False).movedim(0, 1).flatten(1)
+    quotients: Tensor = torch.linalg.solve_triangular(blocks, columns, upper=True, left=False)
+    return quotients.movedim(0, 1).flatten(1)
 
 
 class _Sum:
     """Products of inputs added up, and what was made of them."""
 
     def __init__(self) -> None:
-        self.products: Tensor | float = 0.0
+        self.products: Tensor | None = None
         self.tokens = 0
         self.made: Moments | None = None
 
     def add(self, products: Tensor, tokens: int) -> None:
-        self.products = self.products + products
+        self.products = products.clone() if self.products is None else self.products.add_(products)
         self.tokens += tokens
         self.made = None
+
+
+def _products(states: Tensor) -> Tensor:
+    """Products of every two columns, summed over tokens: [columns, columns], the upper triangle and some of the rest."""
+    columns = states.shape[1]
+    products = torch.zeros(columns, columns)
+    for start in range(0, columns, _STRIP):
+        torch.mm(states[:, start : start + _STRIP].T, states[:, start:], out=products[start : start + _STRIP, start:])
+    return products
 
 
 class MomentStatistics(Statistics):
@@ -103,7 +128,7 @@ class MomentStatistics(Statistics):
             if last[1][0] in self._shared:
                 self._shared[weight.name] = self._shared[last[1][0]]
             return
-        products = states.T @ states
+        products = _products(states)
         self._own.setdefault(key, _Sum()).add(products, len(states))
         if weight.experts is not None and weight.role is not Role.EXPERT_DOWN:
             self._shared.setdefault(weight.name, _Sum()).add(products, len(states))
@@ -124,16 +149,17 @@ class MomentStatistics(Statistics):
         return own.made.padded(weight.columns)
 
     def _made(self, weight: Weight, own: _Sum, shared: _Sum | None) -> Moments:
-        assert isinstance(own.products, Tensor)
+        assert own.products is not None
         if own is shared or weight.experts is None:
             return Moments(own.products / own.tokens, own.tokens)
         if shared:
+            assert shared.products is not None
             prior = min(len(own.products), shared.tokens)
-            others = shared.products * (prior / shared.tokens)
+            products = torch.add(own.products, shared.products, alpha=prior / shared.tokens)
         else:
-            prior = PRIOR
-            others = torch.eye(len(own.products)) * (prior * self.pooled(weight).mean())
-        return Moments((own.products + others) / (own.tokens + prior), own.tokens + prior)
+            prior, products = PRIOR, own.products.clone()
+            products.diagonal().add_(PRIOR * self.pooled(weight).mean())
+        return Moments(products.div_(own.tokens + prior), own.tokens + prior)
 
     def forget(self, expert: int | None = None) -> None:
         self._last = None

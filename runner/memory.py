@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterable
 from ctypes import CDLL
 from pathlib import Path
 
 from ..archs.errors import BadInput
 from ..archs.graph import Attention, CompressedAttention, Graph, Mamba2, MoE, Operation, weights_in
-from ..archs.weights import Role
+from ..archs.weights import Role, Weight
 from .activations import Workspace
 
 RUNNING = 1  # form of a weight: as it is
 CASTING = 3  # forms: as it is, as it is stored, and its pieces while they are joined
 _FLOAT = 4  # bytes
 _PASSING = 4  # numbers that exist beside a chunk's result while it is computed, in multiples of it
+_FACTORING = 8  # matrices of moments while one is taken apart
 _BLOCK = 1024  # tokens of an expert, rows of a vocabulary at a time
 _ROUTE_BYTES, _SCORE_BYTES = 48, 128  # of a token: for each expert it goes to, and for its prediction
 _SLACK = 96 << 20  # what the allocator keeps to itself
@@ -31,7 +33,13 @@ def peak_rss_bytes() -> int:
 
 
 def workspace(
-    memory: int | None, graph: Graph, tokens: int, context: int, folder: Path | None, copies: int = RUNNING
+    memory: int | None,
+    graph: Graph,
+    tokens: int,
+    context: int,
+    folder: Path | None,
+    copies: int = RUNNING,
+    error_feedback: bool = False,
 ) -> Workspace:
     """Room for activations: what is left of `memory` bytes beside all else that a run holds at its peak.
 
@@ -40,12 +48,14 @@ def workspace(
         graph: what runs `tokens` tokens of all lanes, in chunks of `context`.
         copies: how many forms of a weight are held at once: RUNNING, CASTING, or `comparing` plans.
         folder: where activations go that do not fit.
+        error_feedback: whether mean products of inputs are kept, see `quant.moments`.
 
     Raises BadInput when even without activations more is needed, saying how much.
     """
     if memory is None:
         return Workspace()
     floor = _resident() + working_set(graph, context, copies) + _routing(graph, tokens) + _SLACK
+    floor += _moments(graph) if error_feedback else 0
     if memory < floor:
         raise BadInput(
             f"--memory is {memory / 1e9:.2f} GB, but the least that this model takes is {floor / 1e9:.2f} GB; "
@@ -64,6 +74,17 @@ def working_set(graph: Graph, context: int, copies: int) -> int:
     vocabulary = _BLOCK * (copies * graph.hidden_size + 8 * context)
     residual = _PASSING * context * graph.residual_size
     return _FLOAT * (max(_operation(op, context, copies) for op in graph.operations()) + vocabulary + residual)
+
+
+def _moments(graph: Graph) -> int:
+    """An upper bound of the bytes that mean products of inputs take: of a layer's dense weights, and of one expert."""
+
+    def squares(weights: Iterable[Weight]) -> int:
+        return sum(weight.columns**2 for weight in weights if not weight.role.protected and len(weight.shape) > 1)
+
+    layers = [list(weights_in(layer)) for layer in graph.layers]
+    largest = max(weight.columns for weights in layers for weight in weights if not weight.role.protected)
+    return _FLOAT * (max(map(squares, layers)) + _FACTORING * largest**2)
 
 
 def _routing(graph: Graph, tokens: int) -> int:

@@ -29,39 +29,34 @@ template <class Levels, int SIZE> class Choice {
     // One group after another, each making good what those before it cost.
     void in_turn() {
         Floats* wanted = slope;
-        for (int here = 0; here < SIZE; here += GROUP) {
-            Floats error[GROUP];
-            nearest(here, wanted + here, task.first_weights, levels + here, stored + here);
-            for (int i = 0; i < GROUP; i++) error[i] = target[here + i] - stored[here + i];
-            for (int later = here + GROUP; later < SIZE; later++)
-                for (int i = 0; i < GROUP; i++)
-                    wanted[later] = wanted[later] + task.carried[(here + i) * SIZE + later] * error[i];
+        for (int block = 0; block < SIZE; block += BLOCK) {
+            Changes errors;
+            for (int here = block; here < block + BLOCK; here += GROUP) {
+                nearest(here, wanted + here, task.first_weights, levels + here, stored + here);
+                for (int i = here; i < here + GROUP; i++) errors.add(i, target[i] - stored[i]);
+                spread(errors, errors.count - GROUP, task.carried, wanted, here + GROUP, block + BLOCK);
+            }
+            spread(errors, 0, task.carried, wanted, block + BLOCK, SIZE);
         }
         for (int i = 0; i < SIZE; i++) slope[i] = all(0.0f);
-        for (int from = 0; from < SIZE; from++) incline(from, stored[from] - target[from]);
+        for (int block = 0; block < SIZE; block += BLOCK) {
+            Changes errors;
+            for (int i = block; i < block + BLOCK; i++) errors.add(i, stored[i] - target[i]);
+            spread(errors, 0, task.metric, slope, 0, SIZE);
+        }
     }
 
     // Changes what makes the error smaller, given all others as they are.
     void improve() {
-        for (int here = 0; here < SIZE; here += GROUP) {
-            Floats wanted[GROUP], chosen[GROUP], changed[GROUP], change[GROUP], gain = all(0.0f);
-            for (int i = 0; i < GROUP; i++)
-                wanted[i] = stored[here + i] - slope[here + i] * (1 / task.metric[(here + i) * (SIZE + 1)]);
-            nearest(here, wanted, task.weights, chosen, changed);
-            for (int i = 0; i < GROUP; i++) change[i] = changed[i] - stored[here + i];
-            for (int i = 0; i < GROUP; i++) {
-                Floats sum = 2.0f * slope[here + i];
-                for (int j = 0; j < GROUP; j++) sum = sum + task.metric[(here + i) * SIZE + here + j] * change[j];
-                gain = gain - change[i] * sum;
+        for (int block = 0; block < SIZE; block += BLOCK) {
+            Changes changes;
+            for (int here = block; here < block + BLOCK; here += GROUP) {
+                int before = changes.count;
+                improve(here, changes);
+                spread(changes, before, task.metric, slope, block, block + BLOCK);
             }
-            Ints better = gain > 0.0f;
-            for (int i = 0; i < GROUP; i++) {
-                levels[here + i] = better ? chosen[i] : levels[here + i];
-                stored[here + i] = better ? changed[i] : stored[here + i];
-                change[i] = better ? change[i] : all(0.0f);
-            }
-            if (any(better))
-                for (int i = 0; i < GROUP; i++) incline(here + i, change[i]);
+            spread(changes, 0, task.metric, slope, 0, block);
+            spread(changes, 0, task.metric, slope, block + BLOCK, SIZE);
         }
     }
 
@@ -74,6 +69,17 @@ template <class Levels, int SIZE> class Choice {
 
   private:
     static constexpr int GROUP = Levels::GROUP, MOST_SUB_BLOCKS = 16;
+    static constexpr int BLOCK = 16;  // values whose changes reach the others together
+
+    struct Changes {
+        int count = 0, places[BLOCK];
+        Floats sizes[BLOCK];
+
+        void add(int place, Floats size) {
+            places[count] = place;
+            sizes[count++] = size;
+        }
+    };
 
     const Choosing& task;
     int64_t first, count;
@@ -92,9 +98,44 @@ template <class Levels, int SIZE> class Choice {
         for (int i = 0; i < GROUP; i++) values[i] = scale[sub_block] * chosen[i] - minimum[sub_block];
     }
 
-    void incline(int from, Floats change) {
-        const float* products = task.metric + from * SIZE;
-        for (int i = 0; i < SIZE; i++) slope[i] = slope[i] + products[i] * change;
+    void improve(int here, Changes& changes) {
+        Floats wanted[GROUP], chosen[GROUP], changed[GROUP], change[GROUP], gain = all(0.0f);
+        for (int i = 0; i < GROUP; i++)
+            wanted[i] = stored[here + i] - slope[here + i] * (1 / task.metric[(here + i) * (SIZE + 1)]);
+        nearest(here, wanted, task.weights, chosen, changed);
+        for (int i = 0; i < GROUP; i++) change[i] = changed[i] - stored[here + i];
+        for (int i = 0; i < GROUP; i++) {
+            Floats sum = 2.0f * slope[here + i];
+            for (int j = 0; j < GROUP; j++) sum = sum + task.metric[(here + i) * SIZE + here + j] * change[j];
+            gain = gain - change[i] * sum;
+        }
+        Ints better = gain > 0.0f;
+        if (!any(better)) return;
+        for (int i = 0; i < GROUP; i++) {
+            levels[here + i] = better ? chosen[i] : levels[here + i];
+            stored[here + i] = better ? changed[i] : stored[here + i];
+            changes.add(here + i, better ? change[i] : all(0.0f));
+        }
+    }
+
+    // Adds to sums[first] ... sums[last - 1] what changes, those from `begin` on, make of them: products with the rows
+    // of a matrix. Several sums at a time stay in registers.
+    static void spread(const Changes& changes, int begin, const float* matrix, Floats* sums, int first, int last) {
+        for (; first + WIDE <= last; first += WIDE) spread<WIDE>(changes, begin, matrix, sums, first);
+        for (; first < last; first++) spread<1>(changes, begin, matrix, sums, first);
+    }
+
+    static constexpr int WIDE = 8;
+
+    template <int WIDTH>
+    static void spread(const Changes& changes, int begin, const float* matrix, Floats* sums, int first) {
+        Floats parts[WIDTH];
+        for (int i = 0; i < WIDTH; i++) parts[i] = sums[first + i];
+        for (int change = begin; change < changes.count; change++) {
+            const float* factors = matrix + first * SIZE + changes.places[change];
+            for (int i = 0; i < WIDTH; i++) parts[i] = parts[i] + factors[i * SIZE] * changes.sizes[change];
+        }
+        for (int i = 0; i < WIDTH; i++) sums[first + i] = parts[i];
     }
 
     static bool any(Ints lanes) {

@@ -17,7 +17,7 @@ struct Choosing {
     const float* target;  // [size, lanes]
     const float *scales, *minima;  // [sub_blocks, lanes]
     int sub_blocks;
-    const float *carried, *metric;  // [size, size]
+    const float *carried, *metric;  // [size, size]: a row for each value that errors and changes reach
     const float *first_weights, *weights;  // [size], of values in turn and later
     float *levels, *stored;  // [size, lanes], the result
     int64_t lanes;

@@ -101,6 +101,7 @@ def test_unknown_architecture(minimax: Checkpoint, tmp_path: Path) -> None:
         (["--quant", "Q4_K_XXL"], "--quant is 'Q4_K_XXL', expected one of"),
         (["--split-max-size", "some"], "is not a size"),
         (["--to", "exe"], "'exe' is not"),
+        (["--error-feedback"], "--error-feedback needs calibration text: leave out --imatrix and --no-calibration"),
     ],
 )
 def test_unknown_options(minimax: Checkpoint, tmp_path: Path, options: list[str], message: str) -> None:

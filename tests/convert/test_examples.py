@@ -10,6 +10,8 @@ import pytest
 import torch
 from forward import runner_logits
 from moecast.convert import convert
+from moecast.runner import parity
+from moecast.runner.evaluate import EVALUATION_TEXT
 from moecast.sources.model import open_model
 
 FOLDERS = sorted(path.parent for path in checkpoints.EXAMPLES.glob("*/config.json"))
@@ -38,3 +40,16 @@ def test_parity_that_convert_prints(folder: Path, tmp_path: Path) -> None:
     assert result is not None
     assert 1e-4 < result.mean_kld < 0.03 and result.top1_agreement > 0.9
     assert abs(result.perplexity_ratio - 1) < 0.03
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_error_feedback_brings_the_file_closer_to_its_source(folder: Path, tmp_path: Path) -> None:
+    """Calibrated on other text of the book that the examples know; what the files hold is what convert compared."""
+    how = {"padding": False, "calibration": checkpoints.EXAMPLES / "text" / "calibration.txt", "chunks": 6}
+    nearest = convert(folder, tmp_path / "nearest", "IQ3_XXS", **how)
+    fed_back = convert(folder, tmp_path / "fed back", "IQ3_XXS", error_feedback=True, **how)
+    assert nearest.parity and fed_back.parity
+    assert fed_back.bytes == nearest.bytes
+    assert fed_back.parity.mean_kld < 0.92 * nearest.parity.mean_kld
+    file = parity(folder, fed_back.files[0], EVALUATION_TEXT, chunks=6)
+    assert file.mean_kld == pytest.approx(fed_back.parity.mean_kld, rel=1e-3)

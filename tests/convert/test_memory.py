@@ -111,11 +111,13 @@ def test_long_texts_go_to_disk(tmp_path: Path) -> None:
 
 def test_measuring_stays_within_memory(tmp_path: Path) -> None:
     """Probes and plans to compare are many lanes; what does not fit goes to disk, and the plan is the same."""
-    folder = _write(tmp_path / "model", num_hidden_layers=2, intermediate_size=64)
-    options = ["--calibration", str(CALIBRATION), "--size", "3MB", "--no-verify", "-c", "128", "--json"]
+    folder, text = _write(tmp_path / "model", num_hidden_layers=2, intermediate_size=64), tmp_path / "text.txt"
+    words = CALIBRATION.read_text(encoding="utf-8").split()
+    text.write_text(" ".join(words + words[::-1] + words[::2]), encoding="utf-8")
+    options = ["--calibration", str(text), "--size", "3MB", "--no-verify", "-c", "128", "--json"]
     command = [sys.executable, "-m", "moecast.cli", "convert", str(folder), *options]
     memory, refusals = "100MB", 0
-    while refusals < 3:
+    while refusals < 5:
         arguments = [*command, "-o", str(tmp_path / "bounded.gguf"), "--memory", memory]
         result = subprocess.run(arguments, capture_output=True, text=True)
         floor = _floor(result)

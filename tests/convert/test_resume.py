@@ -69,11 +69,11 @@ def _excerpt(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("example", "options"),
     [
-        ("minimax-m2-tiny", {"padding": False, "quant": "IQ4_XS"} | LANES),
+        ("minimax-m2-tiny", {"padding": False, "quant": "IQ4_XS", "error_feedback": True} | LANES),
         ("nemotron-3-tiny", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
         ("a draft", {"mtp": True, "calibration": None, "verify": False}),  # it is a second file
         ("minimax-m2-tiny", {"target": "onnx"} | LANES),
-        ("nemotron-3-tiny", {"size": 2_000_000} | LANES),
+        ("nemotron-3-tiny", {"size": 2_000_000, "error_feedback": True} | LANES),
     ],
 )
 def test_killed_at_random_moments(tmp_path: Path, example: str, options: dict[str, Any]) -> None:
@@ -119,14 +119,14 @@ def expected(minimax_fp8: Checkpoint, tmp_path: Path) -> bytes:
 def test_interrupted(minimax_fp8: Checkpoint, tmp_path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C says how to go on; what is written is not computed again."""
     output = tmp_path / "out" / "model.gguf"
-    quantize = moecast.convert.encode.quantize
+    quantize = moecast.convert.encode.quantize_weight
     with monkeypatch.context() as patched:
-        patched.setattr(moecast.convert.encode, "quantize", _after(60, KeyboardInterrupt(), quantize))
+        patched.setattr(moecast.convert.encode, "quantize_weight", _after(60, KeyboardInterrupt(), quantize))
         result = _convert(minimax_fp8.folder, output)
     assert result.exit_code == 130 and "run the same command again, it continues" in result.stderr
     assert _hidden(output.parent) == [".model.gguf.journal", ".model.gguf.part"]
     calls = []
-    monkeypatch.setattr(moecast.convert.encode, "quantize", lambda *a: calls.append(a) or quantize(*a))
+    monkeypatch.setattr(moecast.convert.encode, "quantize_weight", lambda *a: calls.append(a) or quantize(*a))
     assert _convert(minimax_fp8.folder, output).exit_code == 0
     assert output.read_bytes() == expected and _hidden(output.parent) == []
     assert len(calls) < 80  # of more than 110
@@ -157,8 +157,8 @@ def test_interrupted_pass(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: 
     undisturbed = run(tmp_path / "undisturbed")
     for pieces in (40, 35):  # ends within the first layer, then within the second
         with monkeypatch.context() as patched:
-            quantize = _after(pieces, KeyboardInterrupt(), moecast.convert.encode.quantize)
-            patched.setattr(moecast.convert.encode, "quantize", quantize)
+            quantize = _after(pieces, KeyboardInterrupt(), moecast.convert.encode.quantize_weight)
+            patched.setattr(moecast.convert.encode, "quantize_weight", quantize)
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path / "out")
     layers: list[int] = []
@@ -203,9 +203,9 @@ def test_interrupted_calibration(minimax_fp8: Checkpoint, tmp_path: Path, monkey
 
 
 def _interrupt(folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize = moecast.convert.encode.quantize
+    quantize = moecast.convert.encode.quantize_weight
     with monkeypatch.context() as patched:
-        patched.setattr(moecast.convert.encode, "quantize", _after(60, KeyboardInterrupt(), quantize))
+        patched.setattr(moecast.convert.encode, "quantize_weight", _after(60, KeyboardInterrupt(), quantize))
         assert _convert(folder, output).exit_code == 130
 
 
@@ -295,8 +295,8 @@ def test_quantize_continues(minimax: Checkpoint, tmp_path: Path, monkeypatch: py
     arguments = ["quantize", str(source), "--quant", "Q5_K_M"]
     assert CliRunner().invoke(main, [*arguments, str(whole)]).exit_code == 0
     with monkeypatch.context() as patched:
-        failing = _after(40, KeyboardInterrupt(), moecast.convert.encode.quantize)
-        patched.setattr(moecast.convert.encode, "quantize", failing)
+        failing = _after(40, KeyboardInterrupt(), moecast.convert.encode.quantize_weight)
+        patched.setattr(moecast.convert.encode, "quantize_weight", failing)
         assert CliRunner().invoke(main, [*arguments, str(output)]).exit_code == 130
     result = CliRunner().invoke(main, [*arguments[:-1], "Q4_K_M", str(output)])
     assert result.exit_code == 2 and "quant was Q5_K_M, is now Q4_K_M" in result.stderr

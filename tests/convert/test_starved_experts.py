@@ -8,8 +8,8 @@ import pytest
 from moecast.archs.errors import BadInput
 from moecast.archs.weights import Weight
 from moecast.convert import convert
-from moecast.quant.importance import Statistics
 from moecast.runner.evaluate import CALIBRATION_TEXT, Parity
+from moecast.runner.observe import ObservingWeights
 from moecast.sources.model import open_model
 from moecast.sources.progress import Silent
 from torch import Tensor
@@ -28,26 +28,34 @@ class Notes(Silent):
         self.lines.append(text)
 
 
-def converted(folder: Path, text: Path, progress: Silent) -> tuple[Path, Parity]:
-    result = convert(EXAMPLE, folder, "IQ2_XXS", padding=False, calibration=text, chunks=6, progress=progress)
+def converted(folder: Path, text: Path, error_feedback: bool, progress: Silent) -> tuple[Path, Parity]:
+    how = {"calibration": text, "error_feedback": error_feedback, "progress": progress}
+    result = convert(EXAMPLE, folder, "IQ2_XXS", padding=False, chunks=6, **how)
     assert result.parity
     return result.files[0], result.parity
 
 
-def test_starved_experts_are_no_worse_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error_feedback", [False, True], ids=["nearest", "error feedback"])
+def test_starved_experts_are_no_worse_off(
+    error_feedback: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The evaluation text uses them; what others saw stands in for what they did not."""
     text = tmp_path / "calibration.txt"
     text.write_text(CALIBRATION_TEXT.read_text(encoding="utf-8")[:24000], encoding="utf-8")
-    _, covered = converted(tmp_path / "covered", text, Silent())
-    add, notes = Statistics.add, Notes()
+    _, covered = converted(tmp_path / "covered", text, error_feedback, Silent())
+    project, notes = ObservingWeights.project, Notes()
 
-    def add_but_for_starved(self: Statistics, weight: Weight, expert: int | None, states: Tensor) -> None:
-        add(self, weight, expert, states[:0] if expert in STARVED else states)
+    def project_but_for_starved(
+        self: ObservingWeights, states: Tensor, weight: Weight, expert: int | None = None
+    ) -> Tensor:
+        return (
+            self._inner.project(states, weight, expert) if expert in STARVED else project(self, states, weight, expert)
+        )
 
-    monkeypatch.setattr(Statistics, "add", add_but_for_starved)
+    monkeypatch.setattr(ObservingWeights, "project", project_but_for_starved)
     with pytest.raises(BadInput, match="layer 0: 4 of 16 experts saw fewer than 1 calibration tokens, expert 1"):
         convert(EXAMPLE, tmp_path, "IQ2_XXS", padding=False, calibration=text, min_expert_tokens=1, verify=False)
-    path, starved = converted(tmp_path / "starved", text, notes)
+    path, starved = converted(tmp_path / "starved", text, error_feedback, notes)
     assert starved.mean_kld <= 1.2 * covered.mean_kld
     assert sum("12 of 16 experts seen, fewest 0 tokens" in line for line in notes.lines) == 2
     source, stored = open_model(EXAMPLE), open_model(path)
