@@ -98,7 +98,7 @@ class _Sum:
 
 
 def _products(states: Tensor) -> Tensor:
-    """Products of every two columns, summed over tokens: [columns, columns], the upper triangle and some of the rest."""
+    """Sums over tokens of products of two columns: [columns, columns], the upper triangle and some of the rest."""
     columns = states.shape[1]
     products = torch.zeros(columns, columns)
     for start in range(0, columns, _STRIP):
