@@ -56,7 +56,7 @@ class Moments:
         return self._factors[size]
 
     def _factorised(self) -> Tensor:
-        """An upper triangle T with moments = T @ T.T.
+        """An upper triangle T with T @ T.T in proportion to the moments.
 
         Means of products of inputs are noisy where tokens are few: but for squares they are divided by
         1 + columns / tokens. With half as many tokens as columns, rounding then still gains on other text.
@@ -65,10 +65,10 @@ class Moments:
         needs no inverse).
         """
         squares = self.means.diagonal()
-        squares = squares.clamp(min=max(LEAST_SQUARE * float(squares.mean()), torch.finfo(torch.float32).tiny))
-        roots = squares.sqrt()
+        mean = float(squares.mean()) or 1.0  # only proportions count
+        roots = (squares / mean).clamp(min=LEAST_SQUARE).sqrt()
         shrinkage = max(len(squares) / max(self.tokens, 1), _LEAST_SHRINKAGE)
-        correlations = (self.means / (roots[:, None] * (1 + shrinkage))).div_(roots)
+        correlations = (self.means / (roots[:, None] * (mean * (1 + shrinkage)))).div_(roots)
         correlations.diagonal().fill_(1)
         backwards = correlations.flip(0, 1)  # whose lower triangle is read
         torch.linalg.cholesky(backwards, out=backwards)

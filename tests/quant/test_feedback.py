@@ -108,6 +108,16 @@ def test_a_second_look_makes_it_better(monkeypatch: pytest.MonkeyPatch) -> None:
     assert errors[2] < errors[1] < 0.97 * errors[0]
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e12])
+def test_inputs_of_any_size(size: float) -> None:
+    """Only proportions count; inputs that are all zero say nothing."""
+    inputs, rows = _inputs(4 * COLUMNS), _rows()
+    data = feedback.quantize_with_feedback(rows, "Q4_K", _moments(inputs * size))
+    expected = feedback.quantize_with_feedback(rows, "Q4_K", _moments(inputs)) if size else quantize(rows, "Q4_K")
+    bound = 1.01 if size else 1.05  # those that do without weights search less
+    assert _error(data, "Q4_K", rows, inputs) < bound * _error(expected, "Q4_K", rows, inputs)
+
+
 def test_a_row_that_is_not_finite() -> None:
     rows = _rows()
     rows[3, 300] = torch.nan
