@@ -206,7 +206,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axis.plot([r["bytes"] / 2**20 for r in points], [r["ours"] for r in points], "o-", label="moecast")
         axis.plot([r["bytes_stock"] / 2**20 for r in points], [r["stock"] for r in points], "s--", label="stock mix")
         flat = sorted(result["uniform"], key=lambda row: row["bytes"])
-        axis.plot([r["bytes"] / 2**20 for r in flat], [r["kld"] for r in flat], "^:", label="one type")
+        axis.plot([r["bytes"] / 2**20 for r in flat], [r["kld"] for r in flat], "^:", label="one type, error feedback")
         axis.set(title=result["model"], xlabel="MiB", yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel("mean KL divergence, nats")

@@ -61,7 +61,7 @@ def make(source: Path, output: Path, size: int | None = None, **options: Any) ->
         convert(source, output, threads=1, **options)
         return
     model = open_model(source)
-    shared = {"context": options["context"], "error_feedback": options["error_feedback"]}
+    shared = {"context": options["context"], "error_feedback": options.get("error_feedback", False)}
     text = Path(options["calibration"])
     with measured_plan(model, budget_of(model, Goal(size=size)), output, calibration=text, **shared) as found:
         convert(model, output, found.plan, threads=1, **options)

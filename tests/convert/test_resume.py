@@ -73,7 +73,7 @@ def _excerpt(folder: Path) -> Path:
         ("nemotron-3-tiny", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
         ("a draft", {"mtp": True, "calibration": None, "verify": False}),  # it is a second file
         ("minimax-m2-tiny", {"target": "onnx"} | LANES),
-        ("nemotron-3-tiny", {"size": 2_000_000, "error_feedback": True} | LANES),
+        ("nemotron-3-tiny", {"size": 2_000_000} | LANES),
     ],
 )
 def test_killed_at_random_moments(tmp_path: Path, example: str, options: dict[str, Any]) -> None:
