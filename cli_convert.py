@@ -119,7 +119,7 @@ def convert(
       moecast convert OWNER/NAME --quant IQ4_XS --scratch 20GB
     """
     from .console import watch
-    from .convert.choose import budget_of, choose_plan, refuse_mixed_types
+    from .convert.choose import budget_of, choose_plan, feeds_back, refuse_mixed_types
     from .convert.measured import measured_plan
     from .convert.pipeline import convert as run
     from .convert.pipeline import name_of, output_path
@@ -135,8 +135,7 @@ def convert(
         show_plan(choose_plan(describe(source, revision, token), goal, target, pad, mtp), as_json)
         return
     text = None if no_calibration else calibration or CALIBRATION_TEXT
-    if error_feedback is None:
-        error_feedback = bool(text and not imatrix and not goal.is_recipe)
+    error_feedback = feeds_back(error_feedback, goal, calibrated=bool(text and not imatrix))
     with watch() as progress, ExitStack() as stack:
         # Measuring reads the model more than once, so it has to be here as a whole.
         stay = keep_source or not goal.is_recipe

@@ -87,7 +87,7 @@ def plan(
       moecast plan OWNER/NAME --fit --vram 24GB --ram 96GB --context 32768
     """
     from .console import watch
-    from .convert.choose import budget_of, choose_plan, fit_machine, refuse_mixed_types
+    from .convert.choose import budget_of, choose_plan, feeds_back, fit_machine, refuse_mixed_types
     from .convert.measured import measured_plan
     from .convert.pipeline import name_of
     from .quant.plan_file import write_plan_file
@@ -119,7 +119,7 @@ def plan(
                     overwrite=overwrite,
                     memory=memory,
                     compute_dtype=compute_dtype,
-                    error_feedback=not imatrix if error_feedback is None else error_feedback,
+                    error_feedback=feeds_back(error_feedback, goal, calibrated=not imatrix),
                     progress=progress,
                 )
                 chosen = stack.enter_context(allocation).plan

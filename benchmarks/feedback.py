@@ -122,13 +122,16 @@ def by_calibration(model: Model, chunks: int, others: Kept, name: str = "Q3_K") 
     tokens = chunk_tokens(model.tokenizer, CALIBRATION_TEXT, CONTEXT, chunks)
     print(f"\n| {name}, tokens of calibration | all weights | experts, gate and up | from what all experts read |")
     print("|---|---|---|---|")
+
+    def usual(rows: Tensor, moments: Moments) -> Tensor:
+        return feedback.quantize_with_feedback(rows, name, moments)
+
     while len(tokens):
         seen = observed(model, tokens)
-        plain = with_sweeps(name, 2)
-        everything = compare(model, seen, others, name, plain)
-        own = compare(model, seen, others, name, plain, experts_alone=True)
+        everything = compare(model, seen, others, name, usual)
+        own = compare(model, seen, others, name, usual, experts_alone=True)
         seen._own.clear()
-        shared = compare(model, seen, others, name, plain, experts_alone=True)
+        shared = compare(model, seen, others, name, usual, experts_alone=True)
         print(f"| {tokens.numel()} | {everything:.2f} | {own:.2f} | {shared:.2f} |")
         tokens = tokens[: len(tokens) // 4]
 

@@ -55,6 +55,11 @@ class Goal:
         return not self.plan and not self.like and (self.size is not None or self.bits_per_weight is not None)
 
 
+def feeds_back(asked: bool | None, goal: Goal, calibrated: bool) -> bool:
+    """Whether to round with error feedback: as asked; else where there is calibration text, unless for a recipe."""
+    return calibrated and not goal.is_recipe if asked is None else asked
+
+
 def choose_plan(
     model: Model,
     goal: Goal,

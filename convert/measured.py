@@ -19,6 +19,7 @@ from .choose import Budget
 from .encode import MeasuredImportance
 from .fingerprint import file_identity, measurement_fingerprint, text_identity
 from .journal import Journal, journal_folder
+from .pipeline import check_error_feedback
 
 
 @contextmanager
@@ -45,6 +46,7 @@ def measured_plan(
     converting, the same call goes on; so it does after what `convert` refuses. Raises BadInput as `allocate` and
     `convert` do.
     """
+    check_error_feedback(error_feedback, calibration, imatrix)
     text = calibration or CALIBRATION_TEXT
     tokens = chunk_tokens(model.tokenizer, text, context, None)
     probes, held_out = split_tokens(tokens, probe_chunks(model.graph), HELD_OUT_CHUNKS)

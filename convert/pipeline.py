@@ -152,8 +152,7 @@ def convert(
     text = None if measured or not (imatrix_out or weighs) else calibration
     if imatrix_out and not text:
         raise BadInput("--imatrix-out writes what calibration finds: leave out --imatrix and --no-calibration")
-    if error_feedback and (imatrix or not calibration):
-        raise BadInput("--error-feedback needs calibration text: leave out --imatrix and --no-calibration")
+    check_error_feedback(error_feedback, calibration, imatrix)
     if target == "onnx":
         _refuse("an ONNX model", {"--pre": pre, "--split-max-size": split_max_bytes})
         activations = activations or "int8"
@@ -224,6 +223,12 @@ def _writer(
     if isinstance(plan, OnnxPlan):
         return open_onnx_writer(model, plan, path, activations or "int8", overwrite, verify, journal)
     return GGUFWriter(path, metadata, plan.tensors, split_max_bytes, overwrite, journal)
+
+
+def check_error_feedback(error_feedback: bool, calibration: str | Path | None, imatrix: str | Path | None) -> None:
+    """Raises BadInput for error feedback without a calibration text."""
+    if error_feedback and (imatrix or not calibration):
+        raise BadInput("--error-feedback needs calibration text: leave out --imatrix and --no-calibration")
 
 
 def _refuse(what: str, options: dict[str, object]) -> None:

@@ -7,7 +7,6 @@ squares given the codes, rounding to what the format can store, nearest codes gi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
@@ -16,18 +15,19 @@ from torch import Tensor
 from .lanes import (
     REFINEMENTS,
     Codec,
-    Grid,
     best_of,
+    block_scale,
     half,
     half_from_bytes,
     half_to_bytes,
     ordered_sum,
     pack,
+    pack_halves,
     reciprocal,
     spread,
     unpack,
 )
-from .scaled import Uniform
+from .scaled import Uniform, grid_of
 from .shrinkage import lengthening
 from .symmetric import pack_5_bits, unpack_5_bits
 
@@ -195,7 +195,7 @@ def _encode_4_1(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
 
 
 def _with_codes_4_1(data: Tensor, codes: Tensor) -> Tensor:
-    return torch.cat([data[:4], pack(codes.unflatten(0, (2, 16)), 4)])
+    return torch.cat([data[:4], pack_halves(codes)])
 
 
 def _encode_5_1(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def _decode_5_1(data: Tensor) -> Tensor:
 
 
 def _block_scales(data: Tensor) -> tuple[Tensor, Tensor]:
-    return half_from_bytes(data[:2])[None], -half_from_bytes(data[2:4])[None]
+    return block_scale(data), -block_scale(data[2:])
 
 
 def _encode_2_k(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
@@ -331,19 +331,10 @@ def _unpack_6_bits(data: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _grid(
-    top: int, scales: Callable[[Tensor], tuple[Tensor, Tensor]], with_codes: Callable[[Tensor, Tensor], Tensor]
-) -> Grid:
-    levels = Uniform(0, top)
-    return Grid(
-        scales, lambda scaled, _: levels.nearest(scaled), lambda data, levels: with_codes(data, levels.to(torch.uint8))
-    )
-
-
 CODECS: Final = {
-    "Q4_1": Codec(_decode_4_1, _encode_4_1, grid=_grid(15, _block_scales, _with_codes_4_1)),
-    "Q5_1": Codec(_decode_5_1, _encode_5_1, grid=_grid(31, _block_scales, _with_codes_5_1)),
-    "Q2_K": Codec(_decode_2_k, _encode_2_k, grid=_grid(3, _scales_2_k, _with_codes_2_k)),
-    "Q4_K": Codec(_decode_4_k, _encode_4_k, grid=_grid(15, _scales_k, _with_codes_4_k)),
-    "Q5_K": Codec(_decode_5_k, _encode_5_k, grid=_grid(31, _scales_k, _with_codes_5_k)),
+    "Q4_1": Codec(_decode_4_1, _encode_4_1, grid=grid_of(Uniform(0, 15), _block_scales, _with_codes_4_1)),
+    "Q5_1": Codec(_decode_5_1, _encode_5_1, grid=grid_of(Uniform(0, 31), _block_scales, _with_codes_5_1)),
+    "Q2_K": Codec(_decode_2_k, _encode_2_k, grid=grid_of(Uniform(0, 3), _scales_2_k, _with_codes_2_k)),
+    "Q4_K": Codec(_decode_4_k, _encode_4_k, grid=grid_of(Uniform(0, 15), _scales_k, _with_codes_4_k)),
+    "Q5_K": Codec(_decode_5_k, _encode_5_k, grid=grid_of(Uniform(0, 31), _scales_k, _with_codes_5_k)),
 }

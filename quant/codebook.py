@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import reduce
 from operator import add
 from typing import Final
@@ -12,19 +11,20 @@ from torch import Tensor
 
 from .lanes import (
     Codec,
-    Grid,
     best_of,
+    block_scale,
     half,
     half_from_bytes,
     half_to_bytes,
     ordered_sum,
     pack,
+    pack_halves,
     reciprocal,
     spread,
     unpack,
     without_minima,
 )
-from .scaled import Table, search_multiples, search_scale
+from .scaled import Table, grid_of, search_multiples, search_scale
 from .shrinkage import lengthening
 
 # The levels of llama.cpp's non-linear 4-bit types, for codes 0 to 15.
@@ -77,15 +77,11 @@ def _encode_iq4_nl(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
 
 
 def _with_codes_iq4_nl(data: Tensor, codes: Tensor) -> Tensor:
-    return torch.cat([data[:2], pack(codes.unflatten(0, (2, 16)), 4)])
+    return torch.cat([data[:2], pack_halves(codes)])
 
 
 def _decode_iq4_nl(data: Tensor) -> Tensor:
-    return _scale_iq4_nl(data) * _NON_LINEAR.decoded(unpack(data[2:], 4).flatten(0, 1))
-
-
-def _scale_iq4_nl(data: Tensor) -> Tensor:
-    return half_from_bytes(data[:2])[None]
+    return block_scale(data) * _NON_LINEAR.decoded(unpack(data[2:], 4).flatten(0, 1))
 
 
 def _encode_iq4_xs(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
@@ -148,7 +144,7 @@ def _mxfp4_exponent(values: Tensor, unit: Tensor, most: float) -> Tensor:
 
 def _mxfp4_bytes(values: Tensor, unit: Tensor, exponent: Tensor) -> Tensor:
     codes = _E2M1.codes(values * spread(_mxfp4_inverse(exponent, unit)))
-    return torch.cat([exponent.unsqueeze(0).to(torch.uint8), pack(codes.unflatten(0, (2, 16)), 4)])
+    return torch.cat([exponent.unsqueeze(0).to(torch.uint8), pack_halves(codes)])
 
 
 def _mxfp4_inverse(exponent: Tensor, unit: Tensor) -> Tensor:
@@ -197,17 +193,13 @@ def _nvfp4_scale(code: Tensor) -> Tensor:
     return torch.where(code == 127, 0.0, scale * 0.5)  # 127 would be E4M3's NaN
 
 
-def _grid(scales: Callable[[Tensor], Tensor], with_codes: Callable[[Tensor, Tensor], Tensor]) -> Grid:
-    return Grid(
-        lambda data: without_minima(scales(data)),
-        lambda scaled, _: _NON_LINEAR.nearest(scaled),
-        lambda data, chosen: with_codes(data, _NON_LINEAR.codes(chosen)),
-    )
-
-
 CODECS: Final = {
-    "IQ4_NL": Codec(_decode_iq4_nl, _encode_iq4_nl, grid=_grid(_scale_iq4_nl, _with_codes_iq4_nl)),
-    "IQ4_XS": Codec(_decode_iq4_xs, _encode_iq4_xs, grid=_grid(_scales_iq4_xs, _with_codes_iq4_xs)),
+    "IQ4_NL": Codec(
+        _decode_iq4_nl, _encode_iq4_nl, grid=grid_of(_NON_LINEAR, without_minima(block_scale), _with_codes_iq4_nl)
+    ),
+    "IQ4_XS": Codec(
+        _decode_iq4_xs, _encode_iq4_xs, grid=grid_of(_NON_LINEAR, without_minima(_scales_iq4_xs), _with_codes_iq4_xs)
+    ),
     "MXFP4": Codec(_decode_mxfp4, _encode_mxfp4, _encode_mxfp4_alike),
     "NVFP4": Codec(_decode_nvfp4, _encode_nvfp4),
 }

@@ -118,9 +118,19 @@ def half_to_bytes(value: Tensor, unit: Tensor) -> Tensor:
     return torch.stack([bits & 0xFF, bits >> 8 & 0xFF]).to(torch.uint8)
 
 
-def without_minima(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """What `Grid.scales` gives where all minima are zero."""
-    return scales, torch.zeros_like(scales)
+def block_scale(data: Tensor) -> Tensor:
+    """The one scale of a block that begins with it: uint8 [block_bytes, lanes] -> float32 [1, lanes]."""
+    return half_from_bytes(data[:2])[None]
+
+
+def without_minima(scales: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """What `Grid.scales` is where all minima are zero."""
+
+    def with_zeros(data: Tensor) -> tuple[Tensor, Tensor]:
+        found = scales(data)
+        return found, torch.zeros_like(found)
+
+    return with_zeros
 
 
 def half_from_bytes(data: Tensor) -> Tensor:
@@ -144,6 +154,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for place in range(1, 8 // bits):
         packed = packed | codes[..., place, :, :] << bits * place
     return packed
+
+
+def pack_halves(codes: Tensor) -> Tensor:
+    """Four-bit codes of 32 values, those of the first half in the lower bits: [32, lanes] -> [16, lanes]."""
+    return pack(codes.unflatten(0, (2, 16)), 4)
 
 
 def unpack(data: Tensor, bits: int) -> Tensor:

@@ -204,7 +204,7 @@ class _Signed:
 
     @property
     def grid(self) -> Grid:
-        return Grid(lambda data: without_minima(self.scales(data)), self._nearest, self._with_levels, group=8)
+        return Grid(without_minima(self.scales), self._nearest, self._with_levels, group=8)
 
     def _nearest(self, scaled: Tensor, weights: Tensor) -> Tensor:
         lattice, weights = self._lattice(scaled.device), weights[:, None].expand_as(scaled)

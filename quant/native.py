@@ -123,9 +123,7 @@ class Choosing(Structure):
 
 def can_choose(format: Format, target: Tensor) -> bool:
     """Whether kernels choose levels for this format's scales."""
-    if path() == TORCH or target.device.type != "cpu" or not _support(path(), format):
-        return False
-    return bool(_loaded().kernels_can_choose(path().encode(), format.id))
+    return target.device.type == "cpu" and _support(path(), format) > 2
 
 
 def choose(
@@ -194,7 +192,6 @@ def _declared(library: CDLL) -> CDLL:
     library.kernels_quantize.argtypes = [
         c_char_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int
     ]  # fmt: skip
-    library.kernels_can_choose.restype, library.kernels_can_choose.argtypes = c_int, [c_char_p, c_int]
     library.kernels_choose.restype = None
     library.kernels_choose.argtypes = [c_char_p, c_int, POINTER(Choosing), c_int]
     library.kernels_dequantize.restype = None

@@ -11,13 +11,14 @@ Where to start was chosen greedily, in the order in which a start lowers the err
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .lanes import REFINEMENTS, best_of, half, ordered_sum, reciprocal, spread
+from .lanes import REFINEMENTS, Grid, best_of, half, ordered_sum, reciprocal, spread
 
 STEPS: Final = (1.0, 1.02, 0.98)  # super-block steps to try, relative to the one that just spans the scales
 
@@ -89,6 +90,17 @@ class Table:
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
     return table.to(index.device).index_select(0, index.flatten().to(torch.int64)).view(index.shape)
+
+
+def grid_of(
+    levels: Uniform | Table,
+    scales: Callable[[Tensor], tuple[Tensor, Tensor]],
+    with_codes: Callable[[Tensor, Tensor], Tensor],
+) -> Grid:
+    """The grid of a format whose codes stand for single levels; with_codes: the bytes with other codes."""
+    return Grid(
+        scales, lambda scaled, _: levels.nearest(scaled), lambda data, chosen: with_codes(data, levels.codes(chosen))
+    )
 
 
 class Fit(NamedTuple):

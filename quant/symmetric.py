@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -11,18 +10,19 @@ from torch import Tensor
 
 from .lanes import (
     Codec,
-    Grid,
+    block_scale,
     half,
     half_from_bytes,
     half_to_bytes,
     ordered_sum,
     pack,
+    pack_halves,
     reciprocal,
     spread,
     unpack,
     without_minima,
 )
-from .scaled import Uniform, search_multiples, search_scale
+from .scaled import Uniform, grid_of, search_multiples, search_scale
 from .shrinkage import lengthening
 
 _LEVELS_8_0: Final = Uniform(-127, 127)
@@ -58,11 +58,11 @@ def _encode_4_0(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
 
 
 def _with_codes_4_0(data: Tensor, codes: Tensor) -> Tensor:
-    return torch.cat([data[:2], pack(codes.unflatten(0, (2, 16)), 4)])
+    return torch.cat([data[:2], pack_halves(codes)])
 
 
 def _decode_4_0(data: Tensor) -> Tensor:
-    return _from_codes(_block_scale(data), unpack(data[2:], 4).flatten(0, 1), _LEVELS_4_0)
+    return _from_codes(block_scale(data), unpack(data[2:], 4).flatten(0, 1), _LEVELS_4_0)
 
 
 def _encode_5_0(values: Tensor, unit: Tensor, weights: Tensor) -> Tensor:
@@ -74,17 +74,13 @@ def _with_codes_5_0(data: Tensor, codes: Tensor) -> Tensor:
 
 
 def _decode_5_0(data: Tensor) -> Tensor:
-    return _from_codes(_block_scale(data), unpack_5_bits(data[2:]), _LEVELS_5_0)
-
-
-def _block_scale(data: Tensor) -> Tensor:
-    return half_from_bytes(data[:2])[None]
+    return _from_codes(block_scale(data), unpack_5_bits(data[2:]), _LEVELS_5_0)
 
 
 def pack_5_bits(codes: Tensor) -> Tensor:
     """The fifth bits of 32 codes, then the lower four: uint8 [32, lanes] -> [20, lanes]."""
     fifth = pack((codes >> 4).unflatten(0, (4, 8, 1)), 1).flatten(0, 1)
-    return torch.cat([fifth, pack((codes & 15).unflatten(0, (2, 16)), 4)])
+    return torch.cat([fifth, pack_halves(codes & 15)])
 
 
 def unpack_5_bits(data: Tensor) -> Tensor:
@@ -165,23 +161,15 @@ def _from_codes(scale: Tensor, codes: Tensor, levels: Uniform) -> Tensor:
     return (spread(scale) * parts).flatten(0, 1)
 
 
-def _grid(levels: Uniform, scales: Callable[[Tensor], Tensor], with_codes: Callable[[Tensor, Tensor], Tensor]) -> Grid:
-    return Grid(
-        lambda data: without_minima(scales(data)),
-        lambda scaled, _: levels.nearest(scaled),
-        lambda data, chosen: with_codes(data, levels.codes(chosen)),
-    )
-
-
 CODECS: Final = {
     "Q8_0": Codec(_decode_8_0, _encode_8_0),
-    "Q5_0": Codec(_decode_5_0, _encode_5_0, grid=_grid(_LEVELS_5_0, _block_scale, _with_codes_5_0)),
-    "Q4_0": Codec(_decode_4_0, _encode_4_0, grid=_grid(_LEVELS_4_0, _block_scale, _with_codes_4_0)),
-    "Q6_K": Codec(_decode_6_k, _encode_6_k, grid=_grid(_LEVELS_6_K, _scales_6_k, _with_codes_6_k)),
+    "Q5_0": Codec(_decode_5_0, _encode_5_0, grid=grid_of(_LEVELS_5_0, without_minima(block_scale), _with_codes_5_0)),
+    "Q4_0": Codec(_decode_4_0, _encode_4_0, grid=grid_of(_LEVELS_4_0, without_minima(block_scale), _with_codes_4_0)),
+    "Q6_K": Codec(_decode_6_k, _encode_6_k, grid=grid_of(_LEVELS_6_K, without_minima(_scales_6_k), _with_codes_6_k)),
     "Q3_K": Codec(
         _decode_3_k,
         _encode_3_k,
         partial(_encode_3_k, levels=_LEVELS_3_K_ALIKE),
-        _grid(_LEVELS_3_K, _scales_3_k, _with_codes_3_k),
+        grid_of(_LEVELS_3_K, without_minima(_scales_3_k), _with_codes_3_k),
     ),
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .lanes import (
     Codec,
-    Grid,
+    block_scale,
     half,
     half_from_bytes,
     half_to_bytes,
@@ -19,7 +19,7 @@ from .lanes import (
     unpack,
     without_minima,
 )
-from .scaled import Uniform, search_scale
+from .scaled import Uniform, grid_of, search_scale
 
 # The peak of weights that have so few levels already is at the outermost; otherwise large values are best cut off.
 _TERNARY: Final = Uniform(-1, 1, peaks=(1.0, 4.2, 9.8, 2.6, 1.6, 3.3, 6.0))
@@ -82,15 +82,9 @@ def _decode_q2_0(data: Tensor) -> Tensor:
     return half_from_bytes(data[:2]) * (codes.to(torch.float32) - 1)
 
 
-_GRID_Q2_0: Final = Grid(
-    scales=lambda data: without_minima(half_from_bytes(data[:2])[None]),
-    nearest=lambda scaled, _: _TWO_BITS.nearest(scaled),
-    with_levels=lambda data, levels: _with_codes_q2_0(data, _TWO_BITS.codes(levels)),
-)
-
 CODECS: Final = {
     "TQ1_0": Codec(_decode_tq1_0, _encode_tq1_0),
     "TQ2_0": Codec(_decode_tq2_0, _encode_tq2_0),
     "Q1_0": Codec(_decode_q1_0, _encode_q1_0),
-    "Q2_0": Codec(_decode_q2_0, _encode_q2_0, grid=_GRID_Q2_0),
+    "Q2_0": Codec(_decode_q2_0, _encode_q2_0, grid=grid_of(_TWO_BITS, without_minima(block_scale), _with_codes_q2_0)),
 }

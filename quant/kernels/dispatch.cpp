@@ -102,10 +102,10 @@ EXPORT const char* kernels_instruction_set(int place) {
     return nullptr;
 }
 
-// 0: no kernel for this format, 1: reads it, 2: reads and writes it.
+// 0: no kernel for this format, 1: reads it, 2: writes it too, 3: chooses levels for its scales as well.
 EXPORT int kernels_support(const char* instruction_set, int format) {
     const Kernel* kernel = find(instruction_set, format);
-    return kernel ? 1 + (kernel->encode != nullptr) : 0;
+    return kernel ? 1 + (kernel->encode != nullptr) + (kernel->choose != nullptr) : 0;
 }
 
 // Returns the first row that holds a value that is not finite, or -1. `type` and `weights` as in struct Rows.
@@ -129,12 +129,6 @@ EXPORT void kernels_dequantize(const char* instruction_set, int format, const ui
     const Kernel* kernel = find(instruction_set, format);
     share(blocks, kernel->block_size, threads,
           [&](int64_t first, int64_t last) { kernel->decode(bytes, values, type, first, last); });
-}
-
-// Whether levels can be chosen for the scales of a format's blocks.
-EXPORT int kernels_can_choose(const char* instruction_set, int format) {
-    const Kernel* kernel = find(instruction_set, format);
-    return kernel && kernel->choose;
 }
 
 EXPORT void kernels_choose(const char* instruction_set, int format, const Choosing* task, int threads) {

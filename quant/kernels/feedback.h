@@ -138,13 +138,6 @@ template <class Levels, int SIZE> class Choice {
         for (int i = 0; i < WIDTH; i++) sums[first + i] = parts[i];
     }
 
-    static bool any(Ints lanes) {
-        int64_t any = 0, parts[sizeof lanes / sizeof any];
-        std::memcpy(parts, &lanes, sizeof lanes);
-        for (int64_t part : parts) any |= part;
-        return any;
-    }
-
     Floats row(const float* rows, int i) const {
         Floats values{};
         std::memcpy(&values, rows + i * task.lanes + first, count * sizeof(float));

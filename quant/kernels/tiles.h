@@ -178,13 +178,19 @@ template <int SIZE> Ints largest_bits(const Floats* values) {
     return larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
 }
 
+// Whether a bit is set in any lane.
+inline bool any(Ints lanes) {
+    int64_t any = 0, parts[sizeof lanes / sizeof any];
+    std::memcpy(parts, &lanes, sizeof lanes);
+    for (int64_t part : parts) any |= part;
+    return any;
+}
+
 // The first lane of a largest magnitude that is not finite, or -1.
 inline int first_bad(Ints largest) {
     Ints bad = largest >= 0x7f800000;
-    int64_t any = 0, parts[sizeof bad / sizeof any];
-    std::memcpy(parts, &bad, sizeof bad);
-    for (int64_t part : parts) any |= part;
-    for (int lane = 0; any && lane < LANES; lane++)
+    bool some = any(bad);
+    for (int lane = 0; some && lane < LANES; lane++)
         if (bad[lane]) return lane;
     return -1;
 }

@@ -102,6 +102,10 @@ def test_unknown_architecture(minimax: Checkpoint, tmp_path: Path) -> None:
         (["--split-max-size", "some"], "is not a size"),
         (["--to", "exe"], "'exe' is not"),
         (["--error-feedback"], "--error-feedback needs calibration text: leave out --imatrix and --no-calibration"),
+        (
+            ["--size", "3MB", "--error-feedback"],
+            "--error-feedback needs calibration text: leave out --imatrix and --no-calibration",
+        ),
     ],
 )
 def test_unknown_options(minimax: Checkpoint, tmp_path: Path, options: list[str], message: str) -> None:
