@@ -1,8 +1,8 @@
 # `make demo` and `make test` do everything on a fresh machine; the rest is for development.
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := archs quant sources runner convert
-MODULES := cli cli_convert cli_evaluate cli_models cli_plan options console report doctor
+PACKAGES := archs quant sources runner convert commands
+MODULES := cli errors progress
 
 .PHONY: demo test lint types clean
 

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import click
 
-from . import __version__, cli_convert, cli_evaluate, cli_models, cli_plan
-from .options import Commands
+from . import __version__
+from .commands import convert as cli_convert
+from .commands import evaluate as cli_evaluate
+from .commands import models as cli_models
+from .commands import plan as cli_plan
+from .commands.options import Commands
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -62,7 +62,7 @@ class BuildKernels(build_ext):
         for name in newer.keys() - built.keys():
             self.warn(f"this compiler knows no {name}: building without it")
         objects = [file for jobs in (baseline, *built.values()) for job in jobs for file in job.result()]
-        digest = runpy.run_path("quant/kernel_sources.py")["digest"](KERNELS)
+        digest = runpy.run_path("quant/formats/kernel_sources.py")["digest"](KERNELS)
         macros = [("SOURCES", f'"{digest}"'), *((f"WITH_{name.upper()}", "1") for name in built)]
         objects += self._compile(DISPATCH, "dispatch", (), macros)
         self.compiler.link_shared_object(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
-from .errors import BadInput
+from ..errors import BadInput
 from .weights import BlockScaled, Expression, Mxfp4, Nvfp4, Read, Scaled, TensorInfo
 
 PLAIN_DTYPES = ("F32", "F16", "BF16")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from .errors import BadInput
+from ..errors import BadInput
 
 T = TypeVar("T", int, float, bool, str)
 _REQUIRED: Any = object()

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..errors import BadInput
 from .catalogue import Catalogue
 from .config import Config
 from .deepseek_v4_blocks import NAME, OVERLAPPING, STREAMS, Dimensions, build, build_draft, check
 from .deepseek_v4_names import CheckpointSource
-from .errors import BadInput
 from .graph import CompressedAttention, Graph, HashRouter, MoE, Yarn
 from .registry import Architecture
 from .weights import Read, TensorInfo

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .errors import BadInput
+from ..errors import BadInput
 from .graph import (
     MLP,
     Activation,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from ..errors import BadInput
 from .catalogue import Catalogue
 from .config import Config
-from .errors import BadInput
 from .graph import Activation, Attention, Graph, Layer, MoE, Norm, Rope, Router, Score, SubLayer
 from .registry import Architecture
 from .weights import Expression, Read, Role, Rows, Stack, TensorInfo, Weight

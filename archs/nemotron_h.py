@@ -7,9 +7,9 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from ..errors import BadInput
 from .catalogue import Catalogue
 from .config import Config
-from .errors import BadInput
 from .graph import MLP, Attention, Graph, Layer, Mamba2, MoE, Router
 from .nemotron_h_blocks import (
     ATTENTION,

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import BadInput
+from ..errors import BadInput
 
 # The parts that the expressions share. llama.cpp's engine has no inline flags, so it spells case out.
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"

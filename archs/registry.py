@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import BadInput
 from .config import Config
-from .errors import BadInput
 from .graph import Graph
 from .weights import TensorInfo
 

@@ -12,7 +12,7 @@ from enum import Enum
 from math import prod
 from typing import ClassVar
 
-from .errors import BadInput
+from ..errors import BadInput
 
 
 @dataclass(frozen=True)

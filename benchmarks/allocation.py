@@ -27,15 +27,23 @@ from typing import Any
 
 import torch
 from moecast.convert import convert
-from moecast.convert.allocate import HELD_OUT_CHUNKS, ROLES, probe_chunks, rivals_within, split_tokens, winner, without
-from moecast.convert.choose import Budget
-from moecast.quant.allocation import Damage
-from moecast.quant.plan import Plan, plan_tensors
-from moecast.quant.recipes import Recipe, recipe_named
-from moecast.runner.evaluate import EVALUATION_TEXT, chunk_tokens
+from moecast.convert.plans.allocate import (
+    HELD_OUT_CHUNKS,
+    ROLES,
+    probe_chunks,
+    rivals_within,
+    split_tokens,
+    winner,
+    without,
+)
+from moecast.convert.plans.choose import Budget
+from moecast.quant.planning.allocation import Damage
+from moecast.quant.planning.plan import Plan, plan_tensors
+from moecast.quant.planning.recipes import Recipe, recipe_named
+from moecast.runner.measure.compare_plans import divergences
+from moecast.runner.measure.evaluate import EVALUATION_TEXT, chunk_tokens
+from moecast.runner.measure.probe import measure_damage
 from moecast.runner.passes import Measuring
-from moecast.runner.probe import measure_damage
-from moecast.runner.rivals import divergences
 from moecast.sources.model import Model, open_model
 
 ROOT = Path(__file__).parent.parent

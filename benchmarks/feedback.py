@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 from moecast.archs.weights import Role, Weight
-from moecast.quant import dequantize, feedback, quantize
-from moecast.quant.moments import Moments, MomentStatistics
-from moecast.runner.evaluate import EVALUATION_TEXT, chunk_tokens, with_bos
+from moecast.quant import dequantize, quantize
+from moecast.quant.rounding import feedback
+from moecast.quant.rounding.moments import Moments, MomentStatistics
+from moecast.runner.measure.evaluate import EVALUATION_TEXT, chunk_tokens, with_bos
 from moecast.runner.observe import ObservingWeights, observe_head
 from moecast.runner.stream import Stream
 from moecast.runner.weights import ModelWeights

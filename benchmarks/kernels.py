@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from moecast.quant import dequantize, format_named, native, quantize
+from moecast.quant import dequantize, format_named, quantize
+from moecast.quant.formats import native
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moecast.options import Size
+from moecast.commands.options import Size
 from real_shapes import BUILDERS, ROOT
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from moecast.convert import convert
 from moecast.runner import parity
-from moecast.runner.evaluate import EVALUATION_TEXT, chunk_tokens, compare_heads, summarise, with_bos
+from moecast.runner.measure.evaluate import EVALUATION_TEXT, chunk_tokens, compare_heads, summarise, with_bos
 from moecast.runner.stream import Stream, advance
 from moecast.runner.weights import ModelWeights
 from moecast.sources.model import open_model

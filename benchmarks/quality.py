@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from moecast.convert import convert
 from moecast.quant import dequantize, quantize
-from moecast.quant.plan import Plan, plan_tensors
-from moecast.quant.recipes import recipe_named
-from moecast.runner.evaluate import DEFAULT_CONTEXT, EVALUATION_TEXT, chunk_tokens
+from moecast.quant.planning.plan import Plan, plan_tensors
+from moecast.quant.planning.recipes import recipe_named
+from moecast.runner.measure.evaluate import DEFAULT_CONTEXT, EVALUATION_TEXT, chunk_tokens
 from moecast.runner.stream import Stream
 from moecast.sources.imatrix import ImportanceMatrix, read_imatrix
 from moecast.sources.model import Model, open_model

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from moecast.convert import convert
-from moecast.runner.evaluate import EVALUATION_TEXT
+from moecast.runner.measure.evaluate import EVALUATION_TEXT
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M", "Q2_K")

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
-from ..quant.importance import Statistics
-from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, dtype_name
+from ..progress import Progress, Silent
+from ..quant.rounding.statistics import Statistics
+from ..runner.measure.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, dtype_name
 from ..runner.memory import peak_rss_bytes, workspace
 from ..runner.observe import ObservingWeights
 from ..runner.passes import Pass
 from ..runner.stream import advance
 from ..runner.weights import ModelWeights
 from ..sources.model import Model, open_model
-from ..sources.progress import Progress, Silent
-from .checkpoints import SavedStates, load_statistics, save_statistics
-from .fingerprint import measurement_fingerprint, text_identity
-from .imatrix import ImatrixWriter
-from .journal import Journal
+from .gguf.imatrix import ImatrixWriter
+from .resume.fingerprint import measurement_fingerprint, text_identity
+from .resume.journal import Journal
+from .resume.states import SavedStates, load_statistics, save_statistics
 
 
 @dataclass(frozen=True)

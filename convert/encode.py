@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..archs.errors import BadInput
 from ..archs.weights import Padded, Weight, first_tensor, of_expert
-from ..quant import dequantize, native
-from ..quant.feedback import quantize_weight
-from ..quant.importance import Importance
-from ..quant.moments import Moments
-from ..quant.plan import Plan, PlannedTensor
+from ..errors import BadInput
+from ..progress import Progress
+from ..quant import dequantize
+from ..quant.formats import native
+from ..quant.planning.plan import Plan, PlannedTensor
+from ..quant.rounding.feedback import quantize_weight
+from ..quant.rounding.moments import Moments
+from ..quant.rounding.statistics import Importance
 from ..runner.weights import KeptWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import pieces
-from ..sources.progress import Progress
 from .writer import Writer
 
 

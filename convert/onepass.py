@@ -17,23 +17,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..archs.errors import BadInput
-from ..quant.importance import Importance, Statistics
-from ..quant.moments import statistics_for
-from ..quant.plan import Plan
+from ..errors import BadInput
+from ..progress import Progress
+from ..quant.planning.plan import Plan
+from ..quant.rounding.moments import statistics_for
+from ..quant.rounding.statistics import Importance, Statistics
 from ..runner.activations import Workspace
-from ..runner.evaluate import Parity, compare_heads, relative_error, summarise
+from ..runner.measure.evaluate import Parity, compare_heads, relative_error, summarise
 from ..runner.memory import peak_rss_bytes
 from ..runner.observe import ObservingWeights, observe_head
 from ..runner.passes import Pass
 from ..runner.stream import advance
 from ..runner.weights import ModelWeights
 from ..sources.model import Model
-from ..sources.progress import Progress
-from .checkpoints import SavedStates, load_statistics, save_statistics
 from .encode import CastingWeights, Encoder
-from .imatrix import ImatrixWriter
-from .journal import Journal
+from .gguf.imatrix import ImatrixWriter
+from .resume.journal import Journal
+from .resume.states import SavedStates, load_statistics, save_statistics
 from .writer import Writer
 
 

@@ -12,27 +12,34 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..archs.errors import BadInput
-from ..quant.onnx_plan import OnnxPlan
-from ..quant.plan import Plan, plan_tensors
-from ..quant.recipes import Recipe
-from ..quant.targets import plan_target, recipe_for
-from ..runner.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, EVALUATION_TEXT, Parity, chunk_tokens, dtype_name
+from ..errors import BadInput
+from ..progress import Progress, Silent
+from ..quant.planning.onnx_plan import OnnxPlan
+from ..quant.planning.plan import Plan, plan_tensors
+from ..quant.planning.recipes import Recipe
+from ..quant.planning.targets import plan_target, recipe_for
+from ..runner.measure.evaluate import (
+    CALIBRATION_TEXT,
+    DEFAULT_CONTEXT,
+    EVALUATION_TEXT,
+    Parity,
+    chunk_tokens,
+    dtype_name,
+)
 from ..runner.memory import CASTING, RUNNING, peak_rss_bytes, workspace
-from ..sources.hub import HubCheckpoint
+from ..sources.hub.repository import HubCheckpoint
+from ..sources.hub.shards import open_streamed
 from ..sources.imatrix import read_imatrix
 from ..sources.model import Model, open_model
-from ..sources.progress import Progress, Silent
-from ..sources.shards import open_streamed
 from .encode import MeasuredImportance
-from .fingerprint import file_identity, fingerprint, text_identity
-from .gguf_tokenizer import tokenizer_metadata
-from .gguf_writer import GGUFWriter
-from .imatrix import ImatrixWriter
-from .journal import Journal, journal_folder
+from .gguf.imatrix import ImatrixWriter
+from .gguf.tokenizer import tokenizer_metadata
+from .gguf.writer import GGUFWriter
 from .onepass import Lanes, cast
 from .onnx.export import open_onnx_writer
 from .preflight import check_disk
+from .resume.fingerprint import file_identity, fingerprint, text_identity
+from .resume.journal import Journal, journal_folder
 from .writer import Writer
 
 _ROUNDED_ACTIVATIONS = (

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..archs.errors import Interruption
-from ..quant.plan import Plan
+from ..errors import Interruption
+from ..progress import Progress
+from ..quant.planning.plan import Plan
+from ..sources.hub.shards import ShardStorage
 from ..sources.model import Model
-from ..sources.progress import Progress
-from ..sources.shards import ShardStorage
-from .journal import Journal
 from .onepass import Lanes
+from .resume.journal import Journal
 
 
 def check_disk(

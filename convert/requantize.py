@@ -6,19 +6,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..archs.errors import BadInput
-from ..quant.formats import FORMATS
-from ..quant.plan import Plan, override_types, plan_tensors
-from ..quant.recipes import recipe_named
+from ..errors import BadInput
+from ..progress import Progress, Silent
+from ..quant.formats.table import FORMATS
+from ..quant.planning.plan import Plan, override_types, plan_tensors
+from ..quant.planning.recipes import recipe_named
 from ..sources.imatrix import ImportanceMatrix, read_imatrix
 from ..sources.model import Model, open_model
-from ..sources.progress import Progress, Silent
 from .encode import MeasuredImportance
-from .fingerprint import file_identity, fingerprint
-from .gguf_writer import GGUFWriter
-from .journal import Journal
+from .gguf.writer import GGUFWriter
 from .onepass import Lanes, cast
 from .pipeline import QUANTIZATION_VERSION, Conversion
+from .resume.fingerprint import file_identity, fingerprint
+from .resume.journal import Journal
 
 _UNQUANTISED_BITS = 16
 

@@ -11,8 +11,8 @@ from typing import Self
 
 from torch import Tensor
 
-from ..archs.errors import Interruption
-from .journal import Journal
+from ..errors import Interruption
+from .resume.journal import Journal
 
 
 class Writer(ABC):

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .formats import FORMATS, Format, format_named, format_with_id
+from .formats.table import FORMATS, Format, format_named, format_with_id
 
 if TYPE_CHECKING:
-    from .blocks import dequantize, quantize
+    from .formats.quantize import dequantize, quantize
 
 __all__ = ["FORMATS", "Format", "dequantize", "format_named", "format_with_id", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("dequantize", "quantize"):
-        from . import blocks
+        from .formats import quantize as module
 
-        return getattr(blocks, name)
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

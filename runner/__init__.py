@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .evaluate import parity, perplexity
+    from .measure.evaluate import parity, perplexity
 
 __all__ = ["parity", "perplexity"]
 
@@ -13,7 +13,7 @@ __all__ = ["parity", "perplexity"]
 def __getattr__(name: str) -> Any:
     """`moecast.runner.parity` and `perplexity`, imported only when somebody asks for them."""
     if name in __all__:
-        from . import evaluate
+        from .measure import evaluate
 
         return getattr(evaluate, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

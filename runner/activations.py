@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..archs.errors import Interruption
+from ..errors import Interruption
 from ..sources.storage import read_at, write_at
 
 _FLOAT = 4  # bytes

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..archs.errors import BadInput
+from ..errors import BadInput
 from ..sources.model import Model
 from ..sources.tokenizer import Tokenizer
-from .onnx_model import OnnxModel
+from .engines import OnnxModel
 from .stream import Cache, Stream
 
 Engine = Callable[[Tensor], Tensor]  # further token ids int64 [tokens] -> logits of what follows, [vocabulary size]

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from ctypes import CDLL
 from pathlib import Path
 
-from ..archs.errors import BadInput
 from ..archs.graph import Attention, CompressedAttention, Graph, Mamba2, MoE, Operation, weights_in
 from ..archs.weights import Role, Weight
+from ..errors import BadInput
 from .activations import Workspace
 
 RUNNING = 1  # form of a weight: as it is

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..archs.weights import Weight
-from ..quant.importance import Statistics
+from ..quant.rounding.statistics import Statistics
 from .stream import Stream
 from .weights import Weights
 

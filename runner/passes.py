@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..quant.importance import Importance, Statistics
-from ..quant.moments import statistics_for
+from ..progress import Progress, Silent
+from ..quant.rounding.moments import statistics_for
+from ..quant.rounding.statistics import Importance, Statistics
 from ..sources.model import Model
-from ..sources.progress import Progress, Silent
 from .activations import Workspace
-from .evaluate import with_bos
+from .measure.evaluate import with_bos
 from .observe import ObservingWeights, observe_head
 from .stream import Stream
 from .weights import Weights

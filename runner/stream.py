@@ -12,16 +12,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..archs.errors import BadInput
 from ..archs.graph import MLP, Attention, CompressedAttention, Layer, Mamba2, MoE, SubLayer
+from ..errors import BadInput
 from ..sources.model import Model, pieces
 from .activations import Activations, Workspace
-from .attention import AttentionMixer
-from .blocks import mlp, normaliser
-from .compressed_attention import CompressedAttentionMixer
-from .experts import ExpertLane, run_experts
-from .mamba import MambaMixer
-from .residual import residual_of
+from .blocks.attention import AttentionMixer
+from .blocks.common import mlp, normaliser
+from .blocks.compressed_attention import CompressedAttentionMixer
+from .blocks.experts import ExpertLane, run_experts
+from .blocks.mamba import MambaMixer
+from .blocks.residual import residual_of
 from .weights import ModelWeights, Weights, multiply
 
 _TOKENS = 1024  # embedded at a time

@@ -10,8 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..archs.config import Config
-from ..archs.errors import BadInput
 from ..archs.weights import TensorInfo
+from ..errors import BadInput
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

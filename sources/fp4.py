@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..archs.errors import BadInput
 from ..archs.weights import Expression, Mxfp4, Nvfp4, Read, TensorInfo, of_expert
-from ..quant.formats import format_named
+from ..errors import BadInput
+from ..quant.formats.table import format_named
 from .storage import Storage
 
 _E4M3_NAN = 0x7F  # the bits above it have the sign set

@@ -11,9 +11,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..archs.errors import BadInput
 from ..archs.weights import TensorInfo
-from ..quant.formats import format_with_id
+from ..errors import BadInput
+from ..quant.formats.table import format_with_id
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..archs.errors import BadInput
+from ..errors import BadInput
 from .gguf import MAGIC, read_gguf
 from .storage import Storage
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .hub import HubCheckpoint, HubSource, fetch, is_offline, parse_source
+from ..progress import Progress
+from .hub.repository import HubCheckpoint, HubSource, fetch, is_offline, parse_source
 from .model import Model, open_model
-from .progress import Progress
 
 
 def locate(source: str, revision: str | None, token: str | None, progress: Progress) -> tuple[Path, dict[str, str]]:

@@ -7,8 +7,8 @@ from collections import OrderedDict
 
 import torch
 
-from ..archs.errors import BadInput
 from ..archs.weights import TensorInfo
+from ..errors import BadInput
 
 _OPEN_FILES = 32
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from ..archs.errors import BadInput
+from ..errors import BadInput
 from .control_tokens import looks_like_control
 from .tokenizer import Tokenizer
 

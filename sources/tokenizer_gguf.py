@@ -9,8 +9,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from ..archs.errors import BadInput
 from ..archs.pretokenizers import PRE_TOKENIZERS, PreTokenizer, find_pre_tokenizer
+from ..errors import BadInput
 from .control_tokens import END_OF_GENERATION_TEXTS, looks_like_control
 from .tokenizer import Tokenizer
 

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from moecast.convert.gguf_writer import GGUFWriter
+from moecast.convert.gguf.writer import GGUFWriter
 from moecast.convert.onepass import Lanes
 from moecast.convert.onepass import cast as cast_model
 from moecast.convert.onnx.export import open_onnx_writer
 from moecast.convert.pipeline import gguf_metadata
-from moecast.quant.onnx_plan import OnnxPlan
-from moecast.quant.targets import plan_target
-from moecast.runner.onnx_model import OnnxModel
+from moecast.progress import Silent
+from moecast.quant.planning.onnx_plan import OnnxPlan
+from moecast.quant.planning.targets import plan_target
+from moecast.runner.engines import OnnxModel
 from moecast.sources.model import open_model
-from moecast.sources.progress import Silent
 from torch import Tensor
 
 

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 USE_KERNELS = """
 import os, numpy, moecast
-from moecast.quant import native, quantize
+from moecast.quant import quantize
+from moecast.quant.formats import native
 x = numpy.random.default_rng(0).standard_normal((3, 256), numpy.float32)
 ours = quantize(x, "Q4_K")
 os.environ["MOECAST_KERNELS"] = "torch"
@@ -41,7 +42,7 @@ def test_it_installs_without_a_compiler(source: Path, tmp_path: Path) -> None:
     assert "no C++ kernels" in output
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert "moecast/quant/native.py" in names
+    assert "moecast/quant/formats/native.py" in names
     assert not any(name.endswith(".so") for name in names)
 
 

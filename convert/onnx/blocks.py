@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...quant import dequantize, format_named
-from ...quant.packing import PACKINGS
+from ...quant.planning.onnx_packing import PACKINGS
 
 _CHUNK = 1 << 18  # values at a time: what a core's cache holds
 

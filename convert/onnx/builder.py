@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from ...archs.graph import Norm
 from ...archs.weights import Weight
-from ...quant.onnx_plan import OnnxPlan, StoredArray
-from ...quant.packing import PACKINGS
+from ...quant.planning.onnx_packing import PACKINGS
+from ...quant.planning.onnx_plan import OnnxPlan, StoredArray
 
 OPSETS = {"": 24, "com.microsoft": 1}
 IR_VERSION = 11

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...quant.onnx_plan import OnnxPlan
-from ...runner.onnx_model import check_operators
+from ...quant.planning.onnx_plan import OnnxPlan
+from ...runner.engines import check_operators
 from ...sources.model import Model
-from ..journal import Journal
+from ..resume.journal import Journal
 from .files import model_files, operators
 from .model import build_model
 from .writer import OnnxWriter

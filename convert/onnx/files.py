@@ -12,10 +12,10 @@ from typing import Any
 import onnx_ir as ir
 
 from ... import __version__
-from ...archs.errors import BadInput
 from ...archs.graph import Attention, Graph
-from ...quant.onnx_plan import OnnxPlan
-from ...runner.onnx_model import DESCRIPTION_NAME, MODEL_NAME
+from ...errors import BadInput
+from ...quant.planning.onnx_plan import OnnxPlan
+from ...runner.engines import DESCRIPTION_NAME, MODEL_NAME
 from ...sources.tokenizer import Tokenizer
 from .builder import State
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ...archs.graph import MLP, Attention, CompressedAttention, Mamba2, MoE, Operation
-from ...quant.onnx_plan import OnnxPlan
+from ...quant.planning.onnx_plan import OnnxPlan
 from .attention import attention
 from .builder import Builder, State
 from .compressed_attention import compressed_attention

@@ -18,10 +18,10 @@ from typing import BinaryIO
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from ...archs.errors import BadInput
-from ...quant.onnx_plan import ALIGNMENT
-from ...runner.onnx_model import DESCRIPTION_NAME, MODEL_NAME, read_description, runtime
-from ...sources.progress import Progress
+from ...errors import BadInput
+from ...progress import Progress
+from ...quant.planning.onnx_plan import ALIGNMENT
+from ...runner.engines import DESCRIPTION_NAME, MODEL_NAME, read_description, runtime
 
 _PACKING_OPERATORS = ("QMoE", "MatMulNBits", "FusedMatMul")
 _ENTRY = "prepacked_"  # beginning of the keys of external data that name packed copies

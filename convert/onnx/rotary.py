@@ -6,7 +6,7 @@ import onnx_ir as ir
 from torch.nn import functional
 
 from ...archs.graph import Rope
-from ...runner.rotary import frequencies
+from ...runner.blocks.rotary import frequencies
 from .builder import Builder
 from .positions import token_positions
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...archs.errors import OutputExists
-from ...quant.onnx_plan import OnnxPlan, StoredArray
-from ...quant.packing import PACKINGS
-from ...runner.onnx_model import MODEL_NAME
+from ...errors import OutputExists
+from ...quant.planning.onnx_packing import PACKINGS
+from ...quant.planning.onnx_plan import OnnxPlan, StoredArray
+from ...runner.engines import MODEL_NAME
 from ...sources.storage import write_at
-from ..journal import Journal, synchronise
+from ..resume.journal import Journal, synchronise
 from ..writer import Writer
 from .blocks import unpack_blocks
 

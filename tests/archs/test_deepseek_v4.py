@@ -14,12 +14,12 @@ import real_deepseek
 import real_models
 from moecast.archs.config import Config
 from moecast.archs.deepseek_v4 import ARCHITECTURE
-from moecast.archs.errors import BadInput
 from moecast.archs.graph import CompressedAttention, Graph, HashRouter, MoE
 from moecast.archs.weights import Role
-from moecast.quant.formats import format_named
-from moecast.quant.plan import ALIGNMENT, Plan, plan_file, plan_tensors
-from moecast.quant.recipes import recipe_named
+from moecast.errors import BadInput
+from moecast.quant.formats.table import format_named
+from moecast.quant.planning.plan import ALIGNMENT, Plan, plan_file, plan_tensors
+from moecast.quant.planning.recipes import recipe_named
 
 GIB = 2**30
 

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import real_models
 from moecast.archs.config import Config
-from moecast.archs.errors import BadInput
 from moecast.archs.graph import Attention, Graph, MoE
 from moecast.archs.minimax_m2 import ARCHITECTURE
-from moecast.quant.plan import plan_tensors
-from moecast.quant.recipes import recipe_named
+from moecast.errors import BadInput
+from moecast.quant.planning.plan import plan_tensors
+from moecast.quant.planning.recipes import recipe_named
 
 GIB = 2**30
 

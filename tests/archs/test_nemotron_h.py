@@ -10,12 +10,12 @@ import pytest
 import real_models
 import real_nemotron
 from moecast.archs.config import Config
-from moecast.archs.errors import BadInput
 from moecast.archs.graph import MLP, Attention, Graph, Mamba2, MoE, describe
 from moecast.archs.nemotron_h import MIXTURE
 from moecast.archs.weights import Nvfp4, Scaled, Stack, TensorInfo, stored_tensors
-from moecast.quant.plan import plan_file, plan_tensors
-from moecast.quant.recipes import recipe_named
+from moecast.errors import BadInput
+from moecast.quant.planning.plan import plan_file, plan_tensors
+from moecast.quant.planning.recipes import recipe_named
 from real_nemotron import CONFIGS, ENCODINGS
 
 GIB = 2**30

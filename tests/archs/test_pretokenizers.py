@@ -14,9 +14,9 @@ import vocabularies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama import Engine
-from moecast.archs.errors import BadInput
 from moecast.archs.pretokenizers import PRE_TOKENIZERS, PreTokenizer, choose_pre, recognise
-from moecast.convert.gguf_tokenizer import PROBE
+from moecast.convert.gguf.tokenizer import PROBE
+from moecast.errors import BadInput
 from moecast.sources.tokenizer import Tokenizer
 from tokenizers import Regex, pre_tokenizers
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import Checkpoint
 from forward import runner_logits
-from moecast.archs.errors import BadInput
 from moecast.convert import convert
+from moecast.errors import BadInput
 from moecast.sources.model import open_model
 from safetensors.torch import load_file
 

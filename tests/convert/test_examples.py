@@ -11,7 +11,7 @@ import torch
 from forward import runner_logits
 from moecast.convert import convert
 from moecast.runner import parity
-from moecast.runner.evaluate import EVALUATION_TEXT
+from moecast.runner.measure.evaluate import EVALUATION_TEXT
 from moecast.sources.model import open_model
 
 FOLDERS = sorted(path.parent for path in checkpoints.EXAMPLES.glob("*/config.json"))

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 import torch
 from forward import runner_logits
-from moecast.archs.errors import BadInput
 from moecast.convert import convert
-from moecast.convert.gguf_writer import GGUFWriter
+from moecast.convert.gguf.writer import GGUFWriter
 from moecast.convert.onepass import Lanes, cast
 from moecast.convert.pipeline import gguf_metadata
-from moecast.quant.padding import pad
-from moecast.quant.plan import plan_tensors
-from moecast.quant.recipes import recipe_named
+from moecast.errors import BadInput
+from moecast.progress import Silent
+from moecast.quant.planning.padding import pad
+from moecast.quant.planning.plan import plan_tensors
+from moecast.quant.planning.recipes import recipe_named
 from moecast.runner import parity
 from moecast.sources.model import Model, open_model
-from moecast.sources.progress import Silent
 from moecast.sources.storage import Storage
 from nemotron_checkpoints import DENSE, GROUPED, LATENT, WITH_DENSE_LAYER
 from safetensors.torch import load_file

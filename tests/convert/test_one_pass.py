@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import Checkpoint
-from moecast.archs.errors import BadInput
 from moecast.convert import convert
 from moecast.convert.calibrate import write_imatrix
+from moecast.errors import BadInput
+from moecast.progress import Silent
 from moecast.quant import quantize
 from moecast.runner import parity
 from moecast.runner.stream import Stream, advance
 from moecast.runner.weights import ModelWeights
 from moecast.sources.imatrix import read_imatrix
 from moecast.sources.model import Model, open_model
-from moecast.sources.progress import Silent
 from safetensors.torch import load_file, save_file
 
 DATA = Path(__file__).parent.parent / "data" / "imatrix"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from moecast.archs.errors import BadInput
 from moecast.archs.weights import Weight
 from moecast.convert import convert
-from moecast.runner.evaluate import CALIBRATION_TEXT, Parity
+from moecast.errors import BadInput
+from moecast.progress import Silent
+from moecast.runner.measure.evaluate import CALIBRATION_TEXT, Parity
 from moecast.runner.observe import ObservingWeights
 from moecast.sources.model import open_model
-from moecast.sources.progress import Silent
 from torch import Tensor
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minimax-m2-tiny"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from moecast.quant import native
+from moecast.quant.formats import native
 
 
 @pytest.fixture(autouse=True)

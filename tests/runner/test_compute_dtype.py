@@ -7,13 +7,13 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-from moecast.archs.errors import BadInput
 from moecast.archs.graph import MoE
 from moecast.convert import convert
+from moecast.errors import BadInput
+from moecast.progress import Silent
 from moecast.runner import parity, perplexity
 from moecast.runner.weights import ModelWeights, multiply
 from moecast.sources.model import open_model
-from moecast.sources.progress import Silent
 
 FOLDERS = sorted(path.parent for path in checkpoints.EXAMPLES.glob("*/config.json"))
 TEXT = Path(__file__).parent.parent / "data" / "imatrix" / "text.txt"

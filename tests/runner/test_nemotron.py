@@ -10,7 +10,7 @@ import nemotron_checkpoints as nemotron
 import pytest
 import torch
 from moecast.archs.graph import Mamba2
-from moecast.runner.mamba import MambaMixer, scan
+from moecast.runner.blocks.mamba import MambaMixer, scan
 from moecast.runner.stream import Stream
 from moecast.runner.weights import ModelWeights
 from moecast.sources.model import Model, open_model

@@ -10,8 +10,8 @@ import checkpoints
 import pytest
 import torch
 from conftest import Checkpoint
-from moecast.archs.errors import BadInput
 from moecast.archs.weights import BlockScaled, Read, TensorInfo
+from moecast.errors import BadInput
 from moecast.sources.checkpoint import read_config, read_tensors
 from moecast.sources.decode import evaluate
 from moecast.sources.model import open_model

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from moecast.archs.errors import BadInput
+from moecast.errors import BadInput
 from moecast.sources.gguf import read_gguf
 from moecast.sources.storage import Storage
 

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from moecast.archs.errors import BadInput
+from moecast.errors import BadInput
 from moecast.sources.imatrix import read_imatrix
 
 DATA = Path(__file__).parent.parent / "data" / "imatrix"

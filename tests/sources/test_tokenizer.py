@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import vocabularies
-from moecast.archs.errors import BadInput
+from moecast.errors import BadInput
 from moecast.sources.tokenizer import Tokenizer
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend

@@ -1,0 +1,154 @@
+"""Commands that measure models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import compute_dtype_option, hub_options, json_option, low_memory_option, text_options
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..runner.engines import OnnxModel
+    from ..runner.measure.evaluate import Parity
+    from ..sources.model import Model
+
+
+@click.command()
+@click.argument("model")
+@text_options
+@compute_dtype_option
+@low_memory_option
+@hub_options
+@json_option
+def perplexity(
+    model: str,
+    file: Path | None,
+    context: int,
+    chunks: int | None,
+    compute_dtype: torch.dtype,
+    low_memory: bool,
+    revision: str | None,
+    token: str | None,
+    as_json: bool,
+) -> None:
+    """Perplexity of a checkpoint, a GGUF file or an ONNX folder on a text, defined as llama-perplexity does.
+
+    \b
+    Examples:
+      moecast perplexity CHECKPOINT -f text.txt
+      moecast perplexity model.gguf -f text.txt --chunks 20 --json
+    """
+    from ..runner.measure.evaluate import EVALUATION_TEXT
+    from ..runner.measure.evaluate import perplexity as run
+    from .console import watch
+    from .report import show_perplexity
+
+    opened = _open(model, revision, token, low_memory)
+    with watch() as progress:
+        result = run(opened, file or EVALUATION_TEXT, context, chunks, progress, compute_dtype)
+    show_perplexity(str(opened.path), result, as_json)
+
+
+@click.command()
+@click.argument("reference")
+@click.argument("candidate")
+@text_options
+@click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
+@compute_dtype_option
+@low_memory_option
+@hub_options
+@json_option
+def parity(
+    reference: str,
+    candidate: str,
+    file: Path | None,
+    context: int,
+    chunks: int | None,
+    max_kld: float | None,
+    compute_dtype: torch.dtype,
+    low_memory: bool,
+    revision: str | None,
+    token: str | None,
+    as_json: bool,
+) -> None:
+    """How far CANDIDATE is from REFERENCE: KL divergence, perplexity, agreement on the most probable token.
+
+    \b
+    Examples:
+      moecast parity CHECKPOINT model.gguf --max-kld 0.05
+      moecast parity a.gguf b.gguf -f text.txt --json
+    """
+    from ..runner.measure.evaluate import EVALUATION_TEXT
+    from ..runner.measure.evaluate import parity as run
+    from .console import watch
+    from .report import show_parity
+
+    first, second = _open(reference, revision, token, low_memory), _open(candidate, None, token, low_memory)
+    with watch() as progress:
+        result = run(first, second, file or EVALUATION_TEXT, context, chunks, progress, compute_dtype)
+    show_parity(f"{second.path} against {first.path}", result, as_json)
+    judge(result, max_kld)
+
+
+def judge(result: Parity | None, max_kld: float | None) -> None:
+    """Exit with 1 when a result is worse than the user accepts."""
+    if result and max_kld is not None and not result.mean_kld <= max_kld:
+        click.echo(f"Failed: mean KL divergence {result.mean_kld:.6f} is above {max_kld}", err=True)
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("model")
+@click.option("-p", "--prompt", required=True, help="Text to continue, control tokens included.")
+@click.option("-n", "--tokens", default=128, show_default=True, help="Write at most this many tokens.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most probable token every time.")
+@click.option("--seed", type=int, help="For the same random choices again.")
+@low_memory_option
+@hub_options
+@json_option
+def run(
+    model: str,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int | None,
+    low_memory: bool,
+    revision: str | None,
+    token: str | None,
+    as_json: bool,
+) -> None:
+    """Continue a text with a checkpoint, a GGUF file or an ONNX folder.
+
+    Checkpoints and GGUF files are read anew for every token: that shows what they say, not how fast they are.
+
+    \b
+    Examples:
+      moecast run CHECKPOINT -p "Once upon a time"
+      moecast run model-onnx/ -p "Once upon a time" --temperature 0.8
+    """
+    from ..runner.generate import generate
+    from .console import print_json
+
+    pieces = []
+    for piece in generate(_open(model, revision, token, low_memory), prompt, tokens, temperature, seed):
+        pieces.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False)
+    if as_json:
+        print_json({"prompt": prompt, "text": "".join(pieces)})
+    else:
+        click.echo()
+
+
+def _open(source: str, revision: str | None, token: str | None, low_memory: bool) -> Model | OnnxModel:
+    from ..runner.engines import open_runnable
+    from ..sources.locate import locate
+    from .console import watch
+
+    with watch() as progress:
+        return open_runnable(locate(source, revision, token, progress)[0], low_memory)

@@ -1,0 +1,82 @@
+"""Commands that look at models without changing anything, and fetch them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ..errors import BadInput
+from .options import hub_options, json_option
+
+
+@click.command()
+@click.argument("source")
+@hub_options
+@json_option
+def inspect(source: str, revision: str | None, token: str | None, as_json: bool) -> None:
+    """Show what a model is made of: blocks, parameters, dtypes, memory per token.
+
+    \b
+    Examples:
+      moecast inspect CHECKPOINT
+      moecast inspect model.gguf --json
+    """
+    from ..sources.locate import describe
+    from .report import show_model
+
+    show_model(describe(source, revision, token), as_json)
+
+
+@click.command()
+@click.argument("repository")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the files, by default the Hub cache.")
+@click.option("--dry-run", is_flag=True, help="List the files and their sizes, fetch nothing.")
+@hub_options
+@json_option
+def download(
+    repository: str, output: Path | None, dry_run: bool, revision: str | None, token: str | None, as_json: bool
+) -> None:
+    """Fetch what a conversion needs from the Hub: one commit, resumed where it stopped, verified.
+
+    \b
+    Examples:
+      moecast download OWNER/NAME
+      moecast download OWNER/NAME --revision main -o NAME/ --dry-run
+    """
+    from ..sources.hub.repository import HubSource, fetch, list_files, parse_source
+    from .console import human_bytes, print_columns, print_json, watch
+
+    source = parse_source(repository)
+    if not isinstance(source, HubSource):
+        raise BadInput(f"{repository} is a folder on this machine, expected a Hub repository such as owner/name")
+    if dry_run:
+        listing = list_files(source, revision, token)
+        if as_json:
+            print_json({"commit": listing.commit, "bytes": listing.bytes, "files": [asdict(f) for f in listing.files]})
+        else:
+            rows = [(file.name, human_bytes(file.bytes)) for file in listing.files]
+            print_columns(f"{source.repository} at {listing.commit}", ("File", "Size"), rows)
+        return
+    with watch() as progress:
+        folder = fetch(source, revision, token, progress, output)
+    if as_json:
+        print_json({"folder": folder})
+    else:
+        click.echo(folder)
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Show what this machine offers: processor, kernels, GPU, memory, disk, engines.
+
+    \b
+    Examples:
+      moecast doctor
+      moecast doctor --json
+    """
+    from .doctor import examine, show
+
+    show(examine(Path.cwd()), as_json)

@@ -1,0 +1,189 @@
+"""What each command's result looks like: a table for people, the same facts as JSON for scripts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from .console import human_bytes, human_count, print_columns, print_json, print_table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..convert.calibrate import Calibration
+    from ..convert.pipeline import Conversion
+    from ..quant.planning.fit import Fit
+    from ..quant.planning.plan import Plan
+    from ..runner.measure.evaluate import Parity, Perplexity
+    from ..sources.model import Model
+
+
+def show_model(model: Model, as_json: bool) -> None:
+    graph = model.graph
+    if as_json:
+        from ..archs.graph import describe
+
+        tensors = [{"name": t.name, "dtype": t.dtype, "shape": t.shape, "bytes": t.length} for t in model.tensors]
+        print_json(
+            {
+                "architecture": graph.architecture,
+                "parameters": graph.parameters(),
+                "active_parameters": graph.active_parameters(),
+                "state_bytes_per_token": graph.state_bytes_per_token(),
+                "tensors": tensors,
+                "problems": graph.notes,
+                "graph": describe(graph),
+            }
+        )
+        return
+    stored: Counter[str] = Counter()
+    for tensor in model.tensors:
+        stored[tensor.dtype] += tensor.length
+    operations = Counter(type(operation).__name__ for operation in graph.operations())
+    print_table(
+        str(model.path),
+        [
+            ("Architecture", graph.architecture),
+            ("Parameters", f"{human_count(graph.parameters())} ({human_count(graph.active_parameters())} active)"),
+            ("Layers", f"{len(graph.layers)}: " + ", ".join(f"{n} x {kind}" for kind, n in operations.items())),
+            ("Hidden size, vocabulary", f"{graph.hidden_size}, {graph.vocabulary_size}"),
+            ("Stored", ", ".join(f"{dtype} {human_bytes(size)}" for dtype, size in stored.most_common())),
+            ("KV cache per token", f"{human_bytes(graph.state_bytes_per_token())} (16 bits)"),
+        ],
+    )
+
+
+def show_plan(plan: Plan, as_json: bool) -> None:
+    from ..quant.planning.allocation import bytes_per_token
+    from ..quant.planning.plan_file import plan_as_json
+
+    if as_json:
+        print_json(plan_as_json(plan))
+        return
+    layers: dict[tuple[str, str], list[int]] = {}
+    sizes: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
+    for tensor in plan.tensors:
+        key = tensor.weight.role.value, tensor.type.name
+        counts[key] += 1
+        sizes[key] += plan.bytes_of(tensor)
+        if tensor.weight.layer is not None:
+            layers.setdefault(key, []).append(tensor.weight.layer)
+    rows = [
+        (role, name, _ranges(layers.get((role, name), [])), str(counts[role, name]), human_bytes(size))
+        for (role, name), size in sizes.items()
+    ]
+    roles = list(dict.fromkeys(row[0] for row in rows))
+    rows.sort(key=lambda row: roles.index(row[0]))
+    title = f"{plan.recipe.name}: {human_bytes(plan.bytes)}, {plan.bits_per_weight:.2f} bits per weight"
+    print_columns(title, ("Role", "Type", "Layers", "Tensors", "Size"), rows)
+    if plan.expected_kld is not None:
+        print(f"Expected KL divergence: {plan.expected_kld:.5f}")
+    print(f"Weights that a token touches: {human_bytes(bytes_per_token(plan))}")
+    show_problems(plan.problems)
+
+
+def show_fit(fit: Fit, as_json: bool) -> None:
+    if as_json:
+        from ..quant.planning.plan_file import plan_as_json
+
+        memory = {"state_bytes": fit.state_bytes, "working_bytes": fit.working_bytes}
+        print_json({**plan_as_json(fit.plan), **memory, "layers_in_ram": fit.layers_in_ram, "serve": _fit_line(fit)})
+        return
+    show_plan(fit.plan, as_json)
+    print(f"State of {fit.machine.context} tokens: {human_bytes(fit.state_bytes)}, ", end="")
+    print(f"working memory: about {human_bytes(fit.working_bytes)}")
+    print(f"Serve it with\n\n    {_fit_line(fit)}\n")
+
+
+def _fit_line(fit: Fit) -> str:
+    arguments: list[Any] = ["llama-server", "-m", "MODEL.gguf", "-c", fit.machine.context, "--jinja"]
+    if fit.machine.vram:
+        arguments += ["--n-gpu-layers", 99, "--n-cpu-moe", fit.layers_in_ram]
+    return " ".join(str(argument) for argument in arguments)
+
+
+def _ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2, 5'"""
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(result))
+        return
+    value = f"{result.perplexity:.4f} ± {result.error:.4f}"
+    print_table(title, [("Perplexity", value), *_scoring_rows(result)])
+
+
+def show_parity(title: str, result: Parity, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(result))
+    else:
+        print_table(title, _parity_rows(result))
+
+
+def show_conversion(result: Conversion, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(result))
+        return
+    rows = [("Size", f"{human_bytes(result.bytes)}, {result.bits_per_weight:.2f} bits per weight")]
+    if result.parity:
+        rows += _parity_rows(result.parity)
+    rows.append(("Time, peak memory", f"{result.seconds:.1f} s, {human_bytes(result.peak_rss_bytes)}"))
+    print_table(str(result.files[0]), rows)
+    show_problems(result.problems)
+    file = result.files[0]
+    line = server_line(file) if file.suffix == ".gguf" else f'moecast run {file.parent} -p "Once upon a time"'
+    print(f"Run it with\n\n    {line}\n")
+
+
+def show_calibration(result: Calibration, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(result))
+        return
+    rows = [("Tokens", str(result.tokens))]
+    if result.fewest_tokens is not None:
+        rows.append(("Experts no token reached", str(result.unseen_experts)))
+        rows.append(("Fewest tokens of an expert", str(result.fewest_tokens)))
+    rows.append(("Time, peak memory", f"{result.seconds:.1f} s, {human_bytes(result.peak_rss_bytes)}"))
+    print_table(str(result.file), rows)
+
+
+def show_problems(problems: tuple[str, ...]) -> None:
+    for problem in problems:
+        print(f"Note: {problem}")
+
+
+def server_line(path: Path) -> str:
+    """The command that serves a file with llama.cpp on this machine: experts stay in RAM, the rest goes to a GPU."""
+    arguments: list[Any] = ["llama-server", "-m", path, "-c", 8192, "-t", os.cpu_count(), "--jinja"]
+    if shutil.which("nvidia-smi"):
+        arguments += ["--n-gpu-layers", 99, "--cpu-moe"]
+    return " ".join(str(argument) for argument in arguments)
+
+
+def _parity_rows(result: Parity) -> list[tuple[str, str]]:
+    return [
+        ("Perplexity, source", f"{result.perplexity_reference:.4f}"),
+        ("Perplexity, result", f"{result.perplexity_candidate:.4f} ({result.perplexity_ratio - 1:+.2%})"),
+        ("Mean KL divergence", f"{result.mean_kld:.6f} ± {result.mean_kld_error:.6f}"),
+        ("KL divergence, 99.9 %", f"{result.kld_999:.6f}"),
+        ("Same top token", f"{result.top1_agreement:.2%}"),
+        ("Δp of the right token", f"{result.mean_delta_p:+.3%} mean, {result.rms_delta_p:.3%} RMS"),
+        *_scoring_rows(result),
+    ]
+
+
+def _scoring_rows(result: Perplexity | Parity) -> list[tuple[str, str]]:
+    rows = [("Tokens scored", str(result.tokens))]
+    return rows if result.compute_dtype == "float32" else [*rows, ("Products computed in", result.compute_dtype)]

@@ -1,0 +1,210 @@
+"""The best plan under a byte budget: measure what each weight's rounding does, solve, compare whole plans, choose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...archs.graph import Graph
+from ...archs.weights import Weight
+from ...errors import BadInput
+from ...quant.planning.allocation import Damage, Key
+from ...quant.planning.plan import Plan, plan_file
+from ...quant.planning.recipes import RECIPES
+from ...runner.measure.compare_plans import divergences
+from ...runner.measure.probe import measure_damage, types_of
+from ...runner.memory import comparing, workspace
+from ...runner.passes import Measuring, packed, unpacked
+from ..resume.journal import Journal
+from ..resume.states import Notebook
+from .choose import Budget, plan_for_budget, variants
+
+_EXPONENTS = (1.0, 0.8, 1.25)  # of the error in the damage: how much more low bits hurt than high ones
+HELD_OUT_CHUNKS = 24  # of text at most
+_PROBE_CHUNKS, _LEAST_PROBE_CHUNKS = 8, 2  # of text that one probe takes
+_ALL_PROBE_CHUNKS = 1024  # that all probes take together, unless that leaves too few to one
+_MOST_PLANS = 7  # that `rivals_within` gives
+ROLES = "one type a role"  # the name of that plan
+_EDGE = 8  # the first and last of so many parts of the layers are the edges
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A plan that took part: its size, and its mean KL divergence in nats on text that no plan was made from.
+
+    Positions count by how probable the model finds what follows, see `Divergence.trusted_kld`.
+    """
+
+    name: str
+    bytes: int
+    mean_kld: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The plan that won, the damages it was made from, and all that took part, the winner first."""
+
+    plan: Plan
+    damage: Damage
+    rivals: tuple[Rival, ...]
+
+
+def allocate(
+    measuring: Measuring,
+    budget: Budget,
+    probes: Tensor,
+    held_out: Tensor,
+    *,
+    padding: bool = True,
+    mtp: bool | None = None,
+    memory: int | None = None,
+    journal: Journal | None = None,
+) -> Allocation:
+    """The plan with the least measured divergence within a budget.
+
+    Args:
+        probes: tokens [chunks, context] on which single weights are measured.
+        held_out: tokens on which whole plans are compared.
+        memory: most bytes this process may take; activations that do not fit go to scratch files beside the journal.
+        journal: keeps what is measured, and what an earlier run has measured.
+
+    The largest stock mix within the budget takes part; unless another plan is better than it beyond doubt (one
+    standard error of the difference), it wins. Raises BadInput for a budget or a memory that is too small.
+    """
+    graph, forms = measuring.model.graph, variants(measuring.model.graph, padding, mtp)
+    probed = len(types_of(forms, measuring.weighs_columns))
+    probing, side_by_side = (_calibrated_without(measuring, part) for part in (probes, held_out))
+    probing = _with_room(probing, memory, journal, probes, 1 + probed, comparing(1))
+    side_by_side = _with_room(side_by_side, memory, journal, held_out, 1 + _MOST_PLANS, comparing(_MOST_PLANS))
+    notebook = Notebook(journal, graph.layers)
+    (found,) = notebook.once(
+        "damage", lambda states: [packed(asdict(measure_damage(replace(probing, states=states), probes, forms)))]
+    )
+    damage = Damage(**unpacked(found))
+    plans = rivals_within(graph, budget, damage, padding=padding, mtp=mtp, importance=measuring.weighs_columns)
+    measured = notebook.once(
+        "divergences",
+        lambda states: [
+            divergence.trusted_kld
+            for divergence in divergences(replace(side_by_side, states=states), list(plans.values()), held_out)
+        ],
+    )
+    klds = dict(zip(plans, measured, strict=True))
+    best = winner(klds)
+    order = sorted(plans, key=lambda name: (name != best, float(klds[name].mean())))
+    rivals = tuple(Rival(name, plans[name].bytes, float(klds[name].mean())) for name in order)
+    plan = replace(plans[best], expected_kld=rivals[0].mean_kld)
+    return Allocation(replace(plan, notes=(*plan.notes, _verdict(rivals))), damage, rivals)
+
+
+def _calibrated_without(measuring: Measuring, tokens: Tensor) -> Measuring:
+    """The same without these chunks in calibration: rounding is judged by text that it has not seen."""
+    if measuring.calibration is None:
+        return measuring
+    return replace(measuring, calibration=without(measuring.calibration, tokens))
+
+
+def without(calibration: Tensor, tokens: Tensor) -> Tensor:
+    """Chunks that are not among `tokens`; all of them if none is left."""
+    same = (calibration[:, None] == tokens).all(-1).any(1)
+    return calibration[~same] if not same.all() else calibration
+
+
+def _with_room(
+    measuring: Measuring, memory: int | None, journal: Journal | None, tokens: Tensor, lanes: int, copies: int
+) -> Measuring:
+    """The same with a workspace for so many lanes of `tokens`."""
+    calibrating = measuring.calibration.numel() if measuring.calibration is not None else 0
+    total, folder = calibrating + lanes * tokens.numel(), journal.folder.parent if journal else None
+    graph, context = measuring.model.graph, tokens.shape[1]
+    room = workspace(memory, graph, total, context, folder, copies, measuring.error_feedback)
+    return replace(measuring, workspace=room)
+
+
+def winner(klds: Mapping[str, Tensor]) -> str:
+    """The plan with the least divergence [positions]; a stock mix, unless the best is better beyond doubt."""
+    best = min(klds, key=lambda name: float(klds[name].mean()))
+    stock = next((name for name in klds if name in RECIPES), best)
+    gain = klds[stock] - klds[best]
+    return best if float(gain.mean()) > float(gain.std()) / math.sqrt(len(gain)) else stock
+
+
+def rivals_within(
+    graph: Graph, budget: Budget, damage: Damage, *, padding: bool = True, mtp: bool | None = None, importance: bool
+) -> dict[str, Plan]:
+    """The plans to compare, by name: from several exponents of the error, role by role, and the stock mix."""
+    solve = partial(plan_for_budget, graph, budget, padding=padding, mtp=mtp, importance=importance)
+    plans = {f"exponent {x:g}": solve(replace(damage, exponent=x)) for x in _EXPONENTS}
+    plans["drawn to roles"] = solve(damage.drawn_to_roles(graph.weights()))
+    plans["edges apart"] = solve(damage, together=_by_edge(graph))
+    plans[ROLES] = solve(damage, together=_by_role)
+    stock = stock_within(graph, budget.bytes, padding, mtp, importance)
+    if stock:
+        plans[stock.recipe.name] = stock
+    return _distinct(plans)
+
+
+def probe_chunks(graph: Graph) -> int:
+    """How many chunks of text a probe takes: the fewer the more weights there are, for the time that all take."""
+    share = _ALL_PROBE_CHUNKS // len(types_of([graph], importance=True))
+    return min(max(share, _LEAST_PROBE_CHUNKS), _PROBE_CHUNKS)
+
+
+def _distinct(plans: dict[str, Plan]) -> dict[str, Plan]:
+    """Of plans that are alike, the last: the stock mix must stay."""
+    unlike = {
+        tuple((tensor.weight.shape, tensor.type.id) for tensor in plan.tensors): name for name, plan in plans.items()
+    }
+    return {name: plans[name] for name in unlike.values()}
+
+
+def stock_within(graph: Graph, size: int, padding: bool, mtp: bool | None, importance: bool) -> Plan | None:
+    """The largest of llama.cpp's mixes whose data section is within a size; None where none is."""
+    recipes = (recipe for recipe in RECIPES.values() if recipe.quantised and not (recipe.native or recipe.ours))
+    plans = (plan_file(graph, recipe, padding, mtp, importance) for recipe in recipes)
+    return max((plan for plan in plans if plan.bytes <= size), key=lambda plan: plan.bytes, default=None)
+
+
+def _by_role(weight: Weight) -> object:
+    return weight.role
+
+
+def _by_edge(graph: Graph) -> Key:
+    count = len(graph.layers)
+    edge = max(1, count // _EDGE)
+
+    def key(weight: Weight) -> object:
+        return weight.role, weight.layer is not None and not edge <= weight.layer < count - edge
+
+    return key
+
+
+def _verdict(rivals: tuple[Rival, ...]) -> str:
+    winner, *others = rivals
+    compared = ", ".join(f"{r.name} {r.mean_kld:.5f} ({r.mean_kld / max(winner.mean_kld, 1e-12):.2f}x)" for r in others)
+    kept = "the stock mix stays; " if winner.name in RECIPES else ""
+    return f"{kept}KL divergence on held-out text: {winner.name} {winner.mean_kld:.5f}; {compared}"
+
+
+def split_tokens(tokens: Tensor, probes: int, held_out: int) -> tuple[Tensor, Tensor]:
+    """Calibration chunks for probes and for comparing plans, at most so many; spread evenly, and none is in both.
+
+    At most half compare plans, so that these are rounded by others. Raises BadInput when there are fewer than two.
+    """
+    if len(tokens) < 2:
+        raise BadInput("the calibration text has one chunk, expected two or more: use more text or less --context")
+    probing = _spread(len(tokens), min(probes, len(tokens) // 2))
+    unused = torch.ones(len(tokens), dtype=torch.bool)
+    unused[probing] = False
+    rest = tokens[unused]
+    return tokens[probing], rest[_spread(len(rest), min(held_out, max(1, len(tokens) // 2)))]
+
+
+def _spread(length: int, count: int) -> Tensor:
+    """So many of the numbers below `length`, evenly apart."""
+    return torch.arange(count) * length // count

@@ -1,0 +1,273 @@
+"""What of an output is on disk for good, so that work goes on where it stopped, whatever stopped it.
+
+Beside an output NAME lies the folder `.NAME.journal` with the file `records` and tensors saved on the way. The first
+line of `records` is the fingerprint of what is made; each further line lists keys of what has become durable since.
+Data are synchronised before the line that names them is written, so no line promises what a power cut could take back.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.lib.format as npy
+import torch
+from torch import Tensor
+
+from ...errors import BadInput, Interruption, OutputExists
+
+BATCH_BYTES = 256 << 20  # this much is written before it is made durable
+BATCH_SECONDS = 2.0  # or for this long
+
+Key = tuple[str | int, ...]
+_STARTED = "started"  # first part of the keys that name temporary files
+
+
+def journal_folder(output: Path) -> Path:
+    """Where the journal of an output lies."""
+    return output.with_name(f".{output.name}.journal")
+
+
+class Journal:
+    """The record of one output. Use it as a context manager around everything that makes the output.
+
+    Leaving the context normally removes the journal. An exception keeps it and the temporary files where the same
+    command can go on: after an interruption, a full disk, a lost connection. Bad input removes all of it.
+
+    Args:
+        output: the file or folder that is made; the journal lies beside it.
+        fingerprint: everything that decides its bytes, under names and in values that a user understands.
+        overwrite: discard the unfinished work of another fingerprint.
+        precious: bad input, which may be found late, does not remove what is done either; a complete output does.
+
+    Raises BadInput when there is unfinished work of another fingerprint, when another process is writing the same
+    output, or when the folder cannot be written.
+    """
+
+    def __init__(
+        self, output: Path, fingerprint: Mapping[str, str], overwrite: bool = False, precious: bool = False
+    ) -> None:
+        self.folder = journal_folder(output)
+        self._output = output
+        self._fingerprint = dict(fingerprint)
+        self._precious = precious
+        self._done: set[Key] = set()
+        self._pending: list[Key] = []
+        self._pending_bytes = 0
+        self._unsynchronised: set[int] = set()
+        self._committed = time.monotonic()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.folder / "records", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                self._continue(overwrite)
+            except BaseException:
+                os.close(self._descriptor)
+                raise
+        except BlockingIOError:
+            raise BadInput(f"{output} is being written by another process: wait for it, or stop it") from None
+        except OSError as error:
+            raise BadInput(f"{self.folder} cannot be written: {error.strerror}; choose another --output") from None
+
+    def done(self, kind: str) -> Iterator[Key]:
+        """All that is done of one kind: the keys that begin with it."""
+        return (key for key in self._done if key[0] == kind)
+
+    def __contains__(self, key: Key) -> bool:
+        """Whether this is done; what an earlier run did is durable too."""
+        return key in self._done
+
+    @property
+    def continues(self) -> bool:
+        """Whether something of the output was there from an earlier run, or has been made since."""
+        return any(key[0] != _STARTED for key in self._done)
+
+    def start(self, temporary: Path) -> None:
+        """Record that a temporary file has its final size and can be filled. It goes where the journal is not kept."""
+        self.add((_STARTED, self._relative(temporary), temporary.stat().st_size))
+        self.commit()
+
+    def started(self, temporary: Path) -> bool:
+        """Whether an earlier run has started this file. Raises BadInput when it is not as that run left it."""
+        name = self._relative(temporary)
+        size = next((key[2] for key in self._done if key[:2] == (_STARTED, name)), None)
+        if size is not None and not (temporary.is_file() and temporary.stat().st_size == size):
+            raise BadInput(f"{temporary} was removed or changed, so what it held is lost: run the command again")
+        return size is not None
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """What the temporary files and everything beside the record take of the disk already."""
+        temporary = (self.folder.parent / str(key[1]) for key in self.done(_STARTED))
+        files = (*temporary, *(path for path in self.folder.rglob("*") if path.is_file()))
+        return sum(path.stat().st_blocks * 512 for path in files if path.exists())
+
+    def add(self, key: Key, size: int = 0, *descriptors: int) -> None:
+        """Record that `key` is done: `size` bytes were written through `descriptors`. Makes batches durable."""
+        self._done.add(key)
+        self._pending.append(key)
+        self._pending_bytes += size
+        self._unsynchronised.update(descriptors)
+        if self._pending_bytes >= BATCH_BYTES or time.monotonic() - self._committed >= BATCH_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make everything recorded so far durable. Raises Interruption when the disk does not take it."""
+        try:
+            for descriptor in self._unsynchronised:
+                os.fdatasync(descriptor)
+            self._unsynchronised.clear()
+            if self._pending:
+                self._append(self._pending)
+                self._pending, self._pending_bytes = [], 0
+        except OSError as error:
+            raise self.stopped(error) from None
+        self._committed = time.monotonic()
+
+    def save(self, name: str, tensors: Iterable[Tensor]) -> None:
+        """Keep tensors under a name, one at a time. They are durable at once, like all that was recorded before."""
+        try:
+            with (self.folder / name).open("wb") as file:
+                for tensor in tensors:
+                    array = tensor.numpy()
+                    npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(array))
+                    file.write(np.ascontiguousarray(array).data)  # np.save would not say why a disk refuses
+                file.flush()
+                os.fsync(file.fileno())
+            synchronise(self.folder)
+        except OSError as error:
+            raise self.stopped(error) from None
+        self.add(("saved", name))
+        self.commit()
+
+    def load(self, name: str) -> Iterator[Tensor]:
+        """What was saved under a name, one at a time."""
+        with (self.folder / name).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            while file.tell() < size:
+                yield torch.from_numpy(np.load(file, allow_pickle=False))
+
+    def holds(self, name: str) -> bool:
+        """Whether something was saved under a name, completely, and is still there."""
+        return ("saved", name) in self._done and (self.folder / name).is_file()
+
+    def drop(self, name: str) -> None:
+        """Remove what was saved under a name."""
+        (self.folder / name).unlink(missing_ok=True)
+
+    def restart(self) -> None:
+        """Discard what was done, and begin an empty record of this fingerprint. Raises OSError."""
+        self._remove_temporaries()
+        for path in self.folder.iterdir():
+            if path.name != "records":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._done.clear()
+        self._length = 0
+        self._append(self._fingerprint)
+        synchronise(self.folder)
+        synchronise(self.folder.parent)
+
+    def stopped(self, error: OSError) -> Interruption:
+        """What to raise when the disk does not take what is written."""
+        return Interruption(
+            f"{error.filename or self._output} cannot be written: {error.strerror}; "
+            "free space and run the same command again, it continues where it stopped"
+        )
+
+    def keeps(self, error: BaseException) -> bool:
+        """Whether the same command can go on after this error; if so, everything done is recorded."""
+        lasting = BadInput if self._precious else Interruption
+        refused = isinstance(error, BadInput) and (isinstance(error, OutputExists) or not isinstance(error, lasting))
+        if refused or not self.continues:
+            return False
+        try:
+            self.commit()
+        except Interruption:  # the last batch is lost, what was committed before is not
+            self._pending.clear()
+            self._unsynchronised.clear()
+        return True
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or not self.keeps(error):
+            self._remove_temporaries()
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._descriptor)
+
+    def _continue(self, overwrite: bool) -> None:
+        """Lock the record, read it, and begin anew where it is of no use."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = self._read()
+        if found == self._fingerprint:
+            return
+        if self.continues and not overwrite:
+            raise BadInput(self._difference(found))
+        self.restart()
+
+    def _read(self) -> dict[str, str]:
+        """The fingerprint of the record; its keys become what is done, up to the first line that is not whole."""
+        size = os.fstat(self._descriptor).st_size
+        fingerprint: dict[str, str] = {}
+        self._length = 0
+        for number, line in enumerate(os.pread(self._descriptor, size, 0).splitlines(keepends=True)):
+            try:
+                value = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                value = None
+            if number and isinstance(value, list):
+                self._done.update(tuple(key) for key in value)
+            elif not number and isinstance(value, dict):
+                fingerprint = value
+            else:
+                break
+            self._length += len(line)
+        return fingerprint
+
+    def _append(self, value: object) -> None:
+        """Write one line behind the last whole one, and make it durable."""
+        line = json.dumps(value, separators=(",", ":")).encode() + b"\n"
+        os.ftruncate(self._descriptor, self._length)
+        if os.pwrite(self._descriptor, line, self._length) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fdatasync(self._descriptor)
+        self._length += len(line)
+
+    def _relative(self, temporary: Path) -> str:
+        return os.path.relpath(temporary, self.folder.parent)
+
+    def _remove_temporaries(self) -> None:
+        for key in self.done(_STARTED):
+            self.folder.parent.joinpath(str(key[1])).unlink(missing_ok=True)
+
+    def _difference(self, found: Mapping[str, str]) -> str:
+        names = dict.fromkeys((*self._fingerprint, *found))
+        changes = "; ".join(
+            f"{name} was {found.get(name)}, is now {self._fingerprint.get(name)}"
+            for name in names
+            if found.get(name) != self._fingerprint.get(name)
+        )
+        return (
+            f"{self.folder} holds unfinished work of another conversion ({changes}): run that one again to finish it, "
+            "or use --overwrite to begin anew"
+        )
+
+
+def synchronise(path: Path) -> None:
+    """Make a file durable, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,251 @@
+"""Which type every tensor of a graph gets, and what that costs, to the byte."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from ...archs.graph import Attention, Graph
+from ...archs.weights import GlobalScales, Nvfp4, Padded, Role, Stack, Weight
+from ...errors import BadInput
+from ..formats.table import Format, format_named
+from .exact import exact_format
+from .padding import pad
+from .recipes import DOWN_PROJECTIONS, FALLBACKS, LAST_RESORT, Position, Recipe
+
+ALIGNMENT = 32  # bytes; GGUF's default, every tensor starts at a multiple of it
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A weight and the type it will be stored in; `wanted` differs where the row length forced a fallback."""
+
+    weight: Weight
+    type: Format
+    wanted: Format
+
+    @property
+    def row_bytes(self) -> int:
+        return self.type.row_bytes(self.weight.columns)
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.weight.shape[:-1]) * self.row_bytes
+
+    @property
+    def aligned_bytes(self) -> int:
+        return -(-self.bytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Types for all tensors of a graph, in file order.
+
+    `notes` tell how the graph came to differ from the model; `expected_kld` is the KL divergence in nats that
+    measurements of single weights let expect, None without any.
+    """
+
+    recipe: Recipe
+    graph: Graph
+    tensors: tuple[PlannedTensor, ...]
+    notes: tuple[str, ...] = ()
+    expected_kld: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data section of a GGUF file; its header comes on top."""
+        return sum(tensor.aligned_bytes for tensor in self.tensors)
+
+    def bytes_of(self, tensor: PlannedTensor) -> int:
+        """What one tensor takes."""
+        return tensor.bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Padding counts as bytes, not as weights."""
+        return 8 * self.bytes / sum(_model_elements(tensor.weight) for tensor in self.tensors)
+
+    @property
+    def weighs_columns(self) -> bool:
+        """Whether any tensor is rounded so coarsely that knowing which of its inputs matter pays."""
+        return any(tensor.type.block_size > 1 and tensor.type.bits_per_weight < 8 for tensor in self.tensors)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What the user should know before starting: the notes, and one line for each kind of fallback."""
+        fallen = [tensor for tensor in self.tensors if tensor.type != tensor.wanted]
+        counts = Counter((tensor.wanted, tensor.type, tensor.weight.columns) for tensor in fallen)
+        elements: Counter[tuple[Format, Format, int]] = Counter()
+        for tensor in fallen:
+            elements[tensor.wanted, tensor.type, tensor.weight.columns] += tensor.weight.elements
+        total = sum(tensor.weight.elements for tensor in self.tensors)
+        lines = list(self.notes)
+        for (wanted, used, columns), count in counts.items():
+            share = elements[wanted, used, columns] / total
+            lines.append(
+                f"{count} tensors ({share:.0%} of all weights) have rows of {columns}, not a multiple of "
+                f"{wanted.block_size}: stored as {used.name} instead of {wanted.name}"
+            )
+        return tuple(lines)
+
+
+def plan_file(
+    graph: Graph, recipe: Recipe, padding: bool = True, mtp: bool | None = None, importance: bool = False
+) -> Plan:
+    """The plan of a file, whose graph may differ from the model's in what the results do not depend on.
+
+    Args:
+        padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
+        mtp: keep the blocks for multi-token prediction; by default, unless they rule out padding or are a draft of
+            their own, which is planned by itself.
+        importance: whether columns will be weighed by importance; llama.cpp's mixes depend on it.
+
+    Raises BadInput when such blocks are demanded and there are none.
+    """
+    if mtp and not (graph.predictions or graph.draft):
+        raise BadInput("--mtp: this model has no blocks for multi-token prediction; leave the option out")
+    notes = list(graph.notes)
+    if graph.draft and not mtp:
+        notes.append("left out multi-token prediction, which takes a file of its own: --mtp writes it")
+    base = format_named(recipe.base)
+    if mtp is None and padding and graph.predictions and not base.fits(graph.hidden_size):
+        notes.append("left out multi-token prediction: its LayerNorm rules out padding the hidden size; --mtp keeps it")
+        mtp = False
+    if mtp is False:
+        graph = replace(graph, predictions=())
+    plan = plan_tensors(graph, recipe, importance)
+    if padding and (padded := pad(graph, base.block_size)) != graph:
+        unpadded, plan = plan, plan_tensors(padded, recipe, importance)
+        notes.append(_describe_padding(unpadded, plan))
+    return replace(plan, notes=tuple(notes))
+
+
+def _describe_padding(before: Plan, after: Plan) -> str:
+    widths = {
+        (old.weight.columns, new.weight.columns)
+        for old, new in zip(before.tensors, after.tensors, strict=True)
+        if old.weight.columns != new.weight.columns
+    }
+    changes = ", ".join(f"{old} to {new}" for old, new in sorted(widths))
+    line = f"padded rows with zeros, which changes no result: {changes}"
+    if before.bytes < after.bytes:
+        line += f"; --no-pad makes the file {1 - before.bytes / after.bytes:.0%} smaller with other types"
+    return line
+
+
+def plan_tensors(graph: Graph, recipe: Recipe, importance: bool = False) -> Plan:
+    """The stock plan: the recipe's types, protected weights in float32, fallbacks where rows do not fit.
+
+    Args:
+        importance: as in `plan_file`.
+    """
+    layers = len(graph.layers) + len(graph.predictions)
+    heads_per_group = _heads_per_group(graph)
+    values = sum(weight.role is Role.ATTENTION_V for weight in graph.weights())
+    seen: Counter[Role] = Counter()
+    tensors: list[PlannedTensor] = []
+    for weight in graph.weights():
+        kind = Role.EXPERT_DOWN if weight.role in DOWN_PROJECTIONS else weight.role
+        if kind is Role.ATTENTION_V:  # where only some layers have attention, llama.cpp counts these alone
+            position = Position(seen[kind], values, seen[kind], heads_per_group, importance)
+        else:
+            position = Position(weight.layer or 0, layers, seen[kind], heads_per_group, importance)
+        seen[kind] += 1
+        if recipe.native:
+            tensors += _plan_native(weight, graph)
+        else:
+            tensors.append(_plan_tensor(weight, recipe, position))
+    return Plan(recipe, graph, tuple(tensors))
+
+
+def _heads_per_group(graph: Graph) -> int:
+    """What llama.cpp's mixes call grouped-query attention: that of the first layer alone, 0 if it has none."""
+    operations = (sublayer.operation for layer in graph.layers[:1] for sublayer in layer.sublayers)
+    return next((op.heads // op.key_value_heads for op in operations if isinstance(op, Attention)), 0)
+
+
+def _plan_tensor(weight: Weight, recipe: Recipe, position: Position) -> PlannedTensor:
+    if weight.role.protected or len(weight.shape) == 1:
+        return PlannedTensor(weight, format_named("F32"), format_named("F32"))
+    if weight.role is Role.HASH_TABLE:
+        return PlannedTensor(weight, format_named("I32"), format_named("I32"))
+    exact = exact_format(weight.source)
+    wanted = format_named(recipe.type_of(weight.role, position))
+    if recipe.quantised and exact and exact.bits_per_weight < wanted.bits_per_weight:
+        return PlannedTensor(weight, exact, exact)  # more bits than the source has would buy nothing
+    if weight.role is Role.HEAD and not format_named(recipe.base).fits(weight.columns):
+        return PlannedTensor(weight, _fitting("Q8_0", weight.columns), wanted)
+    return PlannedTensor(weight, _fitting(wanted.name, weight.columns), wanted)
+
+
+def _plan_native(weight: Weight, graph: Graph) -> tuple[PlannedTensor, ...]:
+    """What is stored as a file of this format can store it; the nearest type where there is no such form."""
+    match weight.source:
+        case Nvfp4():
+            matrices = [weight.source]
+        case Stack(experts):
+            matrices = [expert for expert in experts if isinstance(expert, Nvfp4)]
+        case _:
+            matrices = []
+    nvfp4 = format_named("NVFP4")
+    if len(matrices) == (weight.experts or 1) and weight.role in graph.scaled_roles and nvfp4.fits(weight.columns):
+        codes = tuple(replace(matrix, global_scale=None) for matrix in matrices)
+        stored = replace(weight, source=codes[0] if weight.experts is None else Stack(codes))
+        scales = GlobalScales(tuple(matrices))
+        name = f"{weight.name.removesuffix('.weight')}.scale"
+        f32 = format_named("F32")
+        return (
+            PlannedTensor(stored, nvfp4, nvfp4),
+            PlannedTensor(Weight(name, Role.SCALE, scales.shape, scales), f32, f32),
+        )
+    exact = exact_format(weight.source) or format_named("Q8_0")
+    wanted = format_named("F32") if weight.role.protected or len(weight.shape) == 1 else exact
+    return (PlannedTensor(weight, _fitting(wanted.name, weight.columns), wanted),)
+
+
+def _model_elements(weight: Weight) -> int:
+    return prod(weight.source.source.shape) if isinstance(weight.source, Padded) else weight.elements
+
+
+def _fitting(name: str, columns: int) -> Format:
+    """The type itself, or the first of its fallbacks whose blocks divide the row."""
+    while not format_named(name).fits(columns):
+        name = FALLBACKS.get(name, LAST_RESORT)
+    return format_named(name)
+
+
+def override_types(plan: Plan, overrides: Sequence[tuple[str, str]]) -> Plan:
+    """A plan with other types for the tensors whose names match; protected weights stay in float32.
+
+    Args:
+        overrides: regular expressions searched in GGUF tensor names, and type names; the first match counts.
+
+    Raises BadInput for a bad expression, an unknown type, one that rows do not fit, and an override without effect.
+    """
+    compiled = [(pattern, _compiled(pattern), format_named(name)) for pattern, name in overrides]
+    used: set[str] = set()
+    tensors = []
+    for tensor in plan.tensors:
+        found = next(((text, wanted) for text, regex, wanted in compiled if regex.search(tensor.weight.name)), None)
+        if found and not tensor.weight.role.protected and len(tensor.weight.shape) > 1:
+            pattern, wanted = found
+            used.add(pattern)
+            wanted.row_bytes(tensor.weight.columns)
+            tensor = PlannedTensor(tensor.weight, wanted, wanted)
+        tensors.append(tensor)
+    for pattern, _, _ in compiled:
+        if pattern not in used:
+            raise BadInput(
+                f"--tensor-type {pattern!r} matches no tensor that may be quantised: see the names in `plan`"
+            )
+    return replace(plan, tensors=tuple(tensors))
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.IGNORECASE)
+    except re.error as error:
+        raise BadInput(f"--tensor-type {pattern!r} is not a regular expression: {error}") from None

@@ -1,0 +1,113 @@
+"""Plans as files: types and shapes of all tensors by name, to be read by people, edited, shared and used again.
+
+    {"version": 1, "name": "3.42bpw", "bytes": 96000000000, "bits_per_weight": 3.42, "bytes_per_token": 4.1e9,
+     "expected_kld": 0.021, "problems": [], "tensors": [{"name": "token_embd.weight", "type": "Q6_K",
+     "shape": [200064, 3072], "bytes": 504161280}, ...]}
+
+Reading needs version, name and, of each tensor, name, type and shape; the rest is what the plan amounts to. Shapes are
+slowest dimension first; those of a padded plan are larger than the model's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...archs.graph import Graph
+from ...archs.weights import Role
+from ...errors import BadInput
+from ..formats.table import Format, format_named
+from .allocation import bytes_per_token, candidates, plan_with
+from .padding import pad
+from .plan import Plan
+
+VERSION = 1
+_PADDING = 256  # what rows are padded to multiples of
+
+
+@dataclass(frozen=True)
+class StoredTypes:
+    """What a plan file, or a GGUF file, says of every tensor: name -> type and shape."""
+
+    origin: str
+    name: str
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """A plan as the numbers and strings of a plan file."""
+    return {
+        "version": VERSION,
+        "name": plan.recipe.name,
+        "bytes": plan.bytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "bytes_per_token": bytes_per_token(plan),
+        "expected_kld": plan.expected_kld,
+        "problems": list(plan.problems),
+        "tensors": [
+            {"name": t.weight.name, "type": t.type.name, "shape": list(t.weight.shape), "bytes": plan.bytes_of(t)}
+            for t in plan.tensors
+        ],
+    }
+
+
+def write_plan_file(plan: Plan, path: Path) -> None:
+    """Raises BadInput when the file cannot be written; then there is none."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(plan_as_json(plan), indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BadInput(f"{path} cannot be written: {error.strerror}") from None
+
+
+def read_plan_file(path: Path) -> StoredTypes:
+    """Raises BadInput when the file cannot be read, is no plan, or of a version that is not known."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["version"]
+        if version != VERSION:
+            raise BadInput(f"{path}: version is {version!r}, expected {VERSION}: make the plan anew")
+        tensors = {t["name"]: (t["type"], tuple(int(size) for size in t["shape"])) for t in content["tensors"]}
+        return StoredTypes(str(path), str(content["name"]), tensors)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is not a plan of `moecast plan -o`: {type(error).__name__}: {error}") from None
+
+
+def plan_like(graph: Graph, stored: StoredTypes) -> Plan:
+    """The plan for a model with the types of a file, padded and with drafting blocks if the file is.
+
+    Raises BadInput where the file lacks a tensor, has another shape or a type that cannot be.
+    """
+    if not any(w.name in stored.tensors for w in replace(graph, layers=()).weights() if w.layer is not None):
+        graph = replace(graph, predictions=())
+    notes = graph.notes
+    if stored.tensors.get(graph.embedding.name, ("", graph.embedding.shape))[1] != graph.embedding.shape or any(
+        stored.tensors.get(weight.name, ("", weight.shape))[1] != weight.shape for weight in graph.weights()
+    ):
+        graph = pad(graph, _PADDING)
+        notes = (*notes, f"padded rows with zeros, as {stored.origin} has them, which changes no result")
+    types = {weight.name: _type_of(weight.name, weight.shape, stored) for weight in graph.weights()}
+    for weight in graph.weights():
+        allowed = candidates(weight)
+        if len(allowed) == 1 and (weight.role.protected or len(weight.shape) == 1 or weight.role is Role.HASH_TABLE):
+            types[weight.name] = allowed[0]
+        types[weight.name].row_bytes(weight.columns)
+    return replace(plan_with(graph, types, stored.name), notes=notes)
+
+
+def _type_of(name: str, shape: tuple[int, ...], stored: StoredTypes) -> Format:
+    if name not in stored.tensors:
+        raise BadInput(f"{stored.origin} says nothing of {name}: it was made for another model")
+    type, planned = stored.tensors[name]
+    if planned != shape:
+        raise BadInput(f"{stored.origin}: {name} has shape {list(planned)}, expected {list(shape)}: another model's?")
+    return format_named(type)

@@ -1,0 +1,1 @@
+"""The mathematics of each operation in torch, one file each."""

@@ -1,0 +1,81 @@
+"""The blocks of a graph in torch: normed hidden states in, what they add out, all in float32.
+
+Formulas are those of the original models; the tests compare every block against transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...archs.graph import MLP, Activation, HashRouter, Norm, Router, Score
+from ..weights import Weights
+
+
+def normaliser(norm: Norm, weights: Weights) -> Callable[[Tensor], Tensor]:
+    """RMSNorm with its weight loaded: divides every row [..., size] by its root mean square, times the weight."""
+    weight = weights.load(norm.weight)
+
+    def normalise(hidden: Tensor) -> Tensor:
+        return functional.rms_norm(hidden, weight.shape[-1:], None, norm.epsilon) * weight
+
+    return normalise
+
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """[tokens, heads * head size] -> [heads, tokens, head size]"""
+    return states.view(len(states), heads, -1).transpose(0, 1)
+
+
+def mlp(operation: MLP, states: Tensor, weights: Weights) -> Tensor:
+    """[tokens, width] -> [tokens, width] through a dense layer."""
+    gate = weights.project(states, operation.gate) if operation.gate else None
+    inner = activate(operation.activation, operation.clamp, gate, weights.project(states, operation.up))
+    return weights.project(inner, operation.down)
+
+
+def route(router: Router | HashRouter, states: Tensor, tokens: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    """states [tokens, hidden size], token ids [tokens] -> chosen experts and their shares, both [tokens, top_k].
+
+    Shares are the chosen experts' own scores, scaled to a fixed sum: a bias moves the choice only.
+    """
+    scores = _SCORES[router.score](weights.project(states, router.weight))
+    if isinstance(router, HashRouter):
+        chosen = weights.load(router.table)[tokens].long()
+    else:
+        candidates = _best_groups(router, scores + weights.load(router.bias))
+        chosen = torch.topk(candidates, router.top_k, dim=-1, sorted=False).indices
+    shares = scores.gather(1, chosen)
+    return chosen, shares / (shares.sum(dim=-1, keepdim=True) + router.epsilon) * router.scale
+
+
+def _best_groups(router: Router, scores: Tensor) -> Tensor:
+    """Scores [tokens, experts] with minus infinity wherever an expert's group is not among the best."""
+    if router.groups_used == router.groups:
+        return scores
+    grouped = scores.view(len(scores), router.groups, -1)
+    ranking = grouped.topk(2, dim=-1).values.sum(dim=-1)
+    best = ranking.topk(router.groups_used, dim=-1, sorted=False).indices
+    excluded = torch.ones_like(ranking, dtype=torch.bool).scatter_(1, best, False)
+    return grouped.masked_fill(excluded[..., None], -torch.inf).flatten(1)
+
+
+def activate(activation: Activation, clamp: float | None, gate: Tensor | None, up: Tensor) -> Tensor:
+    """What lies between an expert's projections."""
+    match activation:
+        case Activation.SWIGLU:
+            assert gate is not None
+            if clamp is not None:
+                gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
+            return functional.silu(gate) * up
+        case Activation.RELU_SQUARED:
+            return functional.relu(up).square()
+
+
+_SCORES: dict[Score, Callable[[Tensor], Tensor]] = {
+    Score.SIGMOID: torch.sigmoid,
+    Score.SQRT_SOFTPLUS: lambda logits: functional.softplus(logits).sqrt(),
+}

@@ -1,0 +1,123 @@
+"""A layer's experts, one after another, each for all lanes before the next is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ...archs.graph import MoE
+from ...errors import BadInput
+from ..activations import Workspace
+from ..weights import Weights
+from .common import activate, mlp, route
+
+_BLOCK = 1024  # tokens an expert takes at a time
+
+
+class ExpertLane:
+    """One lane's tokens [chunks, context] on their way through the experts of a layer.
+
+    `route` every chunk, `seal`, `add` what experts answer in any order, take `answer`. `where` names model and layer
+    for messages.
+    """
+
+    def __init__(self, operation: MoE, weights: Weights, tokens: Tensor, workspace: Workspace, where: str) -> None:
+        self.operation = operation
+        self.weights = weights
+        self._tokens = tokens
+        self._where = where
+        shape = (*tokens.shape, operation.up.columns)
+        self._inputs, self._answers = workspace.activations(*shape), workspace.activations(*shape)
+        self._chosen: list[Tensor] = []
+        self._shares: list[Tensor] = []
+
+    def route(self, normed: Tensor) -> None:
+        """Take in the next chunk: normed states [tokens, hidden size]."""
+        chunk, down = len(self._chosen), self.operation.latent_down
+        chosen, shares = route(self.operation.router, normed, self._tokens[chunk], self.weights)
+        self._inputs[chunk] = self.weights.project(normed, down) if down else normed
+        self._chosen.append(chosen)
+        self._shares.append(shares)
+
+    def seal(self) -> None:
+        """All chunks are routed: bring the tokens into the experts' order."""
+        chosen, top_k = torch.cat(self._chosen).flatten(), self.operation.router.top_k
+        order = chosen.argsort(stable=True)
+        self.counts = torch.bincount(chosen, minlength=self.operation.experts)
+        self._rows = (order // top_k).split(self.counts.tolist())
+        self._portions = torch.cat(self._shares).flatten()[order].split(self.counts.tolist())
+
+    def pieces(self, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Numbers of the tokens that chose an expert and its shares in their answers, so many at a time."""
+        pairs = zip(self._rows[expert].split(_BLOCK), self._portions[expert].split(_BLOCK), strict=True)
+        return ((rows, shares) for rows, shares in pairs if len(rows))
+
+    def inputs(self, rows: Tensor) -> Tensor:
+        """What experts read of tokens, [tokens, width]."""
+        return self._inputs.rows(rows)
+
+    def output(self, expert: int, states: Tensor) -> Tensor:
+        """states [tokens, width] -> [tokens, width] through one expert. Raises BadInput when that is not finite."""
+        operation, project = self.operation, self.weights.project
+        gate = project(states, operation.gate, expert) if operation.gate else None
+        inner = activate(operation.activation, operation.clamp, gate, project(states, operation.up, expert))
+        answers = project(inner, operation.down, expert)
+        if not math.isfinite(float(answers.sum())):
+            raise BadInput(f"{self._where}, expert {expert}: the output is NaN or infinite")
+        return answers
+
+    def add(self, rows: Tensor, answers: Tensor) -> None:
+        """Add to tokens what an expert answers, in the share that it has."""
+        self._answers.add_rows(rows, answers)
+
+    def answer(self, chunk: int, normed: Tensor) -> Tensor:
+        """What the whole block says to a chunk of normed states, [tokens, hidden size] both."""
+        operation, answer = self.operation, self._answers[chunk]
+        if operation.latent_up:
+            answer = self.weights.project(answer, operation.latent_up)
+        return answer + mlp(operation.shared, normed, self.weights) if operation.shared else answer
+
+
+_Piece = tuple[ExpertLane, Tensor, Tensor]  # tokens of a lane, and the shares of an expert in their answers
+
+
+def run_experts(lanes: Sequence[ExpertLane], expert_done: Callable[[int], None] | None) -> None:
+    """Run sealed lanes through all experts, those with most tokens of the first lane first; see `stream.advance`."""
+    count = max(lane.operation.experts for lane in lanes)
+    tokens = torch.zeros(count, dtype=torch.int64)
+    tokens[: lanes[0].operation.experts] = lanes[0].counts
+    alike: dict[int, list[ExpertLane]] = {}
+    for lane in lanes:
+        alike.setdefault(id(lane.weights), []).append(lane)
+    for expert in tokens.argsort(descending=True, stable=True).tolist():
+        for group in alike.values():
+            if expert < group[0].operation.experts:
+                _run(group, expert)
+        if expert_done:
+            expert_done(expert)
+        for lane in lanes:
+            lane.weights.forget(expert)
+
+
+def _run(lanes: Sequence[ExpertLane], expert: int) -> None:
+    """Lanes of the same weights through one expert; few tokens of each are many of all, and multiply faster."""
+    for block in _blocks([(lane, rows, shares) for lane in lanes for rows, shares in lane.pieces(expert)]):
+        output = lanes[0].output(expert, torch.cat([lane.inputs(rows) for lane, rows, _ in block]))
+        parts = output.split([len(rows) for _, rows, _ in block])
+        for (lane, rows, shares), part in zip(block, parts, strict=True):
+            lane.add(rows, part * shares[:, None])
+
+
+def _blocks(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces side by side, as long as they are no more tokens than one piece may be."""
+    block: list[_Piece] = []
+    for piece in pieces:
+        if block and sum(len(rows) for _, rows, _ in block) + len(piece[1]) > _BLOCK:
+            yield block
+            block = []
+        block.append(piece)
+    if block:
+        yield block

@@ -1,0 +1,99 @@
+"""Mamba-2 in torch: any number of tokens from any state, so that a prompt and a single step are the same code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...archs.graph import Mamba2
+from ..weights import Weights
+from .common import normaliser
+
+_CHUNK = 128  # tokens whose mutual influence is one matrix per head
+
+
+@dataclass(frozen=True)
+class MambaState:
+    """The last inputs of the convolution, [taps - 1, channels], and S, [heads, head size, state size]."""
+
+    convolution: Tensor
+    space: Tensor
+
+
+class MambaMixer:
+    """The operation with its weights."""
+
+    def __init__(self, operation: Mamba2, weights: Weights) -> None:
+        self._operation = operation
+        self._weights, load = weights, weights.load
+        self._convolution = load(operation.convolution)
+        self._convolution_bias = load(operation.convolution_bias)
+        self._step_bias = load(operation.step_bias)
+        self._decay, self._skip = load(operation.decay).flatten(), load(operation.skip)
+        self._normalise = normaliser(operation.norm, weights)
+
+    def initial_state(self) -> MambaState:
+        """The state before the first token."""
+        o, (channels, taps) = self._operation, self._convolution.shape
+        return MambaState(torch.zeros(taps - 1, channels), torch.zeros(o.heads, o.head_size, o.state_size))
+
+    def __call__(self, states: Tensor, memory: MambaState) -> tuple[Tensor, MambaState]:
+        """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
+        o = self._operation
+        tokens, channels = len(states), len(self._convolution)
+        projected = self._weights.project(states, o.input)
+        gate, convolved, step = torch.split(projected, [o.inner_size, channels, o.heads], dim=-1)
+        convolved = torch.cat((memory.convolution, convolved))
+        mixed = functional.conv1d(
+            convolved.T, self._convolution[:, None], self._convolution_bias, groups=channels
+        )  # [channels, tokens]
+        x, b, c = torch.split(functional.silu(mixed.T), [o.inner_size, *2 * [o.groups * o.state_size]], dim=-1)
+        x = x.reshape(tokens, o.heads, o.head_size)
+        y, space = scan(
+            x,
+            functional.softplus(step + self._step_bias),
+            self._decay,
+            b.reshape(tokens, o.groups, o.state_size),
+            c.reshape(tokens, o.groups, o.state_size),
+            memory.space,
+        )
+        gated = (y + self._skip * x).flatten(1) * functional.silu(gate)
+        normed = self._normalise(gated.view(tokens, o.groups, -1)).flatten(1)
+        return self._weights.project(normed, o.output), MambaState(convolved[tokens:], space)
+
+
+def scan(x: Tensor, step: Tensor, decay: Tensor, b: Tensor, c: Tensor, space: Tensor) -> tuple[Tensor, Tensor]:
+    """The state-space recurrence S_t = exp(step_t * decay) S_(t-1) + step_t x_t (outer) b_t, y_t = S_t c_t.
+
+    Tokens of a chunk act on each other through one lower-triangular matrix per head, chunks through S (Dao & Gu
+    2024, section 6); there is no clamp on the step, and a chunk of one token is the recurrence itself.
+
+    Args:
+        x: [tokens, heads, head size].
+        step: [tokens, heads], positive.
+        decay: [heads], negative.
+        b, c: [tokens, groups, state size]; consecutive heads share a group.
+        space: S before the first token, [heads, head size, state size].
+
+    Returns:
+        y [tokens, heads, head size] and S after the last token.
+    """
+    shared = x.shape[1] // b.shape[1]
+    outputs = []
+    for start in range(0, len(x), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        inputs = (x[part] * step[part, :, None]).transpose(0, 1)  # [heads, tokens, head size]
+        keys, queries = (t[part].transpose(0, 1).repeat_interleave(shared, dim=0) for t in (b, c))
+        # In float64, because differences of long sums follow.
+        passed = (step[part].double() * decay).cumsum(0).T  # [heads, tokens]
+        later = torch.ones(passed.shape[1], passed.shape[1], dtype=torch.bool).tril()
+        fading = (passed[:, :, None] - passed[:, None, :]).masked_fill(~later, -torch.inf).exp().float()
+        within = (queries @ keys.transpose(1, 2) * fading) @ inputs
+        before = queries @ space.transpose(1, 2) * passed.exp().float()[..., None]
+        outputs.append((within + before).transpose(0, 1))
+        remaining = (passed[:, -1:] - passed).exp().float()[..., None]
+        space = passed[:, -1].exp().float()[:, None, None] * space + (inputs * remaining).transpose(1, 2) @ keys
+    return torch.cat(outputs), space

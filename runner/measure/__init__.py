@@ -1,0 +1,1 @@
+"""Measuring models: perplexity, parity, probes of single weights, candidate plans side by side."""

@@ -1,0 +1,43 @@
+"""Several plans for one model side by side: the divergence of each from the model, in one pass and without files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ...quant.planning.plan import Plan
+from ..passes import Measuring
+from ..stream import advance
+from ..weights import ModelWeights
+from .evaluate import compare_heads
+from .rounded import Quantizer, RoundedWeights
+from .scores import Divergence
+
+
+def divergences(measuring: Measuring, plans: Sequence[Plan], tokens: Tensor) -> list[Divergence]:
+    """How far each plan is from the model on `tokens` [chunks, context].
+
+    Plans for padded forms of the model's graph may take part. The second half of each chunk is scored.
+    """
+    source = ModelWeights(measuring.model, measuring.compute_dtype)
+    passing, statistics, importance = measuring.begin(source)
+    quantizer = Quantizer(source, importance)
+    reference = passing.begin(tokens, source)
+    candidates = [passing.begin(tokens, _rounded(quantizer, plan)) for plan in plans]
+    graphs = [stream.weights.graph for stream in passing.streams]
+    measuring.progress.begin("Comparing plans", len(reference.weights.graph.layers), "layers")
+    for layers in zip(*(graph.layers for graph in graphs), strict=True):
+        index = layers[0].index
+        if not passing.passed(index):
+            advance(passing.streams, layers)
+            statistics.clear()
+            passing.save(index)
+        measuring.progress.advance(1, f"layer {index}")
+    measuring.end(passing, statistics)
+    return compare_heads(reference, candidates, tokens)
+
+
+def _rounded(quantizer: Quantizer, plan: Plan) -> RoundedWeights:
+    types = {t.weight.name: t.type.name for t in plan.tensors if t.type.name not in ("F32", "I32")}
+    return RoundedWeights(quantizer, plan.graph, types)

@@ -1,0 +1,65 @@
+"""Weights as a file with certain types would hold them, without the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.nn import functional
+
+from ...archs.graph import Graph
+from ...archs.weights import Weight
+from ...quant import dequantize
+from ...quant.formats.table import format_named
+from ...quant.rounding.feedback import quantize_weight
+from ...quant.rounding.statistics import Importance
+from ..weights import KeptWeights, Products
+
+
+class Quantizer:
+    """Rounds weights to types and back; what it made is kept until `forget`, for all lanes that ask for the same."""
+
+    def __init__(self, source: KeptWeights, importance: Importance | None) -> None:
+        self.source = source
+        self._importance = importance
+        self._kept: dict[tuple[int, str, int | None, tuple[int, int] | None], Tensor] = {}
+
+    def load(self, weight: Weight, type: str, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+        """The weight's numbers after storing them in that type: float32, of the shape that `Weights.load` gives."""
+        key = (id(weight), type, expert, rows)
+        if key not in self._kept:
+            self._kept[key] = self.round(self.source.load(weight, expert, rows), weight, type, expert)
+        return self._kept[key]
+
+    def round(self, values: Tensor, weight: Weight, type: str, expert: int | None) -> Tensor:
+        """Some rows of a weight after storing them; rows that blocks do not divide are filled up with zeros first."""
+        matrix = values.reshape(-1, weight.columns)
+        missing = -weight.columns % format_named(type).block_size
+        padded = functional.pad(matrix, (0, missing)) if missing else matrix
+        stored = dequantize(quantize_weight(padded, weight, expert, type, self._importance), type)
+        return stored[:, : weight.columns].reshape(values.shape)
+
+    def forget(self, expert: int | None = None) -> None:
+        self._kept = {} if expert is None else {key: kept for key, kept in self._kept.items() if key[2] != expert}
+        self.source.forget(expert)
+
+
+class RoundedWeights(Products):
+    """The weights of a graph, those named in `types` rounded to them; the others are the source's.
+
+    The graph is the source's own or another form of it, whose weights read the same stored tensors.
+    """
+
+    def __init__(self, quantizer: Quantizer, graph: Graph, types: Mapping[str, str]) -> None:
+        super().__init__(graph, quantizer.source.label, quantizer.source.compute_dtype)
+        self._quantizer = quantizer
+        self._types = types
+
+    def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
+        type = self._types.get(weight.name)
+        if type is None:
+            return self._quantizer.source.load(weight, expert, rows)
+        return self._quantizer.load(weight, type, expert, rows)
+
+    def forget(self, expert: int | None = None) -> None:
+        self._quantizer.forget(expert)

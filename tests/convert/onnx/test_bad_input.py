@@ -1,0 +1,120 @@
+"""What stops a conversion to ONNX, or the use of its result: one line that names it, and nothing half-written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+from click.testing import CliRunner, Result
+from conftest import Checkpoint
+from moecast.cli import main
+from moecast.errors import BadInput
+from moecast.runner.engines import OnnxModel, open_runnable
+from onnxruntime.capi import onnxruntime_pybind11_state
+from safetensors.torch import load_file, save_file
+
+
+def _convert(folder: Path, output: Path, *options: str) -> Result:
+    arguments = ["convert", str(folder), "--to", "onnx", "-o", str(output), "--threads", "1", "--no-calibration"]
+    return CliRunner().invoke(main, [*arguments, *options])
+
+
+def _assert_refused(result: Result, message: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr and "Traceback" not in result.output
+
+
+@pytest.fixture
+def converted(minimax: Checkpoint, tmp_path: Path) -> Path:
+    assert _convert(minimax.folder, tmp_path, "--no-verify").exit_code == 0
+    (folder,) = tmp_path.iterdir()
+    return folder
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_existing_output_is_replaced_only_when_asked(minimax: Checkpoint, converted: Path) -> None:
+    before = _contents(converted)
+    _assert_refused(_convert(minimax.folder, converted.parent), "exists: use --overwrite")
+    assert _contents(converted) == before
+    (converted / "model-00007.onnx_data").write_bytes(b"of a larger model")
+    assert _convert(minimax.folder, converted.parent, "--overwrite", "--no-verify").exit_code == 0
+    assert _contents(converted) == before
+
+
+def test_failure_leaves_what_was_there(minimax: Checkpoint, converted: Path, tmp_path: Path) -> None:
+    """A weight is not finite, halfway through the model."""
+    damaged = checkpoints.copied(minimax.folder, tmp_path / "copy" / minimax.folder.name)
+    tensors = load_file(damaged / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, damaged / "model.safetensors")
+    _assert_refused(_convert(damaged, tmp_path / "new", "--no-verify"), name)
+    assert list((tmp_path / "new").iterdir()) == []
+    before = _contents(converted)
+    _assert_refused(_convert(damaged, converted.parent, "--overwrite", "--no-verify"), name)
+    assert _contents(converted) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--quant", "IQ2_XXS"), "--quant IQ2_XXS has types that ONNX Runtime cannot multiply with, expected one of"),
+        (("--pre", "gpt-2"), "--pre means nothing for an ONNX model"),
+        (("--split-max-size", "4G"), "--split-max-size means nothing for an ONNX model"),
+        (("--to", "gguf", "--activations", "float32"), "--activations means nothing for a GGUF file"),
+    ],
+)
+def test_options_that_mean_nothing(minimax: Checkpoint, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    _assert_refused(_convert(minimax.folder, tmp_path / "out", *options), message)
+
+
+def test_missing_operators_are_named_first(
+    minimax: Checkpoint, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is converted; without verification the file is for another machine."""
+    kernels = onnxruntime_pybind11_state.get_all_opkernel_def()
+    kept = [kernel for kernel in kernels if kernel.op_name not in ("QMoE", "GroupQueryAttention")]
+    monkeypatch.setattr(onnxruntime_pybind11_state, "get_all_opkernel_def", lambda: kept)
+    message = "cannot compute com.microsoft.GroupQueryAttention, com.microsoft.QMoE: install a newer onnxruntime"
+    _assert_refused(_convert(minimax.folder, tmp_path / "new"), message)
+    assert not list((tmp_path / "new").glob("*/*"))
+    assert _convert(minimax.folder, tmp_path / "new", "--no-verify").exit_code == 0
+    with pytest.raises(BadInput, match="QMoE"):
+        OnnxModel(converted)
+
+
+def test_onnx_runtime_is_missing(minimax: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    _assert_refused(_convert(minimax.folder, tmp_path / "out"), "ONNX Runtime is not installed: pip install")
+    assert _convert(minimax.folder, tmp_path / "out", "--no-verify").exit_code == 0
+
+
+def _shortened(folder: Path) -> None:
+    file = folder / "model-00001.onnx_data"
+    file.write_bytes(file.read_bytes()[:-10_000])
+
+
+def _without_description(folder: Path) -> None:
+    (folder / "moecast.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(_shortened, r"model\.onnx cannot be loaded: "), (_without_description, r"moecast\.json cannot be read: ")],
+)
+def test_damaged_folder(converted: Path, damage: Any, message: str) -> None:
+    damage(converted)
+    with pytest.raises(BadInput, match=message):
+        open_runnable(converted)
+
+
+def test_nothing_to_continue(converted: Path) -> None:
+    _assert_refused(CliRunner().invoke(main, ["run", str(converted), "-p", ""]), "--prompt is empty")
+    colder = CliRunner().invoke(main, ["run", str(converted), "-p", "And", "--temperature", "-1"])
+    _assert_refused(colder, "--temperature is -1.0, expected 0 or more")

@@ -1,0 +1,74 @@
+"""The C++ kernels: torch's bytes with every instruction set of this machine, whatever the input."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from moecast.errors import BadInput
+from moecast.quant import dequantize, format_named, quantize
+from moecast.quant.formats import native
+from synthetic import Floats, heavy_tailed, importance
+
+INSTRUCTION_SETS = native.paths()[:-1]
+NAMES = (
+    "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "NVFP4",
+)  # fmt: skip
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("MOECAST_KERNELS", request.param)
+    yield request.param
+
+
+def with_torch(monkeypatch: pytest.MonkeyPatch, x: Floats, name: str, columns: Floats | None) -> np.ndarray:
+    with monkeypatch.context() as patch:
+        patch.setenv("MOECAST_KERNELS", native.TORCH)
+        return quantize(x, name, columns)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_are_torchs(kernels: str, name: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of three blocks, so that the lanes of a register hold parts of several rows, and the last ones nothing."""
+    size = 3 * format_named(name).block_size
+    x, columns = heavy_tailed(20, 21, size), importance(20, size) if weighted else None
+    x[3] = 0
+    x[5] *= 1e-40 / np.abs(x[5]).max()
+    x[7] *= 1e37 / np.abs(x[7]).max()
+    assert native.can_quantize(format_named(name), torch.from_numpy(x))
+    expected = with_torch(monkeypatch, x, name, columns)
+    np.testing.assert_array_equal(quantize(x, name, columns), expected)
+    np.testing.assert_array_equal(quantize(x[:1], name, columns), expected[:1])
+
+
+@pytest.mark.parametrize("type", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_inputs_are_read_exactly(kernels: str, type: torch.dtype) -> None:
+    x = torch.from_numpy(heavy_tailed(21, 9, 512)).to(type)
+    x[2, :3] = torch.tensor([6e-8, -3e-6, 6e4])  # subnormal and large for float16
+    assert torch.equal(quantize(x, "Q6_K"), quantize(x.to(torch.float32), "Q6_K"))
+    assert torch.equal(quantize(x[:, ::2], "Q6_K"), quantize(x[:, ::2].contiguous(), "Q6_K"))
+    x[4, 5] = torch.inf
+    with pytest.raises(BadInput, match="row 4 holds a value that is not finite"):
+        quantize(x, "Q6_K")
+
+
+def test_threads_share_the_work(kernels: str) -> None:
+    x = heavy_tailed(22, 1500, 512)
+    data = quantize(x, "Q4_0", threads=4)
+    np.testing.assert_array_equal(data, quantize(x, "Q4_0", threads=1))
+    np.testing.assert_array_equal(dequantize(data, "Q4_0", threads=4), dequantize(data, "Q4_0", threads=1))
+    x[[1400, 200, 900]] = np.nan
+    with pytest.raises(BadInput, match="row 200 holds"):
+        quantize(x, "Q4_0", threads=4)
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.available() == bool(INSTRUCTION_SETS)
+    monkeypatch.setenv("MOECAST_KERNELS", "torch")
+    assert native.path() == "torch" and native.describe().startswith("torch")
+    monkeypatch.setenv("MOECAST_KERNELS", "abacus")
+    with pytest.raises(BadInput, match=r"MOECAST_KERNELS is 'abacus'; this machine has .*torch"):
+        quantize(np.zeros((1, 256), np.float32), "Q4_K")

@@ -1,0 +1,175 @@
+"""Error feedback: less error in the outputs than rounding to what is nearest, on inputs that it has not seen too."""
+
+from __future__ import annotations
+
+import ggml
+import pytest
+import torch
+from moecast.archs.weights import Role, Weight, Zeros
+from moecast.errors import BadInput
+from moecast.quant import dequantize, format_named, quantize
+from moecast.quant.formats import native
+from moecast.quant.formats.quantize import CODECS
+from moecast.quant.rounding import feedback
+from moecast.quant.rounding.moments import Moments, MomentStatistics
+from torch import Tensor
+
+FORMATS = sorted(name for name, codec in CODECS.items() if codec.grid)
+COLUMNS = 512
+
+
+def _inputs(tokens: int, seed: int = 0) -> Tensor:
+    """Inputs that go together, some columns ten times as large as others: [tokens, COLUMNS]."""
+    mixed = torch.randn(COLUMNS, COLUMNS, generator=torch.Generator().manual_seed(99)) / COLUMNS**0.5
+    sizes = torch.logspace(-0.5, 0.5, COLUMNS)
+    values = torch.randn(tokens, COLUMNS, generator=torch.Generator().manual_seed(seed))
+    return values @ (mixed + 0.5 * torch.eye(COLUMNS)) * sizes
+
+
+def _rows(count: int = 24) -> Tensor:
+    return torch.randn(count, COLUMNS, generator=torch.Generator().manual_seed(1)) * 0.02
+
+
+def _moments(inputs: Tensor) -> Moments:
+    return Moments(inputs.T @ inputs / len(inputs), len(inputs))
+
+
+def _error(data: Tensor, name: str, rows: Tensor, inputs: Tensor) -> float:
+    return float(((dequantize(data, name) - rows) @ inputs.T).square().sum())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_outputs_are_closer_on_other_inputs(name: str) -> None:
+    seen, others, rows = _inputs(4 * COLUMNS), _inputs(4 * COLUMNS, seed=5), _rows()
+    fed_back = feedback.quantize_with_feedback(rows, name, _moments(seen))
+    nearest = quantize(rows, name, seen.square().mean(0))
+    assert fed_back.shape == nearest.shape
+    assert _error(fed_back, name, rows, others) < 0.9 * _error(nearest, name, rows, others)
+    assert ggml.accepts(fed_back.numpy(), name)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q4_0", "IQ2_XXS"])
+def test_few_inputs_do_no_harm(name: str) -> None:
+    """An eighth as many tokens as columns say next to nothing of how other tokens' inputs go together."""
+    seen, others, rows = _inputs(COLUMNS // 8), _inputs(4 * COLUMNS, seed=5), _rows()
+    fed_back = feedback.quantize_with_feedback(rows, name, _moments(seen))
+    nearest = quantize(rows, name, seen.square().mean(0))
+    assert _error(fed_back, name, rows, others) < 1.01 * _error(nearest, name, rows, others)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_torch_and_kernels_choose_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But where products summed in another order fall on different sides of a middle between two levels."""
+    moments, rows = _moments(_inputs(4 * COLUMNS)), _rows(40)
+    made = []
+    for path in (native.paths()[0], native.TORCH):
+        monkeypatch.setenv("MOECAST_KERNELS", path)
+        made.append(feedback.quantize_with_feedback(rows, name, moments))
+    assert float((made[0] == made[1]).float().mean()) > 0.99
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q2_0", "Q4_K", "Q3_K", "IQ4_XS"])
+@pytest.mark.usefixtures("path")
+def test_the_first_choice_is_gptqs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given its scales, what comes before any second thoughts is what the inverse of the moments leads to, column by
+    column (Frantar et al. 2022, algorithm 1).
+    """
+    monkeypatch.setattr(feedback, "_SWEEPS", 0)
+    inputs, rows = _inputs(4 * COLUMNS), _rows()
+    moments = _moments(inputs)
+    data = feedback.quantize_with_feedback(rows, name, moments)
+    grid, format = CODECS[name].grid, format_named(name)
+    assert grid
+    parts = [grid.scales(part.T) for part in data.split(format.block_bytes, dim=1)]
+    scales, minima = (
+        torch.cat([part.repeat_interleave(format.block_size // len(part), 0) for part in kind]).double()
+        for kind in zip(*parts, strict=True)
+    )
+    shrinkage = COLUMNS / moments.tokens
+    hessian = moments.means.double() / (1 + shrinkage)
+    hessian.diagonal().mul_(1 + shrinkage)
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    wanted, expected = rows.T.double().clone(), torch.empty_like(rows.T, dtype=torch.float64)
+    for column in range(COLUMNS):
+        scaled = ((wanted[column] + minima[column]) / scales[column]).float()
+        level = grid.nearest(scaled[None], torch.ones(1))[0].double()
+        expected[column] = scales[column] * level - minima[column]
+        error = (wanted[column] - expected[column]) / upper[column, column]
+        wanted[column + 1 :] -= upper[column, column + 1 :, None] * error
+    same = torch.isclose(dequantize(data, name).double(), expected.T, rtol=1e-4, atol=1e-7)
+    assert float(same.float().mean()) > 0.99
+
+
+def test_a_second_look_makes_it_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, rows = _inputs(4 * COLUMNS), _rows()
+    errors = []
+    for sweeps in (0, 1, 2):
+        monkeypatch.setattr(feedback, "_SWEEPS", sweeps)
+        data = feedback.quantize_with_feedback(rows, "Q3_K", _moments(inputs))
+        errors.append(_error(data, "Q3_K", rows, inputs))
+    assert errors[2] < errors[1] < 0.97 * errors[0]
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e12])
+def test_inputs_of_any_size(size: float) -> None:
+    """Only proportions count; inputs that are all zero say nothing."""
+    inputs, rows = _inputs(4 * COLUMNS), _rows()
+    data = feedback.quantize_with_feedback(rows, "Q4_K", _moments(inputs * size))
+    expected = feedback.quantize_with_feedback(rows, "Q4_K", _moments(inputs)) if size else quantize(rows, "Q4_K")
+    bound = 1.01 if size else 1.05  # those that do without weights search less
+    assert _error(data, "Q4_K", rows, inputs) < bound * _error(expected, "Q4_K", rows, inputs)
+
+
+def test_a_row_that_is_not_finite() -> None:
+    rows = _rows()
+    rows[3, 300] = torch.nan
+    with pytest.raises(BadInput, match="row 3 holds"):
+        feedback.quantize_with_feedback(rows, "Q4_K", _moments(_inputs(COLUMNS)))
+
+
+def _weight(role: Role, experts: int | None = None, columns: int = 8) -> Weight:
+    shape = (4, columns) if experts is None else (experts, 4, columns)
+    return Weight(f"{role.value}.weight", role, shape, Zeros(shape))
+
+
+def test_moments_are_mean_products() -> None:
+    statistics, weight = MomentStatistics(), _weight(Role.ATTENTION_Q)
+    parts = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0))
+    for part in parts:
+        statistics.add(weight, None, part)
+    found = statistics.moments(weight, None)
+    assert found and found.tokens == 150
+    torch.testing.assert_close(found.means.triu(), (parts.flatten(0, 1).T @ parts.flatten(0, 1) / 150).triu())
+    wider = _weight(Role.ATTENTION_Q, columns=16)  # padded
+    padded = statistics.moments(wider, None)
+    assert padded and padded.means.shape == (16, 16) and not padded.means[8:].any()
+    statistics.clear()
+    assert statistics.moments(weight, None) is None
+
+
+def test_weights_of_the_same_states_share_moments() -> None:
+    statistics = MomentStatistics()
+    gate, up = _weight(Role.EXPERT_GATE, 4), _weight(Role.EXPERT_UP, 4)
+    for _ in range(2):
+        states = torch.randn(20, 8)
+        statistics.add(gate, 1, states)
+        statistics.add(up, 1, states)
+    found = statistics.moments(up, 1)
+    assert found is statistics.moments(gate, 1)
+    assert found.tokens == 40 + 8  # its own, and as many of all experts' as there are columns
+    assert statistics.moments(gate, 2) is statistics.moments(up, 2)  # nobody's own
+    statistics.forget(1)
+    other = statistics.moments(gate, 1)
+    assert other and other.tokens == 40
+
+
+def test_inner_neurons_of_experts_borrow_size_alone() -> None:
+    statistics, down = MomentStatistics(), _weight(Role.EXPERT_DOWN, 4)
+    first, second = torch.randn(200, 8) * 3, torch.randn(4, 8)
+    statistics.add(down, 0, first)
+    statistics.add(down, 1, second)
+    found = statistics.moments(down, 1)
+    assert found
+    size = (first.square().sum() + second.square().sum()) / (204 * 8)
+    torch.testing.assert_close(found.means.triu(), ((second.T @ second + 16 * size * torch.eye(8)) / 20).triu())
+    assert statistics.moments(down, 2) is None
