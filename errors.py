@@ -13,7 +13,7 @@ class BadInput(ValueError):
     """
 
 
-class Interruption(BadInput):
+class Interrupted(BadInput):
     """The input is sound but the work cannot go on now: the disk is full, the connection is lost.
 
     What was done is kept, and the same command continues once the cause is removed.

@@ -18,7 +18,7 @@ class Progress(Protocol):
         """A line worth keeping: one layer's result, a warning."""
 
 
-class Silent:
+class NoProgress:
     """The progress of somebody who does not watch."""
 
     def begin(self, task: str, total: int, unit: str) -> None: ...

@@ -48,7 +48,7 @@ class BuildKernels(build_ext):
         try:
             self._build(ext)
         except Exception as error:  # whatever a compiler, or the lack of one, may come up with
-            self.warn(f"no C++ kernels: {error}. moecast will quantise with torch, which is several times slower")
+            self.warn(f"no C++ kernels: {error}. moecast will quantize with torch, which is several times slower")
 
     def _build(self, ext: Extension) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -91,7 +91,7 @@ class Catalogue:
             return Read(self.take(name))
         return Scaled(self.take(name), self._typed(f"{stem}.scale", "F32"))
 
-    def leave(self, prefix: str) -> int:
+    def ignore(self, prefix: str) -> int:
         """Claim every tensor whose name starts with `prefix`, to leave it out; returns how many there are."""
         names = {name for name in self._tensors if name.startswith(prefix)} - self._claimed
         self._claimed |= names

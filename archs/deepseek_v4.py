@@ -29,7 +29,7 @@ def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
     if _draft_blocks(tensors) == 1 and "mtp.0.e_proj.weight" in catalogue:
         graph = replace(graph, draft=build_draft(graph, dimensions, source.draft))
     elif drafts := _draft_blocks(tensors):
-        left = f"{catalogue.leave('mtp.')} tensors of {drafts} draft blocks (mtp.*)"
+        left = f"{catalogue.ignore('mtp.')} tensors of {drafts} draft blocks (mtp.*)"
         graph = replace(graph, notes=(f"{left} are left out: llama.cpp cannot run them",))
     catalogue.finish()
     return graph
@@ -226,7 +226,7 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
     values: dict[str, Any] = {
         "context_length": graph.context_length,
         "embedding_length": graph.hidden_size,
-        "embedding_length_out": graph.hidden_size * graph.residual.streams,
+        "embedding_length_out": graph.hidden_size * graph.residual.multiplicity,
         "block_count": len(graph.layers),
         "attention.head_count": attention.heads,
         "attention.head_count_kv": 1,
@@ -253,7 +253,7 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
         "expert_gating_func": GGUF_SQRT_SOFTPLUS,
         "swiglu_clamp_exp": experts.clamp,
         "hash_layer_count": sum(isinstance(item.router, HashRouter) for item in moes),
-        "hyper_connection.count": graph.residual.streams,
+        "hyper_connection.count": graph.residual.multiplicity,
         "hyper_connection.sinkhorn_iterations": graph.residual.iterations,
         "hyper_connection.epsilon": graph.residual.epsilon,
     }

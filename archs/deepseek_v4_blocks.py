@@ -19,10 +19,10 @@ from .graph import (
     MoE,
     Norm,
     Prediction,
+    ResidualMix,
     Rope,
     Router,
     Score,
-    StreamMix,
     SubLayer,
     Yarn,
 )
@@ -124,8 +124,8 @@ class _Builder:
     def norm(self, name: str, size: int) -> Norm:
         return Norm(self.weight(name, Role.NORM, size), self.dimensions.epsilon)
 
-    def mix(self, stem: str, coefficients: int, kinds: int) -> StreamMix:
-        return StreamMix(
+    def mix(self, stem: str, coefficients: int, kinds: int) -> ResidualMix:
+        return ResidualMix(
             function=self.weight(
                 f"{stem}_fn.weight", Role.HYPER_CONNECTION, coefficients, STREAMS * self.dimensions.hidden
             ),
@@ -136,7 +136,7 @@ class _Builder:
     def residual(self) -> HyperConnections:
         d = self.dimensions
         return HyperConnections(
-            streams=STREAMS,
+            multiplicity=STREAMS,
             iterations=d.sinkhorn_iterations,
             epsilon=d.stream_epsilon,
             norm_epsilon=d.epsilon,

@@ -31,7 +31,7 @@ class Score(Enum):
 class Norm:
     """RMSNorm: `x / sqrt(mean(x^2) + epsilon) * weight`, in float32 (Zhang & Sennrich 2019).
 
-    A weight of shape [groups, size] normalises every group of `size` elements by itself.
+    A weight of shape [groups, size] normalizes every group of `size` elements by itself.
     """
 
     weight: Weight
@@ -90,7 +90,7 @@ class Compressor:
     """Pools every `ratio` tokens into one entry: per channel, values weighted by softmax(`gate x + position`).
 
     Where it `overlaps`, value and gate are twice as wide: a token's first half goes into the next entry, its second
-    half into its own, so an entry pools 2 * ratio tokens. Entries are normalised, then rotated by the position of the
+    half into its own, so an entry pools 2 * ratio tokens. Entries are normalized, then rotated by the position of the
     first token of their own.
     """
 
@@ -186,7 +186,7 @@ class MLP:
 
 @dataclass(frozen=True)
 class Router:
-    """Scores every expert, adds `bias` for the choice only, keeps `top_k` and renormalises their scores.
+    """Scores every expert, adds `bias` for the choice only, keeps `top_k` and renormalizes their scores.
 
     With g = `groups` > 1 the experts form g equal groups, of which only the `groups_used` with the largest sum of
     two biased scores take part. The scores are divided by their sum + `epsilon` and multiplied by `scale`.
@@ -249,7 +249,7 @@ Operation = Attention | CompressedAttention | Mamba2 | MLP | MoE
 
 
 @dataclass(frozen=True)
-class StreamMix:
+class ResidualMix:
     """A linear map of all residual streams of a token to the coefficients that mix them.
 
     `coefficients = scale * (function . streams / rms(streams)) + base`, with one scale for each kind of coefficient.
@@ -269,11 +269,11 @@ class HyperConnections:
     a, b, c [streams, streams] come from the sublayer's mix. After the last layer `head` gives the a's of the result.
     """
 
-    streams: int
+    multiplicity: int
     iterations: int
     epsilon: float
     norm_epsilon: float
-    head: StreamMix
+    head: ResidualMix
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ class SubLayer:
 
     norm: Norm
     operation: Operation
-    mix: StreamMix | None = None
+    mix: ResidualMix | None = None
 
 
 @dataclass(frozen=True)
@@ -334,7 +334,7 @@ class Graph:
     @property
     def residual_size(self) -> int:
         """Values of a token between two layers: those of all residual streams."""
-        return self.hidden_size * (self.residual.streams if self.residual else 1)
+        return self.hidden_size * (self.residual.multiplicity if self.residual else 1)
 
     def weights(self) -> Iterator[Weight]:
         """Every weight once, in file order."""
@@ -382,15 +382,15 @@ def weights_in(node: Any) -> Iterator[Weight]:
             yield from weights_in(getattr(node, field.name))
 
 
-def describe(node: Any) -> Any:
+def graph_as_json(node: Any) -> Any:
     """A JSON-able picture of a graph or any part of it; weights appear as name, role and shape."""
     if isinstance(node, Weight):
         return {"name": node.name, "role": node.role.value, "shape": list(node.shape)}
     if isinstance(node, Enum):
         return node.value
     if isinstance(node, tuple):
-        return [describe(item) for item in node]
+        return [graph_as_json(item) for item in node]
     if is_dataclass(node):
-        values = {field.name: describe(getattr(node, field.name)) for field in fields(node)}
+        values = {field.name: graph_as_json(getattr(node, field.name)) for field in fields(node)}
         return {"kind": type(node).__name__} | values
     return node

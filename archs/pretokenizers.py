@@ -115,7 +115,7 @@ def find_pre_tokenizer(name: str) -> PreTokenizer | None:
     return next((row for row in PRE_TOKENIZERS if name in row.names), None)
 
 
-def recognise(tokenizer_json: Mapping[str, Any]) -> PreTokenizer | None:
+def recognize(tokenizer_json: Mapping[str, Any]) -> PreTokenizer | None:
     """The row whose splitter and merge rule tokenizer.json (parsed) has, or None when the table lacks it."""
     splitter = splitter_of(tokenizer_json)
     ignore_merges = bool(tokenizer_json["model"].get("ignore_merges", False))
@@ -159,8 +159,8 @@ def choose_pre(
     The explicit choice wins, then the architecture's name, then what tokenizer.json's splitter says (parsed
     tokenizer.json). Raises BadInput only when none of the three gives a name.
     """
-    recognised = recognise(tokenizer_json)
-    name = explicit or architecture_default or (recognised.names[0] if recognised else None)
+    recognized = recognize(tokenizer_json)
+    name = explicit or architecture_default or (recognized.names[0] if recognized else None)
     if name is None:
         known = ", ".join(row.names[0] for row in PRE_TOKENIZERS)
         raise BadInput(
@@ -172,5 +172,5 @@ def choose_pre(
         return name, f"pre-tokenizer '{name}' is not in moecast's table: its token ids cannot be checked"
     if splitter_of(tokenizer_json) in row.sources:
         return name, None
-    finding = f"as llama.cpp's '{recognised.names[0]}' does" if recognised else "in a way of its own"
+    finding = f"as llama.cpp's '{recognized.names[0]}' does" if recognized else "in a way of its own"
     return name, f"tokenizer.json splits text {finding}, but the file will say '{name}': token ids may differ"

@@ -298,7 +298,7 @@ def first_tensor(expression: Expression) -> TensorInfo:
 
 
 class Role(Enum):
-    """What a weight does; decides whether it may be quantised and how recipes treat it."""
+    """What a weight does; decides whether it may be quantized and how recipes treat it."""
 
     EMBEDDING = "embedding"
     HEAD = "head"
@@ -339,12 +339,12 @@ class Role(Enum):
     SCALE = "scale"
 
     @property
-    def protected(self) -> bool:
+    def keep_f32(self) -> bool:
         """True for weights that are kept in float32: tiny, and every other number depends on them."""
-        return self in _PROTECTED
+        return self in _KEPT_F32
 
 
-_PROTECTED = (
+_KEPT_F32 = (
     Role.NORM,
     Role.ROUTER,
     Role.ROUTER_BIAS,

@@ -1,4 +1,4 @@
-"""KL divergence of plans under a budget against llama.cpp's mixes of the same bytes: same quantisers, same calibration.
+"""KL divergence of plans under a budget against llama.cpp's mixes of the same bytes: same quantizers, same calibration.
 
     python benchmarks/allocation.py [CHECKPOINT ...] [--llama] [--chunks 12] [--save benchmarks/data/allocation.json]
     python benchmarks/allocation.py --plot docs/allocation.svg
@@ -67,7 +67,7 @@ CALIBRATION_TEXT = EVALUATION_TEXT.with_name("calibration.txt")
 
 
 def uniform(model: Model, type: str) -> Plan:
-    """One type for everything that may be quantised."""
+    """One type for everything that may be quantized."""
     return plan_tensors(model.graph, Recipe(type, 0, type))
 
 
@@ -83,16 +83,16 @@ def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[st
     nearest = replace(measuring, error_feedback=False)
     damage = measure_damage(replace(measuring, calibration=without(calibration, probes)), probes, [model.graph])
     seconds = time.process_time() - started
-    stocks = {point: plan_tensors(model.graph, recipe_named(point), importance=True) for point in POINTS}
-    rivals = {point: _rivals(model, stock, damage) for point, stock in stocks.items()}
-    keys = [(point, name) for point in POINTS for name in rivals[point]]
+    stocks = {point: plan_tensors(model.graph, recipe_named(point), calibrated=True) for point in POINTS}
+    candidate_plans = {point: _rivals(model, stock, damage) for point, stock in stocks.items()}
+    keys = [(point, name) for point in POINTS for name in candidate_plans[point]]
     comparing = replace(measuring, calibration=without(calibration, held_out))
-    found = divergences(comparing, [rivals[p][n] for p, n in keys], held_out)
-    klds = {key: divergence.trusted_kld for key, divergence in zip(keys, found, strict=True)}
-    winners = {point: winner({name: klds[point, name] for name in rivals[point]}) for point in POINTS}
-    shown = {point: {"ours": rivals[point][winners[point]], "stock": stocks[point]} for point in POINTS}
+    found = divergences(comparing, [candidate_plans[p][n] for p, n in keys], held_out)
+    klds = {key: divergence.probability_weighted_kld for key, divergence in zip(keys, found, strict=True)}
+    winners = {point: winner({name: klds[point, name] for name in candidate_plans[point]}) for point in POINTS}
+    shown = {point: {"ours": candidate_plans[point][winners[point]], "stock": stocks[point]} for point in POINTS}
     for point, plans in shown.items():
-        plans["roles"] = rivals[point].get(ROLES, plans["ours"])
+        plans["roles"] = candidate_plans[point].get(ROLES, plans["ours"])
     keys = [(point, name) for point in POINTS for name in shown[point]]
     plans = [shown[p][n] for p, n in keys] + [uniform(model, type) for type in UNIFORM]
     final, plain = ([float(d.kld.mean()) for d in divergences(how, plans, evaluation)] for how in (measuring, nearest))
@@ -131,7 +131,7 @@ def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[st
 
 def _rivals(model: Model, stock: Plan, damage: Damage) -> dict[str, Plan]:
     budget = Budget("ours", stock.bytes)
-    return rivals_within(model.graph, budget, damage, padding=False, importance=True)
+    return rivals_within(model.graph, budget, damage, padding=False, calibrated=True)
 
 
 def damage_of(damage: Damage, plan: Plan) -> float:

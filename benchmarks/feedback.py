@@ -20,7 +20,7 @@ import torch
 from moecast.archs.weights import Role, Weight
 from moecast.quant import dequantize, quantize
 from moecast.quant.rounding import feedback
-from moecast.quant.rounding.moments import Moments, MomentStatistics
+from moecast.quant.rounding.moments import SecondMoments, SecondMomentStatistics
 from moecast.runner.measure.evaluate import EVALUATION_TEXT, chunk_tokens, with_bos
 from moecast.runner.observe import ObservingWeights, observe_head
 from moecast.runner.stream import Stream
@@ -34,10 +34,10 @@ CALIBRATION_TEXT = EVALUATION_TEXT.with_name("calibration.txt")
 CONTEXT, ROWS, EXPERTS, BLOCK = 512, 512, 4, 256
 
 
-class Kept(MomentStatistics):
+class Kept(SecondMomentStatistics):
     """Statistics of all layers."""
 
-    def forget(self, expert: int | None = None) -> None:
+    def release(self, expert: int | None = None) -> None:
         self._last = None
 
 
@@ -55,35 +55,35 @@ def matrices(model: Model, experts_alone: bool = False) -> Iterator[tuple[Weight
     """Some rows of some experts of all weights that error feedback can round in blocks of 256."""
     for weight in model.graph.weights():
         alike = weight.experts and weight.role is not Role.EXPERT_DOWN
-        if weight.role.protected or weight.columns % BLOCK or len(weight.shape) < 2 or (experts_alone and not alike):
+        if weight.role.keep_f32 or weight.columns % BLOCK or len(weight.shape) < 2 or (experts_alone and not alike):
             continue
         if weight.role is not Role.EMBEDDING:
             for expert in range(EXPERTS) if weight.experts else (None,):
                 yield weight, expert, model.load(weight, expert)[:ROWS]
 
 
-def full(moments: Moments) -> Tensor:
+def full(moments: SecondMoments) -> Tensor:
     return moments.means.triu() + moments.means.triu(1).T
 
 
-Round = Callable[[Tensor, Moments], Tensor]
+Round = Callable[[Tensor, SecondMoments], Tensor]
 
 
 def compare(model: Model, seen: Kept, others: Kept, name: str, fed_back: Round, experts_alone: bool = False) -> float:
     """The error of `fed_back`, over that without error feedback."""
     logarithms = []
     for weight, expert, rows in matrices(model, experts_alone):
-        own, judge = seen.moments(weight, expert), others.moments(weight, expert)
-        assert own and judge
+        own, exit_if_worse = seen.moments(weight, expert), others.moments(weight, expert)
+        assert own and exit_if_worse
         nearest = quantize(rows, name, seen.of(weight, expert))
         errors = [dequantize(data, name) - rows for data in (fed_back(rows, own), nearest)]
-        squares = [float(((error @ full(judge)) * error).sum()) for error in errors]
+        squares = [float(((error @ full(exit_if_worse)) * error).sum()) for error in errors]
         logarithms.append(math.log(squares[0] / squares[1]))
     return math.exp(sum(logarithms) / len(logarithms))
 
 
 def with_sweeps(name: str, sweeps: int) -> Round:
-    def round(rows: Tensor, moments: Moments) -> Tensor:
+    def round(rows: Tensor, moments: SecondMoments) -> Tensor:
         usual, feedback._SWEEPS = feedback._SWEEPS, sweeps  # type: ignore[misc]
         try:
             return feedback.quantize_with_feedback(rows, name, moments)
@@ -105,8 +105,8 @@ def by_type(model: Model, seen: Kept, others: Kept) -> None:
 def slower(name: str) -> float:
     """Time with error feedback over time without, for rows of 2048; what the moments take is not in it."""
     rows, inputs = torch.randn(1024, 2048), torch.randn(4096, 2048)
-    moments = Moments(inputs.T @ inputs / len(inputs), len(inputs))
-    moments.factor(BLOCK)
+    moments = SecondMoments(inputs.T @ inputs / len(inputs), len(inputs))
+    moments.cholesky(BLOCK)
     times = []
     for action in (
         lambda: feedback.quantize_with_feedback(rows, name, moments, threads=1),
@@ -124,7 +124,7 @@ def by_calibration(model: Model, chunks: int, others: Kept, name: str = "Q3_K") 
     print(f"\n| {name}, tokens of calibration | all weights | experts, gate and up | from what all experts read |")
     print("|---|---|---|---|")
 
-    def usual(rows: Tensor, moments: Moments) -> Tensor:
+    def usual(rows: Tensor, moments: SecondMoments) -> Tensor:
         return feedback.quantize_with_feedback(rows, name, moments)
 
     while len(tokens):

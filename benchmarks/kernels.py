@@ -1,4 +1,4 @@
-"""How fast the C++ kernels quantise, against ggml: `python benchmarks/kernels.py [--json FILE]`.
+"""How fast the C++ kernels quantize, against ggml: `python benchmarks/kernels.py [--json FILE]`.
 
 Ggml is measured twice: compiled for this machine from the sources that come with llama-cpp-python (fetched by pip into
 a cache folder; needs a C++ compiler), and as xllamacpp ships it. All take turns on one core in one process, and the
@@ -131,7 +131,7 @@ def table_row(line: dict[str, Any]) -> str:
 
 
 def measure_copies(quantizer: Quantizer, rounds: int) -> dict[str, float]:
-    """How many times longer than to copy float32 values it takes to quantise them to the simplest types.
+    """How many times longer than to copy float32 values it takes to quantize them to the simplest types.
 
     Values are far more than a cache holds; both take turns.
     """

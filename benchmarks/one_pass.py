@@ -7,9 +7,9 @@ The checkpoint is one of random numbers (real_shapes.py): MiniMax M2's FP8 or V4
 experts as asked for and the vocabulary of the tiny example.
 
 With --llama (the folder of llama.cpp's tools) and --converter (its script, for which the name of the text splitter is
-supplied, because it refuses tokenizers that it does not know) both sides make the same: a quantised file, importance,
-perplexity, KL divergence; ours by one command. Then come parts: conversion and quantisation alone, and evaluation of
-the quantised file. Without them, one command of ours alone fetches the checkpoint from a Hub on this machine, within
+supplied, because it refuses tokenizers that it does not know) both sides make the same: a quantized file, importance,
+perplexity, KL divergence; ours by one command. Then come parts: conversion and quantization alone, and evaluation of
+the quantized file. Without them, one command of ours alone fetches the checkpoint from a Hub on this machine, within
 --memory and --scratch; once more with error feedback in its rounding.
 """
 
@@ -150,7 +150,7 @@ def theirs(bench: Bench, source: Path, llama: Path, converter: Path) -> list[Cos
     bench.run("llama-perplexity --kl-divergence", [*perplexity, "-m", small, *compare])
     return [
         bench.together("their whole chain", bench.costs.keys() - before),
-        bench.together("their conversion and quantisation", ("convert_hf_to_gguf.py", "llama-quantize")),
+        bench.together("their conversion and quantization", ("convert_hf_to_gguf.py", "llama-quantize")),
     ]
 
 

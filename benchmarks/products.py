@@ -1,7 +1,7 @@
 """What products in BF16 change: `python benchmarks/products.py [CHECKPOINT ...] [--chunks 32] [--quants Q8_0 Q4_K_M]`.
 
 For each checkpoint (by default the examples) the divergence that rounding products causes by itself, and the KL
-divergence of quantised files measured with both kinds of products.
+divergence of quantized files measured with both kinds of products.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from moecast.convert import convert
 from moecast.runner import parity
-from moecast.runner.measure.evaluate import EVALUATION_TEXT, chunk_tokens, compare_heads, summarise, with_bos
+from moecast.runner.measure.evaluate import EVALUATION_TEXT, chunk_tokens, compare_heads, summarize, with_bos
 from moecast.runner.stream import Stream, advance
 from moecast.runner.weights import ModelWeights
 from moecast.sources.model import open_model
@@ -31,7 +31,7 @@ def rounding(folder: Path, chunks: int) -> tuple[float, float, float]:
     for layer in model.graph.layers:
         advance(streams, [layer, layer])
     (divergence,) = compare_heads(streams[0], streams[1:], tokens)
-    result = summarise(divergence, (), CONTEXT, chunks, torch.bfloat16)
+    result = summarize(divergence, (), CONTEXT, chunks, torch.bfloat16)
     return result.perplexity_ratio, result.mean_kld, float(divergence.kld.median())
 
 

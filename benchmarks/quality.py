@@ -56,7 +56,7 @@ def theirs(rows: Floats, name: str, importance: Floats | None) -> Floats:
 
 
 class Reencoded(Model):
-    """A model with other numbers in its quantised weights."""
+    """A model with other numbers in its quantized weights."""
 
     def __init__(self, model: Model, plan: Plan, importance: ImportanceMatrix, encode: Encoder, order: int) -> None:
         super().__init__(model.path, model.architecture, model.graph, model.tensors, model.metadata)
@@ -116,7 +116,7 @@ def measure(
             tokens[:, 0] = model.tokenizer.bos
         reference = log_probabilities(model, tokens)
         for recipe in recipes:
-            plan = plan_tensors(model.graph, recipe_named(recipe), importance=True)
+            plan = plan_tensors(model.graph, recipe_named(recipe), calibrated=True)
             means: list[list[Tensor]] = [[], []]  # of the chunks' divergences, for each order: ours, ggml's
             for order in range(orders):
                 part = slice(order, None, orders)

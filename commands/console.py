@@ -113,6 +113,6 @@ class PlainProgress:
         print(line, file=sys.stderr, flush=True)
 
 
-def watch() -> TerminalProgress | PlainProgress:
+def make_progress() -> TerminalProgress | PlainProgress:
     """The progress that suits standard error."""
     return TerminalProgress() if sys.stderr.isatty() else PlainProgress()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import BadInput
-from .evaluate import judge
+from .evaluate import exit_if_worse
 from .options import (
     Size,
     TypeOverride,
@@ -76,7 +76,7 @@ _VERIFY_CHUNKS = 16
 def convert(
     source: str,
     output: Path,
-    target: str,
+    file_format: str,
     goal: Goal,
     measure: bool,
     pad: bool,
@@ -124,22 +124,22 @@ def convert(
     from ..convert.plans.measured import measured_plan
     from ..runner.measure.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT
     from ..sources.hub.repository import HubCheckpoint
-    from ..sources.locate import describe, locate, locate_to_stream
+    from ..sources.locate import locate, locate_on_demand, open_headers
     from ..sources.model import Model, open_model
-    from .console import watch
+    from .console import make_progress
     from .report import show_conversion, show_plan
 
     if keep_source and scratch is not None:
         raise BadInput("--keep-source keeps every shard and --scratch limits them: leave one of them out")
     if dry_run:
-        show_plan(choose_plan(describe(source, revision, token), goal, target, pad, mtp), as_json)
+        show_plan(choose_plan(open_headers(source, revision, token), goal, file_format, pad, mtp), as_json)
         return
     text = None if no_calibration else calibration or CALIBRATION_TEXT
     error_feedback = feeds_back(error_feedback, goal, calibrated=bool(text and not imatrix))
-    with watch() as progress, ExitStack() as stack:
+    with make_progress() as progress, ExitStack() as stack:
         # Measuring reads the model more than once, so it has to be here as a whole.
         stay = keep_source or not goal.is_recipe
-        found, provenance = (locate if stay else locate_to_stream)(source, revision, token, progress)
+        found, provenance = (locate if stay else locate_on_demand)(source, revision, token, progress)
         name = provenance.get("repository", "").split("/")[-1] or None
         origin: Path | HubCheckpoint | Model = found
         plan: str | Plan | None = goal.quant
@@ -147,12 +147,12 @@ def convert(
             assert isinstance(found, Path)
             origin = open_model(found)
         if isinstance(origin, Model) and goal.is_budget and measure:
-            refuse_mixed_types(target)
+            refuse_mixed_types(file_format)
             budget = budget_of(origin, goal)
             allocation = measured_plan(
                 origin,
                 budget,
-                output_path(output, name or name_of(origin), budget.name, target),
+                output_path(output, name or name_of(origin), budget.name, file_format),
                 calibration=text,
                 imatrix=imatrix,
                 context=context,
@@ -166,12 +166,12 @@ def convert(
             )
             plan = stack.enter_context(allocation).plan
         elif isinstance(origin, Model):
-            plan = choose_plan(origin, goal, target, pad, mtp, importance=bool(text or imatrix))
+            plan = choose_plan(origin, goal, file_format, pad, mtp, calibrated=bool(text or imatrix))
         result = run(
             origin,
             output,
             plan,
-            target=target,
+            file_format=file_format,
             activations=activations,
             padding=pad,
             mtp=mtp,
@@ -196,7 +196,7 @@ def convert(
             progress=progress,
         )
     show_conversion(result, as_json)
-    judge(result.parity, max_kld)
+    exit_if_worse(result.parity, max_kld)
 
 
 @click.command()
@@ -207,7 +207,7 @@ def convert(
 @click.option(
     "--tensor-type", "tensor_types", multiple=True, type=TypeOverride(), help="Type of tensors whose names match."
 )
-@click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantised already.")
+@click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantized already.")
 @overwrite_option
 @dry_run_option
 @threads_option
@@ -224,7 +224,7 @@ def quantize(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Quantise a GGUF file to another GGUF file.
+    """Quantize a GGUF file to another GGUF file.
 
     \b
     Examples:
@@ -233,19 +233,19 @@ def quantize(
     """
     from ..convert.plans.choose import choose_plan
     from ..convert.requantize import plan_requantized, requantize
-    from ..quant.planning.targets import DEFAULT_QUANT
+    from ..quant.planning.file_formats import DEFAULT_QUANT
     from ..sources.model import open_model
-    from .console import watch
+    from .console import make_progress
     from .report import show_conversion, show_plan
 
     model = open_model(source)
     plan: str | Plan = goal.quant or DEFAULT_QUANT["gguf"]
     if not goal.is_recipe:
-        plan = choose_plan(model, goal, padding=False, importance=imatrix is not None)
+        plan = choose_plan(model, goal, padding=False, calibrated=imatrix is not None)
     if dry_run:
         show_plan(plan_requantized(model, plan, tensor_types, imatrix is not None), as_json)
         return
-    with watch() as progress:
+    with make_progress() as progress:
         result = requantize(
             model,
             output,
@@ -293,10 +293,10 @@ def imatrix(
     from ..convert.calibrate import write_imatrix
     from ..runner.measure.evaluate import CALIBRATION_TEXT
     from ..sources.locate import locate
-    from .console import watch
+    from .console import make_progress
     from .report import show_calibration
 
-    with watch() as progress:
+    with make_progress() as progress:
         folder, _ = locate(model, revision, token, progress)
         result = write_imatrix(
             folder,
@@ -326,9 +326,9 @@ def prepack(folder: Path, as_json: bool) -> None:
       moecast prepack model-onnx/
     """
     from ..convert.onnx.prepack import prepack as run
-    from .console import human_bytes, print_json, watch
+    from .console import human_bytes, make_progress, print_json
 
-    with watch() as progress:
+    with make_progress() as progress:
         size = run(folder, progress)
     if as_json:
         print_json({"folder": folder, "bytes": size})
@@ -347,10 +347,10 @@ def demo(ctx: click.Context, output: Path) -> None:
       moecast demo
     """
     from ..archs.registry import architectures
-    from ..sources.locate import describe
+    from ..sources.locate import open_headers
     from .report import show_model
 
     source = Path(__file__).parents[1] / "examples" / architectures()[0].example
-    show_model(describe(str(source), None, None), as_json=False)
+    show_model(open_headers(str(source), None, None), as_json=False)
     # Padding pays on rows of thousands; it would multiply rows as short as these.
     ctx.invoke(convert, source=str(source), output=output, pad=False, overwrite=True, chunks=32)

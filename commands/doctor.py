@@ -27,7 +27,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "features": _processor_features(),
-        "kernels": native.describe(),
+        "kernels": native.kernel_status(),
         "kernel_paths": native.paths(),
         "torch": torch.__version__,
         "gpus": [{"name": gpu.name, "bytes": gpu.total_memory} for gpu in gpus],
@@ -49,7 +49,7 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
         "This machine",
         [
             ("Processor", f"{facts['cores']} cores, {' '.join(facts['features']) or facts['processor']}"),
-            ("Quantisers", facts["kernels"]),
+            ("Quantizers", facts["kernels"]),
             ("GPU", gpus or "none that torch can use"),
             ("Memory", human_bytes(facts["memory_bytes"])),
             ("Free disk here", human_bytes(facts["disk_free_bytes"])),

@@ -45,11 +45,11 @@ def perplexity(
     """
     from ..runner.measure.evaluate import EVALUATION_TEXT
     from ..runner.measure.evaluate import perplexity as run
-    from .console import watch
+    from .console import make_progress
     from .report import show_perplexity
 
     opened = _open(model, revision, token, low_memory)
-    with watch() as progress:
+    with make_progress() as progress:
         result = run(opened, file or EVALUATION_TEXT, context, chunks, progress, compute_dtype)
     show_perplexity(str(opened.path), result, as_json)
 
@@ -85,17 +85,17 @@ def parity(
     """
     from ..runner.measure.evaluate import EVALUATION_TEXT
     from ..runner.measure.evaluate import parity as run
-    from .console import watch
+    from .console import make_progress
     from .report import show_parity
 
     first, second = _open(reference, revision, token, low_memory), _open(candidate, None, token, low_memory)
-    with watch() as progress:
+    with make_progress() as progress:
         result = run(first, second, file or EVALUATION_TEXT, context, chunks, progress, compute_dtype)
     show_parity(f"{second.path} against {first.path}", result, as_json)
-    judge(result, max_kld)
+    exit_if_worse(result, max_kld)
 
 
-def judge(result: Parity | None, max_kld: float | None) -> None:
+def exit_if_worse(result: Parity | None, max_kld: float | None) -> None:
     """Exit with 1 when a result is worse than the user accepts."""
     if result and max_kld is not None and not result.mean_kld <= max_kld:
         click.echo(f"Failed: mean KL divergence {result.mean_kld:.6f} is above {max_kld}", err=True)
@@ -148,7 +148,7 @@ def run(
 def _open(source: str, revision: str | None, token: str | None, low_memory: bool) -> Model | OnnxModel:
     from ..runner.engines import open_runnable
     from ..sources.locate import locate
-    from .console import watch
+    from .console import make_progress
 
-    with watch() as progress:
+    with make_progress() as progress:
         return open_runnable(locate(source, revision, token, progress)[0], low_memory)

@@ -23,10 +23,10 @@ def inspect(source: str, revision: str | None, token: str | None, as_json: bool)
       moecast inspect CHECKPOINT
       moecast inspect model.gguf --json
     """
-    from ..sources.locate import describe
+    from ..sources.locate import open_headers
     from .report import show_model
 
-    show_model(describe(source, revision, token), as_json)
+    show_model(open_headers(source, revision, token), as_json)
 
 
 @click.command()
@@ -46,7 +46,7 @@ def download(
       moecast download OWNER/NAME --revision main -o NAME/ --dry-run
     """
     from ..sources.hub.repository import HubSource, fetch, list_files, parse_source
-    from .console import human_bytes, print_columns, print_json, watch
+    from .console import human_bytes, make_progress, print_columns, print_json
 
     source = parse_source(repository)
     if not isinstance(source, HubSource):
@@ -59,7 +59,7 @@ def download(
             rows = [(file.name, human_bytes(file.bytes)) for file in listing.files]
             print_columns(f"{source.repository} at {listing.commit}", ("File", "Size"), rows)
         return
-    with watch() as progress:
+    with make_progress() as progress:
         folder = fetch(source, revision, token, progress, output)
     if as_json:
         print_json({"folder": folder})

@@ -96,7 +96,7 @@ mtp_option = click.option(
 )
 quant_option = click.option("--quant", help="Recipe, as llama-quantize names it.  [default: Q4_K_M, for ONNX Q4_0]")
 target_option = click.option(
-    "--to", "target", type=click.Choice(["gguf", "onnx"]), default="gguf", show_default=True, help="File format."
+    "--to", "file_format", type=click.Choice(["gguf", "onnx"]), default="gguf", show_default=True, help="File format."
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
@@ -122,7 +122,7 @@ error_feedback_option = click.option(
     default=None,
     help="Let each weight make good the rounding of others (GPTQ); slower.  [default: unless --quant]",
 )
-threads_option = click.option("--threads", type=int, help="Threads to quantise with, all cores by default.")
+threads_option = click.option("--threads", type=int, help="Threads to quantize with, all cores by default.")
 
 
 def goal_options(command: Command) -> Command:

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 @json_option
 def plan(
     source: str,
-    target: str,
+    file_format: str,
     goal: Goal,
     fit: bool,
     ram: int | None,
@@ -91,9 +91,9 @@ def plan(
     from ..convert.plans.measured import measured_plan
     from ..quant.planning.plan_file import write_plan_file
     from ..runner.measure.evaluate import CALIBRATION_TEXT
-    from ..sources.locate import describe, locate
+    from ..sources.locate import locate, open_headers
     from ..sources.model import open_model
-    from .console import watch
+    from .console import make_progress
     from .report import show_fit, show_plan
 
     if not fit and (ram is not None or vram is not None):
@@ -104,8 +104,8 @@ def plan(
         raise OutputExists(output)
     with ExitStack() as stack:
         if measure:
-            refuse_mixed_types(target)
-            with watch() as progress:
+            refuse_mixed_types(file_format)
+            with make_progress() as progress:
                 folder, _ = locate(source, revision, token, progress)
                 model = open_model(folder)
                 allocation = measured_plan(
@@ -125,11 +125,11 @@ def plan(
                 chosen = stack.enter_context(allocation).plan
             show_plan(chosen, as_json)
         elif fit:
-            found = fit_machine(describe(source, revision, token).graph, _machine(ram, vram, context), pad, mtp)
+            found = fit_machine(open_headers(source, revision, token).graph, _machine(ram, vram, context), pad, mtp)
             chosen = found.plan
             show_fit(found, as_json)
         else:
-            chosen = choose_plan(describe(source, revision, token), goal, target, pad, mtp)
+            chosen = choose_plan(open_headers(source, revision, token), goal, file_format, pad, mtp)
             show_plan(chosen, as_json)
         if output:
             write_plan_file(chosen, output)

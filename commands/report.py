@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ..convert.calibrate import Calibration
     from ..convert.pipeline import Conversion
-    from ..quant.planning.fit import Fit
+    from ..quant.planning.fit import MachinePlan
     from ..quant.planning.plan import Plan
     from ..runner.measure.evaluate import Parity, Perplexity
     from ..sources.model import Model
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def show_model(model: Model, as_json: bool) -> None:
     graph = model.graph
     if as_json:
-        from ..archs.graph import describe
+        from ..archs.graph import graph_as_json
 
         tensors = [{"name": t.name, "dtype": t.dtype, "shape": t.shape, "bytes": t.length} for t in model.tensors]
         print_json(
@@ -35,7 +35,7 @@ def show_model(model: Model, as_json: bool) -> None:
                 "state_bytes_per_token": graph.state_bytes_per_token(),
                 "tensors": tensors,
                 "problems": graph.notes,
-                "graph": describe(graph),
+                "graph": graph_as_json(graph),
             }
         )
         return
@@ -86,7 +86,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     show_problems(plan.problems)
 
 
-def show_fit(fit: Fit, as_json: bool) -> None:
+def show_fit(fit: MachinePlan, as_json: bool) -> None:
     if as_json:
         from ..quant.planning.plan_file import plan_as_json
 
@@ -99,7 +99,7 @@ def show_fit(fit: Fit, as_json: bool) -> None:
     print(f"Serve it with\n\n    {_fit_line(fit)}\n")
 
 
-def _fit_line(fit: Fit) -> str:
+def _fit_line(fit: MachinePlan) -> str:
     arguments: list[Any] = ["llama-server", "-m", "MODEL.gguf", "-c", fit.machine.context, "--jinja"]
     if fit.machine.vram:
         arguments += ["--n-gpu-layers", 99, "--n-cpu-moe", fit.layers_in_ram]
@@ -186,4 +186,4 @@ def _parity_rows(result: Parity) -> list[tuple[str, str]]:
 
 def _scoring_rows(result: Perplexity | Parity) -> list[tuple[str, str]]:
     rows = [("Tokens scored", str(result.tokens))]
-    return rows if result.compute_dtype == "float32" else [*rows, ("Products computed in", result.compute_dtype)]
+    return rows if result.compute_dtype == "float32" else [*rows, ("WeightProducts computed in", result.compute_dtype)]

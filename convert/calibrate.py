@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from ..progress import Progress, Silent
+from ..progress import NoProgress, Progress
 from ..quant.rounding.statistics import Statistics
 from ..runner.measure.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, dtype_name
 from ..runner.memory import peak_rss_bytes, workspace
 from ..runner.observe import ObservingWeights
-from ..runner.passes import Pass
+from ..runner.passes import LayerPass
 from ..runner.stream import advance
 from ..runner.weights import ModelWeights
 from ..sources.model import Model, open_model
@@ -64,7 +64,7 @@ def write_imatrix(
     """
     started = time.monotonic()
     model = model if isinstance(model, Model) else open_model(model)
-    progress = progress or Silent()
+    progress = progress or NoProgress()
     tokens = chunk_tokens(model.tokenizer, Path(calibration), context, chunks)
     room = workspace(memory, model.graph, tokens.numel(), context, Path(output).parent)
     statistics = Statistics()
@@ -75,17 +75,17 @@ def write_imatrix(
         Journal(Path(output), identity, overwrite) as journal,
         ImatrixWriter(Path(output), Path(calibration), tokens, overwrite) as writer,
     ):
-        passing = Pass(model, room, SavedStates(journal, model.graph.layers))
-        passing.begin(tokens, ObservingWeights(ModelWeights(model, compute_dtype), statistics))
+        layer_pass = LayerPass(model, room, SavedStates(journal, model.graph.layers))
+        layer_pass.begin(tokens, ObservingWeights(ModelWeights(model, compute_dtype), statistics))
         progress.begin("Calibrating", len(model.graph.layers), "layers")
         for layer in model.graph.layers:
-            if passing.passed(layer.index):
+            if layer_pass.is_done(layer.index):
                 seen = load_statistics(journal, layer.index)
             else:
-                advance(passing.streams, [layer])
+                advance(layer_pass.streams, [layer])
                 seen = statistics
                 save_statistics(journal, layer.index, seen)
-                passing.save(layer.index)
+                layer_pass.save(layer.index)
             writer.add(seen)
             progress.advance(1, f"layer {layer.index}")
             experts = seen.expert_tokens

@@ -15,9 +15,9 @@ from ..quant import dequantize
 from ..quant.formats import native
 from ..quant.planning.plan import Plan, PlannedTensor
 from ..quant.rounding.feedback import quantize_weight
-from ..quant.rounding.moments import Moments
+from ..quant.rounding.moments import SecondMoments
 from ..quant.rounding.statistics import Importance
-from ..runner.weights import KeptWeights, ModelWeights
+from ..runner.weights import CachedWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import pieces
 from .writer import Writer
@@ -34,7 +34,7 @@ class MeasuredImportance:
         means = self._matrix.of(weight.name, columns, weight.experts or 1)
         return functional.pad(means[expert or 0], (0, weight.columns - columns)) if means is not None else None
 
-    def moments(self, weight: Weight, expert: int | None) -> Moments | None:
+    def moments(self, weight: Weight, expert: int | None) -> SecondMoments | None:
         return None
 
 
@@ -63,7 +63,7 @@ class Encoder:
         for tensor in plan.tensors:
             self._unfinished[tensor.weight.layer].append(tensor)
         if not native.available():
-            progress.note(f"Quantising with {native.describe()}")
+            progress.note(f"Quantizing with {native.kernel_status()}")
         progress.begin("Converting", sum(tensor.weight.elements for tensor in plan.tensors), "weights")
 
     def encode(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
@@ -95,7 +95,7 @@ class Encoder:
             for expert, rows in pieces(tensor.weight):
                 if not self._has(tensor.weight, expert, rows):
                     self.encode(tensor, expert, rows)
-                    self.source.forget()
+                    self.source.release()
 
     def finish_all(self) -> None:
         """Encode what is left."""
@@ -123,7 +123,7 @@ class Encoder:
             ) from None
 
 
-class CastingWeights(KeptWeights):
+class QuantizingWeights(CachedWeights):
     """The weights of the file in the making: asking for one writes it, the answer is what was stored."""
 
     def __init__(self, encoder: Encoder, label: str) -> None:

@@ -23,14 +23,14 @@ from ..quant.planning.plan import Plan
 from ..quant.rounding.moments import statistics_for
 from ..quant.rounding.statistics import Importance, Statistics
 from ..runner.activations import Workspace
-from ..runner.measure.evaluate import Parity, compare_heads, relative_error, summarise
+from ..runner.measure.evaluate import Parity, compare_heads, relative_error, summarize
 from ..runner.memory import peak_rss_bytes
 from ..runner.observe import ObservingWeights, observe_head
-from ..runner.passes import Pass
+from ..runner.passes import LayerPass
 from ..runner.stream import advance
 from ..runner.weights import ModelWeights
 from ..sources.model import Model
-from .encode import CastingWeights, Encoder
+from .encode import Encoder, QuantizingWeights
 from .gguf.imatrix import ImatrixWriter
 from .resume.journal import Journal
 from .resume.states import SavedStates, load_statistics, save_statistics
@@ -38,7 +38,7 @@ from .writer import Writer
 
 
 @dataclass(frozen=True)
-class Lanes:
+class PassInputs:
     """Token ids [chunks, context] to calibrate with and to evaluate on; None leaves out what they are for."""
 
     calibration: Tensor | None = None
@@ -51,11 +51,11 @@ class Lanes:
         return calibration + 2 * evaluation
 
 
-def cast(
+def run_pass(
     model: Model,
     plan: Plan,
     writer: Writer,
-    lanes: Lanes,
+    lanes: PassInputs,
     progress: Progress,
     importance: Importance | None = None,
     imatrix: ImatrixWriter | None = None,
@@ -84,18 +84,18 @@ def cast(
     known = importance if lanes.calibration is None else statistics
     encoder = Encoder(source, plan, writer, progress, known, threads)
     states = SavedStates(journal, model.graph.layers) if journal else None
-    passing = Pass(model, workspace, states)
+    layer_pass = LayerPass(model, workspace, states)
     if lanes.calibration is not None:
-        passing.begin(lanes.calibration, ObservingWeights(source, statistics))
+        layer_pass.begin(lanes.calibration, ObservingWeights(source, statistics))
     if lanes.evaluation is not None:
-        passing.begin(lanes.evaluation, source)
-        passing.begin(lanes.evaluation, CastingWeights(encoder, f"{model.path} as {plan.recipe.name}"))
-    streams = passing.streams
-    errors = passing.facts.tolist() if passing.facts is not None else []
+        layer_pass.begin(lanes.evaluation, source)
+        layer_pass.begin(lanes.evaluation, QuantizingWeights(encoder, f"{model.path} as {plan.recipe.name}"))
+    streams = layer_pass.streams
+    errors = layer_pass.facts.tolist() if layer_pass.facts is not None else []
     lines = _Lines(plan, progress)
     for layers in zip(*(stream.weights.graph.layers for stream in streams), strict=True):
         index = layers[0].index
-        if passing.passed(index):
+        if layer_pass.is_done(index):
             if imatrix and journal:
                 imatrix.add(load_statistics(journal, index))
             continue
@@ -109,7 +109,7 @@ def cast(
                 save_statistics(journal, index, statistics)
         _check_coverage(index, statistics, min_expert_tokens)
         lines.write(index, errors[-1] if errors else None, statistics)
-        passing.save(index, torch.tensor(errors, dtype=torch.float64))
+        layer_pass.save(index, torch.tensor(errors, dtype=torch.float64))
         statistics.clear()
     if lanes.calibration is not None and error_feedback:
         observe_head(streams[0], statistics)
@@ -117,7 +117,7 @@ def cast(
     if lanes.evaluation is not None:
         chunks, context = lanes.evaluation.shape
         (divergence,) = compare_heads(streams[-2], streams[-1:], lanes.evaluation)
-        result = summarise(divergence, tuple(errors), context, chunks, compute_dtype)
+        result = summarize(divergence, tuple(errors), context, chunks, compute_dtype)
     encoder.finish_all()
     return result
 
@@ -142,7 +142,7 @@ class _Lines:
         self._passed = 0
         self._types: dict[int | None, Counter[str]] = defaultdict(Counter)
         for tensor in plan.tensors:
-            if not tensor.weight.role.protected:
+            if not tensor.weight.role.keep_f32:
                 self._types[tensor.weight.layer][tensor.type.name] += 1
 
     def write(self, layer: int, error: float | None, statistics: Statistics) -> None:

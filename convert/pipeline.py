@@ -1,4 +1,4 @@
-"""From a checkpoint to a quantised file, one expert at a time, and the proof that it is what it should be."""
+"""From a checkpoint to a quantized file, one expert at a time, and the proof that it is what it should be."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 
 from .. import __version__
 from ..errors import BadInput
-from ..progress import Progress, Silent
+from ..progress import NoProgress, Progress
+from ..quant.planning.file_formats import plan_format, recipe_for
 from ..quant.planning.onnx_plan import OnnxPlan
 from ..quant.planning.plan import Plan, plan_tensors
 from ..quant.planning.recipes import Recipe
-from ..quant.planning.targets import plan_target, recipe_for
 from ..runner.measure.evaluate import (
     CALIBRATION_TEXT,
     DEFAULT_CONTEXT,
@@ -26,16 +26,16 @@ from ..runner.measure.evaluate import (
     chunk_tokens,
     dtype_name,
 )
-from ..runner.memory import CASTING, RUNNING, peak_rss_bytes, workspace
+from ..runner.memory import QUANTIZING, RUNNING, peak_rss_bytes, workspace
 from ..sources.hub.repository import HubCheckpoint
-from ..sources.hub.shards import open_streamed
+from ..sources.hub.shards import open_on_demand
 from ..sources.imatrix import read_imatrix
 from ..sources.model import Model, open_model
 from .encode import MeasuredImportance
 from .gguf.imatrix import ImatrixWriter
 from .gguf.tokenizer import tokenizer_metadata
 from .gguf.writer import GGUFWriter
-from .onepass import Lanes, cast
+from .onepass import PassInputs, run_pass
 from .onnx.export import open_onnx_writer
 from .preflight import check_disk
 from .resume.fingerprint import file_identity, fingerprint, text_identity
@@ -88,7 +88,7 @@ def convert(
     output: str | Path = ".",
     quant: str | Plan | None = None,
     *,
-    target: str = "gguf",
+    file_format: str = "gguf",
     activations: str | None = None,
     padding: bool = True,
     mtp: bool | None = None,
@@ -120,7 +120,7 @@ def convert(
         output: a .gguf file, or a folder for `<name>-<quant>.gguf` or the folder `<name>-<quant>-onnx`.
         quant: a recipe name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds; Q4_K_M by
             default, for ONNX Q4_0. Or a plan for the model's graph, to which `padding` and `mtp` do not apply.
-        target: gguf or onnx.
+        file_format: gguf or onnx.
         activations: what ONNX Runtime rounds activations to before it multiplies: int8 (fast, the default) or float32.
         padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
         mtp: keep the blocks of multi-token prediction; by default, unless they rule out padding. Where they are a
@@ -147,12 +147,12 @@ def convert(
     A journal beside the output records what is done: stopped by whatever means, the same call continues.
 
     Raises BadInput for anything wrong with the input or an existing output; then nothing is left under the output's
-    name. Raises Interruption for a full disk or a lost connection.
+    name. Raises Interrupted for a full disk or a lost connection.
     """
     started = time.monotonic()
-    progress = progress or Silent()
-    recipe = quant.recipe if isinstance(quant, Plan) else recipe_for(target, quant)
-    weighs = (quant if isinstance(quant, Plan) else recipe).weighs_columns
+    progress = progress or NoProgress()
+    recipe = quant.recipe if isinstance(quant, Plan) else recipe_for(file_format, quant)
+    weighs = (quant if isinstance(quant, Plan) else recipe).wants_importance
     name = name or name_of(source)
     provenance = provenance or (source.provenance if isinstance(source, HubCheckpoint) else {})
     measured = read_imatrix(Path(imatrix)) if imatrix else None
@@ -160,19 +160,19 @@ def convert(
     if imatrix_out and not text:
         raise BadInput("--imatrix-out writes what calibration finds: leave out --imatrix and --no-calibration")
     check_error_feedback(error_feedback, calibration, imatrix)
-    if target == "onnx":
+    if file_format == "onnx":
         _refuse("an ONNX model", {"--pre": pre, "--split-max-size": split_max_bytes})
         activations = activations or "int8"
     else:
         _refuse("a GGUF file", {"--activations": activations})
-    path = output_path(Path(output), name, recipe.name, target)
+    path = output_path(Path(output), name, recipe.name, file_format)
     model = _open(source, scratch, path)
     if isinstance(quant, Plan):
         plan = quant
     else:
-        plan = plan_target(target, model.graph, quant, padding, mtp, importance=bool(measured or text))
-    metadata = {} if target == "onnx" else gguf_metadata(model, plan, name, pre, provenance, progress)
-    lanes = Lanes(
+        plan = plan_format(file_format, model.graph, quant, padding, mtp, calibrated=bool(measured or text))
+    metadata = {} if file_format == "onnx" else gguf_metadata(model, plan, name, pre, provenance, progress)
+    lanes = PassInputs(
         chunk_tokens(model.tokenizer, Path(text), context, None) if text else None,
         chunk_tokens(model.tokenizer, Path(file), context, chunks) if verify else None,
     )
@@ -184,7 +184,7 @@ def convert(
         "error feedback": "yes" if error_feedback else "no",
     }
     identity = fingerprint(model, plan, metadata, texts, split_max_bytes, activations)
-    copies = CASTING if verify else RUNNING
+    copies = QUANTIZING if verify else RUNNING
     room = workspace(memory, plan.graph, lanes.tokens, context, path.parent, copies, error_feedback)
     with closing(model), Journal(path, identity, overwrite) as journal, ExitStack() as stack:
         check_disk(path, plan, model, lanes, memory, journal, progress)
@@ -194,7 +194,7 @@ def convert(
             stack.enter_context(found)
         with _writer(model, plan, path, metadata, split_max_bytes, activations, overwrite, verify, journal) as writer:
             importance = MeasuredImportance(measured) if measured else None
-            result = cast(
+            result = run_pass(
                 model,
                 plan,
                 writer,
@@ -255,7 +255,7 @@ def name_of(source: str | Path | HubCheckpoint | Model) -> str:
 
 def _open(source: str | Path | HubCheckpoint | Model, scratch: int | None, output: Path) -> Model:
     if isinstance(source, HubCheckpoint):
-        return open_streamed(source, scratch, journal_folder(output) / "shards")
+        return open_on_demand(source, scratch, journal_folder(output) / "shards")
     model = source if isinstance(source, Model) else open_model(source)
     if model.metadata:
         raise BadInput(f"{model.path} is a GGUF file, expected a checkpoint folder")
@@ -277,7 +277,7 @@ def _write_draft(
     metadata = metadata | dict(model.architecture.draft_metadata(model.graph))
     path = path.with_name(f"{path.stem}-mtp.gguf")
     with GGUFWriter(path, metadata, plan.tensors, None, overwrite, journal) as writer:
-        cast(model, plan, writer, Lanes(), progress, threads=threads)
+        run_pass(model, plan, writer, PassInputs(), progress, threads=threads)
     return path
 
 
@@ -301,9 +301,9 @@ def gguf_metadata(
     return {**general, **source, **model.architecture.gguf_metadata(plan.graph), **tokenizer}
 
 
-def output_path(output: Path, name: str, quant: str, target: str) -> Path:
+def output_path(output: Path, name: str, quant: str, file_format: str) -> Path:
     """The GGUF file or the ONNX folder, in a folder that exists."""
-    if target == "onnx":
+    if file_format == "onnx":
         folder = path = output / f"{name}-{quant}-onnx"
     else:
         path = output if output.suffix == ".gguf" else output / f"{name}-{quant}.gguf"

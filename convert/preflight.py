@@ -5,19 +5,19 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..errors import Interruption
+from ..errors import Interrupted
 from ..progress import Progress
 from ..quant.planning.plan import Plan
 from ..sources.hub.shards import ShardStorage
 from ..sources.model import Model
-from .onepass import Lanes
+from .onepass import PassInputs
 from .resume.journal import Journal
 
 
 def check_disk(
-    path: Path, plan: Plan, model: Model, lanes: Lanes, memory: int | None, journal: Journal, progress: Progress
+    path: Path, plan: Plan, model: Model, lanes: PassInputs, memory: int | None, journal: Journal, progress: Progress
 ) -> None:
-    """Note what is fetched and written, and the most that is on disk. Raises Interruption when there is no room."""
+    """Note what is fetched and written, and the most that is on disk. Raises Interrupted when there is no room."""
     shards = model.storage if isinstance(model.storage, ShardStorage) else None
     fetched, scratch = (shards.bytes_to_fetch, shards.scratch) if shards else (0, 0)
     # The journal keeps two states of the lanes while it saves; within a layer, inputs and outputs may be on disk too.
@@ -30,13 +30,13 @@ def check_disk(
     facts.append(f"at most {_size(peak)} of the {_size(free)} that are free in {path.parent.resolve()}")
     progress.note(f"{'Goes on' if journal.continues else 'Begins'}: {', '.join(facts)}")
     if peak > free:
-        raise Interruption(
+        raise Interrupted(
             f"{path.parent.resolve()} has no room: {_size(peak)} are needed and {_size(free)} are free; "
             "make room, choose another --output or a smaller --quant"
         )
 
 
-def _state_bytes(plan: Plan, lanes: Lanes) -> int:
+def _state_bytes(plan: Plan, lanes: PassInputs) -> int:
     """What the lanes' states take between two layers."""
     return 4 * plan.graph.residual_size * lanes.tokens
 

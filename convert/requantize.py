@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import BadInput
-from ..progress import Progress, Silent
+from ..progress import NoProgress, Progress
 from ..quant.formats.table import FORMATS
 from ..quant.planning.plan import Plan, override_types, plan_tensors
 from ..quant.planning.recipes import recipe_named
@@ -15,12 +15,12 @@ from ..sources.imatrix import ImportanceMatrix, read_imatrix
 from ..sources.model import Model, open_model
 from .encode import MeasuredImportance
 from .gguf.writer import GGUFWriter
-from .onepass import Lanes, cast
+from .onepass import PassInputs, run_pass
 from .pipeline import QUANTIZATION_VERSION, Conversion
 from .resume.fingerprint import file_identity, fingerprint
 from .resume.journal import Journal
 
-_UNQUANTISED_BITS = 16
+_UNQUANTIZED_BITS = 16
 
 
 def requantize(
@@ -35,24 +35,24 @@ def requantize(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Quantise a GGUF file (open, or the first of a split) as a recipe or plan says; options are llama-quantize's.
+    """Quantize a GGUF file (open, or the first of a split) as a recipe or plan says; options are llama-quantize's.
 
     Args:
         imatrix: importance matrix of llama.cpp, as GGUF or .dat.
         tensor_types: (regular expression, type) pairs that overrule the recipe for matching tensor names.
-        allow_requantize: accept tensors that are quantised already; they were rounded once and will be again.
+        allow_requantize: accept tensors that are quantized already; they were rounded once and will be again.
 
     Raises BadInput for anything wrong with the input, an existing output, or a full disk.
     """
     started = time.monotonic()
-    progress = progress or Silent()
+    progress = progress or NoProgress()
     model = source if isinstance(source, Model) else open_model(source)
     if not model.metadata:
         raise BadInput(f"{model.path} is a checkpoint folder, expected a GGUF file: use `moecast convert`")
     importance = read_imatrix(Path(imatrix)) if imatrix else None
     plan = plan_requantized(model, quant, tensor_types, importance is not None)
     if not allow_requantize:
-        _refuse_quantised(model, plan)
+        _refuse_quantized(model, plan)
     metadata = _metadata(model, plan, importance)
     path = Path(output)
     others = {"importance matrix": file_identity(Path(imatrix))} if imatrix else {}
@@ -61,25 +61,25 @@ def requantize(
         GGUFWriter(path, metadata, plan.tensors, None, overwrite, journal) as writer,
     ):
         measured = MeasuredImportance(importance) if importance else None
-        cast(model, plan, writer, Lanes(), progress, measured, threads=threads)
+        run_pass(model, plan, writer, PassInputs(), progress, measured, threads=threads)
     return Conversion.of(writer.paths, plan, started)
 
 
 def plan_requantized(
-    model: Model, quant: str | Plan, tensor_types: Sequence[tuple[str, str]], importance: bool
+    model: Model, quant: str | Plan, tensor_types: Sequence[tuple[str, str]], calibrated: bool
 ) -> Plan:
     """The types of a recipe or a plan with the user's exceptions."""
-    plan = quant if isinstance(quant, Plan) else plan_tensors(model.graph, recipe_named(quant), importance)
+    plan = quant if isinstance(quant, Plan) else plan_tensors(model.graph, recipe_named(quant), calibrated)
     return override_types(plan, tensor_types)
 
 
-def _refuse_quantised(model: Model, plan: Plan) -> None:
+def _refuse_quantized(model: Model, plan: Plan) -> None:
     stored = {tensor.name: tensor for tensor in model.tensors}
     for tensor in plan.tensors:
         source = stored[tensor.weight.name]
-        if source.dtype != tensor.type.name and FORMATS[source.dtype].bits_per_weight < _UNQUANTISED_BITS:
+        if source.dtype != tensor.type.name and FORMATS[source.dtype].bits_per_weight < _UNQUANTIZED_BITS:
             raise BadInput(
-                f"{source.name} in {source.file} is {source.dtype} already: quantise the original instead, or accept "
+                f"{source.name} in {source.file} is {source.dtype} already: quantize the original instead, or accept "
                 "a second rounding with --allow-requantize"
             )
 

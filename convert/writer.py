@@ -11,7 +11,7 @@ from typing import Self
 
 from torch import Tensor
 
-from ..errors import Interruption
+from ..errors import Interrupted
 from .resume.journal import Journal
 
 
@@ -106,5 +106,5 @@ class Writer(ABC):
             for path in self._temporary:
                 path.unlink(missing_ok=True)
 
-    def _failure(self, error: OSError) -> Interruption:
-        return Interruption(f"{self._shown} cannot be written: {error.strerror}; free space or choose another --output")
+    def _failure(self, error: OSError) -> Interrupted:
+        return Interrupted(f"{self._shown} cannot be written: {error.strerror}; free space or choose another --output")

@@ -53,7 +53,7 @@ class Architecture(Protocol):
     """Number of safetensors files to write."""
 
     def build(self, sizes: Sizes) -> PreTrainedModel:
-        """A float32 model with uninitialised or default weights."""
+        """A float32 model with uninitialized or default weights."""
 
     def routers(self, model: PreTrainedModel) -> list[Router]:
         """The routers with a trained selection bias, in layer order."""

@@ -1,4 +1,4 @@
-"""Writes tensors as a sharded safetensors checkpoint with an index; FP8 block quantisation."""
+"""Writes tensors as a sharded safetensors checkpoint with an index; FP8 block quantization."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ LARGEST_E4M3 = 448.0
 def quantize_fp8_blocks(
     weight: torch.Tensor, block: int, power_of_two: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantises `[rows, columns]` to float8_e4m3fn with one float32 factor per `block` x `block` values.
+    """Quantizes `[rows, columns]` to float8_e4m3fn with one float32 factor per `block` x `block` values.
 
     Returns the values `[rows, columns]` and the factors `[ceil(rows / block), ceil(columns / block)]`; their product
     restores the weight. Blocks at the edges may be partial. Factors that fill the range of float8_e4m3fn are used, or

@@ -7,7 +7,7 @@ GROUP = 32
 
 
 def quantize_mxfp4(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantises `[rows, columns]` to E2M1 with a scale per 32 columns.
+    """Quantizes `[rows, columns]` to E2M1 with a scale per 32 columns.
 
     Returns two codes per byte, the even column in the low half, int8 `[rows, columns / 2]`, and the float8_e8m0fnu
     scales `[rows, columns / 32]`. Of the two scales that suit a group, one clips its peak and one does not: the one

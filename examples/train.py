@@ -22,7 +22,7 @@ from architecture import Architecture, Sizes
 from checkpoint import write_checkpoint
 from corpus import CALIBRATION_BOOKS, EVALUATION_BOOKS, join, read_books
 from tokenizer import train_tokenizer, write_tokenizer
-from training import initialise, perplexity, train
+from training import initialize, perplexity, train
 from transformers import PreTrainedModel
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -73,7 +73,7 @@ def main() -> None:
     print(f"{len(tokens)} tokens of training text, {len(held_out)} held out")
 
     model: PreTrainedModel = architecture.build(sizes)
-    initialise(model, options.seed)
+    initialize(model, options.seed)
     print(f"{sum(parameter.numel() for parameter in model.parameters())} parameters")
     train(
         model,

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 
-def initialise(model: PreTrainedModel, seed: int) -> None:
+def initialize(model: PreTrainedModel, seed: int) -> None:
     """Draws every matrix from a normal distribution of standard deviation 1/sqrt(fan-in); a look-up has a fan-in of 1.
 
     The libraries' default of 0.02 is made for widths of thousands; at widths of hundreds it leaves routed experts,

@@ -1,4 +1,4 @@
-"""Block formats of ggml, their quantisers, and the choice of types.
+"""Block formats of ggml, their quantizers, and the choice of types.
 
 Importing this package loads no torch; `quantize` and `dequantize` load it when first used.
 """

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import Interruption
+from ..errors import Interrupted
 from ..sources.storage import read_at, write_at
 
 _FLOAT = 4  # bytes
@@ -57,7 +57,7 @@ class Workspace:
 
     def activations(self, *shape: int, whole_chunks: bool = False) -> Activations:
         """New activations. Those that are only read and written by `whole_chunks` do not suffer from a disk, so they
-        leave room for others. Raises Interruption when the disk is full."""
+        leave room for others. Raises Interrupted when the disk is full."""
         size = _FLOAT * prod(shape)
         if self._left is None:
             return MemoryActivations(*shape)
@@ -114,7 +114,7 @@ class DiskActivations:
             os.posix_fallocate(self._file.fileno(), 0, shape[0] * shape[1] * self._row_bytes)
         except OSError as error:
             where = folder or tempfile.gettempdir()
-            raise Interruption(f"{where} has no room for activations ({error.strerror}): free space there") from None
+            raise Interrupted(f"{where} has no room for activations ({error.strerror}): free space there") from None
 
     def __len__(self) -> int:
         return self._shape[0]

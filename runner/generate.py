@@ -22,7 +22,7 @@ def generate(
     """Continue a prompt, in pieces of text as they come, until the model ends it or after `most` tokens.
 
     Args:
-        prompt: text as it is; control tokens in it, such as those of a chat template, are recognised.
+        prompt: text as it is; control tokens in it, such as those of a chat template, are recognized.
         temperature: 0 takes the most probable token every time; otherwise tokens are drawn from the softmax of
             logits / temperature.
         seed: of the draws, for the same text again.

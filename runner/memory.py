@@ -14,7 +14,7 @@ from ..errors import BadInput
 from .activations import Workspace
 
 RUNNING = 1  # form of a weight: as it is
-CASTING = 3  # forms: as it is, as it is stored, and its pieces while they are joined
+QUANTIZING = 3  # forms: as it is, as it is stored, and its pieces while they are joined
 _FLOAT = 4  # bytes
 _PASSING = 4  # numbers that exist beside a chunk's result while it is computed, in multiples of it
 _FACTORING = 8  # matrices of moments while one is taken apart
@@ -46,7 +46,7 @@ def workspace(
     Args:
         memory: for the whole process; None keeps everything in memory.
         graph: what runs `tokens` tokens of all lanes, in chunks of `context`.
-        copies: how many forms of a weight are held at once: RUNNING, CASTING, or `comparing` plans.
+        copies: how many forms of a weight are held at once: RUNNING, QUANTIZING, or `comparing` plans.
         folder: where activations go that do not fit.
         error_feedback: whether mean products of inputs are kept, see `quant.moments`.
 
@@ -80,10 +80,10 @@ def _moments(graph: Graph) -> int:
     """An upper bound of the bytes that mean products of inputs take: of a layer's dense weights, and of one expert."""
 
     def squares(weights: Iterable[Weight]) -> int:
-        return sum(weight.columns**2 for weight in weights if not weight.role.protected and len(weight.shape) > 1)
+        return sum(weight.columns**2 for weight in weights if not weight.role.keep_f32 and len(weight.shape) > 1)
 
     layers = [list(weights_in(layer)) for layer in graph.layers]
-    largest = max(weight.columns for weights in layers for weight in weights if not weight.role.protected)
+    largest = max(weight.columns for weights in layers for weight in weights if not weight.role.keep_f32)
     return _FLOAT * (max(map(squares, layers)) + _FACTORING * largest**2)
 
 

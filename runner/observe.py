@@ -30,9 +30,9 @@ class ObservingWeights:
         self._statistics.add(weight, None, states.flatten(0, 1))
         return self._inner.project_groups(states, weight)
 
-    def forget(self, expert: int | None = None) -> None:
-        self._statistics.forget(expert)
-        self._inner.forget(expert)
+    def release(self, expert: int | None = None) -> None:
+        self._statistics.release(expert)
+        self._inner.release(expert)
 
 
 def observe_head(stream: Stream, statistics: Statistics) -> None:

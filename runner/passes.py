@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..progress import Progress, Silent
+from ..progress import NoProgress, Progress
 from ..quant.rounding.moments import statistics_for
 from ..quant.rounding.statistics import Importance, Statistics
 from ..sources.model import Model
@@ -34,7 +34,7 @@ class LayerStates(Protocol):
         """Keep tensors as they are after a layer."""
 
 
-class Pass:
+class LayerPass:
     """The streams of one pass, from the embedding on, or from the layer where an earlier run was stopped.
 
     What is saved after a layer are `facts`, a tensor of the caller's, and the states of the streams in the order in
@@ -50,7 +50,7 @@ class Pass:
         self._saved = states.load() if states and states.last is not None else None
         self.facts = next(self._saved) if self._saved else None
 
-    def passed(self, layer: int) -> bool:
+    def is_done(self, layer: int) -> bool:
         """Whether an earlier run has passed this layer."""
         return self._last is not None and layer <= self._last
 
@@ -105,26 +105,26 @@ class Measuring:
     model: Model
     calibration: Tensor | None = None
     importance: Importance | None = None
-    progress: Progress = field(default_factory=Silent)
+    progress: Progress = field(default_factory=NoProgress)
     compute_dtype: torch.dtype = torch.float32
     error_feedback: bool = False
     workspace: Workspace | None = None
     states: LayerStates | None = None
 
     @property
-    def weighs_columns(self) -> bool:
+    def wants_importance(self) -> bool:
         """Whether something shows which inputs matter."""
         return self.calibration is not None or self.importance is not None
 
-    def begin(self, source: Weights) -> tuple[Pass, Statistics, Importance | None]:
+    def begin(self, source: Weights) -> tuple[LayerPass, Statistics, Importance | None]:
         """A pass in which calibration comes first, if there is any; what it finds; and what columns are weighed by."""
-        passing, statistics = Pass(self.model, self.workspace, self.states), statistics_for(self.error_feedback)
+        layer_pass, statistics = LayerPass(self.model, self.workspace, self.states), statistics_for(self.error_feedback)
         if self.calibration is None:
-            return passing, statistics, self.importance
-        passing.begin(self.calibration, ObservingWeights(source, statistics))
-        return passing, statistics, statistics
+            return layer_pass, statistics, self.importance
+        layer_pass.begin(self.calibration, ObservingWeights(source, statistics))
+        return layer_pass, statistics, statistics
 
-    def end(self, passing: Pass, statistics: Statistics) -> None:
+    def end(self, layer_pass: LayerPass, statistics: Statistics) -> None:
         """All layers are passed, and the head is next."""
         if self.calibration is not None and self.error_feedback:
-            observe_head(passing.streams[0], statistics)
+            observe_head(layer_pass.streams[0], statistics)

@@ -17,9 +17,9 @@ from ..errors import BadInput
 from ..sources.model import Model, pieces
 from .activations import Activations, Workspace
 from .blocks.attention import AttentionMixer
-from .blocks.common import mlp, normaliser
+from .blocks.common import mlp, normalizer
 from .blocks.compressed_attention import CompressedAttentionMixer
-from .blocks.experts import ExpertLane, run_experts
+from .blocks.experts import RoutedTokens, run_experts
 from .blocks.mamba import MambaMixer
 from .blocks.residual import residual_of
 from .weights import ModelWeights, Weights, multiply
@@ -75,31 +75,31 @@ class Stream:
         """Run all chunks through one layer. Raises BadInput when its output is not finite."""
         advance([self], [layer])
 
-    def enter(self, layer: Layer, number: int) -> ExpertLane | None:
+    def before_experts(self, layer: Layer, number: int) -> RoutedTokens | None:
         """Run all chunks through a sublayer; through a MoE only up to its experts, which are given back."""
         sublayer = layer.sublayers[number]
         operation = sublayer.operation
         if not isinstance(operation, MoE):
             self._pass(layer, sublayer, self._block(operation, (layer.index, number)))
             return None
-        experts = ExpertLane(
+        experts = RoutedTokens(
             operation, self.weights, self.tokens, self._workspace, f"{self.weights.label}: layer {layer.index}"
         )
-        normalise = normaliser(sublayer.norm, self.weights)
+        normalize = normalizer(sublayer.norm, self.weights)
         for chunk in range(len(self.hidden)):
-            experts.route(normalise(self._residual.branch(sublayer, self.hidden[chunk]).input))
-        experts.seal()
+            experts.route(normalize(self._residual.branch(sublayer, self.hidden[chunk]).input))
+        experts.finish_routing()
         return experts
 
-    def leave(self, layer: Layer, number: int, experts: ExpertLane) -> None:
+    def after_experts(self, layer: Layer, number: int, experts: RoutedTokens) -> None:
         """Complete a MoE whose experts have run."""
         self._pass(layer, layer.sublayers[number], experts.answer)
 
     def _pass(self, layer: Layer, sublayer: SubLayer, block: Block) -> None:
-        normalise = normaliser(sublayer.norm, self.weights)
+        normalize = normalizer(sublayer.norm, self.weights)
         for chunk in range(len(self.hidden)):
             branch = self._residual.branch(sublayer, self.hidden[chunk])
-            joined = branch.join(block(chunk, normalise(branch.input)))
+            joined = branch.join(block(chunk, normalize(branch.input)))
             if not math.isfinite(float(joined.sum())):
                 name = type(sublayer.operation).__name__
                 raise BadInput(f"{self.weights.label}: layer {layer.index}, {name}: the output is NaN or infinite")
@@ -141,8 +141,8 @@ class Stream:
 
     def final(self, chunk: int, positions: slice) -> Tensor:
         """Those of one chunk, [positions, hidden size]."""
-        normalise = normaliser(self.weights.graph.final_norm, self.weights)
-        return normalise(self._residual.end(self.hidden[chunk][positions]))
+        normalize = normalizer(self.weights.graph.final_norm, self.weights)
+        return normalize(self._residual.end(self.hidden[chunk][positions]))
 
     def logits(self, states: Tensor) -> Tensor:
         """Final states [positions, hidden size] -> [positions, vocabulary size]"""
@@ -152,7 +152,7 @@ class Stream:
         """The rows of the output projection, [block rows, hidden size] at a time, in vocabulary order."""
         for _, rows in pieces(self.weights.graph.head):
             yield self.weights.load(self.weights.graph.head, None, rows)
-            self.weights.forget()
+            self.weights.release()
 
     def _embed(self) -> None:
         embedding, tokens = self.weights.graph.embedding, self.tokens.flatten()
@@ -162,7 +162,7 @@ class Stream:
             for part in places.split(_TOKENS) if len(places) else ():
                 block = self.weights.load(embedding, None, rows)
                 self.hidden.add_rows(part, self._residual.begin(block[tokens[part] - rows[0]]))
-            self.weights.forget()
+            self.weights.release()
 
 
 def advance(
@@ -177,11 +177,11 @@ def advance(
     pairs = [(stream, layer) for stream, layer in zip(streams, layers, strict=True) if layer]
     for number in range(max(len(layer.sublayers) for _, layer in pairs)):
         here = [(stream, layer) for stream, layer in pairs if number < len(layer.sublayers)]
-        entered = [(stream, layer, stream.enter(layer, number)) for stream, layer in here]
+        entered = [(stream, layer, stream.before_experts(layer, number)) for stream, layer in here]
         waiting = [(stream, layer, experts) for stream, layer, experts in entered if experts]
         if waiting:
             run_experts([experts for _, _, experts in waiting], expert_done)
         for stream, layer, experts in waiting:
-            stream.leave(layer, number, experts)
+            stream.after_experts(layer, number, experts)
         for stream, _ in here:
-            stream.weights.forget()
+            stream.weights.release()

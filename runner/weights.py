@@ -16,7 +16,7 @@ _TILE = 32  # tokens: for every number of them, oneDNN compiles a kernel of its 
 
 
 class Weights(Protocol):
-    """The weights of a graph in use. All numbers are float32; what was loaded is kept until `forget`.
+    """The weights of a graph in use. All numbers are float32; what was loaded is kept until `release`.
 
     Every product with a stored matrix goes through `project`, so that a variant can watch its inputs. `label` names
     the model in messages.
@@ -34,14 +34,14 @@ class Weights(Protocol):
     def project_groups(self, states: Tensor, weight: Weight) -> Tensor:
         """states [groups, tokens, columns] -> [groups, tokens, rows / groups], each group by its own rows."""
 
-    def forget(self, expert: int | None = None) -> None:
+    def release(self, expert: int | None = None) -> None:
         """Drop what was kept of one expert, or all that was kept: whoever needed it is done."""
 
 
-class Products:
+class WeightProducts:
     """Products with whatever `load` gives.
 
-    Products with weights that may be quantised are computed in `compute_dtype`, see `multiply`; the others decide too
+    Products with weights that may be quantized are computed in `compute_dtype`, see `multiply`; the others decide too
     much, and stay in float32.
     """
 
@@ -54,22 +54,22 @@ class Products:
         raise NotImplementedError
 
     def project(self, states: Tensor, weight: Weight, expert: int | None = None) -> Tensor:
-        return multiply(states, self.factor(weight, expert), self._dtype_for(weight))
+        return multiply(states, self.matmul_operand(weight, expert), self._dtype_for(weight))
 
     def project_groups(self, states: Tensor, weight: Weight) -> Tensor:
-        matrices = self.factor(weight, None).unflatten(0, (len(states), -1))  # [groups, rows / groups, columns]
+        matrices = self.matmul_operand(weight, None).unflatten(0, (len(states), -1))  # [groups, rows / groups, columns]
         return multiply(states, matrices, self._dtype_for(weight))
 
-    def factor(self, weight: Weight, expert: int | None) -> Tensor:
+    def matmul_operand(self, weight: Weight, expert: int | None) -> Tensor:
         """A matrix to multiply with: float32, or what products with it are computed in."""
         return self.load(weight, expert)
 
     def _dtype_for(self, weight: Weight) -> torch.dtype:
-        return torch.float32 if weight.role.protected else self.compute_dtype
+        return torch.float32 if weight.role.keep_f32 else self.compute_dtype
 
 
-class KeptWeights(Products):
-    """Weights that are read once and kept until `forget`; `read` and `read_directly` say where they come from."""
+class CachedWeights(WeightProducts):
+    """Weights that are read once and kept until `release`; `read` and `read_directly` say where they come from."""
 
     def __init__(self, graph: Graph, label: str, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(graph, label, compute_dtype)
@@ -83,7 +83,7 @@ class KeptWeights(Products):
         """A matrix in `compute_dtype`, None where it has to be rounded from what `read` gives."""
         raise NotImplementedError
 
-    def factor(self, weight: Weight, expert: int | None) -> Tensor:
+    def matmul_operand(self, weight: Weight, expert: int | None) -> Tensor:
         if self._dtype_for(weight) == torch.float32:
             return self.load(weight, expert)
         key = (id(weight), expert, self.compute_dtype)
@@ -103,11 +103,11 @@ class KeptWeights(Products):
             self._kept[key] = self.read(weight, expert, rows)
         return self._kept[key]
 
-    def forget(self, expert: int | None = None) -> None:
+    def release(self, expert: int | None = None) -> None:
         self._kept = {} if expert is None else {key: kept for key, kept in self._kept.items() if key[1] != expert}
 
 
-class ModelWeights(KeptWeights):
+class ModelWeights(CachedWeights):
     """The weights of a model as they are stored; lanes of one model share them, so each is decoded once for all."""
 
     def __init__(self, model: Model, compute_dtype: torch.dtype = torch.float32) -> None:

@@ -46,7 +46,7 @@ def repack(
     Arguments are those of `decode.evaluate`.
 
     Returns:
-        uint8 [rows, row bytes]; None where the numbers must be quantised.
+        uint8 [rows, row bytes]; None where the numbers must be quantized.
     """
     source = of_expert(expression, expert)
     start, stop = rows or (0, source.shape[-2] if len(source.shape) > 1 else 1)

@@ -21,7 +21,7 @@ def locate(source: str, revision: str | None, token: str | None, progress: Progr
     return folder, {"repository": parsed.repository, "revision": folder.name}
 
 
-def locate_to_stream(
+def locate_on_demand(
     source: str, revision: str | None, token: str | None, progress: Progress
 ) -> tuple[Path | HubCheckpoint, dict[str, str]]:
     """As `locate`, but a Hub repository is not fetched: its weights may come when they are needed."""
@@ -32,7 +32,7 @@ def locate_to_stream(
     return checkpoint, checkpoint.provenance
 
 
-def describe(source: str, revision: str | None, token: str | None) -> Model:
+def open_headers(source: str, revision: str | None, token: str | None) -> Model:
     """The model without its weights: of a Hub repository only the headers are read. Raises BadInput as `locate`."""
     parsed = _parsed(source)
     if not isinstance(parsed, HubSource):

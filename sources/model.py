@@ -84,7 +84,7 @@ class Model:
     def repacked(
         self, weight: Weight, type_name: str, expert: int | None = None, rows: tuple[int, int] | None = None
     ) -> torch.Tensor | None:
-        """The same piece in blocks of a ggml type without rounding, None where it must be quantised. See `repack`."""
+        """The same piece in blocks of a ggml type without rounding, None where it must be quantized. See `repack`."""
         return repack(weight.source, type_name, self.storage, expert, rows)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""ggml's own quantisers as an oracle for tests, called in xllamacpp's shared object."""
+"""ggml's own quantizers as an oracle for tests, called in xllamacpp's shared object."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def experts_in_nvfp4(module: str) -> Encoding | None:
 
 
 def rewrite(source: Path, target: Path, encoding_of: Callable[[str], Encoding | None]) -> dict[str, Tensor]:
-    """Copies the checkpoint folder, quantised.
+    """Copies the checkpoint folder, quantized.
 
     Args:
         source: a folder with one model.safetensors.
@@ -61,7 +61,7 @@ def rewrite(source: Path, target: Path, encoding_of: Callable[[str], Encoding | 
 
 
 def dequantized(source: Path, target: Path, values: dict[str, Tensor]) -> Path:
-    """A copy of `source` with other values, for an engine that cannot read the quantised form."""
+    """A copy of `source` with other values, for an engine that cannot read the quantized form."""
     shutil.copytree(source, target)
     save_file(values, target / "model.safetensors", metadata={"format": "pt"})
     return target

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 from moecast.convert.gguf.writer import GGUFWriter
-from moecast.convert.onepass import Lanes
-from moecast.convert.onepass import cast as cast_model
+from moecast.convert.onepass import PassInputs, run_pass
 from moecast.convert.onnx.export import open_onnx_writer
 from moecast.convert.pipeline import gguf_metadata
-from moecast.progress import Silent
+from moecast.progress import NoProgress
+from moecast.quant.planning.file_formats import plan_format
 from moecast.quant.planning.onnx_plan import OnnxPlan
-from moecast.quant.planning.targets import plan_target
 from moecast.runner.engines import OnnxModel
 from moecast.sources.model import open_model
 from torch import Tensor
@@ -34,15 +33,15 @@ class Cast:
 
 def cast(checkpoint: Path, output: Path, quant: str = "Q4_0", activations: str = "float32") -> Cast:
     model = open_model(checkpoint)
-    plan = plan_target("onnx", model.graph, quant)
+    plan = plan_format("onnx", model.graph, quant)
     assert isinstance(plan, OnnxPlan)
     folder, gguf = output / "onnx", output / "model.gguf"
     folder.mkdir(parents=True)
     with open_onnx_writer(model, plan, folder, activations, overwrite=False, verify=True) as writer:
-        cast_model(model, plan, writer, Lanes(), Silent(), threads=1)
-    metadata = gguf_metadata(model, plan, "model", None, {}, Silent())
+        run_pass(model, plan, writer, PassInputs(), NoProgress(), threads=1)
+    metadata = gguf_metadata(model, plan, "model", None, {}, NoProgress())
     with GGUFWriter(gguf, metadata, plan.tensors) as writer:
-        cast_model(model, plan, writer, Lanes(), Silent(), threads=1)
+        run_pass(model, plan, writer, PassInputs(), NoProgress(), threads=1)
     return Cast(checkpoint, plan, folder, gguf)
 
 

@@ -47,7 +47,7 @@ def test_it_installs_without_a_compiler(source: Path, tmp_path: Path) -> None:
 
 
 def test_it_installs_with_a_compiler(source: Path, tmp_path: Path) -> None:
-    """One that knows no newer processors and does not optimise, which is quick."""
+    """One that knows no newer processors and does not optimize, which is quick."""
     compiler = tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\ncase " $* " in *" -mavx"*) exit 1 ;; esac\nexec c++ "$@" -O0\n')
     compiler.chmod(0o755)

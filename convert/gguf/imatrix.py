@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...archs.weights import Role, Weight, Zeros
-from ...errors import BadInput, Interruption, OutputExists
+from ...errors import BadInput, Interrupted, OutputExists
 from ...quant.formats.table import format_named
 from ...quant.planning.plan import PlannedTensor
 from ...quant.rounding.statistics import Statistics
@@ -31,7 +31,7 @@ class ImatrixWriter:
         tokens: its ids, [chunks, context].
         overwrite: replace an existing file.
 
-    Raises BadInput when the file exists or cannot be written, Interruption when the disk is full.
+    Raises BadInput when the file exists or cannot be written, Interrupted when the disk is full.
     """
 
     def __init__(self, path: Path, dataset: Path, tokens: Tensor, overwrite: bool = False) -> None:
@@ -60,7 +60,7 @@ class ImatrixWriter:
                 self._append(f"{name}.counts", counts if len(sums) == 1 else counts[:, None])
             self._data.flush()
         except OSError as error:
-            raise Interruption(
+            raise Interrupted(
                 f"{self.path} cannot be written: {error.strerror}; free space and run the same command again"
             ) from None
 

@@ -20,7 +20,7 @@ from ...errors import OutputExists
 from ...quant.planning.plan import ALIGNMENT, PlannedTensor
 from ...sources.gguf import SPLIT_NAME
 from ...sources.storage import read_at, write_at
-from ..resume.journal import Journal, synchronise
+from ..resume.journal import Journal, synchronize
 from ..writer import Writer
 
 
@@ -117,7 +117,7 @@ class GGUFWriter(Writer):
         for temporary, final in zip(self._temporary, self.paths, strict=True):
             if temporary.exists():
                 os.replace(temporary, final)
-        synchronise(self.paths[0].parent)
+        synchronize(self.paths[0].parent)
 
 
 def _split(tensors: Sequence[PlannedTensor], most: int | None) -> list[list[PlannedTensor]]:

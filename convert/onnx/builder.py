@@ -208,7 +208,7 @@ class Builder:
         """RMSNorm over the last axis."""
         return self.op("RMSNormalization", states, self.weight(norm.weight), axis=-1, epsilon=norm.epsilon)
 
-    def normalise(self, states: ir.Value, size: int, epsilon: float) -> ir.Value:
+    def normalize(self, states: ir.Value, size: int, epsilon: float) -> ir.Value:
         """RMSNorm without a weight over the last axis, which has that size."""
         return self.op("RMSNormalization", states, self.constant(np.ones(size, np.float32)), axis=-1, epsilon=epsilon)
 

@@ -25,7 +25,7 @@ def compressed_attention(build: Builder, operation: CompressedAttention, states:
     o = operation
     latent = build.norm(build.project(states, o.query_down), o.query_norm)
     queries = build.reshape(build.project(latent, o.query_up), [0, 0, o.heads, o.head_size])
-    queries = build.normalise(queries, o.head_size, o.query_norm.epsilon)
+    queries = build.normalize(queries, o.head_size, o.query_norm.epsilon)
     queries = rotate(build, build.reshape(queries, [0, 0, o.heads * o.head_size]), (o.heads, o.head_size), o.rope)
     keys = [_sink_key(build, o.head_size), _window(build, o, states, layer)]
     visible, chosen = [_window_visible(build, o.window)], None

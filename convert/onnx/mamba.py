@@ -29,7 +29,7 @@ def mamba(build: Builder, operation: Mamba2, states: ir.Value, layer: int) -> ir
     y = build.op("Add", y, build.op("Reshape", build.op("Mul", x, build.weight(o.skip)), joined))
     group = o.inner_size // o.groups
     gated = build.reshape(build.op("Mul", y, build.silu(gate)), [0, 0, o.groups, group])
-    normed = build.op("Mul", build.normalise(gated, group, o.norm.epsilon), build.weight(o.norm.weight))
+    normed = build.op("Mul", build.normalize(gated, group, o.norm.epsilon), build.weight(o.norm.weight))
     return build.project(build.op("Reshape", normed, joined), o.output)
 
 

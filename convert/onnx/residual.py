@@ -7,7 +7,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from ...archs.graph import Graph, HyperConnections, StreamMix, SubLayer
+from ...archs.graph import Graph, HyperConnections, ResidualMix, SubLayer
 from .builder import Builder
 
 Join = Callable[[ir.Value], ir.Value]
@@ -58,11 +58,11 @@ class HyperResidual:
         self._build = build
 
     def begin(self, embedded: ir.Value) -> ir.Value:
-        return self._build.op("Concat", *[self._stream(embedded)] * self._kind.streams, axis=2)
+        return self._build.op("Concat", *[self._stream(embedded)] * self._kind.multiplicity, axis=2)
 
     def branch(self, sublayer: SubLayer, residual: ir.Value) -> tuple[ir.Value, Join]:
         assert sublayer.mix
-        build, count = self._build, self._kind.streams
+        build, count = self._build, self._kind.multiplicity
         kinds = [count, count, count * count]
         read, write, mixing = build.split(self._coefficients(sublayer.mix, residual, kinds), kinds)
         write = build.op("Mul", build.op("Sigmoid", write), build.constant(2.0))
@@ -76,17 +76,17 @@ class HyperResidual:
         return self._collapsed(read, residual), join
 
     def end(self, residual: ir.Value) -> ir.Value:
-        return self._collapsed(self._coefficients(self._kind.head, residual, [self._kind.streams]), residual)
+        return self._collapsed(self._coefficients(self._kind.head, residual, [self._kind.multiplicity]), residual)
 
     def _stream(self, states: ir.Value) -> ir.Value:
         """[batch, sequence, ...] -> [batch, sequence, 1, ...]"""
         return self._build.op("Unsqueeze", states, self._build.constant([2]))
 
-    def _coefficients(self, mix: StreamMix, residual: ir.Value, kinds: list[int]) -> ir.Value:
+    def _coefficients(self, mix: ResidualMix, residual: ir.Value, kinds: list[int]) -> ir.Value:
         """A residual -> [batch, sequence, coefficients]"""
         build = self._build
         width = mix.function.columns
-        normed = build.normalise(build.reshape(residual, [0, 0, width]), width, self._kind.norm_epsilon)
+        normed = build.normalize(build.reshape(residual, [0, 0, width]), width, self._kind.norm_epsilon)
         kind_of_each = [kind for kind, count in enumerate(kinds) for _ in range(count)]
         scale = build.op("Gather", build.weight(mix.scale), build.constant(kind_of_each))
         return build.op("Add", build.op("Mul", build.project(normed, mix.function), scale), build.weight(mix.base))
@@ -100,7 +100,7 @@ class HyperResidual:
         """Softmax over the last axis, then rows and columns in turn brought to a sum of one, columns last.
 
         The epsilon beside the sums is left out until the end: it scales rows and columns that sum to one alike, by
-        1 / (1 + epsilon), and every normalisation undoes the one before.
+        1 / (1 + epsilon), and every normalization undoes the one before.
         """
         build, epsilon = self._build, self._kind.epsilon
         matrix = build.op("Add", build.op("Softmax", logits, axis=-1), build.constant(epsilon))

@@ -17,9 +17,9 @@ from ...quant.planning.onnx_packing import PACKINGS
 from ...quant.planning.onnx_plan import OnnxPlan, StoredArray
 from ...runner.engines import MODEL_NAME
 from ...sources.storage import write_at
-from ..resume.journal import Journal, synchronise
+from ..resume.journal import Journal, synchronize
 from ..writer import Writer
-from .blocks import unpack_blocks
+from .unpack import unpack_blocks
 
 _DATA_PATTERN = "model-*.onnx_data"
 
@@ -110,7 +110,7 @@ class OnnxWriter(Writer):
         for path in (*self.paths[1:], self.paths[0]):  # the model last
             if self._part(path.name).exists():
                 os.replace(self._part(path.name), path)
-        synchronise(self._folder)
+        synchronize(self._folder)
 
     def _remove_stale(self) -> None:
         """Whatever model was here goes first, so that its graph never meets other weights."""

@@ -21,7 +21,7 @@ from ...runner.measure.probe import measure_damage, types_of
 from ...runner.memory import comparing, workspace
 from ...runner.passes import Measuring, packed, unpacked
 from ..resume.journal import Journal
-from ..resume.states import Notebook
+from ..resume.states import MeasurementCache
 from .choose import Budget, plan_for_budget, variants
 
 _EXPONENTS = (1.0, 0.8, 1.25)  # of the error in the damage: how much more low bits hurt than high ones
@@ -37,7 +37,7 @@ _EDGE = 8  # the first and last of so many parts of the layers are the edges
 class Rival:
     """A plan that took part: its size, and its mean KL divergence in nats on text that no plan was made from.
 
-    Positions count by how probable the model finds what follows, see `Divergence.trusted_kld`.
+    Positions count by how probable the model finds what follows, see `Divergence.probability_weighted_kld`.
     """
 
     name: str
@@ -51,10 +51,10 @@ class Allocation:
 
     plan: Plan
     damage: Damage
-    rivals: tuple[Rival, ...]
+    candidate_plans: tuple[Rival, ...]
 
 
-def allocate(
+def choose_measured_plan(
     measuring: Measuring,
     budget: Budget,
     probes: Tensor,
@@ -77,29 +77,29 @@ def allocate(
     standard error of the difference), it wins. Raises BadInput for a budget or a memory that is too small.
     """
     graph, forms = measuring.model.graph, variants(measuring.model.graph, padding, mtp)
-    probed = len(types_of(forms, measuring.weighs_columns))
+    probed = len(types_of(forms, measuring.wants_importance))
     probing, side_by_side = (_calibrated_without(measuring, part) for part in (probes, held_out))
     probing = _with_room(probing, memory, journal, probes, 1 + probed, comparing(1))
     side_by_side = _with_room(side_by_side, memory, journal, held_out, 1 + _MOST_PLANS, comparing(_MOST_PLANS))
-    notebook = Notebook(journal, graph.layers)
-    (found,) = notebook.once(
+    cache = MeasurementCache(journal, graph.layers)
+    (found,) = cache.get(
         "damage", lambda states: [packed(asdict(measure_damage(replace(probing, states=states), probes, forms)))]
     )
     damage = Damage(**unpacked(found))
-    plans = rivals_within(graph, budget, damage, padding=padding, mtp=mtp, importance=measuring.weighs_columns)
-    measured = notebook.once(
+    plans = rivals_within(graph, budget, damage, padding=padding, mtp=mtp, calibrated=measuring.wants_importance)
+    measured = cache.get(
         "divergences",
         lambda states: [
-            divergence.trusted_kld
+            divergence.probability_weighted_kld
             for divergence in divergences(replace(side_by_side, states=states), list(plans.values()), held_out)
         ],
     )
     klds = dict(zip(plans, measured, strict=True))
     best = winner(klds)
     order = sorted(plans, key=lambda name: (name != best, float(klds[name].mean())))
-    rivals = tuple(Rival(name, plans[name].bytes, float(klds[name].mean())) for name in order)
-    plan = replace(plans[best], expected_kld=rivals[0].mean_kld)
-    return Allocation(replace(plan, notes=(*plan.notes, _verdict(rivals))), damage, rivals)
+    candidate_plans = tuple(Rival(name, plans[name].bytes, float(klds[name].mean())) for name in order)
+    plan = replace(plans[best], expected_kld=candidate_plans[0].mean_kld)
+    return Allocation(replace(plan, notes=(*plan.notes, _verdict(candidate_plans))), damage, candidate_plans)
 
 
 def _calibrated_without(measuring: Measuring, tokens: Tensor) -> Measuring:
@@ -135,15 +135,15 @@ def winner(klds: Mapping[str, Tensor]) -> str:
 
 
 def rivals_within(
-    graph: Graph, budget: Budget, damage: Damage, *, padding: bool = True, mtp: bool | None = None, importance: bool
+    graph: Graph, budget: Budget, damage: Damage, *, padding: bool = True, mtp: bool | None = None, calibrated: bool
 ) -> dict[str, Plan]:
     """The plans to compare, by name: from several exponents of the error, role by role, and the stock mix."""
-    solve = partial(plan_for_budget, graph, budget, padding=padding, mtp=mtp, importance=importance)
+    solve = partial(plan_for_budget, graph, budget, padding=padding, mtp=mtp, calibrated=calibrated)
     plans = {f"exponent {x:g}": solve(replace(damage, exponent=x)) for x in _EXPONENTS}
     plans["drawn to roles"] = solve(damage.drawn_to_roles(graph.weights()))
     plans["edges apart"] = solve(damage, together=_by_edge(graph))
     plans[ROLES] = solve(damage, together=_by_role)
-    stock = stock_within(graph, budget.bytes, padding, mtp, importance)
+    stock = stock_within(graph, budget.bytes, padding, mtp, calibrated)
     if stock:
         plans[stock.recipe.name] = stock
     return _distinct(plans)
@@ -151,7 +151,7 @@ def rivals_within(
 
 def probe_chunks(graph: Graph) -> int:
     """How many chunks of text a probe takes: the fewer the more weights there are, for the time that all take."""
-    share = _ALL_PROBE_CHUNKS // len(types_of([graph], importance=True))
+    share = _ALL_PROBE_CHUNKS // len(types_of([graph], calibrated=True))
     return min(max(share, _LEAST_PROBE_CHUNKS), _PROBE_CHUNKS)
 
 
@@ -163,10 +163,10 @@ def _distinct(plans: dict[str, Plan]) -> dict[str, Plan]:
     return {name: plans[name] for name in unlike.values()}
 
 
-def stock_within(graph: Graph, size: int, padding: bool, mtp: bool | None, importance: bool) -> Plan | None:
+def stock_within(graph: Graph, size: int, padding: bool, mtp: bool | None, calibrated: bool) -> Plan | None:
     """The largest of llama.cpp's mixes whose data section is within a size; None where none is."""
-    recipes = (recipe for recipe in RECIPES.values() if recipe.quantised and not (recipe.native or recipe.ours))
-    plans = (plan_file(graph, recipe, padding, mtp, importance) for recipe in recipes)
+    recipes = (recipe for recipe in RECIPES.values() if recipe.quantized and not (recipe.native or recipe.ours))
+    plans = (plan_file(graph, recipe, padding, mtp, calibrated) for recipe in recipes)
     return max((plan for plan in plans if plan.bytes <= size), key=lambda plan: plan.bytes, default=None)
 
 
@@ -184,8 +184,8 @@ def _by_edge(graph: Graph) -> Key:
     return key
 
 
-def _verdict(rivals: tuple[Rival, ...]) -> str:
-    winner, *others = rivals
+def _verdict(candidate_plans: tuple[Rival, ...]) -> str:
+    winner, *others = candidate_plans
     compared = ", ".join(f"{r.name} {r.mean_kld:.5f} ({r.mean_kld / max(winner.mean_kld, 1e-12):.2f}x)" for r in others)
     kept = "the stock mix stays; " if winner.name in RECIPES else ""
     return f"{kept}KL divergence on held-out text: {winner.name} {winner.mean_kld:.5f}; {compared}"

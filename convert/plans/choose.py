@@ -8,14 +8,14 @@ from pathlib import Path
 
 from ...archs.graph import Graph
 from ...errors import BadInput
-from ...progress import Silent
+from ...progress import NoProgress
 from ...quant.planning.allocation import Damage, Key, plan_within, typical_damage
-from ...quant.planning.fit import Fit, Machine, fit
+from ...quant.planning.file_formats import plan_format
+from ...quant.planning.fit import Machine, MachinePlan, fit
 from ...quant.planning.padding import pad
 from ...quant.planning.plan import Plan, plan_tensors
 from ...quant.planning.plan_file import StoredTypes, plan_like, read_plan_file
 from ...quant.planning.recipes import recipe_named
-from ...quant.planning.targets import plan_target
 from ...sources.gguf import read_gguf
 from ...sources.model import Model
 from ..gguf.writer import header_bytes
@@ -63,19 +63,19 @@ def feeds_back(asked: bool | None, goal: Goal, calibrated: bool) -> bool:
 def choose_plan(
     model: Model,
     goal: Goal,
-    target: str = "gguf",
+    file_format: str = "gguf",
     padding: bool = True,
     mtp: bool | None = None,
-    importance: bool = False,
+    calibrated: bool = False,
 ) -> Plan:
     """The plan for a model that nothing is known of: a budget is shared out by what is typical of each role.
 
-    `importance` tells whether weights will be rounded with an importance matrix.
+    `calibrated` tells whether weights will be rounded with an importance matrix.
 
     Raises BadInput for a budget that is too small, or a file that does not belong to this model.
     """
     if not goal.is_recipe:
-        refuse_mixed_types(target)
+        refuse_mixed_types(file_format)
     if goal.plan:
         return plan_like(model.graph, read_plan_file(goal.plan))
     if goal.like:
@@ -83,16 +83,16 @@ def choose_plan(
     if goal.is_budget:
         damage = typical_damage(model.graph)
         return plan_for_budget(
-            model.graph, budget_of(model, goal), damage, padding=padding, mtp=mtp, importance=importance
+            model.graph, budget_of(model, goal), damage, padding=padding, mtp=mtp, calibrated=calibrated
         )
-    return plan_target(target, model.graph, goal.quant, padding, mtp, importance)
+    return plan_format(file_format, model.graph, goal.quant, padding, mtp, calibrated)
 
 
-def refuse_mixed_types(target: str) -> None:
+def refuse_mixed_types(file_format: str) -> None:
     """Raises BadInput for a file format that cannot hold whatever a plan says of each weight."""
-    if target != "gguf":
+    if file_format != "gguf":
         raise BadInput(
-            f"--to {target}: its experts have one width for all projections of a layer, so that types cannot be "
+            f"--to {file_format}: its experts have one width for all projections of a layer, so that types cannot be "
             "chosen weight by weight; use --quant"
         )
 
@@ -122,16 +122,16 @@ def plan_for_budget(
     *,
     padding: bool = True,
     mtp: bool | None = None,
-    importance: bool = False,
+    calibrated: bool = False,
     together: Key | None = None,
 ) -> Plan:
     """The plan of least damage under a budget, with rows padded where that does less; see `plan_within`.
 
-    Types of less than two bits are used with `importance` only, and only where nothing else fits.
+    Types of less than two bits are used with `calibrated` only, and only where nothing else fits.
     """
     found: list[tuple[float, Plan]] = []
     refusal: BadInput | None = None
-    for one_bit in (False, True) if importance else (False,):
+    for one_bit in (False, True) if calibrated else (False,):
         for form in variants(graph, padding, mtp) if not found else ():
             try:
                 plan = plan_within(
@@ -173,17 +173,17 @@ def _header_bytes(model: Model) -> int:
     """Bytes of a file before its first tensor; an estimate where the tokenizer is not on this machine."""
     plan = plan_tensors(model.graph, recipe_named("F32"))
     try:
-        metadata = model.metadata or gguf_metadata(model, plan, model.path.resolve().name, None, {}, Silent())
+        metadata = model.metadata or gguf_metadata(model, plan, model.path.resolve().name, None, {}, NoProgress())
     except BadInput:
         return _HEADER_SLACK + _HEADER_PER_WORD * model.graph.vocabulary_size
     with tempfile.TemporaryDirectory() as folder:
         return header_bytes(Path(folder, "header"), metadata, plan.tensors) + _HEADER_SLACK
 
 
-def fit_machine(graph: Graph, machine: Machine, padding: bool, mtp: bool | None) -> Fit:
+def fit_machine(graph: Graph, machine: Machine, padding: bool, mtp: bool | None) -> MachinePlan:
     """The plan for a machine's memory, by what is typical of each role. Raises BadInput when the model cannot fit."""
     damage = typical_damage(graph)
-    found: list[Fit] = []
+    found: list[MachinePlan] = []
     refusal: BadInput | None = None
     for form in variants(graph, padding, mtp):
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ...errors import OutputExists
-from ...progress import Progress, Silent
+from ...progress import NoProgress, Progress
 from ...runner.measure.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, dtype_name
 from ...runner.passes import Measuring
 from ...sources.imatrix import read_imatrix
@@ -18,7 +18,7 @@ from ..encode import MeasuredImportance
 from ..pipeline import check_error_feedback
 from ..resume.fingerprint import file_identity, measurement_fingerprint, text_identity
 from ..resume.journal import Journal, journal_folder
-from .allocate import HELD_OUT_CHUNKS, Allocation, allocate, probe_chunks, split_tokens
+from .allocate import HELD_OUT_CHUNKS, Allocation, choose_measured_plan, probe_chunks, split_tokens
 from .choose import Budget
 
 
@@ -43,8 +43,8 @@ def measured_plan(
 
     Probes and comparisons take parts of the calibration text, of the bundled one where columns are not weighed by any.
     What was measured is kept beside `path` until the context ends well: stopped by whatever means, here or while
-    converting, the same call goes on; so it does after what `convert` refuses. Raises BadInput as `allocate` and
-    `convert` do.
+    converting, the same call goes on; so it does after what `convert` refuses. Raises BadInput as
+    `choose_measured_plan` and `convert` do.
     """
     check_error_feedback(error_feedback, calibration, imatrix)
     text = calibration or CALIBRATION_TEXT
@@ -62,15 +62,17 @@ def measured_plan(
             "padding and prediction": f"{padding}, {mtp}",
         },
     )
-    with Journal(path.with_name(f"{path.name}.plan"), identity, overwrite, precious=True) as journal:
+    with Journal(path.with_name(f"{path.name}.plan"), identity, overwrite, keep_on_bad_input=True) as journal:
         if path.exists() and not (overwrite or journal_folder(path).exists()):
             raise OutputExists(path)
         measuring = Measuring(
             model,
             tokens if calibration and not imatrix else None,
             MeasuredImportance(read_imatrix(imatrix)) if imatrix else None,
-            progress or Silent(),
+            progress or NoProgress(),
             compute_dtype,
             error_feedback,
         )
-        yield allocate(measuring, budget, probes, held_out, padding=padding, mtp=mtp, memory=memory, journal=journal)
+        yield choose_measured_plan(
+            measuring, budget, probes, held_out, padding=padding, mtp=mtp, memory=memory, journal=journal
+        )

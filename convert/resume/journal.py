@@ -2,7 +2,7 @@
 
 Beside an output NAME lies the folder `.NAME.journal` with the file `records` and tensors saved on the way. The first
 line of `records` is the fingerprint of what is made; each further line lists keys of what has become durable since.
-Data are synchronised before the line that names them is written, so no line promises what a power cut could take back.
+Data are synchronized before the line that names them is written, so no line promises what a power cut could take back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy.lib.format as npy
 import torch
 from torch import Tensor
 
-from ...errors import BadInput, Interruption, OutputExists
+from ...errors import BadInput, Interrupted, OutputExists
 
 BATCH_BYTES = 256 << 20  # this much is written before it is made durable
 BATCH_SECONDS = 2.0  # or for this long
@@ -46,23 +46,24 @@ class Journal:
         output: the file or folder that is made; the journal lies beside it.
         fingerprint: everything that decides its bytes, under names and in values that a user understands.
         overwrite: discard the unfinished work of another fingerprint.
-        precious: bad input, which may be found late, does not remove what is done either; a complete output does.
+        keep_on_bad_input: bad input, which may be found late, does not remove what is done either; a complete output
+            does.
 
     Raises BadInput when there is unfinished work of another fingerprint, when another process is writing the same
     output, or when the folder cannot be written.
     """
 
     def __init__(
-        self, output: Path, fingerprint: Mapping[str, str], overwrite: bool = False, precious: bool = False
+        self, output: Path, fingerprint: Mapping[str, str], overwrite: bool = False, keep_on_bad_input: bool = False
     ) -> None:
         self.folder = journal_folder(output)
         self._output = output
         self._fingerprint = dict(fingerprint)
-        self._precious = precious
+        self._precious = keep_on_bad_input
         self._done: set[Key] = set()
         self._pending: list[Key] = []
         self._pending_bytes = 0
-        self._unsynchronised: set[int] = set()
+        self._unsynchronized: set[int] = set()
         self._committed = time.monotonic()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -115,16 +116,16 @@ class Journal:
         self._done.add(key)
         self._pending.append(key)
         self._pending_bytes += size
-        self._unsynchronised.update(descriptors)
+        self._unsynchronized.update(descriptors)
         if self._pending_bytes >= BATCH_BYTES or time.monotonic() - self._committed >= BATCH_SECONDS:
             self.commit()
 
     def commit(self) -> None:
-        """Make everything recorded so far durable. Raises Interruption when the disk does not take it."""
+        """Make everything recorded so far durable. Raises Interrupted when the disk does not take it."""
         try:
-            for descriptor in self._unsynchronised:
+            for descriptor in self._unsynchronized:
                 os.fdatasync(descriptor)
-            self._unsynchronised.clear()
+            self._unsynchronized.clear()
             if self._pending:
                 self._append(self._pending)
                 self._pending, self._pending_bytes = [], 0
@@ -142,7 +143,7 @@ class Journal:
                     file.write(np.ascontiguousarray(array).data)  # np.save would not say why a disk refuses
                 file.flush()
                 os.fsync(file.fileno())
-            synchronise(self.folder)
+            synchronize(self.folder)
         except OSError as error:
             raise self.stopped(error) from None
         self.add(("saved", name))
@@ -172,27 +173,27 @@ class Journal:
         self._done.clear()
         self._length = 0
         self._append(self._fingerprint)
-        synchronise(self.folder)
-        synchronise(self.folder.parent)
+        synchronize(self.folder)
+        synchronize(self.folder.parent)
 
-    def stopped(self, error: OSError) -> Interruption:
+    def stopped(self, error: OSError) -> Interrupted:
         """What to raise when the disk does not take what is written."""
-        return Interruption(
+        return Interrupted(
             f"{error.filename or self._output} cannot be written: {error.strerror}; "
             "free space and run the same command again, it continues where it stopped"
         )
 
     def keeps(self, error: BaseException) -> bool:
         """Whether the same command can go on after this error; if so, everything done is recorded."""
-        lasting = BadInput if self._precious else Interruption
+        lasting = BadInput if self._precious else Interrupted
         refused = isinstance(error, BadInput) and (isinstance(error, OutputExists) or not isinstance(error, lasting))
         if refused or not self.continues:
             return False
         try:
             self.commit()
-        except Interruption:  # the last batch is lost, what was committed before is not
+        except Interrupted:  # the last batch is lost, what was committed before is not
             self._pending.clear()
-            self._unsynchronised.clear()
+            self._unsynchronized.clear()
         return True
 
     def __enter__(self) -> Journal:
@@ -264,7 +265,7 @@ class Journal:
         )
 
 
-def synchronise(path: Path) -> None:
+def synchronize(path: Path) -> None:
     """Make a file durable, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -39,7 +39,7 @@ class SavedStates:
         return f"{self._name}-{layer}"
 
 
-class Notebook:
+class MeasurementCache:
     """Results of passes over these layers, each measured once, by this run or by an earlier one; all without a journal.
 
     A pass that was stopped goes on from its `SavedStates`.
@@ -49,7 +49,7 @@ class Notebook:
         self._journal = journal
         self._layers = layers
 
-    def once(self, name: str, measure: Callable[[SavedStates | None], list[Tensor]]) -> list[Tensor]:
+    def get(self, name: str, measure: Callable[[SavedStates | None], list[Tensor]]) -> list[Tensor]:
         """What `measure` gives, under a name."""
         if not self._journal:
             return measure(None)

@@ -1,4 +1,4 @@
-"""The arithmetic and the bit packing that every quantiser is written in.
+"""The arithmetic and the bit packing that every quantizer is written in.
 
 Blocks lie side by side along the last dimension, one to a lane, and their values along the dimensions before it:
 256-value blocks with sub-blocks of 32 are a tensor [8, 32, lanes], their bytes a uint8 tensor [block_bytes, lanes].
@@ -48,14 +48,14 @@ class Codec:
 
     decode: uint8 [block_bytes, lanes] -> float32 [block_size, lanes].
     encode: float32 values [block_size, lanes], the unit [lanes] that they were divided by (see `unit_of`) and their
-    weights [block_size, lanes] -> uint8 [block_bytes, lanes]. It minimises sum(weight * (value - decoded value)²).
-    encode_alike: serves in its place where all weights are 1, if that allows a shorter search.
+    weights [block_size, lanes] -> uint8 [block_bytes, lanes]. It minimizes sum(weight * (value - decoded value)²).
+    encode_unweighted: serves in its place where all weights are 1, if that allows a shorter search.
     grid: what its blocks can hold, where that is scales and levels.
     """
 
     decode: Callable[[Tensor], Tensor]
     encode: Callable[[Tensor, Tensor, Tensor], Tensor]
-    encode_alike: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    encode_unweighted: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     grid: Grid | None = None
 
 

@@ -1,4 +1,4 @@
-"""The C++ kernels: the searches of the torch quantisers, one block to a SIMD lane.
+"""The C++ kernels: the searches of the torch quantizers, one block to a SIMD lane.
 
 They are built when moecast is installed with a C++ compiler at hand (see setup.py); without them torch does the same
 work to the same bits, several times more slowly. MOECAST_KERNELS in the environment picks what serves: one of
@@ -33,7 +33,7 @@ def available() -> bool:
 
 @cache
 def paths() -> tuple[str, ...]:
-    """What can quantise on this machine, fastest first: instruction sets that there are kernels for, then "torch"."""
+    """What can quantize on this machine, fastest first: instruction sets that there are kernels for, then "torch"."""
     library = _library()
     names: list[str] = []
     while library and (name := library.kernels_instruction_set(len(names))):
@@ -41,7 +41,7 @@ def paths() -> tuple[str, ...]:
     return (*names, TORCH)
 
 
-def describe() -> str:
+def kernel_status() -> str:
     """One line on the kernels in use, for people."""
     if path() != TORCH:
         return f"C++ kernels for {path()}"
@@ -65,7 +65,7 @@ def can_quantize(format: Format, rows: Tensor) -> bool:
 
 
 def quantize(rows: Tensor, format: Format, weights: Tensor | None, result: Tensor, threads: int) -> int | None:
-    """Quantise rows [rows, columns] with weights [columns] to uint8 `result` [rows, row bytes].
+    """Quantize rows [rows, columns] with weights [columns] to uint8 `result` [rows, row bytes].
 
     Returns the first row that holds a value that is not finite, if any; then the result is incomplete.
     """

@@ -37,7 +37,7 @@ LARGE_CHUNK: Final = 1 << 24  # on an accelerator, to keep it busy
 
 
 def quantize(x: Array, name: str, importance: Array | None = None, threads: int | None = None) -> Array:
-    """Quantise rows to a ggml format, minimising the squared error weighted by importance.
+    """Quantize rows to a ggml format, minimizing the squared error weighted by importance.
 
     x: [rows, columns], any float type, tensor or numpy array. importance: [columns], not negative, the mean square
     of what each column is multiplied with, or [experts, columns], each for its equal share of consecutive rows; None
@@ -69,7 +69,7 @@ def dequantize(data: Array, name: str, threads: int | None = None, type: torch.d
     """
     format = format_named(name)
     if name not in FLOATS and name not in CODECS:
-        raise BadInput(f"{name} holds no weights to dequantise")
+        raise BadInput(f"{name} holds no weights to dequantize")
     rows = _matrix(data)
     if rows.dtype != torch.uint8 or rows.shape[1] % format.block_bytes:
         raise BadInput(
@@ -118,7 +118,7 @@ def _encoder(format: Format) -> Callable[[Tensor, Tensor | None], Tensor]:
     codec = CODECS.get(format.name)
     if codec is None:
         writable = ", ".join((*FLOATS, *CODECS))
-        raise BadInput(f"cannot quantise to {format.name}; choose one of {writable}")
+        raise BadInput(f"cannot quantize to {format.name}; choose one of {writable}")
     return partial(_encode, codec, format)
 
 
@@ -126,7 +126,7 @@ def _encode(codec: Codec, format: Format, values: Tensor, weights: Tensor | None
     lanes = _to_lanes(values, format.block_size)
     unit = unit_of(lanes)
     if weights is None:
-        data = (codec.encode_alike or codec.encode)(lanes * (1 / unit), unit, torch.ones_like(lanes))
+        data = (codec.encode_unweighted or codec.encode)(lanes * (1 / unit), unit, torch.ones_like(lanes))
     else:
         data = codec.encode(lanes * (1 / unit), unit, _to_lanes(weights.expand_as(values), format.block_size))
     return data.T.reshape(len(values), format.row_bytes(values.shape[1]))

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-// Rows to quantise: contiguous blocks of values in, contiguous blocks of bytes out.
+// Rows to quantize: contiguous blocks of values in, contiguous blocks of bytes out.
 struct Rows {
     const void* values;
     int type;              // of the values: 0 float32, 1 float16, 2 bfloat16

@@ -18,7 +18,7 @@ from ...archs.graph import Graph, MoE
 from ...archs.weights import Role, Weight
 from ..formats.table import Format, format_named
 from .exact import exact_format, source_bits
-from .knapsack import Option, allocate
+from .knapsack import Option, solve_knapsack
 from .plan import Plan, PlannedTensor
 from .recipes import GUESSED, LEAST_SENSITIVE, SENSITIVE, UNREPACKED, Recipe
 
@@ -107,7 +107,7 @@ class Damage:
 
 def typical_damage(graph: Graph) -> Damage:
     """What to expect of a model that was not measured: sensitivities by role, shared evenly by the role's weights."""
-    weights = [weight for weight in graph.weights() if _may_be_quantised(weight)]
+    weights = [weight for weight in graph.weights() if _may_be_quantized(weight)]
     count = {role: sum(weight.role is role for weight in weights) for role in {weight.role for weight in weights}}
     return Damage({w.name: TYPICAL_SENSITIVITY.get(w.role, _OTHER) / count[w.role] for w in weights})
 
@@ -123,15 +123,15 @@ def typical_error(name: str) -> float:
     return float((dequantize(quantize(rows, name), name) - rows).square().sum() / rows.square().sum())
 
 
-def candidates(weight: Weight, one_bit: bool = False) -> tuple[Format, ...]:
+def allowed_types(weight: Weight, one_bit: bool = False) -> tuple[Format, ...]:
     """The types that a weight may take, the smallest first.
 
     Blocks divide its rows, no type has more bits than the source, and weights that decide where attention looks keep
-    8 bits. A weight that is never quantised has one.
+    8 bits. A weight that is never quantized has one.
     """
     if weight.role is Role.HASH_TABLE:
         return (format_named("I32"),)
-    if not _may_be_quantised(weight):
+    if not _may_be_quantized(weight):
         return (format_named("F32"),)
     exact = exact_format(weight.source)
     most = source_bits(weight.source) + _SCALE_BITS
@@ -146,8 +146,8 @@ def candidates(weight: Weight, one_bit: bool = False) -> tuple[Format, ...]:
     return tuple(sorted(fitting or [format_named("F16")], key=lambda format: format.bits_per_weight))
 
 
-def _may_be_quantised(weight: Weight) -> bool:
-    return not weight.role.protected and len(weight.shape) > 1 and weight.role is not Role.HASH_TABLE
+def _may_be_quantized(weight: Weight) -> bool:
+    return not weight.role.keep_f32 and len(weight.shape) > 1 and weight.role is not Role.HASH_TABLE
 
 
 def _engine_takes(role: Role, name: str) -> bool:
@@ -210,7 +210,7 @@ def types_within(
     for weight in weights:
         groups.setdefault(together(weight) if together else weight.name, []).append(weight)
     items = [_options(members, damage, shares, one_bit) for members in groups.values()]
-    chosen = allocate([[option for _, option in options] for options in items], budget, active_budget)
+    chosen = solve_knapsack([[option for _, option in options] for options in items], budget, active_budget)
     return {
         weight.name: options[number][0]
         for members, options, number in zip(groups.values(), items, chosen, strict=True)
@@ -241,7 +241,7 @@ def _options(
     weights: list[Weight], damage: Damage, shares: Mapping[str, float], one_bit: bool
 ) -> list[tuple[Format, Option]]:
     """What weights that go together may become: each option costs more than the one before and does less damage."""
-    common = [c for c in candidates(weights[0], one_bit) if all(c in candidates(w, one_bit) for w in weights[1:])]
+    common = [c for c in allowed_types(weights[0], one_bit) if all(c in allowed_types(w, one_bit) for w in weights[1:])]
     options: list[tuple[Format, Option]] = []
     for type in common:
         sizes = [(PlannedTensor(weight, type, type).aligned_bytes, shares.get(weight.name, 1.0)) for weight in weights]

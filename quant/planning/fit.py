@@ -35,7 +35,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Fit:
+class MachinePlan:
     """A plan for a machine, the bytes of state and of working memory beside it, layers whose experts stay in RAM."""
 
     plan: Plan
@@ -45,7 +45,7 @@ class Fit:
     layers_in_ram: int
 
 
-def fit(graph: Graph, machine: Machine, damage: Damage, one_bit: bool = False, name: str = "fit") -> Fit:
+def fit(graph: Graph, machine: Machine, damage: Damage, one_bit: bool = False, name: str = "fit") -> MachinePlan:
     """The plan of least damage for a machine's memory. Raises BadInput when the model cannot fit."""
     state = graph.state_bytes_per_token() * machine.context + fixed_state_bytes(graph)
     working = 4 * _BATCH * (graph.vocabulary_size + _WORKING_ROWS * graph.residual_size)
@@ -58,7 +58,7 @@ def fit(graph: Graph, machine: Machine, damage: Damage, one_bit: bool = False, n
         layers = len(graph.layers)
     plan = plan_with(graph, types, name)
     expected = sum(damage.of(t.weight, t.type) for t in plan.tensors) if damage.measured else None
-    return Fit(replace(plan, expected_kld=expected), machine, state, working, layers)
+    return MachinePlan(replace(plan, expected_kld=expected), machine, state, working, layers)
 
 
 def fixed_state_bytes(graph: Graph) -> int:

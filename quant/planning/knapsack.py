@@ -38,7 +38,7 @@ class Option:
 Items = Sequence[Sequence[Option]]
 
 
-def allocate(items: Items, budget: int, active_budget: float | None = None) -> list[int]:
+def solve_knapsack(items: Items, budget: int, active_budget: float | None = None) -> list[int]:
     """The number of the option that each item takes: least damage within `budget` bytes.
 
     Args:

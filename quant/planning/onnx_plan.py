@@ -149,7 +149,7 @@ def _place(plan: OnnxPlan) -> Iterator[tuple[str, Placement]]:
     """Weights in file order, except that an expert's gate and up projection share one array."""
     types = {tensor.weight.name: tensor.type for tensor in plan.tensors}
     partners = _partners(plan.graph)
-    shelf = _Shelf()
+    shelf = DataLayout()
     for tensor in plan.tensors:
         weight = tensor.weight
         if weight.name not in partners:
@@ -179,7 +179,7 @@ def _partners(graph: Graph) -> dict[str, tuple[tuple[Weight, tuple[int, ...]], .
     return result
 
 
-class _Shelf:
+class DataLayout:
     """Puts arrays one after another, into further files where one is full."""
 
     def __init__(self) -> None:

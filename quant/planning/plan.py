@@ -69,7 +69,7 @@ class Plan:
         return 8 * self.bytes / sum(_model_elements(tensor.weight) for tensor in self.tensors)
 
     @property
-    def weighs_columns(self) -> bool:
+    def wants_importance(self) -> bool:
         """Whether any tensor is rounded so coarsely that knowing which of its inputs matter pays."""
         return any(tensor.type.block_size > 1 and tensor.type.bits_per_weight < 8 for tensor in self.tensors)
 
@@ -93,7 +93,7 @@ class Plan:
 
 
 def plan_file(
-    graph: Graph, recipe: Recipe, padding: bool = True, mtp: bool | None = None, importance: bool = False
+    graph: Graph, recipe: Recipe, padding: bool = True, mtp: bool | None = None, calibrated: bool = False
 ) -> Plan:
     """The plan of a file, whose graph may differ from the model's in what the results do not depend on.
 
@@ -101,7 +101,7 @@ def plan_file(
         padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
         mtp: keep the blocks for multi-token prediction; by default, unless they rule out padding or are a draft of
             their own, which is planned by itself.
-        importance: whether columns will be weighed by importance; llama.cpp's mixes depend on it.
+        calibrated: whether columns will be weighed by importance; llama.cpp's mixes depend on it.
 
     Raises BadInput when such blocks are demanded and there are none.
     """
@@ -116,9 +116,9 @@ def plan_file(
         mtp = False
     if mtp is False:
         graph = replace(graph, predictions=())
-    plan = plan_tensors(graph, recipe, importance)
+    plan = plan_tensors(graph, recipe, calibrated)
     if padding and (padded := pad(graph, base.block_size)) != graph:
-        unpadded, plan = plan, plan_tensors(padded, recipe, importance)
+        unpadded, plan = plan, plan_tensors(padded, recipe, calibrated)
         notes.append(_describe_padding(unpadded, plan))
     return replace(plan, notes=tuple(notes))
 
@@ -136,11 +136,11 @@ def _describe_padding(before: Plan, after: Plan) -> str:
     return line
 
 
-def plan_tensors(graph: Graph, recipe: Recipe, importance: bool = False) -> Plan:
+def plan_tensors(graph: Graph, recipe: Recipe, calibrated: bool = False) -> Plan:
     """The stock plan: the recipe's types, protected weights in float32, fallbacks where rows do not fit.
 
     Args:
-        importance: as in `plan_file`.
+        calibrated: as in `plan_file`.
     """
     layers = len(graph.layers) + len(graph.predictions)
     heads_per_group = _heads_per_group(graph)
@@ -150,9 +150,9 @@ def plan_tensors(graph: Graph, recipe: Recipe, importance: bool = False) -> Plan
     for weight in graph.weights():
         kind = Role.EXPERT_DOWN if weight.role in DOWN_PROJECTIONS else weight.role
         if kind is Role.ATTENTION_V:  # where only some layers have attention, llama.cpp counts these alone
-            position = Position(seen[kind], values, seen[kind], heads_per_group, importance)
+            position = Position(seen[kind], values, seen[kind], heads_per_group, calibrated)
         else:
-            position = Position(weight.layer or 0, layers, seen[kind], heads_per_group, importance)
+            position = Position(weight.layer or 0, layers, seen[kind], heads_per_group, calibrated)
         seen[kind] += 1
         if recipe.native:
             tensors += _plan_native(weight, graph)
@@ -168,13 +168,13 @@ def _heads_per_group(graph: Graph) -> int:
 
 
 def _plan_tensor(weight: Weight, recipe: Recipe, position: Position) -> PlannedTensor:
-    if weight.role.protected or len(weight.shape) == 1:
+    if weight.role.keep_f32 or len(weight.shape) == 1:
         return PlannedTensor(weight, format_named("F32"), format_named("F32"))
     if weight.role is Role.HASH_TABLE:
         return PlannedTensor(weight, format_named("I32"), format_named("I32"))
     exact = exact_format(weight.source)
     wanted = format_named(recipe.type_of(weight.role, position))
-    if recipe.quantised and exact and exact.bits_per_weight < wanted.bits_per_weight:
+    if recipe.quantized and exact and exact.bits_per_weight < wanted.bits_per_weight:
         return PlannedTensor(weight, exact, exact)  # more bits than the source has would buy nothing
     if weight.role is Role.HEAD and not format_named(recipe.base).fits(weight.columns):
         return PlannedTensor(weight, _fitting("Q8_0", weight.columns), wanted)
@@ -202,7 +202,7 @@ def _plan_native(weight: Weight, graph: Graph) -> tuple[PlannedTensor, ...]:
             PlannedTensor(Weight(name, Role.SCALE, scales.shape, scales), f32, f32),
         )
     exact = exact_format(weight.source) or format_named("Q8_0")
-    wanted = format_named("F32") if weight.role.protected or len(weight.shape) == 1 else exact
+    wanted = format_named("F32") if weight.role.keep_f32 or len(weight.shape) == 1 else exact
     return (PlannedTensor(weight, _fitting(wanted.name, weight.columns), wanted),)
 
 
@@ -230,7 +230,7 @@ def override_types(plan: Plan, overrides: Sequence[tuple[str, str]]) -> Plan:
     tensors = []
     for tensor in plan.tensors:
         found = next(((text, wanted) for text, regex, wanted in compiled if regex.search(tensor.weight.name)), None)
-        if found and not tensor.weight.role.protected and len(tensor.weight.shape) > 1:
+        if found and not tensor.weight.role.keep_f32 and len(tensor.weight.shape) > 1:
             pattern, wanted = found
             used.add(pattern)
             wanted.row_bytes(tensor.weight.columns)
@@ -239,7 +239,7 @@ def override_types(plan: Plan, overrides: Sequence[tuple[str, str]]) -> Plan:
     for pattern, _, _ in compiled:
         if pattern not in used:
             raise BadInput(
-                f"--tensor-type {pattern!r} matches no tensor that may be quantised: see the names in `plan`"
+                f"--tensor-type {pattern!r} matches no tensor that may be quantized: see the names in `plan`"
             )
     return replace(plan, tensors=tuple(tensors))
 

@@ -21,7 +21,7 @@ from ...archs.graph import Graph
 from ...archs.weights import Role
 from ...errors import BadInput
 from ..formats.table import Format, format_named
-from .allocation import bytes_per_token, candidates, plan_with
+from .allocation import allowed_types, bytes_per_token, plan_with
 from .padding import pad
 from .plan import Plan
 
@@ -97,8 +97,8 @@ def plan_like(graph: Graph, stored: StoredTypes) -> Plan:
         notes = (*notes, f"padded rows with zeros, as {stored.origin} has them, which changes no result")
     types = {weight.name: _type_of(weight.name, weight.shape, stored) for weight in graph.weights()}
     for weight in graph.weights():
-        allowed = candidates(weight)
-        if len(allowed) == 1 and (weight.role.protected or len(weight.shape) == 1 or weight.role is Role.HASH_TABLE):
+        allowed = allowed_types(weight)
+        if len(allowed) == 1 and (weight.role.keep_f32 or len(weight.shape) == 1 or weight.role is Role.HASH_TABLE):
             types[weight.name] = allowed[0]
         types[weight.name].row_bytes(weight.columns)
     return replace(plan_with(graph, types, stored.name), notes=notes)

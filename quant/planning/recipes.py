@@ -22,14 +22,14 @@ class Position:
         layer, layers: index of its layer and number of layers (0 of n for tensors outside the layers).
         ordinal: how many tensors of its kind came before it.
         heads_per_group: attention heads that share one key-value head.
-        importance: whether an importance matrix is there.
+        calibrated: whether an importance matrix is there.
     """
 
     layer: int
     layers: int
     ordinal: int
     heads_per_group: int
-    importance: bool
+    calibrated: bool
 
 
 Condition = Callable[[Position], bool]
@@ -66,11 +66,11 @@ def _middle(position: Position) -> bool:
 
 
 def _without_importance(condition: Condition = _always) -> Condition:
-    return lambda position: not position.importance and condition(position)
+    return lambda position: not position.calibrated and condition(position)
 
 
 def _with_importance(condition: Condition) -> Condition:
-    return lambda position: position.importance and condition(position)
+    return lambda position: position.calibrated and condition(position)
 
 
 Rules = tuple[tuple[str, Condition], ...]
@@ -92,11 +92,11 @@ class Recipe:
     ours: bool = False
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return format_named(self.base).block_size > 1
 
     @property
-    def weighs_columns(self) -> bool:
+    def wants_importance(self) -> bool:
         """Whether it rounds so coarsely that knowing which inputs of a weight matter pays."""
         return not self.native and format_named(self.base).bits_per_weight < 8
 

@@ -19,7 +19,7 @@ from ..formats import native
 from ..formats import quantize as blocks
 from ..formats.lanes import Grid, reciprocal
 from ..formats.table import Format, format_named
-from .moments import Moments, divided
+from .moments import SecondMoments, divided
 from .statistics import Importance
 
 _SWEEPS: Final = 2  # through the values of a block, after they have been chosen one after another
@@ -33,7 +33,7 @@ def quantize_weight(
     importance: Importance | None,
     threads: int | None = None,
 ) -> Tensor:
-    """Quantise rows of a weight with all that is known of its inputs: [rows, columns] -> uint8 [rows, row bytes].
+    """Quantize rows of a weight with all that is known of its inputs: [rows, columns] -> uint8 [rows, row bytes].
 
     Columns beyond the weight's are padding and have no inputs. Raises BadInput as `quantize` does.
     """
@@ -52,58 +52,58 @@ def can_feed_back(name: str) -> bool:
     return codec is not None and codec.grid is not None
 
 
-def quantize_with_feedback(x: Tensor, name: str, moments: Moments, threads: int | None = None) -> Tensor:
-    """Quantise rows so that the squared error of their outputs is small: x [rows, columns] -> uint8 [rows, row bytes].
+def quantize_with_feedback(x: Tensor, name: str, moments: SecondMoments, threads: int | None = None) -> Tensor:
+    """Quantize rows so that the squared error of their outputs is small: x [rows, columns] -> uint8 [rows, row bytes].
 
     moments: of the inputs of all columns. Raises BadInput as `quantize` does.
     """
     format, grid = format_named(name), blocks.CODECS[name].grid
     assert grid
     format.row_bytes(x.shape[1])
-    factor = moments.factor(format.block_size)
+    cholesky = moments.cholesky(format.block_size)
     values = x.T.to(torch.float32).contiguous()
     errors = torch.zeros_like(values)  # of the blocks so far
     parts = []
     for start in range(0, len(values), format.block_size):
         here = slice(start, start + format.block_size)
-        target = values[here] + factor.carried[:start, here].T @ errors[:start]
-        triangle = factor.triangle[here, here]
-        data = blocks.quantize(target.T, name, triangle.diagonal().square(), threads).T
-        levels, stored = _choose(grid, format, data, target, triangle, threads)
+        wanted_values = values[here] + cholesky.carried[:start, here].T @ errors[:start]
+        triangle = cholesky.triangle[here, here]
+        data = blocks.quantize(wanted_values.T, name, triangle.diagonal().square(), threads).T
+        levels, stored = _choose(grid, format, data, wanted_values, triangle, threads)
         errors[here] = values[here] - stored
         parts.append(grid.with_levels(data, levels).T)
     return torch.cat(parts, dim=1)
 
 
 def _choose(
-    grid: Grid, format: Format, data: Tensor, target: Tensor, triangle: Tensor, threads: int | None
+    grid: Grid, format: Format, data: Tensor, wanted_values: Tensor, triangle: Tensor, threads: int | None
 ) -> tuple[Tensor, Tensor]:
     """The levels of blocks whose scales are chosen, and what they stand for, [block_size, lanes] both.
 
-    Minimises ``sum((triangle.T @ (stored - target))²)``: first value by value, each making good what those before it
-    cost (Babai 1986), then by going through the values again, changing what helps.
+    Minimizes ``sum((triangle.T @ (stored - wanted_values))²)``: first value by value, each making good what those
+    before it cost (Babai 1986), then by going through the values again, changing what helps.
 
-    data: uint8 [block_bytes, lanes]; target: [block_size, lanes]; triangle: [block_size, block_size], upper.
+    data: uint8 [block_bytes, lanes]; wanted_values: [block_size, lanes]; triangle: [block_size, block_size], upper.
     """
     scales, metric = grid.scales(data), triangle @ triangle.T
     carried, weights = divided(triangle, grid.group), (triangle.diagonal().square(), metric.diagonal())
-    if native.can_choose(format, target):
+    if native.can_choose(format, wanted_values):
         threads = threads or torch.get_num_threads()
-        return native.choose(format, target, scales, carried.T, metric, weights, _SWEEPS, threads)
-    scale, minimum = (part.repeat_interleave(len(target) // len(part), dim=0) for part in scales)
-    inverse, levels, stored = reciprocal(scale), torch.empty_like(target), torch.empty_like(target)
-    groups = [slice(start, start + grid.group) for start in range(0, len(target), grid.group)]
+        return native.choose(format, wanted_values, scales, carried.T, metric, weights, _SWEEPS, threads)
+    scale, minimum = (part.repeat_interleave(len(wanted_values) // len(part), dim=0) for part in scales)
+    inverse, levels, stored = reciprocal(scale), torch.empty_like(wanted_values), torch.empty_like(wanted_values)
+    groups = [slice(start, start + grid.group) for start in range(0, len(wanted_values), grid.group)]
 
     def nearest(here: slice, wanted: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         chosen = grid.nearest((wanted + minimum[here]) * inverse[here], weights[here])
         return chosen, scale[here] * chosen - minimum[here]
 
-    wanted = target.clone()
+    wanted = wanted_values.clone()
     for here in groups:
         levels[here], stored[here] = nearest(here, wanted[here], weights[0])
         after = slice(here.stop, None)
-        wanted[after] += carried[here, after].T @ (target[here] - stored[here])
-    slope = metric @ (stored - target)
+        wanted[after] += carried[here, after].T @ (wanted_values[here] - stored[here])
+    slope = metric @ (stored - wanted_values)
     for here in groups * _SWEEPS:
         chosen, changed = nearest(here, stored[here] - slope[here] / weights[1][here, None], weights[1])
         change = changed - stored[here]

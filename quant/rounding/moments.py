@@ -13,10 +13,10 @@ from .statistics import PRIOR, Statistics
 
 LEAST_SQUARE: Final = 1e-3  # of the mean: no channel is worthless, however rarely the calibration text stirred it
 _STRIP: Final = 512  # columns
-_LEAST_SHRINKAGE: Final = 0.01  # keeps the factorisation sound in float32
+_LEAST_SHRINKAGE: Final = 0.01  # keeps the factorization sound in float32
 
 
-class Factor(NamedTuple):
+class Cholesky(NamedTuple):
     """The squared error of outputs, taken apart by blocks of columns.
 
     With c = e @ carried from the errors e [columns] of a row in blocks before one, that block adds
@@ -27,7 +27,7 @@ class Factor(NamedTuple):
     carried: Tensor  # [columns, columns]; only what is above the blocks counts
 
 
-class Moments:
+class SecondMoments:
     """Mean products of the inputs of a matrix, and from how many tokens they are.
 
     `means` are float32 [columns, columns], of which the upper triangle counts.
@@ -36,26 +36,26 @@ class Moments:
     def __init__(self, means: Tensor, tokens: float) -> None:
         self.means = means
         self.tokens = tokens
-        self._padded: dict[int, Moments] = {}
+        self._padded: dict[int, SecondMoments] = {}
         self._triangle: Tensor | None = None
-        self._factors: dict[int, Factor] = {}
+        self._factors: dict[int, Cholesky] = {}
 
-    def padded(self, columns: int) -> Moments:
+    def padded(self, columns: int) -> SecondMoments:
         """The same with columns that have no inputs, so that there are so many."""
         missing = columns - len(self.means)
         if missing and columns not in self._padded:
-            self._padded[columns] = Moments(functional.pad(self.means, (0, missing, 0, missing)), self.tokens)
+            self._padded[columns] = SecondMoments(functional.pad(self.means, (0, missing, 0, missing)), self.tokens)
         return self._padded[columns] if missing else self
 
-    def factor(self, size: int) -> Factor:
+    def cholesky(self, size: int) -> Cholesky:
         """For blocks of so many columns."""
         if size not in self._factors:
             if self._triangle is None:
-                self._triangle = self._factorised()
-            self._factors[size] = Factor(self._triangle, divided(self._triangle, size))
+                self._triangle = self._factorized()
+            self._factors[size] = Cholesky(self._triangle, divided(self._triangle, size))
         return self._factors[size]
 
-    def _factorised(self) -> Tensor:
+    def _factorized(self) -> Tensor:
         """An upper triangle T with T @ T.T in proportion to the moments.
 
         Means of products of inputs are noisy where tokens are few: but for squares they are divided by
@@ -84,12 +84,12 @@ def divided(triangle: Tensor, size: int) -> Tensor:
 
 
 class _Sum:
-    """Products of inputs added up, and what was made of them."""
+    """WeightProducts of inputs added up, and what was made of them."""
 
     def __init__(self) -> None:
         self.products: Tensor | None = None
         self.tokens = 0
-        self.made: Moments | None = None
+        self.made: SecondMoments | None = None
 
     def add(self, products: Tensor, tokens: int) -> None:
         self.products = products.clone() if self.products is None else self.products.add_(products)
@@ -106,7 +106,7 @@ def _products(states: Tensor) -> Tensor:
     return products
 
 
-class MomentStatistics(Statistics):
+class SecondMomentStatistics(Statistics):
     """Statistics that know the mean products of inputs too, until an expert or the layer is done.
 
     Weights that read the same states one after another (gate and up; queries, keys and values) share theirs.
@@ -120,7 +120,7 @@ class MomentStatistics(Statistics):
 
     def add(self, weight: Weight, expert: int | None, states: Tensor) -> None:
         super().add(weight, expert, states)
-        if weight.role.protected:
+        if weight.role.keep_f32:
             return
         key, last = (weight.name, expert), self._last
         if last and states is last[0]:
@@ -134,7 +134,7 @@ class MomentStatistics(Statistics):
             self._shared.setdefault(weight.name, _Sum()).add(products, len(states))
         self._last = states, key
 
-    def moments(self, weight: Weight, expert: int | None) -> Moments | None:
+    def moments(self, weight: Weight, expert: int | None) -> SecondMoments | None:
         """The mean products of the inputs of one matrix; None where nothing has passed.
 
         What all experts have read so far counts for as many tokens as there are columns beside what the expert has.
@@ -148,10 +148,10 @@ class MomentStatistics(Statistics):
             own.made = self._made(weight, own, shared)
         return own.made.padded(weight.columns)
 
-    def _made(self, weight: Weight, own: _Sum, shared: _Sum | None) -> Moments:
+    def _made(self, weight: Weight, own: _Sum, shared: _Sum | None) -> SecondMoments:
         assert own.products is not None
         if own is shared or weight.experts is None:
-            return Moments(own.products / own.tokens, own.tokens)
+            return SecondMoments(own.products / own.tokens, own.tokens)
         if shared:
             assert shared.products is not None
             prior = min(len(own.products), shared.tokens)
@@ -159,9 +159,9 @@ class MomentStatistics(Statistics):
         else:
             prior, products = PRIOR, own.products.clone()
             products.diagonal().add_(PRIOR * self.pooled(weight).mean())
-        return Moments(products.div_(own.tokens + prior), own.tokens + prior)
+        return SecondMoments(products.div_(own.tokens + prior), own.tokens + prior)
 
-    def forget(self, expert: int | None = None) -> None:
+    def release(self, expert: int | None = None) -> None:
         self._last = None
         if expert is not None:
             self._own = {key: own for key, own in self._own.items() if key[1] != expert}
@@ -177,4 +177,4 @@ class MomentStatistics(Statistics):
 
 def statistics_for(error_feedback: bool) -> Statistics:
     """What rounding has to know of inputs: without error feedback their squares are enough."""
-    return MomentStatistics() if error_feedback else Statistics()
+    return SecondMomentStatistics() if error_feedback else Statistics()

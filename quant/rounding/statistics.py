@@ -1,4 +1,4 @@
-"""How large each input of each weight typically is, from the tokens that passed: what quantisers weigh columns by."""
+"""How large each input of each weight typically is, from the tokens that passed: what quantizers weigh columns by."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.nn import functional
 from ...archs.weights import Role, Weight
 
 if TYPE_CHECKING:
-    from .moments import Moments
+    from .moments import SecondMoments
 
 PRIOR: Final = 16  # tokens that the average over all experts counts for beside an expert's own
 
 
 class Importance(Protocol):
-    """What quantisers weigh columns by."""
+    """What quantizers weigh columns by."""
 
     def of(self, weight: Weight, expert: int | None) -> Tensor | None:
         """The mean square of each input of one matrix, [columns]; None where nothing is known."""
 
-    def moments(self, weight: Weight, expert: int | None) -> Moments | None:
+    def moments(self, weight: Weight, expert: int | None) -> SecondMoments | None:
         """How the inputs of one matrix go together; None where that is not known."""
 
 
@@ -90,10 +90,10 @@ class Statistics:
         """The mean square of each input of all experts, float64 [columns]."""
         return self._pooled[weight.name] / self.counts[weight.name].sum()
 
-    def moments(self, weight: Weight, expert: int | None) -> Moments | None:
+    def moments(self, weight: Weight, expert: int | None) -> SecondMoments | None:
         return None
 
-    def forget(self, expert: int | None = None) -> None:
+    def release(self, expert: int | None = None) -> None:
         """Nobody will ask again for what was made of one expert's inputs, or of all."""
 
     @property

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ...archs.graph import Attention, Norm, Rope
 from ..weights import Weights
-from .common import normaliser, split_heads
+from .common import normalizer, split_heads
 from .rotary import rotate
 
 
@@ -59,10 +59,10 @@ def _preparation(
     norm: Norm | None, heads: int, rope: Rope | None, weights: Weights
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """What happens to projected queries or keys [tokens, width] before they meet: norm, head split, rotation."""
-    normalise = normaliser(norm, weights) if norm else None
+    normalize = normalizer(norm, weights) if norm else None
 
     def prepare(states: Tensor, positions: Tensor) -> Tensor:
-        heads_apart = split_heads(normalise(states) if normalise else states, heads)
+        heads_apart = split_heads(normalize(states) if normalize else states, heads)
         return rotate(heads_apart, rope, positions) if rope else heads_apart
 
     return prepare

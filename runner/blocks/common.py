@@ -15,14 +15,14 @@ from ...archs.graph import MLP, Activation, HashRouter, Norm, Router, Score
 from ..weights import Weights
 
 
-def normaliser(norm: Norm, weights: Weights) -> Callable[[Tensor], Tensor]:
+def normalizer(norm: Norm, weights: Weights) -> Callable[[Tensor], Tensor]:
     """RMSNorm with its weight loaded: divides every row [..., size] by its root mean square, times the weight."""
     weight = weights.load(norm.weight)
 
-    def normalise(hidden: Tensor) -> Tensor:
+    def normalize(hidden: Tensor) -> Tensor:
         return functional.rms_norm(hidden, weight.shape[-1:], None, norm.epsilon) * weight
 
-    return normalise
+    return normalize
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ...archs.graph import CompressedAttention, Compressor, Indexer
 from ..weights import Weights
-from .common import normaliser, split_heads
+from .common import normalizer, split_heads
 from .rotary import rotate
 
 _TOKENS = 256  # at a time: the scores of a whole chunk would be [heads, tokens, window + entries]
@@ -35,7 +35,7 @@ class CompressorState:
 
 
 @dataclass(frozen=True)
-class AttentionState:
+class CompressedAttentionState:
     """Number of tokens seen, the last rotated keys [tokens, head size], and the states of both compressors."""
 
     tokens: int
@@ -50,21 +50,21 @@ class CompressedAttentionMixer:
     def __init__(self, operation: CompressedAttention, weights: Weights) -> None:
         self._operation, self._weights = operation, weights
         self._sink = weights.load(operation.sink)
-        self._normalise_query = normaliser(operation.query_norm, weights)
-        self._normalise_key = normaliser(operation.key_value_norm, weights)
+        self._normalize_query = normalizer(operation.query_norm, weights)
+        self._normalize_key = normalizer(operation.key_value_norm, weights)
         self._compressor = CompressorMixer(operation.compressor, weights) if operation.compressor else None
         self._indexer = IndexerMixer(operation.indexer, weights) if operation.indexer else None
 
-    def initial_state(self) -> AttentionState:
+    def initial_state(self) -> CompressedAttentionState:
         """The state before the first token."""
-        return AttentionState(
+        return CompressedAttentionState(
             tokens=0,
             keys=torch.empty(0, self._operation.head_size),
             compressor=self._compressor.initial_state() if self._compressor else None,
             indexer=self._indexer.compressor.initial_state() if self._indexer else None,
         )
 
-    def __call__(self, states: Tensor, memory: AttentionState) -> tuple[Tensor, AttentionState]:
+    def __call__(self, states: Tensor, memory: CompressedAttentionState) -> tuple[Tensor, CompressedAttentionState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         outputs = []
         for part in states.split(_TOKENS):
@@ -72,13 +72,13 @@ class CompressedAttentionMixer:
             outputs.append(output)
         return torch.cat(outputs), memory
 
-    def _run(self, states: Tensor, memory: AttentionState) -> tuple[Tensor, AttentionState]:
+    def _run(self, states: Tensor, memory: CompressedAttentionState) -> tuple[Tensor, CompressedAttentionState]:
         o, project = self._operation, self._weights.project
         positions = memory.tokens + torch.arange(len(states))
-        latent = self._normalise_query(project(states, o.query_down))
+        latent = self._normalize_query(project(states, o.query_down))
         queries = split_heads(project(latent, o.query_up), o.heads)
         queries = rotate(functional.rms_norm(queries, (o.head_size,), eps=o.query_norm.epsilon), o.rope, positions)
-        own = rotate(self._normalise_key(project(states, o.key_value)), o.rope, positions)
+        own = rotate(self._normalize_key(project(states, o.key_value)), o.rope, positions)
         keys = window = torch.cat((memory.keys, own))
         distance = positions[:, None] - (memory.tokens - len(memory.keys) + torch.arange(len(keys)))
         visible = (distance >= 0) & (distance < o.window)
@@ -91,7 +91,7 @@ class CompressedAttentionMixer:
                 complete = self._indexer.choose(states, latent, positions, indexed.entries, complete)
             keys, visible = torch.cat((keys, compressed.entries)), torch.cat((visible, complete), dim=1)
         mixed = rotate(self._attend(queries, keys, visible), o.rope, -positions)
-        state = AttentionState(memory.tokens + len(states), window[1 - o.window :], compressed, indexed)
+        state = CompressedAttentionState(memory.tokens + len(states), window[1 - o.window :], compressed, indexed)
         return self._project(mixed), state
 
     def _attend(self, queries: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class CompressorMixer:
     def __init__(self, block: Compressor, weights: Weights) -> None:
         self._block, self._weights = block, weights
         self._position = weights.load(block.position)
-        self._normalise = normaliser(block.norm, weights)
+        self._normalize = normalizer(block.norm, weights)
         self.ratio = block.ratio
 
     def initial_state(self) -> CompressorState:
@@ -132,7 +132,7 @@ class CompressorMixer:
         complete = len(values) // self.ratio * self.ratio
         ready_values, previous_values = self._slots(values[:complete], memory.previous_values)
         ready_gates, previous_gates = self._slots(gates[:complete], memory.previous_gates)
-        pooled = self._normalise((ready_values * ready_gates.softmax(dim=1)).sum(dim=1))
+        pooled = self._normalize((ready_values * ready_gates.softmax(dim=1)).sum(dim=1))
         starts = self.ratio * (len(memory.entries) + torch.arange(len(pooled)))
         entries = torch.cat((memory.entries, rotate(pooled, self._block.rope, starts)))
         return CompressorState(entries, values[complete:], gates[complete:], previous_values, previous_gates)

@@ -17,11 +17,11 @@ from .common import activate, mlp, route
 _BLOCK = 1024  # tokens an expert takes at a time
 
 
-class ExpertLane:
+class RoutedTokens:
     """One lane's tokens [chunks, context] on their way through the experts of a layer.
 
-    `route` every chunk, `seal`, `add` what experts answer in any order, take `answer`. `where` names model and layer
-    for messages.
+    `route` every chunk, `finish_routing`, `add` what experts answer in any order, take `answer`. `where` names model
+    and layer for messages.
     """
 
     def __init__(self, operation: MoE, weights: Weights, tokens: Tensor, workspace: Workspace, where: str) -> None:
@@ -42,7 +42,7 @@ class ExpertLane:
         self._chosen.append(chosen)
         self._shares.append(shares)
 
-    def seal(self) -> None:
+    def finish_routing(self) -> None:
         """All chunks are routed: bring the tokens into the experts' order."""
         chosen, top_k = torch.cat(self._chosen).flatten(), self.operation.router.top_k
         order = chosen.argsort(stable=True)
@@ -81,15 +81,15 @@ class ExpertLane:
         return answer + mlp(operation.shared, normed, self.weights) if operation.shared else answer
 
 
-_Piece = tuple[ExpertLane, Tensor, Tensor]  # tokens of a lane, and the shares of an expert in their answers
+_Piece = tuple[RoutedTokens, Tensor, Tensor]  # tokens of a lane, and the shares of an expert in their answers
 
 
-def run_experts(lanes: Sequence[ExpertLane], expert_done: Callable[[int], None] | None) -> None:
+def run_experts(lanes: Sequence[RoutedTokens], expert_done: Callable[[int], None] | None) -> None:
     """Run sealed lanes through all experts, those with most tokens of the first lane first; see `stream.advance`."""
     count = max(lane.operation.experts for lane in lanes)
     tokens = torch.zeros(count, dtype=torch.int64)
     tokens[: lanes[0].operation.experts] = lanes[0].counts
-    alike: dict[int, list[ExpertLane]] = {}
+    alike: dict[int, list[RoutedTokens]] = {}
     for lane in lanes:
         alike.setdefault(id(lane.weights), []).append(lane)
     for expert in tokens.argsort(descending=True, stable=True).tolist():
@@ -99,11 +99,11 @@ def run_experts(lanes: Sequence[ExpertLane], expert_done: Callable[[int], None] 
         if expert_done:
             expert_done(expert)
         for lane in lanes:
-            lane.weights.forget(expert)
+            lane.weights.release(expert)
 
 
-def _run(lanes: Sequence[ExpertLane], expert: int) -> None:
-    """Lanes of the same weights through one expert; few tokens of each are many of all, and multiply faster."""
+def _run(lanes: Sequence[RoutedTokens], expert: int) -> None:
+    """PassInputs of the same weights through one expert; few tokens of each are many of all, and multiply faster."""
     for block in _blocks([(lane, rows, shares) for lane in lanes for rows, shares in lane.pieces(expert)]):
         output = lanes[0].output(expert, torch.cat([lane.inputs(rows) for lane, rows, _ in block]))
         parts = output.split([len(rows) for _, rows, _ in block])

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ...archs.graph import Mamba2
 from ..weights import Weights
-from .common import normaliser
+from .common import normalizer
 
 _CHUNK = 128  # tokens whose mutual influence is one matrix per head
 
@@ -33,7 +33,7 @@ class MambaMixer:
         self._convolution_bias = load(operation.convolution_bias)
         self._step_bias = load(operation.step_bias)
         self._decay, self._skip = load(operation.decay).flatten(), load(operation.skip)
-        self._normalise = normaliser(operation.norm, weights)
+        self._normalize = normalizer(operation.norm, weights)
 
     def initial_state(self) -> MambaState:
         """The state before the first token."""
@@ -61,7 +61,7 @@ class MambaMixer:
             memory.space,
         )
         gated = (y + self._skip * x).flatten(1) * functional.silu(gate)
-        normed = self._normalise(gated.view(tokens, o.groups, -1)).flatten(1)
+        normed = self._normalize(gated.view(tokens, o.groups, -1)).flatten(1)
         return self._weights.project(normed, o.output), MambaState(convolved[tokens:], space)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...archs.graph import HyperConnections, StreamMix, SubLayer
+from ...archs.graph import HyperConnections, ResidualMix, SubLayer
 from ..weights import Weights
 
 
@@ -69,25 +69,25 @@ class HyperResidual:
     """Streams [tokens, streams, hidden size], mixed anew for every token (see `graph.HyperConnections`)."""
 
     def __init__(self, kind: HyperConnections, size: int, weights: Weights) -> None:
-        self.width: tuple[int, ...] = (kind.streams, size)
+        self.width: tuple[int, ...] = (kind.multiplicity, size)
         self.kind = kind
         self.weights = weights
 
     def begin(self, embedded: Tensor) -> Tensor:
-        return embedded.unsqueeze(-2).repeat_interleave(self.kind.streams, dim=-2)
+        return embedded.unsqueeze(-2).repeat_interleave(self.kind.multiplicity, dim=-2)
 
     def branch(self, sublayer: SubLayer, residual: Tensor) -> Branch:
         assert sublayer.mix
-        count = self.kind.streams
+        count = self.kind.multiplicity
         coefficients = self._coefficients(sublayer.mix, residual, (count, count, count * count))
         read, write, mixing = coefficients.split((count, count, count * count), dim=-1)
         mixing = self._doubly_stochastic(mixing.unflatten(-1, (count, count)))
         return _HyperBranch(residual, self._collapsed(read, residual), 2 * write.sigmoid(), mixing)
 
     def end(self, residual: Tensor) -> Tensor:
-        return self._collapsed(self._coefficients(self.kind.head, residual, (self.kind.streams,)), residual)
+        return self._collapsed(self._coefficients(self.kind.head, residual, (self.kind.multiplicity,)), residual)
 
-    def _coefficients(self, mix: StreamMix, residual: Tensor, kinds: tuple[int, ...]) -> Tensor:
+    def _coefficients(self, mix: ResidualMix, residual: Tensor, kinds: tuple[int, ...]) -> Tensor:
         """[..., streams, hidden size] -> [..., coefficients]; the norm has no weight, so it can follow the product."""
         function, base, scale = (self.weights.load(weight) for weight in (mix.function, mix.base, mix.scale))
         flat = residual.flatten(-2)

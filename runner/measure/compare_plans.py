@@ -21,20 +21,20 @@ def divergences(measuring: Measuring, plans: Sequence[Plan], tokens: Tensor) -> 
     Plans for padded forms of the model's graph may take part. The second half of each chunk is scored.
     """
     source = ModelWeights(measuring.model, measuring.compute_dtype)
-    passing, statistics, importance = measuring.begin(source)
+    layer_pass, statistics, importance = measuring.begin(source)
     quantizer = Quantizer(source, importance)
-    reference = passing.begin(tokens, source)
-    candidates = [passing.begin(tokens, _rounded(quantizer, plan)) for plan in plans]
-    graphs = [stream.weights.graph for stream in passing.streams]
+    reference = layer_pass.begin(tokens, source)
+    candidates = [layer_pass.begin(tokens, _rounded(quantizer, plan)) for plan in plans]
+    graphs = [stream.weights.graph for stream in layer_pass.streams]
     measuring.progress.begin("Comparing plans", len(reference.weights.graph.layers), "layers")
     for layers in zip(*(graph.layers for graph in graphs), strict=True):
         index = layers[0].index
-        if not passing.passed(index):
-            advance(passing.streams, layers)
+        if not layer_pass.is_done(index):
+            advance(layer_pass.streams, layers)
             statistics.clear()
-            passing.save(index)
+            layer_pass.save(index)
         measuring.progress.advance(1, f"layer {index}")
-    measuring.end(passing, statistics)
+    measuring.end(layer_pass, statistics)
     return compare_heads(reference, candidates, tokens)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
-from ...progress import Progress, Silent
+from ...progress import NoProgress, Progress
 from ...sources.model import Model, pieces
 from ...sources.tokenizer import Tokenizer
 from ..activations import Activations
@@ -89,16 +89,16 @@ def perplexity(
     except by ONNX Runtime, whose models say themselves what they compute in. Raises BadInput for a text shorter than
     two chunks.
     """
-    model, progress = _opened(model), progress or Silent()
+    model, progress = _opened(model), progress or NoProgress()
     tokens = chunk_tokens(model.tokenizer, Path(file), context, chunks)
-    scores = Scores(targets(tokens))
+    scores = Scores(labels(tokens))
     inputs = with_bos(tokens, model.tokenizer)
     if isinstance(model, OnnxModel):
         score(logit_source(model, inputs, _scored_positions(context), progress), scores, len(tokens), progress)
     else:
         _score_stream(Stream(model, inputs, weights=ModelWeights(model, compute_dtype)), scores, progress)
     value, error = _perplexity_of(scores)
-    return Perplexity(value, error, len(scores.targets), context, len(tokens), dtype_name(compute_dtype))
+    return Perplexity(value, error, len(scores.labels), context, len(tokens), dtype_name(compute_dtype))
 
 
 def _score_stream(stream: Stream, scores: Scores, progress: Progress) -> None:
@@ -110,7 +110,7 @@ def _score_stream(stream: Stream, scores: Scores, progress: Progress) -> None:
     states = stream.final_activations(_scored_positions(tokens.shape[1]))
     first_word = 0
     for block in stream.head_blocks():
-        for chunk, part in enumerate(_chunks(scores.targets, len(tokens))):
+        for chunk, part in enumerate(_chunks(scores.labels, len(tokens))):
             scores.update(part, first_word, multiply(states[chunk], block))
         first_word += len(block)
 
@@ -129,7 +129,7 @@ def parity(
     A model that ONNX Runtime runs is compared by its logits alone, without errors of layers. Both get the tokens
     of the reference. `compute_dtype` as for `perplexity`. Raises BadInput when the two do not share a vocabulary.
     """
-    reference, candidate, progress = _opened(reference), _opened(candidate), progress or Silent()
+    reference, candidate, progress = _opened(reference), _opened(candidate), progress or NoProgress()
     tokens = chunk_tokens(reference.tokenizer, Path(file), context, chunks)
     _check_same_vocabulary(reference, candidate, tokens, Path(file), chunks, progress)
     inputs = [with_bos(tokens, model.tokenizer) for model in (reference, candidate)]
@@ -142,14 +142,14 @@ def parity(
         layer_errors = _advance_together(streams[0], streams[1], progress)
         (divergence,) = compare_heads(streams[0], streams[1:], tokens)
     else:
-        divergence = Divergence(targets(tokens))
+        divergence = Divergence(labels(tokens))
         positions = _scored_positions(context)
         first, second = (
             logit_source(model, text, positions, progress, compute_dtype)
             for model, text in zip((reference, candidate), inputs, strict=True)
         )
         compare(first, second, divergence, len(tokens), progress)
-    return summarise(divergence, layer_errors, context, len(tokens), compute_dtype)
+    return summarize(divergence, layer_errors, context, len(tokens), compute_dtype)
 
 
 def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | None) -> Tensor:
@@ -188,7 +188,7 @@ def _scored_positions(context: int) -> slice:
     return slice(context // 2, context - 1)
 
 
-def targets(tokens: Tensor) -> Tensor:
+def labels(tokens: Tensor) -> Tensor:
     context = tokens.shape[1]
     return tokens[:, context // 2 + 1 :].flatten()
 
@@ -253,18 +253,18 @@ def compare_heads(reference: Stream, candidates: Sequence[Stream], expected: Ten
     `expected` are the tokens [chunks, context]. The vocabulary comes in blocks, each loaded once for all streams.
     """
     streams = (reference, *candidates)
-    divergences = [Divergence(targets(expected)) for _ in candidates]
+    divergences = [Divergence(labels(expected)) for _ in candidates]
     states = [stream.final_activations(_scored_positions(expected.shape[1])) for stream in streams]
     first_word = 0
     for _, rows in pieces(reference.weights.graph.head):
         blocks = [stream.weights.load(stream.weights.graph.head, None, rows) for stream in streams]
-        for chunk, part in enumerate(_chunks(targets(expected), len(expected))):
+        for chunk, part in enumerate(_chunks(labels(expected), len(expected))):
             logits = multiply(states[0][chunk], blocks[0])
             for divergence, own, block in zip(divergences, states[1:], blocks[1:], strict=True):
                 divergence.update(part, first_word, logits, multiply(own[chunk], block))
         first_word += len(blocks[0])
         for stream in streams:
-            stream.weights.forget()
+            stream.weights.release()
     return divergences
 
 
@@ -279,7 +279,7 @@ def _standard_error(values: Tensor) -> float:
     return math.sqrt(float(values.var(correction=0)) / max(len(values) - 1, 1))
 
 
-def summarise(
+def summarize(
     divergence: Divergence, layer_errors: tuple[float, ...], context: int, chunks: int, compute_dtype: torch.dtype
 ) -> Parity:
     """What a comparison of all scored tokens amounts to."""

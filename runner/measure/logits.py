@@ -41,9 +41,9 @@ def logit_source(
 
 
 def score(source: LogitSource, scores: Scores, chunks: int, progress: Progress) -> None:
-    """Feed the logits of all chunks to `scores`, whose targets are those of one chunk after another."""
+    """Feed the logits of all chunks to `scores`, whose labels are those of one chunk after another."""
     progress.begin("Perplexity", chunks, "chunks")
-    for chunk, part in enumerate(_parts(len(scores.targets), chunks)):
+    for chunk, part in enumerate(_parts(len(scores.labels), chunks)):
         for first_word, words in enumerate(source(chunk).split(_WORDS, dim=1)):
             scores.update(part, first_word * _WORDS, words)
         progress.advance(1, f"chunk {chunk}")
@@ -54,7 +54,7 @@ def compare(
 ) -> None:
     """The same for two models on the same tokens."""
     progress.begin("Parity", chunks, "chunks")
-    for chunk, part in enumerate(_parts(len(divergence.reference.targets), chunks)):
+    for chunk, part in enumerate(_parts(len(divergence.reference.labels), chunks)):
         logits = [source(chunk).split(_WORDS, dim=1) for source in (reference, candidate)]
         for block, (expected, found) in enumerate(zip(*logits, strict=True)):
             divergence.update(part, block * _WORDS, expected, found)

@@ -20,8 +20,8 @@ from torch import Tensor
 from ...archs.graph import Graph, weights_in
 from ...archs.weights import Weight
 from ...quant.formats.table import format_named
-from ...quant.planning.allocation import Damage, candidates, typical_damage
-from ..passes import Measuring, Pass, packed, unpacked
+from ...quant.planning.allocation import Damage, allowed_types, typical_damage
+from ..passes import LayerPass, Measuring, packed, unpacked
 from ..stream import Stream, advance
 from ..weights import ModelWeights
 from .evaluate import compare_heads
@@ -33,7 +33,7 @@ _LEAST_SENSITIVITY = 0.02  # of the role's median: noise may hide what little a 
 
 
 def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph]) -> Damage:
-    """Sensitivities and errors of all weights that may be quantised.
+    """Sensitivities and errors of all weights that may be quantized.
 
     Args:
         tokens: int64 [chunks, context], on which probes run; the second half of each chunk is scored.
@@ -43,38 +43,38 @@ def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph])
     """
     graph, progress = measuring.model.graph, measuring.progress
     source = ModelWeights(measuring.model, measuring.compute_dtype)
-    passing, statistics, importance = measuring.begin(source)
+    layer_pass, statistics, importance = measuring.begin(source)
     quantizer = Quantizer(source, importance)
-    types = types_of(forms, measuring.weighs_columns)
+    types = types_of(forms, measuring.wants_importance)
     probed = {weight.name: _coarse(weight) for weight in graph.weights() if weight.name in types}
     errors = ErrorWeights(source, quantizer, {name: {*types[name], probed[name]} for name in probed})
-    reference = passing.begin(tokens, errors)
-    probes = _Probes(passing, reference, quantizer, probed)
-    if passing.facts is not None:
-        errors.squares = unpacked(passing.facts)
+    reference = layer_pass.begin(tokens, errors)
+    probes = _Probes(layer_pass, reference, quantizer, probed)
+    if layer_pass.facts is not None:
+        errors.squares = unpacked(layer_pass.facts)
     elif graph.embedding.name in probed:
         errors.note_embedding(reference.tokens)
     probes.embed(graph.embedding.name)
     progress.begin("Measuring", len(graph.layers), "layers")
     for layer in graph.layers:
         here = [weight.name for weight in weights_in(layer)]
-        if passing.passed(layer.index):
-            probes.go_on(here)
+        if layer_pass.is_done(layer.index):
+            probes.resume(here)
         else:
             probes.fork(here)
-            advance(passing.streams, [layer] * len(passing.streams))
-            probes.settle()
+            advance(layer_pass.streams, [layer] * len(layer_pass.streams))
+            probes.restore_source()
             statistics.clear()
-            passing.save(layer.index, packed(errors.squares))
+            layer_pass.save(layer.index, packed(errors.squares))
         progress.advance(1, f"layer {layer.index}: {len(probes.lanes)} of {len(probed)} weights")
-    measuring.end(passing, statistics)
+    measuring.end(layer_pass, statistics)
     if graph.head.name in probed:
         errors.note_head(reference)
     probes.fork([graph.head.name])
     measured = errors.relative()
     divergences = compare_heads(reference, list(probes.lanes.values()), tokens)
     sensitivity = {
-        name: divergence.typical_kld / measured[name][probed[name]]
+        name: divergence.root_mean_kld / measured[name][probed[name]]
         for name, divergence in zip(probes.lanes, divergences, strict=True)
         if measured.get(name, {}).get(probed[name])
     }
@@ -87,9 +87,11 @@ class _Probes:
     `types` are those that weights are rounded to; weights that it lacks have no lane.
     """
 
-    def __init__(self, passing: Pass, reference: Stream, quantizer: Quantizer, types: Mapping[str, str]) -> None:
+    def __init__(
+        self, layer_pass: LayerPass, reference: Stream, quantizer: Quantizer, types: Mapping[str, str]
+    ) -> None:
         self.lanes: dict[str, Stream] = {}
-        self._passing = passing
+        self._pass = layer_pass
         self._reference = reference
         self._quantizer = quantizer
         self._types = types
@@ -97,20 +99,20 @@ class _Probes:
     def embed(self, name: str) -> None:
         """Begin the lane of the embedding."""
         if name in self._types:
-            self.lanes[name] = self._passing.begin(self._reference.tokens, self._rounded(name))
-            self.settle()
+            self.lanes[name] = self._pass.begin(self._reference.tokens, self._rounded(name))
+            self.restore_source()
 
     def fork(self, names: Iterable[str]) -> None:
         """Begin the lanes of weights in the layer that the reference comes to."""
         for name in self._probed(names):
-            self.lanes[name] = self._passing.fork(self._reference, self._rounded(name))
+            self.lanes[name] = self._pass.fork(self._reference, self._rounded(name))
 
-    def go_on(self, names: Iterable[str]) -> None:
+    def resume(self, names: Iterable[str]) -> None:
         """Take up the lanes of weights that an earlier run has passed."""
         for name in self._probed(names):
-            self.lanes[name] = self._passing.begin(self._reference.tokens, self._quantizer.source)
+            self.lanes[name] = self._pass.begin(self._reference.tokens, self._quantizer.source)
 
-    def settle(self) -> None:
+    def restore_source(self) -> None:
         """The layer is done: from now on all lanes have the source's weights."""
         for lane in self.lanes.values():
             lane.weights = self._quantizer.source
@@ -123,12 +125,12 @@ class _Probes:
         return RoundedWeights(self._quantizer, source.graph, {name: self._types[name]})
 
 
-def types_of(forms: Sequence[Graph], importance: bool) -> dict[str, set[str]]:
+def types_of(forms: Sequence[Graph], calibrated: bool) -> dict[str, set[str]]:
     """By weight name, the types that it may take in any form, where there is a choice."""
     types: dict[str, set[str]] = {}
     for form in forms:
         for weight in form.weights():
-            types.setdefault(weight.name, set()).update(format.name for format in candidates(weight, importance))
+            types.setdefault(weight.name, set()).update(format.name for format in allowed_types(weight, calibrated))
     return {name: names for name, names in types.items() if len(names) > 1}
 
 

@@ -13,13 +13,13 @@ from ...quant import dequantize
 from ...quant.formats.table import format_named
 from ...quant.rounding.feedback import quantize_weight
 from ...quant.rounding.statistics import Importance
-from ..weights import KeptWeights, Products
+from ..weights import CachedWeights, WeightProducts
 
 
 class Quantizer:
-    """Rounds weights to types and back; what it made is kept until `forget`, for all lanes that ask for the same."""
+    """Rounds weights to types and back; what it made is kept until `release`, for all lanes that ask for the same."""
 
-    def __init__(self, source: KeptWeights, importance: Importance | None) -> None:
+    def __init__(self, source: CachedWeights, importance: Importance | None) -> None:
         self.source = source
         self._importance = importance
         self._kept: dict[tuple[int, str, int | None, tuple[int, int] | None], Tensor] = {}
@@ -39,12 +39,12 @@ class Quantizer:
         stored = dequantize(quantize_weight(padded, weight, expert, type, self._importance), type)
         return stored[:, : weight.columns].reshape(values.shape)
 
-    def forget(self, expert: int | None = None) -> None:
+    def release(self, expert: int | None = None) -> None:
         self._kept = {} if expert is None else {key: kept for key, kept in self._kept.items() if key[2] != expert}
-        self.source.forget(expert)
+        self.source.release(expert)
 
 
-class RoundedWeights(Products):
+class RoundedWeights(WeightProducts):
     """The weights of a graph, those named in `types` rounded to them; the others are the source's.
 
     The graph is the source's own or another form of it, whose weights read the same stored tensors.
@@ -61,5 +61,5 @@ class RoundedWeights(Products):
             return self._quantizer.source.load(weight, expert, rows)
         return self._quantizer.load(weight, type, expert, rows)
 
-    def forget(self, expert: int | None = None) -> None:
-        self._quantizer.forget(expert)
+    def release(self, expert: int | None = None) -> None:
+        self._quantizer.release(expert)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...archs.weights import Weight
 from ...sources.model import pieces
 from ..stream import Stream
-from ..weights import KeptWeights, Products, multiply
+from ..weights import CachedWeights, WeightProducts, multiply
 from .rounded import Quantizer
 
 _TOKENS = 32  # of each expert
@@ -21,7 +21,7 @@ _VOCABULARY_ROWS = 4096  # of embedding and head
 _HEAD_TOKENS = 512  # about so many
 
 
-class ErrorWeights(Products):
+class ErrorWeights(WeightProducts):
     """A source's weights, which measure on the inputs of `project` what rounding would do to its outputs.
 
     The relative squared error of a type is that of the products of some rows, some tokens and the busiest experts, so
@@ -31,7 +31,7 @@ class ErrorWeights(Products):
         squares: sums of squares by weight name and type, under the name "" those of the outputs themselves.
     """
 
-    def __init__(self, source: KeptWeights, quantizer: Quantizer, types: Mapping[str, set[str]]) -> None:
+    def __init__(self, source: CachedWeights, quantizer: Quantizer, types: Mapping[str, set[str]]) -> None:
         super().__init__(source.graph, source.label, source.compute_dtype)
         self._source = source
         self._quantizer = quantizer
@@ -50,8 +50,8 @@ class ErrorWeights(Products):
         self._note(states.flatten(0, 1), weight, None)
         return super().project_groups(states, weight)
 
-    def forget(self, expert: int | None = None) -> None:
-        self._source.forget(expert)
+    def release(self, expert: int | None = None) -> None:
+        self._source.release(expert)
 
     def relative(self) -> dict[str, dict[str, float]]:
         """By weight name and type, the squared error of the outputs over their square."""
@@ -72,7 +72,7 @@ class ErrorWeights(Products):
             if len(used):
                 values = self.load(weight, None, rows)[used]
                 self._add(weight, None, values, partial(torch.mul, part[used].sqrt()[:, None]))
-            self.forget()
+            self.release()
 
     def note_head(self, stream: Stream) -> None:
         """Errors of logits of some tokens of a stream that has passed all layers."""
@@ -82,7 +82,7 @@ class ErrorWeights(Products):
         step = max(1, weight.shape[0] // _VOCABULARY_ROWS)
         for _, rows in pieces(weight):
             self._add(weight, None, self.load(weight, None, rows)[::step], lambda values: multiply(states, values))
-            self.forget()
+            self.release()
 
     def _note(self, states: Tensor, weight: Weight, expert: int | None) -> None:
         seen = self._seen.setdefault(weight.name, set())

@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 class Scores:
-    """Running softmax statistics of one model at `targets` [positions]; feed it all vocabulary blocks in order.
+    """Running softmax statistics of one model at `labels` [positions]; feed it all vocabulary blocks in order.
 
     The running maximum and rescaled sum are those of online softmax (Milakov & Gimelshein 2018).
     """
 
-    def __init__(self, targets: Tensor) -> None:
-        count = len(targets)
-        self.targets = targets
+    def __init__(self, labels: Tensor) -> None:
+        count = len(labels)
+        self.labels = labels
         self.maximum = torch.full((count,), -torch.inf, dtype=torch.float64)
         self.total = torch.zeros(count, dtype=torch.float64)
         self.best = torch.zeros(count, dtype=torch.int64)
@@ -33,32 +33,32 @@ class Scores:
         rescale = torch.exp(old - self.maximum[part])
         exponentials = torch.exp(logits - self.maximum[part, None].float())
         self.total[part] = self.total[part] * rescale + exponentials.sum(dim=1).double()
-        local = self.targets[part] - first_word
+        local = self.labels[part] - first_word
         rows = torch.where((local >= 0) & (local < logits.shape[1]))[0]
         self.target_logit[part][rows] = logits[rows, local[rows]].double()
         return exponentials, rescale
 
     @property
-    def log_normaliser(self) -> Tensor:
+    def log_normalizer(self) -> Tensor:
         """log(sum(exp(logits))), float64 [positions]."""
         return self.maximum + self.total.log()
 
     @property
     def log_probability(self) -> Tensor:
-        """log p(target), float64 [positions]."""
-        return self.target_logit - self.log_normaliser
+        """log p(label), float64 [positions]."""
+        return self.target_logit - self.log_normalizer
 
 
 class Divergence:
     """KL(reference || candidate) at every position, from the same vocabulary blocks of both models.
 
-    With l, m the two models' logits: KL = sum(p_l * (l - m)) - log_normaliser(l) + log_normaliser(m).
+    With l, m the two models' logits: KL = sum(p_l * (l - m)) - log_normalizer(l) + log_normalizer(m).
     """
 
-    def __init__(self, targets: Tensor) -> None:
-        self.reference = Scores(targets)
-        self.candidate = Scores(targets)
-        self._difference = torch.zeros(len(targets), dtype=torch.float64)
+    def __init__(self, labels: Tensor) -> None:
+        self.reference = Scores(labels)
+        self.candidate = Scores(labels)
+        self._difference = torch.zeros(len(labels), dtype=torch.float64)
 
     def update(self, part: slice, first_word: int, reference: Tensor, candidate: Tensor) -> None:
         exponentials, rescale = self.reference.update(part, first_word, reference)
@@ -70,11 +70,11 @@ class Divergence:
     def kld(self) -> Tensor:
         """KL divergence in nats, float64 [positions]."""
         expected = self._difference / self.reference.total
-        return expected - self.reference.log_normaliser + self.candidate.log_normaliser
+        return expected - self.reference.log_normalizer + self.candidate.log_normalizer
 
     @property
-    def trusted_kld(self) -> Tensor:
-        """The same, each position weighed by the probability that the reference gives to its target; weights mean 1.
+    def probability_weighted_kld(self) -> Tensor:
+        """The same, each position weighed by the probability that the reference gives to its label; weights mean 1.
 
         Where a model did not expect what it reads, its damage says little about the texts that it is good for.
         """
@@ -82,10 +82,10 @@ class Divergence:
         return self.kld * probability / probability.mean()
 
     @property
-    def typical_kld(self) -> float:
-        """The square of the mean root of `trusted_kld`.
+    def root_mean_kld(self) -> float:
+        """The square of the mean root of `probability_weighted_kld`.
 
         The divergence grows with the square of a change of the logits, so its root is the length of that change. A
         mean of lengths does not hang on the few positions where a token happened to go to another expert.
         """
-        return float(self.trusted_kld.clamp_min(0).sqrt().mean().square())
+        return float(self.probability_weighted_kld.clamp_min(0).sqrt().mean().square())

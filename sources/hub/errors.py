@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from ...errors import Interruption
+from ...errors import Interrupted
 
 if TYPE_CHECKING:
     from .repository import HubSource
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def explained(source: HubSource) -> Iterator[None]:
-    """Turns what the client raises into Interruption: nothing is wrong with what was fetched before."""
+    """Turns what the client raises into Interrupted: nothing is wrong with what was fetched before."""
     try:
         yield
     except (httpx2.HTTPError, OSError, RevisionResolutionError, json.JSONDecodeError) as error:
-        raise Interruption(_explanation(error, source)) from error
+        raise Interrupted(_explanation(error, source)) from error
 
 
 def _explanation(error: BaseException, source: HubSource) -> str:

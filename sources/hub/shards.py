@@ -13,7 +13,7 @@ import torch
 from ...archs.graph import Graph
 from ...archs.weights import TensorInfo, Weight, stored_tensors
 from ...errors import BadInput
-from ...progress import Silent
+from ...progress import NoProgress
 from ..checkpoint import read_header
 from ..model import Model, open_model
 from ..storage import Storage
@@ -32,7 +32,7 @@ def pass_over(graph: Graph) -> list[list[str]]:
     return [[tensor.name for weight in step for tensor in stored_tensors(weight.source)] for step in steps]
 
 
-def open_streamed(checkpoint: HubCheckpoint, scratch: int | None, folder: Path) -> Model:
+def open_on_demand(checkpoint: HubCheckpoint, scratch: int | None, folder: Path) -> Model:
     """A repository's model whose weights are fetched when they are read. See `ShardStorage`."""
     tensors = checkpoint.read_headers()
     model = open_model(checkpoint.folder, tensors)
@@ -217,7 +217,7 @@ class ShardStorage(Storage):
             return None
 
 
-class _Stopper(Silent):
+class _Stopper(NoProgress):
     """Ends a download when nobody wants it any more."""
 
     def __init__(self, storage: ShardStorage) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import silent_tqdm
 
-from ...progress import Progress, Silent
+from ...progress import NoProgress, Progress
 
 ATTEMPTS = 5
 
@@ -28,7 +28,7 @@ class Meter:
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.stopped = threading.Event()
-        self._progress = progress or Silent()
+        self._progress = progress or NoProgress()
         self._done: dict[str, int] = {}
         self._lock = threading.Lock()
         self._progress.begin("Fetching", total, "bytes")

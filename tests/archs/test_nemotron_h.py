@@ -10,7 +10,7 @@ import pytest
 import real_models
 import real_nemotron
 from moecast.archs.config import Config
-from moecast.archs.graph import MLP, Attention, Graph, Mamba2, MoE, describe
+from moecast.archs.graph import MLP, Attention, Graph, Mamba2, MoE
 from moecast.archs.nemotron_h import MIXTURE
 from moecast.archs.weights import Nvfp4, Scaled, Stack, TensorInfo, stored_tensors
 from moecast.errors import BadInput
@@ -74,7 +74,7 @@ def test_real_model() -> None:
     assert isinstance(experts.shared, MLP) and experts.latent_down and experts.latent_down.shape == (1024, 4096)
     assert attention.rope is None and attention.query_norm is None
     assert graph.state_bytes_per_token() == 8 * 2 * 2 * 128 * 2
-    json.dumps(describe(graph))
+    json.dumps(graph_as_json(graph))
 
 
 def test_mixed_encodings_are_read_tensor_by_tensor() -> None:

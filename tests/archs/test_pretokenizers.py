@@ -14,7 +14,7 @@ import vocabularies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama import Engine
-from moecast.archs.pretokenizers import PRE_TOKENIZERS, PreTokenizer, choose_pre, recognise
+from moecast.archs.pretokenizers import PRE_TOKENIZERS, PreTokenizer, choose_pre, recognize
 from moecast.convert.gguf.tokenizer import PROBE
 from moecast.errors import BadInput
 from moecast.sources.tokenizer import Tokenizer
@@ -134,8 +134,8 @@ DEEPSEEK = (
         ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": True}, "model": {"type": "BPE"}}, "gpt-2"),
     ],
 )
-def test_recognises_published_splitters(tokenizer_json: dict[str, Any], name: str) -> None:
-    row = recognise(tokenizer_json)
+def test_recognizes_published_splitters(tokenizer_json: dict[str, Any], name: str) -> None:
+    row = recognize(tokenizer_json)
     assert row is not None and row.names[0] == name
     assert choose_pre(None, None, tokenizer_json) == (name, None)
 
@@ -150,7 +150,7 @@ def test_recognises_published_splitters(tokenizer_json: dict[str, Any], name: st
 )
 def test_other_splitters_are_not_mistaken(steps: tuple[dict[str, Any], ...]) -> None:
     tokenizer_json = _json(*steps)
-    assert recognise(tokenizer_json) is None
+    assert recognize(tokenizer_json) is None
     with pytest.raises(BadInput, match=r"name the pre-tokenizer explicitly \(one of gpt-4o, "):
         choose_pre(None, None, tokenizer_json)
 
@@ -174,4 +174,4 @@ def test_trained_tokenizers_keep_their_name() -> None:
     for row in PRE_TOKENIZERS:
         for source in row.sources:
             trained = vocabularies.train(source, size=260, ignore_merges=row.ignore_merges)
-            assert source in recognise(json.loads(trained.to_str())).sources  # type: ignore[union-attr]
+            assert source in recognize(json.loads(trained.to_str())).sources  # type: ignore[union-attr]

@@ -51,7 +51,7 @@ def test_float32_file_equals_transformers(flash: Checkpoint, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "quant", ["native", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_XXS", "Q4_0"]
 )
-def test_quantised_file_in_llama(flash: Checkpoint, tmp_path: Path, quant: str) -> None:
+def test_quantized_file_in_llama(flash: Checkpoint, tmp_path: Path, quant: str) -> None:
     """llama.cpp rounds activations to 8 bits, which costs up to a few thousandths."""
     result = convert(flash.folder, tmp_path, quant, calibration=None, verify=False)
     assert result.problems == ()

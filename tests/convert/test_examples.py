@@ -23,7 +23,7 @@ CONTEXT = 160
 def test_example_in_llama(folder: Path, tmp_path: Path, quant: str, bound: float) -> None:
     """The same log-probabilities from llama.cpp and our runner on the same file, up to llama.cpp's rounding.
 
-    It rounds activations to BF16 before it multiplies with BF16 weights, and to 8 bits before quantised ones; a trained
+    It rounds activations to BF16 before it multiplies with BF16 weights, and to 8 bits before quantized ones; a trained
     router has ties near enough for that to matter. The random checkpoints, which have none, hold BF16 to 1e-5.
     """
     path = convert(folder, tmp_path, quant, calibration=None, verify=False).files[0]

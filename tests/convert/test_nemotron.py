@@ -17,10 +17,10 @@ import torch
 from forward import runner_logits
 from moecast.convert import convert
 from moecast.convert.gguf.writer import GGUFWriter
-from moecast.convert.onepass import Lanes, cast
+from moecast.convert.onepass import PassInputs, run_pass
 from moecast.convert.pipeline import gguf_metadata
 from moecast.errors import BadInput
-from moecast.progress import Silent
+from moecast.progress import NoProgress
 from moecast.quant.planning.padding import pad
 from moecast.quant.planning.plan import plan_tensors
 from moecast.quant.planning.recipes import recipe_named
@@ -73,7 +73,7 @@ def llama_perplexity(path: Path) -> float:
 
 
 @pytest.mark.parametrize("kind", ["full", "latent", "groups", "dense"])
-def test_unquantised_file_in_llama(made: Make, kind: str, tmp_path: Path) -> None:
+def test_unquantized_file_in_llama(made: Make, kind: str, tmp_path: Path) -> None:
     """The runner equals transformers (tests/runner), so the checkpoint itself may be the reference."""
     path = convert(made(kind), tmp_path, "F32", calibration=None, verify=False).files[0]
     assert divergence(path, open_model(made(kind))) < 1e-8
@@ -86,7 +86,7 @@ def test_bfloat16_file_in_llama(made: Make, kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M", "Q3_K_M", "IQ4_XS"])
-def test_quantised_file_in_llama(made: Make, quant: str, tmp_path: Path) -> None:
+def test_quantized_file_in_llama(made: Make, quant: str, tmp_path: Path) -> None:
     """llama.cpp rounds activations to 8 bits; every width is padded where the blocks are of 256."""
     result = convert(made("groups"), tmp_path, quant, calibration=None, verify=False)
     assert not any("instead of" in problem for problem in result.problems)
@@ -127,8 +127,8 @@ def test_padding_changes_no_result(made: Make, kind: str, tmp_path: Path) -> Non
     )
     assert {t.weight.columns % 256 for t in plan.tensors if t.weight.name.endswith("exps.weight")} <= {0}
     padded = tmp_path / "padded.gguf"
-    with GGUFWriter(padded, gguf_metadata(model, plan, "padded", None, {}, Silent()), plan.tensors) as writer:
-        cast(model, plan, writer, Lanes(), Silent())
+    with GGUFWriter(padded, gguf_metadata(model, plan, "padded", None, {}, NoProgress()), plan.tensors) as writer:
+        run_pass(model, plan, writer, PassInputs(), NoProgress())
     assert divergence(padded, model) < 1e-8
     assert llama_perplexity(padded) == pytest.approx(llama_perplexity(plain), rel=1e-5)
     result = parity(plain, padded, checkpoints.TEXT, context=64, chunks=2)
@@ -190,7 +190,7 @@ def test_native_file_equals_its_checkpoint(nvfp4: Path, tmp_path: Path) -> None:
 
 
 def test_nvfp4_where_the_engine_applies_no_scale(made: Make, tmp_path: Path) -> None:
-    """llama.cpp ignores scales of latent projections: these are decoded and quantised; the others keep theirs."""
+    """llama.cpp ignores scales of latent projections: these are decoded and quantized; the others keep theirs."""
     modelopt.rewrite(made("latent"), tmp_path / "m", lambda m: "nvfp4_compressed" if "mixer." in m else None)
     path = convert(tmp_path / "m", tmp_path / "out", "native", calibration=None, verify=False).files[0]
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
@@ -200,7 +200,7 @@ def test_nvfp4_where_the_engine_applies_no_scale(made: Make, tmp_path: Path) -> 
     assert divergence(path) < 3e-3
 
 
-def test_quantised_checkpoint_to_other_types(nvfp4: Path, tmp_path: Path) -> None:
+def test_quantized_checkpoint_to_other_types(nvfp4: Path, tmp_path: Path) -> None:
     path = convert(nvfp4, tmp_path, "F32", calibration=None, verify=False).files[0]
     assert divergence(path, open_model(nvfp4)) < 1e-8
     path = convert(nvfp4, tmp_path, "Q4_K_M", calibration=None, verify=False).files[0]

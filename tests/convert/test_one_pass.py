@@ -15,7 +15,7 @@ from conftest import Checkpoint
 from moecast.convert import convert
 from moecast.convert.calibrate import write_imatrix
 from moecast.errors import BadInput
-from moecast.progress import Silent
+from moecast.progress import NoProgress
 from moecast.quant import quantize
 from moecast.runner import parity
 from moecast.runner.stream import Stream, advance
@@ -32,7 +32,7 @@ FOLDERS = sorted(path.parent for path in checkpoints.EXAMPLES.glob("*/config.jso
 MEMORIES = ("floor", 1 << 40)
 
 
-class Notes(Silent):
+class Notes(NoProgress):
     """Keeps the lines."""
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 from moecast.archs.weights import Weight
 from moecast.convert import convert
 from moecast.errors import BadInput
-from moecast.progress import Silent
+from moecast.progress import NoProgress
 from moecast.runner.measure.evaluate import CALIBRATION_TEXT, Parity
 from moecast.runner.observe import ObservingWeights
 from moecast.sources.model import open_model
@@ -18,7 +18,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "minimax-m2-tiny"
 STARVED = (1, 6, 11, 12)
 
 
-class Notes(Silent):
+class Notes(NoProgress):
     """Keeps the lines that a conversion notes down."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Notes(Silent):
         self.lines.append(text)
 
 
-def converted(folder: Path, text: Path, error_feedback: bool, progress: Silent) -> tuple[Path, Parity]:
+def converted(folder: Path, text: Path, error_feedback: bool, progress: NoProgress) -> tuple[Path, Parity]:
     how = {"calibration": text, "error_feedback": error_feedback, "progress": progress}
     result = convert(EXAMPLE, folder, "IQ2_XXS", padding=False, chunks=6, **how)
     assert result.parity
@@ -42,7 +42,7 @@ def test_starved_experts_are_no_worse_off(
     """The evaluation text uses them; what others saw stands in for what they did not."""
     text = tmp_path / "calibration.txt"
     text.write_text(CALIBRATION_TEXT.read_text(encoding="utf-8")[:24000], encoding="utf-8")
-    _, covered = converted(tmp_path / "covered", text, error_feedback, Silent())
+    _, covered = converted(tmp_path / "covered", text, error_feedback, NoProgress())
     project, notes = ObservingWeights.project, Notes()
 
     def project_but_for_starved(

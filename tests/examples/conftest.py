@@ -31,7 +31,7 @@ def read_tensors(folder: Path) -> Tensors:
 
 
 def load_minimax_m2(folder: Path) -> MiniMaxM2ForCausalLM:
-    """A float32 model that holds the FP8 weights of `folder` dequantised by hand."""
+    """A float32 model that holds the FP8 weights of `folder` dequantized by hand."""
     declared = json.loads((folder / "config.json").read_text())
     for key in ("quantization_config", "auto_map", "dtype"):
         del declared[key]

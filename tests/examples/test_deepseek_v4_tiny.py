@@ -48,7 +48,7 @@ def _codes(packed: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def model(tensors: Tensors, config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> DeepseekV4ForCausalLM:
-    """Dequantised by hand; the published names and keys are understood by transformers."""
+    """Dequantized by hand; the published names and keys are understood by transformers."""
     folder = tmp_path_factory.mktemp("dequantized")
     save_file(dequantized(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     stored = ("quantization_config", "expert_dtype")

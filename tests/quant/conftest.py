@@ -1,4 +1,4 @@
-"""One thread for all tests here: quantising a few rows is many small steps, and a second thread costs more in
+"""One thread for all tests here: quantizing a few rows is many small steps, and a second thread costs more in
 waiting than it brings.
 """
 
@@ -21,6 +21,6 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=dict.fromkeys((native.paths()[0], native.TORCH)))
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What quantises and reads: the best kernels of this machine, or torch."""
+    """What quantizes and reads: the best kernels of this machine, or torch."""
     monkeypatch.setenv("MOECAST_KERNELS", request.param)
     return str(request.param)

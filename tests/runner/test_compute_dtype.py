@@ -10,7 +10,7 @@ import torch
 from moecast.archs.graph import MoE
 from moecast.convert import convert
 from moecast.errors import BadInput
-from moecast.progress import Silent
+from moecast.progress import NoProgress
 from moecast.runner import parity, perplexity
 from moecast.runner.weights import ModelWeights, multiply
 from moecast.sources.model import open_model
@@ -20,7 +20,7 @@ TEXT = Path(__file__).parent.parent / "data" / "imatrix" / "text.txt"
 CHUNKS = {"file": TEXT, "context": 256, "chunks": 4}
 
 
-class Stopping(Silent):
+class Stopping(NoProgress):
     def note(self, line: str) -> None:
         if line.startswith("Layer 0"):
             raise KeyboardInterrupt
@@ -56,9 +56,9 @@ def test_factors_are_rounded_once(quant: str, tmp_path: Path) -> None:
     model, direct = open_model(file), 0
     weights = ModelWeights(model, torch.bfloat16)
     for weight in model.graph.weights():
-        if len(weight.shape) > 1 and not weight.role.protected:
+        if len(weight.shape) > 1 and not weight.role.keep_f32:
             expert = 3 if weight.experts else None
-            factor = weights.factor(weight, expert)
+            factor = weights.matmul_operand(weight, expert)
             direct += factor.dtype == torch.bfloat16
             assert torch.equal(factor.bfloat16(), model.load(weight, expert).bfloat16())
     assert direct > 10

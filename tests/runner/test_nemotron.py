@@ -72,13 +72,13 @@ def mixed(module: str) -> modelopt.Encoding | None:
 
 
 @pytest.mark.parametrize("encoding_of", [lambda module: "nvfp4" if "mixer" in module else None, mixed])
-def test_quantised_checkpoints(encoding_of: Any, tmp_path: Path) -> None:
+def test_quantized_checkpoints(encoding_of: Any, tmp_path: Path) -> None:
     """The oracle computes with the values that the codes stand for."""
     plain = nemotron.save_nemotron(tmp_path / "plain", nemotron.nemotron_model(seed=3, **LATENT))
-    values = modelopt.rewrite(plain, tmp_path / "quantised", encoding_of)
+    values = modelopt.rewrite(plain, tmp_path / "quantized", encoding_of)
     exact = modelopt.dequantized(plain, tmp_path / "exact", values)
     oracle = NemotronHForCausalLM.from_pretrained(exact, dtype=torch.float32).eval()
-    assert_same_logits(open_model(tmp_path / "quantised"), oracle)
+    assert_same_logits(open_model(tmp_path / "quantized"), oracle)
 
 
 @pytest.mark.parametrize("encoding", ["nvfp4", "nvfp4_compressed", "fp8", "fp8_rows"])

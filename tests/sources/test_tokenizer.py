@@ -69,7 +69,7 @@ def test_only_special_text_stays_text(backend: Backend, tmp_path: Path) -> None:
     assert tokenizer.decode(ids) == TEXT
 
 
-def test_unmarked_control_tokens_are_recognised_by_their_text(tmp_path: Path) -> None:
+def test_unmarked_control_tokens_are_recognized_by_their_text(tmp_path: Path) -> None:
     added = [AddedToken(text, special=False) for text in ("<｜User｜>", "<|im_end|>", "<tool>")]
     backend = vocabularies.train(GPT2, added=added)
     tokenizer = Tokenizer.from_folder(vocabularies.save(backend, tmp_path))

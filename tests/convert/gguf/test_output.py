@@ -18,7 +18,7 @@ from moecast.runner import parity, perplexity
 from moecast.sources.model import open_model
 
 EXACT = ("F32", "BF16", "F16")
-QUANTISED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_XS", "MXFP4_MOE")
+QUANTIZED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_XS", "MXFP4_MOE")
 
 
 def _tokens(count: int, vocabulary: int) -> torch.Tensor:
@@ -34,13 +34,13 @@ def _divergence_from_llama(path: Path) -> float:
 
 
 @pytest.mark.parametrize("quant", EXACT)
-def test_unquantised_file_in_llama(minimax_fp8: Checkpoint, tmp_path: Path, quant: str) -> None:
+def test_unquantized_file_in_llama(minimax_fp8: Checkpoint, tmp_path: Path, quant: str) -> None:
     result = convert(minimax_fp8.folder, tmp_path, quant, calibration=None, verify=False)
     assert _divergence_from_llama(result.files[0]) < 1e-5
 
 
-@pytest.mark.parametrize("quant", QUANTISED)
-def test_quantised_file_in_llama(minimax_fp8: Checkpoint, tmp_path: Path, quant: str) -> None:
+@pytest.mark.parametrize("quant", QUANTIZED)
+def test_quantized_file_in_llama(minimax_fp8: Checkpoint, tmp_path: Path, quant: str) -> None:
     """llama.cpp rounds activations to 8 bits, which costs up to a few thousandths."""
     result = convert(minimax_fp8.folder, tmp_path, quant, calibration=None, verify=False)
     assert result.problems == ()
@@ -152,8 +152,8 @@ def test_stored_values_are_those_of_the_checkpoint(minimax_fp8: Checkpoint, tmp_
     assert np.array_equal(stored["blk.1.ffn_up_exps.weight"].data.reshape(16, 256, 256), gate_up[:, 256:])
     down = state["model.layers.1.mlp.experts.down_proj"].numpy()
     assert np.array_equal(stored["blk.1.ffn_down_exps.weight"].data.reshape(16, 256, 256), down)
-    quantised = convert(minimax_fp8.folder, tmp_path, "Q6_K", calibration=None, verify=False).files[0]
-    tensor = next(t for t in gguf.GGUFReader(quantised).tensors if t.name == "blk.1.ffn_down_exps.weight")
+    quantized = convert(minimax_fp8.folder, tmp_path, "Q6_K", calibration=None, verify=False).files[0]
+    tensor = next(t for t in gguf.GGUFReader(quantized).tensors if t.name == "blk.1.ffn_down_exps.weight")
     ours = dequantize(torch.from_numpy(tensor.data.reshape(-1, tensor.data.shape[-1]).copy()), "Q6_K")
     theirs = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(ours.shape)
     assert np.array_equal(ours.numpy(), theirs)

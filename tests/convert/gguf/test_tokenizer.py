@@ -16,7 +16,7 @@ from llama import Engine
 from moecast.archs.pretokenizers import PRE_TOKENIZERS, find_pre_tokenizer
 from moecast.convert.gguf.tokenizer import PROBE, SelfCheck, self_check, tokenizer_metadata, vocabulary_metadata
 from moecast.errors import BadInput
-from moecast.progress import Silent
+from moecast.progress import NoProgress
 from moecast.sources.tokenizer import Tokenizer
 from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -39,7 +39,7 @@ FILES = {
 MARGIN = 13
 
 
-class Notes(Silent):
+class Notes(NoProgress):
     def __init__(self) -> None:
         self.lines: list[str] = []
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import checkpoints
 import torch
 from moecast.convert.onnx.prepack import prepack
-from moecast.progress import Silent
+from moecast.progress import NoProgress
+from moecast.quant.planning.file_formats import plan_format
 from moecast.quant.planning.onnx_plan import OnnxPlan
-from moecast.quant.planning.targets import plan_target
 from moecast.sources.model import open_model
 from safetensors.torch import save_file
 
@@ -98,7 +98,7 @@ def _own_memory(folder: Path, how: str) -> int:
 
 def test_wide_layers(tmp_path: Path) -> None:
     source = _write(tmp_path / "wide")
-    plan = plan_target("onnx", open_model(source).graph, "Q4_0")
+    plan = plan_format("onnx", open_model(source).graph, "Q4_0")
     assert isinstance(plan, OnnxPlan) and plan.bytes > 200 * 10**6
     command = [sys.executable, "-m", "moecast.cli", "convert", source, "--to", "onnx", "-o", tmp_path / "out", "--json"]
     options = ["-f", checkpoints.TEXT, "-c", "16", "--chunks", "1", "--threads", "1", "--no-calibration"]
@@ -109,5 +109,5 @@ def test_wide_layers(tmp_path: Path) -> None:
     assert {name: (folder / name).stat().st_size for name in plan.files} == plan.files
     copied = _own_memory(folder, "copied")
     assert copied - _own_memory(folder, "mapped") > plan.bytes / 2
-    prepack(folder, Silent())
+    prepack(folder, NoProgress())
     assert copied - _own_memory(folder, "copied") > plan.bytes / 2

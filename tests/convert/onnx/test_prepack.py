@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from moecast.cli import main
 from moecast.convert.onnx.prepack import prepack
 from moecast.errors import BadInput
-from moecast.progress import Silent
+from moecast.progress import NoProgress
 from onnx_models import cast, onnx_logits
 
 
@@ -44,12 +44,12 @@ def test_copies_change_no_result(name: str, tmp_path: Path) -> None:
 
 def test_again_replaces_the_copies(tmp_path: Path) -> None:
     made = cast(EXAMPLES / "minimax-m2-tiny", tmp_path)
-    first = prepack(made.folder, Silent())
+    first = prepack(made.folder, NoProgress())
     files = {file.name: file.read_bytes() for file in made.folder.iterdir()}
-    assert prepack(made.folder, Silent()) == first
+    assert prepack(made.folder, NoProgress()) == first
     assert {file.name: file.read_bytes() for file in made.folder.iterdir()} == files
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"moecast\.json cannot be read"):
-        prepack(EXAMPLES / "minimax-m2-tiny", Silent())
+        prepack(EXAMPLES / "minimax-m2-tiny", NoProgress())

@@ -52,7 +52,7 @@ def nemotron(tmp_path_factory: pytest.TempPathFactory) -> Cast:
 
 def _in_full(checkpoint: Path) -> OnnxModel:
     """A checkpoint as ONNX, all of it in float32."""
-    result = convert(checkpoint, checkpoint, "F32", target="onnx", activations="float32", verify=False, threads=1)
+    result = convert(checkpoint, checkpoint, "F32", file_format="onnx", activations="float32", verify=False, threads=1)
     return OnnxModel(result.files[0].parent, threads=1)
 
 
@@ -80,7 +80,7 @@ def test_nemotron_is_transformers(change: dict[str, Any], tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("change", NEMOTRON.values(), ids=NEMOTRON)
-def test_quantised_nemotron_is_our_runner(change: dict[str, Any], tmp_path: Path) -> None:
+def test_quantized_nemotron_is_our_runner(change: dict[str, Any], tmp_path: Path) -> None:
     oracle = nemotron_checkpoints.nemotron_model(**change)
     result = cast(nemotron_checkpoints.save_nemotron(tmp_path / "hf", oracle), tmp_path / "out")
     expected = runner_logits(open_model(result.gguf), _tokens(200)[None])[0]
@@ -95,7 +95,7 @@ def test_deepseek_is_transformers(tmp_path: Path) -> None:
     assert relative_error(onnx_logits(engine, _tokens()), expected) < EXACT
 
 
-def test_quantised_deepseek_is_our_runner(deepseek: Cast) -> None:
+def test_quantized_deepseek_is_our_runner(deepseek: Cast) -> None:
     expected = runner_logits(open_model(deepseek.gguf), _tokens()[None])[0]
     assert relative_error(onnx_logits(deepseek.engine(), _tokens()), expected) < EXACT
 

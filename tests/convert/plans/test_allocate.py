@@ -11,11 +11,11 @@ from click.testing import CliRunner, Result
 from conftest import Checkpoint
 from moecast.cli import main
 from moecast.convert import convert
-from moecast.convert.plans.allocate import allocate, split_tokens, stock_within, winner, without
+from moecast.convert.plans.allocate import choose_measured_plan, split_tokens, stock_within, winner, without
 from moecast.convert.plans.choose import Budget, Goal, choose_plan
 from moecast.convert.requantize import requantize
 from moecast.errors import BadInput
-from moecast.progress import Silent
+from moecast.progress import NoProgress
 from moecast.quant.planning.allocation import typical_damage
 from moecast.quant.planning.plan import plan_file
 from moecast.quant.planning.recipes import RECIPES, recipe_named
@@ -56,7 +56,7 @@ def test_a_probe_is_a_file_with_one_weight_rounded(full: Path, tmp_path: Path) -
 def typical_divergence(reference: Model, candidate: Model, tokens: Tensor) -> float:
     """The mean root of the second half's KL divergences, weighed by the probability of the token that follows."""
     positions, total, weight = slice(CONTEXT // 2, CONTEXT - 1), 0.0, 0.0
-    sources = [logit_source(model, tokens, positions, Silent()) for model in (reference, candidate)]
+    sources = [logit_source(model, tokens, positions, NoProgress()) for model in (reference, candidate)]
     for chunk, ids in enumerate(tokens):
         first, second = (source(chunk).double().log_softmax(dim=1) for source in sources)
         follows = first.exp().gather(1, ids[CONTEXT // 2 + 1 :, None])[:, 0]
@@ -91,24 +91,24 @@ def test_plans_side_by_side_are_the_files_they_describe(minimax: Checkpoint, ful
 def test_the_best_plan_is_no_worse_than_stock_at_its_bytes(minimax: Checkpoint) -> None:
     model = open_model(minimax.folder)
     tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, 8)
-    stock = plan_file(model.graph, recipe_named("Q3_K_M"), importance=True)
+    stock = plan_file(model.graph, recipe_named("Q3_K_M"), calibrated=True)
     probes, held_out = split_tokens(tokens, 4, 4)
-    found = allocate(Measuring(model, tokens), Budget("best", stock.bytes), probes, held_out)
-    klds = {rival.name: rival.mean_kld for rival in found.rivals}
+    found = choose_measured_plan(Measuring(model, tokens), Budget("best", stock.bytes), probes, held_out)
+    klds = {rival.name: rival.mean_kld for rival in found.candidate_plans}
     assert found.plan.bytes <= stock.bytes
     assert min(klds.values()) < klds["Q3_K_M"]
     assert found.plan.expected_kld == pytest.approx(min(klds.values()))
     again, other = divergences(Measuring(model, without(tokens, held_out)), [found.plan, stock], held_out)
-    assert float(again.trusted_kld.mean()) == pytest.approx(found.rivals[0].mean_kld)
-    assert float(other.trusted_kld.mean()) == pytest.approx(klds["Q3_K_M"])
+    assert float(again.probability_weighted_kld.mean()) == pytest.approx(found.candidate_plans[0].mean_kld)
+    assert float(other.probability_weighted_kld.mean()) == pytest.approx(klds["Q3_K_M"])
 
 
 def test_stock_is_what_llama_quantize_has(minimax: Checkpoint) -> None:
     """Not one of our own mixes, even where that comes closer to the size."""
     graph = open_model(minimax.folder).graph
     for recipe in (recipe for recipe in RECIPES.values() if recipe.ours):
-        plan = plan_file(graph, recipe, padding=False, mtp=None, importance=True)
-        stock = stock_within(graph, plan.bytes, padding=False, mtp=None, importance=True)
+        plan = plan_file(graph, recipe, padding=False, mtp=None, calibrated=True)
+        stock = stock_within(graph, plan.bytes, padding=False, mtp=None, calibrated=True)
         assert stock is not None and not stock.recipe.ours and 0.7 * plan.bytes < stock.bytes <= plan.bytes
 
 

@@ -28,7 +28,7 @@ from moecast.convert.resume import journal
 from moecast.sources.model import open_model
 
 CALLS = ("pwrite", "ftruncate", "replace", "unlink", "rmdir", "mkdir")
-SYNCHRONISING = ("fdatasync", "fsync")
+SYNCHRONIZING = ("fdatasync", "fsync")
 TAIL = 20
 
 
@@ -39,7 +39,7 @@ class Calls:
         self.count, self._last, self._after = 0, last, after
         for name in CALLS:
             setattr(os, name, self._counted(getattr(os, name)))
-        for name in SYNCHRONISING:  # a killed process loses nothing that it wrote, so these may take no time
+        for name in SYNCHRONIZING:  # a killed process loses nothing that it wrote, so these may take no time
             setattr(os, name, self._counted(lambda descriptor: None))
 
     def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:

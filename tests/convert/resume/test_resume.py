@@ -30,7 +30,7 @@ from moecast.convert.calibrate import write_imatrix
 from moecast.convert.pipeline import Conversion, convert
 from moecast.convert.resume import journal
 from moecast.convert.resume.journal import Journal
-from moecast.errors import BadInput, Interruption
+from moecast.errors import BadInput, Interrupted
 from moecast.runner.stream import Stream
 from moecast.sources.model import open_model
 
@@ -305,7 +305,7 @@ def test_quantize_continues(minimax: Checkpoint, tmp_path: Path, monkeypatch: py
 
 
 def test_data_are_durable_before_their_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the last write of data and the line that vouches for it, the data's file is synchronised."""
+    """Between the last write of data and the line that vouches for it, the data's file is synchronized."""
     done: list[tuple[str, int]] = []
     for name in ("pwrite", "fdatasync"):
         call = getattr(os, name)
@@ -319,8 +319,8 @@ def test_data_are_durable_before_their_record(tmp_path: Path, monkeypatch: pytes
             record.add(("piece", number), 1, data)
         assert done == [("pwrite", data)] * 3
         record.commit()
-        (synchronised, first), (appended, second), (sealed, third) = done[3:]
-        assert (synchronised, first) == ("fdatasync", data)
+        (synchronized, first), (appended, second), (sealed, third) = done[3:]
+        assert (synchronized, first) == ("fdatasync", data)
         assert (appended, sealed) == ("pwrite", "fdatasync") and second == third != data
     os.close(data)
 
@@ -336,11 +336,11 @@ def test_two_writers_of_one_output(tmp_path: Path) -> None:
 def test_saved_tensors(tmp_path: Path) -> None:
     """States survive an interruption; one that was dropped, or whose file is gone, counts as never saved."""
     states = [torch.randn(3, 5), torch.arange(4), torch.zeros(0, dtype=torch.float64)]
-    with pytest.raises(Interruption), Journal(tmp_path / "out", FINGERPRINT) as record:
+    with pytest.raises(Interrupted), Journal(tmp_path / "out", FINGERPRINT) as record:
         record.save("layer-1", states)
         record.save("layer-2", iter(states))
         record.drop("layer-1")
-        raise Interruption("the connection is lost")
+        raise Interrupted("the connection is lost")
     with Journal(tmp_path / "out", FINGERPRINT) as record:
         assert record.continues and not record.holds("layer-1") and not record.holds("layer-3")
         assert record.holds("layer-2")
@@ -362,6 +362,6 @@ def test_states_that_find_no_room(tmp_path: Path) -> None:
         "    record.save('states', [torch.zeros(10_000)])\n"
     )
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
-    assert "Interruption" in result.stderr.splitlines()[-1] and "cannot be written: File too large" in result.stderr
+    assert "Interrupted" in result.stderr.splitlines()[-1] and "cannot be written: File too large" in result.stderr
     with Journal(tmp_path / "out", {"source": "this"}) as record:
         assert ("piece",) in record and not record.holds("states")

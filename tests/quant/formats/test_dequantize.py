@@ -52,7 +52,7 @@ def test_bfloat16_is_the_nearest(name: str) -> None:
 
 def test_bad_input() -> None:
     data = np.zeros((1, 144), np.uint8)
-    with pytest.raises(BadInput, match="I32 holds no weights to dequantise"):
+    with pytest.raises(BadInput, match="I32 holds no weights to dequantize"):
         dequantize(data, "I32")
     with pytest.raises(BadInput, match="Q5_K rows are uint8 in multiples of 176 bytes, not 144"):
         dequantize(data, "Q5_K")

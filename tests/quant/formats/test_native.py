@@ -68,7 +68,7 @@ def test_threads_share_the_work(kernels: str) -> None:
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.available() == bool(INSTRUCTION_SETS)
     monkeypatch.setenv("MOECAST_KERNELS", "torch")
-    assert native.path() == "torch" and native.describe().startswith("torch")
+    assert native.path() == "torch" and native.kernel_status().startswith("torch")
     monkeypatch.setenv("MOECAST_KERNELS", "abacus")
     with pytest.raises(BadInput, match=r"MOECAST_KERNELS is 'abacus'; this machine has .*torch"):
         quantize(np.zeros((1, 256), np.float32), "Q4_K")

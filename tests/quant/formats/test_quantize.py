@@ -1,4 +1,4 @@
-"""Quantisers against ggml's: never a larger error, never bytes that ggml would refuse."""
+"""Quantizers against ggml's: never a larger error, never bytes that ggml would refuse."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from moecast.errors import BadInput
 from moecast.quant import dequantize, format_named, quantize
 from synthetic import Floats, heavy_tailed, importance, normal, relative_error
 
-QUANTISED = (
+QUANTIZED = (
     "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"
 )  # fmt: skip
 FLOATS = ("F32", "F16", "BF16")
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("path")
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("sample", [heavy_tailed, normal])
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_error_is_at_most_ggmls(name: str, sample: Callable[[int, int, int], Floats], weighted: bool) -> None:
     for seed in SEEDS:
         x = sample(seed, 16, 1024)
@@ -38,7 +38,7 @@ def test_floats_equal_ggmls(name: str) -> None:
     np.testing.assert_array_equal(quantize(x, name), ggml.quantize(x, name))
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_bytes_depend_on_the_block_alone(name: str) -> None:
     """Neither on the rows around it, nor on how many are given at once, nor on the kind of array or thread count."""
     x, columns = heavy_tailed(1, 1025, 512), importance(1, 512)
@@ -51,7 +51,7 @@ def test_bytes_depend_on_the_block_alone(name: str) -> None:
     np.testing.assert_array_equal(tensor.numpy(), data)
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_scaling_by_a_power_of_two_scales_the_result(name: str) -> None:
     """The search works in units of the block, so only float16's range cares how large weights are."""
     x = heavy_tailed(2, 4, 512)
@@ -60,7 +60,7 @@ def test_scaling_by_a_power_of_two_scales_the_result(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", (*QUANTISED, *FLOATS))
+@pytest.mark.parametrize("name", (*QUANTIZED, *FLOATS))
 def test_no_rows(name: str) -> None:
     data = quantize(np.zeros((0, 256), np.float32), name)
     assert data.shape == (0, format_named(name).row_bytes(256))
@@ -87,7 +87,7 @@ def edges() -> dict[str, Floats]:
     return {name: row.astype(np.float32) for name, row in rows.items()}
 
 
-@pytest.mark.parametrize("name", (*QUANTISED, *FLOATS))
+@pytest.mark.parametrize("name", (*QUANTIZED, *FLOATS))
 def test_edges(name: str) -> None:
     x = np.stack(list(edges().values()))
     one_column = 1e9 * (np.arange(512) == 3)
@@ -106,7 +106,7 @@ def test_edges(name: str) -> None:
         assert relative_error(edges()[row][None], results[row][None]) <= coarse.get(name, 3e-3), row
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_padding_stays_exactly_zero(name: str) -> None:
     x = heavy_tailed(3, 8, 512)
     x[:, 416:] = 0
@@ -116,7 +116,7 @@ def test_padding_stays_exactly_zero(name: str) -> None:
     assert not y[5].any()
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_importance_of_nothing_is_no_importance(name: str) -> None:
     x = heavy_tailed(4, 4, 512)
     np.testing.assert_array_equal(quantize(x, name, np.zeros(512, np.float32)), quantize(x, name))
@@ -133,7 +133,7 @@ def test_every_expert_has_its_importance() -> None:
         quantize(x, "Q4_K", columns)
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_unimportant_columns_still_count(name: str) -> None:
     """Half of the columns never saw a token: their error is far from total."""
     x, columns = normal(5, 8, 512), importance(5, 512)
@@ -153,7 +153,7 @@ def test_values_that_are_not_finite(name: str, value: float) -> None:
 
 def test_bad_input() -> None:
     x = np.zeros((2, 512), np.float32)
-    with pytest.raises(BadInput, match=r"cannot quantise to I32; choose one of F32, F16, BF16, .*Q4_K"):
+    with pytest.raises(BadInput, match=r"cannot quantize to I32; choose one of F32, F16, BF16, .*Q4_K"):
         quantize(x, "I32")
     with pytest.raises(BadInput, match="unknown tensor type 'Q4'"):
         quantize(x, "Q4")

@@ -15,8 +15,8 @@ from moecast.errors import BadInput
 from moecast.quant import format_named
 from moecast.quant.planning.allocation import (
     Damage,
+    allowed_types,
     bytes_per_token,
-    candidates,
     plan_within,
     typical_damage,
     typical_error,
@@ -54,9 +54,9 @@ def test_the_budget_of_a_1600_billion_parameter_model_is_used_and_kept(pro: Grap
 def test_types_respect_blocks_source_precision_and_the_engine(pro: Graph, minimax: Graph) -> None:
     for graph in (pro, minimax):
         for weight in graph.weights():
-            formats = candidates(weight, one_bit=True)
+            formats = allowed_types(weight, one_bit=True)
             assert all(format.fits(weight.columns) for format in formats)
-            if weight.role.protected:
+            if weight.role.keep_f32:
                 assert [format.name for format in formats] == ["F32"]
             elif weight.role in SENSITIVE:
                 assert all(format.bits_per_weight > 8 for format in formats)
@@ -151,5 +151,5 @@ def test_recurrent_state_does_not_depend_on_the_context() -> None:
 
 def test_more_bits_than_a_format_has_are_no_option() -> None:
     graph = open_model(EXAMPLES / "minimax-m2-tiny").graph
-    assert format_named("BF16") not in candidates(next(w for w in graph.weights() if w.role is Role.EXPERT_UP))
-    assert format_named("BF16") in candidates(graph.embedding)
+    assert format_named("BF16") not in allowed_types(next(w for w in graph.weights() if w.role is Role.EXPERT_UP))
+    assert format_named("BF16") in allowed_types(graph.embedding)

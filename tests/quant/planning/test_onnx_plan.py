@@ -13,8 +13,8 @@ from moecast.archs import deepseek_v4, minimax_m2, nemotron_h
 from moecast.archs.graph import Activation, Graph, MoE
 from moecast.archs.weights import Role
 from moecast.errors import BadInput
+from moecast.quant.planning.file_formats import plan_format
 from moecast.quant.planning.onnx_plan import ONNX_RECIPES, SHARD_BYTES, OnnxPlan
-from moecast.quant.planning.targets import plan_target
 from moecast.sources.model import open_model
 
 GIB = 2**30
@@ -32,7 +32,7 @@ def real_graph(name: str) -> Graph:
 
 
 def plan(graph: Graph, quant: str) -> OnnxPlan:
-    result = plan_target("onnx", graph, quant)
+    result = plan_format("onnx", graph, quant)
     assert isinstance(result, OnnxPlan)
     return result
 
@@ -56,7 +56,7 @@ def test_bits_of_a_real_model(name: str) -> None:
     doubled = {op.up.name for op in graph.operations() if isinstance(op, MoE) and not op.gate}
     expected = 0.0
     for weight in plan(graph, "Q4_0").graph.weights():
-        kept = weight.role.protected or len(weight.shape) == 1
+        kept = weight.role.keep_f32 or len(weight.shape) == 1
         bits = 32 if kept else 8 + 32 / 16 if weight.role is Role.HEAD else 4 + 32 / 32
         expected += weight.elements * bits / 8 * (2 if weight.name in doubled else 1)
     assert plan(graph, "Q4_0").bytes == pytest.approx(expected, rel=1e-4)
@@ -120,4 +120,4 @@ def test_what_onnx_runtime_cannot_hold_is_refused() -> None:
     with pytest.raises(BadInput, match="--quant Q4_K_M has types that ONNX Runtime cannot"):
         plan(graph, "q4_k_m")
     with pytest.raises(BadInput, match="--mtp"):
-        plan_target("onnx", graph, None, mtp=True)
+        plan_format("onnx", graph, None, mtp=True)

@@ -11,7 +11,7 @@ from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.formats import native
 from moecast.quant.formats.quantize import CODECS
 from moecast.quant.rounding import feedback
-from moecast.quant.rounding.moments import Moments, MomentStatistics
+from moecast.quant.rounding.moments import SecondMoments, SecondMomentStatistics
 from torch import Tensor
 
 FORMATS = sorted(name for name, codec in CODECS.items() if codec.grid)
@@ -30,8 +30,8 @@ def _rows(count: int = 24) -> Tensor:
     return torch.randn(count, COLUMNS, generator=torch.Generator().manual_seed(1)) * 0.02
 
 
-def _moments(inputs: Tensor) -> Moments:
-    return Moments(inputs.T @ inputs / len(inputs), len(inputs))
+def _moments(inputs: Tensor) -> SecondMoments:
+    return SecondMoments(inputs.T @ inputs / len(inputs), len(inputs))
 
 
 def _error(data: Tensor, name: str, rows: Tensor, inputs: Tensor) -> float:
@@ -133,7 +133,7 @@ def _weight(role: Role, experts: int | None = None, columns: int = 8) -> Weight:
 
 
 def test_moments_are_mean_products() -> None:
-    statistics, weight = MomentStatistics(), _weight(Role.ATTENTION_Q)
+    statistics, weight = SecondMomentStatistics(), _weight(Role.ATTENTION_Q)
     parts = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0))
     for part in parts:
         statistics.add(weight, None, part)
@@ -148,7 +148,7 @@ def test_moments_are_mean_products() -> None:
 
 
 def test_weights_of_the_same_states_share_moments() -> None:
-    statistics = MomentStatistics()
+    statistics = SecondMomentStatistics()
     gate, up = _weight(Role.EXPERT_GATE, 4), _weight(Role.EXPERT_UP, 4)
     for _ in range(2):
         states = torch.randn(20, 8)
@@ -158,13 +158,13 @@ def test_weights_of_the_same_states_share_moments() -> None:
     assert found is statistics.moments(gate, 1)
     assert found.tokens == 40 + 8  # its own, and as many of all experts' as there are columns
     assert statistics.moments(gate, 2) is statistics.moments(up, 2)  # nobody's own
-    statistics.forget(1)
+    statistics.release(1)
     other = statistics.moments(gate, 1)
     assert other and other.tokens == 40
 
 
 def test_inner_neurons_of_experts_borrow_size_alone() -> None:
-    statistics, down = MomentStatistics(), _weight(Role.EXPERT_DOWN, 4)
+    statistics, down = SecondMomentStatistics(), _weight(Role.EXPERT_DOWN, 4)
     first, second = torch.randn(200, 8) * 3, torch.randn(4, 8)
     statistics.add(down, 0, first)
     statistics.add(down, 1, second)

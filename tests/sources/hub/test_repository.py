@@ -19,7 +19,7 @@ import pytest
 from hub_server import API, Fault, HubServer
 from huggingface_hub import HfApi, constants, hf_hub_download, scan_cache_dir
 from moecast.errors import BadInput
-from moecast.progress import Silent
+from moecast.progress import NoProgress
 from moecast.sources.checkpoint import read_tensors
 from moecast.sources.hub import repository as hub
 from moecast.sources.hub.repository import HubCheckpoint, HubSource, fetch, list_files, parse_source
@@ -256,7 +256,7 @@ def test_without_symbolic_links_nothing_is_stored_twice(
     assert not names(folder.parent.parent / "blobs")
 
 
-class Watcher(Silent):
+class Watcher(NoProgress):
     """Keeps what it was told."""
 
     def __init__(self) -> None:
@@ -311,10 +311,10 @@ KILLED = """
 import os, signal
 from huggingface_hub import constants
 from moecast.sources.hub.repository import HubSource, fetch
-from moecast.progress import Silent
+from moecast.progress import NoProgress
 constants.DOWNLOAD_CHUNK_SIZE = {chunk}
 chunks = []
-class Killer(Silent):
+class Killer(NoProgress):
     def advance(self, amount, detail=""):
         chunks.append(detail)
         if chunks.count({shard!r}) == 5:
@@ -362,7 +362,7 @@ def test_an_interrupt_stops_the_other_downloads_and_keeps_what_arrived(
         started.set()
         interrupted.wait(10)
 
-    class Interrupt(Silent):
+    class Interrupt(NoProgress):
         def advance(self, amount: int, detail: str = "") -> None:
             chunks.append(detail)
             if detail == SHARDS[0] and chunks.count(detail) == 5:
@@ -581,7 +581,7 @@ def test_the_token_is_sent_to_the_hub_and_shown_to_nobody(checkpoint: Path, tmp_
         server.fail("config.json", Fault(drop_after=3))
         variables = {"HF_TOKEN": SENTINEL, "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug"}
         result = run(LOUD, environment(server, tmp_path, **variables))
-        assert "Interruption" in result.stdout, result.stderr
+        assert "Interrupted" in result.stdout, result.stderr
         assert "fetched" in result.stdout, result.stderr
         assert "DEBUG" in result.stderr
         assert SENTINEL not in result.stdout + result.stderr

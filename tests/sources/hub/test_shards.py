@@ -16,11 +16,11 @@ import torch
 from hub_server import Fault, HubServer
 from huggingface_hub import constants
 from moecast.archs.weights import TensorInfo
-from moecast.errors import BadInput, Interruption
+from moecast.errors import BadInput, Interrupted
 from moecast.sources.hub import shards
 from moecast.sources.hub import transfer as hub_transfer
 from moecast.sources.hub.repository import HubCheckpoint, HubSource
-from moecast.sources.hub.shards import ShardStorage, open_streamed, pass_over
+from moecast.sources.hub.shards import ShardStorage, open_on_demand, pass_over
 from moecast.sources.model import Model, open_model
 from safetensors.torch import load_file
 
@@ -107,13 +107,13 @@ def _largest_step(model: Model, source: Path) -> int:
 def test_within_the_smallest_scratch(server: HubServer, source: Path, tmp_path: Path) -> None:
     """The largest layer decides the floor; a shard that is needed at both ends is fetched twice, the others once."""
     folder = tmp_path / "shards"
-    with closing(open_model(source)) as local, closing(open_streamed(_checkpoint(server), None, folder)) as model:
+    with closing(open_model(source)) as local, closing(open_on_demand(_checkpoint(server), None, folder)) as model:
         scratch = _largest_step(model, source)
         assert scratch < ALL / 2
         assert model.storage.scratch == 2 * scratch
         headers = {tensor.name: (tensor.offset, tensor.length) for tensor in model.tensors}
         assert headers == {tensor.name: (tensor.offset, tensor.length) for tensor in local.tensors}
-    with closing(open_streamed(_checkpoint(server), scratch, folder)) as model:
+    with closing(open_on_demand(_checkpoint(server), scratch, folder)) as model:
         before = {name: len(server.bodies(name)) for name in NAMES}
         with _watched(folder) as peak:
             _read_all(model, source)
@@ -123,7 +123,7 @@ def test_within_the_smallest_scratch(server: HubServer, source: Path, tmp_path: 
 
 
 def test_with_room_for_all_every_shard_comes_once(server: HubServer, source: Path, tmp_path: Path) -> None:
-    with closing(open_streamed(_checkpoint(server), ALL, tmp_path / "shards")) as model:
+    with closing(open_on_demand(_checkpoint(server), ALL, tmp_path / "shards")) as model:
         before = {name: len(server.bodies(name)) for name in NAMES}
         _read_all(model, source)
         _read_all(model, source)  # a second pass may have to fetch again what the first had dropped
@@ -132,15 +132,15 @@ def test_with_room_for_all_every_shard_comes_once(server: HubServer, source: Pat
 
 
 def test_too_little_scratch_names_the_floor(server: HubServer, source: Path, tmp_path: Path) -> None:
-    floor = _largest_step(open_streamed(_checkpoint(server), None, tmp_path / "a"), source)
+    floor = _largest_step(open_on_demand(_checkpoint(server), None, tmp_path / "a"), source)
     with pytest.raises(BadInput, match=f"needs shards of {floor / 1e9:.6g} GB at once: give at least that"):
-        open_streamed(_checkpoint(server), floor - 1, tmp_path / "b")
+        open_on_demand(_checkpoint(server), floor - 1, tmp_path / "b")
 
 
 def test_cached_shards_are_not_fetched(server: HubServer, source: Path, tmp_path: Path) -> None:
     _checkpoint(server).fetch_all()
     requests = len(server.bodies())
-    with closing(open_streamed(_checkpoint(server), 1, tmp_path / "shards")) as model:
+    with closing(open_on_demand(_checkpoint(server), 1, tmp_path / "shards")) as model:
         assert isinstance(model.storage, ShardStorage) and model.storage.bytes_to_fetch == 0
         headers = len(server.bodies()) - requests
         _read_all(model, source)
@@ -148,7 +148,7 @@ def test_cached_shards_are_not_fetched(server: HubServer, source: Path, tmp_path
 
 
 def test_reset_connection_is_continued(server: HubServer, source: Path, tmp_path: Path) -> None:
-    with closing(open_streamed(_checkpoint(server), ALL, tmp_path / "shards")) as model:
+    with closing(open_on_demand(_checkpoint(server), ALL, tmp_path / "shards")) as model:
         for name in NAMES:
             server.fail(name, Fault(drop_after=100_000, reset=True))
         _read_all(model, source)
@@ -158,20 +158,20 @@ def test_reset_connection_is_continued(server: HubServer, source: Path, tmp_path
 def test_lost_connection_ends_in_one_line_and_continues(server: HubServer, source: Path, tmp_path: Path) -> None:
     """What had come of a shard is used by the next run."""
     folder = tmp_path / "shards"
-    with closing(open_streamed(_checkpoint(server), ALL, folder)) as model:
+    with closing(open_on_demand(_checkpoint(server), ALL, folder)) as model:
         server.fail(NAMES[1], Fault(drop_after=100_000))
         server.fail(NAMES[1], Fault(status=503), times=20)
-        with pytest.raises(Interruption, match="answers 503 for tiny/moe: run the same again later"):
+        with pytest.raises(Interrupted, match="answers 503 for tiny/moe: run the same again later"):
             _read_all(model, source)
     server.forgive()
-    with closing(open_streamed(_checkpoint(server), ALL, folder)) as model:
+    with closing(open_on_demand(_checkpoint(server), ALL, folder)) as model:
         _read_all(model, source)
     assert server.bodies(NAMES[1])[-1].range == f"bytes={100_000 // CHUNK * CHUNK}-"
 
 
 def test_wrong_bytes_are_never_read(server: HubServer, source: Path, tmp_path: Path) -> None:
     """A mirror that serves other bytes of the same length under the same commit."""
-    with closing(open_streamed(_checkpoint(server), ALL, tmp_path / "shards")) as model:
+    with closing(open_on_demand(_checkpoint(server), ALL, tmp_path / "shards")) as model:
         server.fail(NAMES[3], Fault(content=b"\0" * (source / NAMES[3]).stat().st_size), times=20)
         with pytest.raises(BadInput, match=f"{NAMES[3]} of .* arrived damaged twice"):
             _read_all(model, source)
@@ -188,7 +188,7 @@ def test_false_headers_are_found_out(
 
     monkeypatch.setattr(HubCheckpoint, "read_headers", moved)
     with (
-        closing(open_streamed(_checkpoint(server), ALL, tmp_path / "shards")) as model,
+        closing(open_on_demand(_checkpoint(server), ALL, tmp_path / "shards")) as model,
         pytest.raises(BadInput, match=r"has another header than the one that .*/tiny/moe sent alone"),
     ):
         model.storage.read(model.tensors[0])
@@ -196,7 +196,7 @@ def test_false_headers_are_found_out(
 
 def test_emptied_folder_is_filled_again(server: HubServer, source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "shards"
-    with closing(open_streamed(_checkpoint(server), ALL, folder)) as model:
+    with closing(open_on_demand(_checkpoint(server), ALL, folder)) as model:
         _read_all(model, source)
         for shard in NAMES:
             model.storage._forget(shard)
@@ -210,7 +210,7 @@ def test_full_disk_while_fetching(
     def full(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with closing(open_streamed(_checkpoint(server), ALL, tmp_path / "shards")) as model:
+    with closing(open_on_demand(_checkpoint(server), ALL, tmp_path / "shards")) as model:
         monkeypatch.setattr(shards.HubCheckpoint, "_append", full)
-        with pytest.raises(Interruption, match="the disk is full"):
+        with pytest.raises(Interrupted, match="the disk is full"):
             model.storage.read(model.tensors[0])

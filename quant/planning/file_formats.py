@@ -12,27 +12,27 @@ DEFAULT_QUANT = {"gguf": "Q4_K_M", "onnx": "Q4_0"}
 """The recipe for each format where nobody asks for another."""
 
 
-def recipe_for(target: str, quant: str | None) -> Recipe:
-    """The recipe of this name for a file of the format `target`, None for the usual one. Raises BadInput."""
-    quant = quant or DEFAULT_QUANT[target]
-    return recipe_named(quant) if target == "gguf" else onnx_recipe_named(quant)
+def recipe_for(file_format: str, quant: str | None) -> Recipe:
+    """The recipe of this name for a file of the format `file_format`, None for the usual one. Raises BadInput."""
+    quant = quant or DEFAULT_QUANT[file_format]
+    return recipe_named(quant) if file_format == "gguf" else onnx_recipe_named(quant)
 
 
-def plan_target(
-    target: str,
+def plan_format(
+    file_format: str,
     graph: Graph,
     quant: str | None,
     padding: bool = True,
     mtp: bool | None = None,
-    importance: bool = False,
+    calibrated: bool = False,
 ) -> Plan:
-    """The plan of a file of the format `target`; see `plan_file` for the other arguments.
+    """The plan of a file of the format `file_format`; see `plan_file` for the other arguments.
 
     Raises BadInput for a recipe that the format cannot hold, and for multi-token prediction in ONNX.
     """
-    recipe = recipe_for(target, quant)
-    if target == "gguf":
-        return plan_file(graph, recipe, padding, mtp, importance)
+    recipe = recipe_for(file_format, quant)
+    if file_format == "gguf":
+        return plan_file(graph, recipe, padding, mtp, calibrated)
     if mtp:
         raise BadInput("--mtp: an ONNX model has no place for multi-token prediction; leave the option out")
     return plan_onnx(graph, recipe)

@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from moecast.convert.onnx.blocks import unpack_blocks
+from moecast.convert.onnx.unpack import unpack_blocks
 from moecast.quant import quantize
 from moecast.quant.planning.onnx_packing import PACKINGS
 from onnx import TensorProto, helper
