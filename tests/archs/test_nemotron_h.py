@@ -10,7 +10,7 @@ import pytest
 import real_models
 import real_nemotron
 from moecast.archs.config import Config
-from moecast.archs.graph import MLP, Attention, Graph, Mamba2, MoE
+from moecast.archs.graph import MLP, Attention, Graph, Mamba2, MoE, graph_as_json
 from moecast.archs.nemotron_h import MIXTURE
 from moecast.archs.weights import Nvfp4, Scaled, Stack, TensorInfo, stored_tensors
 from moecast.errors import BadInput
