@@ -6,20 +6,20 @@ Memory holds the states, the dense weights of one sublayer and one expert; nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..archs.graph import MLP, Attention, CompressedAttention, Layer, Mamba2, MoE, SubLayer
+from ..archs.graph import MLP, Attention, CompressedAttention, Layer, Mamba2, MoE, Operation, SubLayer
 from ..errors import BadInput
 from ..sources.model import Model, pieces
 from .activations import Activations, Workspace
 from .blocks.attention import AttentionMixer
-from .blocks.common import mlp, normalizer
+from .blocks.common import DenseMixer, normalizer
 from .blocks.compressed_attention import CompressedAttentionMixer
-from .blocks.experts import RoutedTokens, run_experts
+from .blocks.experts import Mixture, RoutedTokens, run_experts
 from .blocks.mamba import MambaMixer
 from .blocks.residual import residual_of
 from .weights import ModelWeights, Weights, multiply
@@ -36,6 +36,15 @@ class Mixer(Protocol):
     def __call__(self, states: Tensor, memory: Any) -> tuple[Tensor, Any]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
 
+
+MIXERS: Mapping[type[Operation], Callable[[Any, Weights], Mixer | Mixture]] = {
+    Attention: AttentionMixer,
+    CompressedAttention: CompressedAttentionMixer,
+    Mamba2: MambaMixer,
+    MLP: DenseMixer,
+    MoE: Mixture,
+}
+"""What computes each operation, made of it and its weights."""
 
 Cache = dict[tuple[int, int, int], Any]  # (layer, sublayer, chunk) -> what a mixer remembers
 Block = Callable[[int, Tensor], Tensor]  # (chunk, normed states [tokens, hidden size]) -> the same shape
@@ -76,15 +85,13 @@ class Stream:
         advance([self], [layer])
 
     def before_experts(self, layer: Layer, number: int) -> RoutedTokens | None:
-        """Run all chunks through a sublayer; through a MoE only up to its experts, which are given back."""
+        """Run all chunks through a sublayer; through a mixture only up to its experts, which are given back."""
         sublayer = layer.sublayers[number]
-        operation = sublayer.operation
-        if not isinstance(operation, MoE):
-            self._pass(layer, sublayer, self._block(operation, (layer.index, number)))
+        mixer = MIXERS[type(sublayer.operation)](sublayer.operation, self.weights)
+        if not isinstance(mixer, Mixture):
+            self._pass(layer, sublayer, self._mixed(mixer, (layer.index, number)))
             return None
-        experts = RoutedTokens(
-            operation, self.weights, self.tokens, self._workspace, f"{self.weights.label}: layer {layer.index}"
-        )
+        experts = mixer.begin(self.tokens, self._workspace, f"{self.weights.label}: layer {layer.index}")
         normalize = normalizer(sublayer.norm, self.weights)
         for chunk in range(len(self.hidden)):
             experts.route(normalize(self._residual.branch(sublayer, self.hidden[chunk]).input))
@@ -92,7 +99,7 @@ class Stream:
         return experts
 
     def after_experts(self, layer: Layer, number: int, experts: RoutedTokens) -> None:
-        """Complete a MoE whose experts have run."""
+        """Complete a mixture whose experts have run."""
         self._pass(layer, layer.sublayers[number], experts.answer)
 
     def _pass(self, layer: Layer, sublayer: SubLayer, block: Block) -> None:
@@ -104,17 +111,6 @@ class Stream:
                 name = type(sublayer.operation).__name__
                 raise BadInput(f"{self.weights.label}: layer {layer.index}, {name}: the output is NaN or infinite")
             self.hidden[chunk] = joined
-
-    def _block(self, operation: Attention | CompressedAttention | Mamba2 | MLP, place: tuple[int, int]) -> Block:
-        match operation:
-            case Attention():
-                return self._mixed(AttentionMixer(operation, self.weights), place)
-            case CompressedAttention():
-                return self._mixed(CompressedAttentionMixer(operation, self.weights), place)
-            case Mamba2():
-                return self._mixed(MambaMixer(operation, self.weights), place)
-            case MLP():
-                return lambda _, normed: mlp(operation, normed, self.weights)
 
     def _mixed(self, mixer: Mixer, place: tuple[int, int]) -> Block:
         def block(chunk: int, normed: Tensor) -> Tensor:

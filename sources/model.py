@@ -21,7 +21,7 @@ from .gguf import read_gguf
 from .storage import Storage
 from .tokenizer import Tokenizer
 
-_PIECE_ROWS = 1024
+PIECE_ROWS = 1024  # of a matrix that is taken through memory
 
 Piece = tuple[int | None, tuple[int, int] | None]  # (expert, rows) of a weight, as `Model.load` takes them
 
@@ -33,8 +33,8 @@ def pieces(weight: Weight) -> Iterator[Piece]:
     elif len(weight.shape) == 1:
         yield None, None
     else:
-        for row in range(0, weight.shape[0], _PIECE_ROWS):
-            yield None, (row, min(row + _PIECE_ROWS, weight.shape[0]))
+        for row in range(0, weight.shape[0], PIECE_ROWS):
+            yield None, (row, min(row + PIECE_ROWS, weight.shape[0]))
 
 
 class Model:

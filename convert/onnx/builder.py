@@ -71,6 +71,10 @@ class Builder:
             self._inputs[name] = ir.Value(name=name, type=ir.TensorType(_type(dtype)), shape=ir.Shape(shape))
         return self._inputs[name]
 
+    def tokens(self) -> ir.Value:
+        """Token ids, int64 [batch, sequence]."""
+        return self.input("input_ids", "int64", ["batch", "sequence"])
+
     def output(self, name: str, value: ir.Value, dtype: str, shape: Shape) -> None:
         value.name, value.type, value.shape = name, ir.TensorType(_type(dtype)), ir.Shape(shape)
         self._outputs.append(value)

@@ -13,9 +13,9 @@ _SQUARED_RELU_ALPHA = 1e6
 _NEVER = -1e4  # the logarithm of no weight
 
 
-def moe(build: Builder, operation: MoE, states: ir.Value, tokens: ir.Value) -> ir.Value:
-    """states [batch, sequence, hidden size], token ids [batch, sequence] -> what the experts add, of states' shape."""
-    shares = route(build, operation.router, states, tokens)
+def moe(build: Builder, operation: MoE, states: ir.Value, layer: int) -> ir.Value:
+    """states [batch, sequence, hidden size] -> what the experts add, of the same shape."""
+    shares = route(build, operation.router, states)
     inner = build.project(states, operation.latent_down) if operation.latent_down else states
     answer = _experts(build, operation, inner, shares)
     if operation.latent_up:
@@ -25,13 +25,13 @@ def moe(build: Builder, operation: MoE, states: ir.Value, tokens: ir.Value) -> i
     return answer
 
 
-def route(build: Builder, router: Router | HashRouter, states: ir.Value, tokens: ir.Value) -> ir.Value:
+def route(build: Builder, router: Router | HashRouter, states: ir.Value) -> ir.Value:
     """The share of every expert in every token, zeros for those not chosen: [tokens, experts]."""
     experts = router.weight.shape[0]
     logits = build.op("Reshape", build.project(states, router.weight), build.constant([-1, experts]))
     scores = _score(build, router.score, build.known(logits, "tokens", experts))
     if isinstance(router, HashRouter):
-        chosen = build.rows(build.op("Reshape", tokens, build.constant([-1])), router.table)
+        chosen = build.rows(build.op("Reshape", build.tokens(), build.constant([-1])), router.table)
     else:
         candidates = _best_groups(build, router, build.op("Add", scores, build.weight(router.bias)))
         chosen = build.ops("TopK", candidates, build.constant([router.top_k]), outputs=2, axis=-1)[1]
@@ -106,6 +106,11 @@ def _float_experts(
     total = build.op("ReduceSum", shares, build.constant([-1]), keepdims=1)
     shape = build.op("Concat", build.op("Shape", states, end=-1), build.constant([1]), axis=0)
     return build.op("Mul", answer, build.op("Reshape", total, shape))
+
+
+def dense(build: Builder, operation: MLP, states: ir.Value, layer: int) -> ir.Value:
+    """states [batch, sequence, hidden size] -> what the layer adds, of the same shape."""
+    return mlp(build, operation, states)
 
 
 def mlp(build: Builder, operation: MLP, states: ir.Value) -> ir.Value:

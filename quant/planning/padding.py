@@ -12,16 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import sqrt
 
-from ...archs.graph import MLP, Attention, CompressedAttention, Graph, Layer, Mamba2, MoE, Norm, Operation, Prediction
+from ...archs.graph import Graph, Layer, Norm, Operation, Prediction, with_weights
 from ...archs.weights import Padded, Weight
 
 
 def pad(graph: Graph, multiple: int) -> Graph:
     """The same model with all widths that may grow rounded up to a multiple.
 
-    Hidden size, latent size and the inner widths of experts and dense layers may; sizes of attention and Mamba-2
-    may not. A graph with drafting blocks keeps its hidden size, because their LayerNorm subtracts the mean, and one
-    with hyper-connections all its widths.
+    The hidden size may, and the inner widths that operations say may. A graph with drafting blocks keeps its hidden
+    size, because their LayerNorm subtracts the mean, and one with hyper-connections all its widths.
     """
     if graph.residual:
         return graph
@@ -33,7 +32,7 @@ def pad(graph: Graph, multiple: int) -> Graph:
         embedding=_resized(graph.embedding, columns=hidden, factor=padding.factor),
         layers=tuple(padding.layer(layer) for layer in graph.layers),
         final_norm=padding.norm(graph.final_norm),
-        head=padding.reader(graph.head),
+        head=_resized(graph.head, columns=hidden),
         predictions=tuple(padding.prediction(prediction) for prediction in graph.predictions),
     )
 
@@ -61,12 +60,6 @@ class _Padding:
     hidden: int
     factor: float
 
-    def reader(self, weight: Weight, rows: int | None = None) -> Weight:
-        return _resized(weight, rows, self.hidden)
-
-    def writer(self, weight: Weight, columns: int | None = None) -> Weight:
-        return _resized(weight, self.hidden, columns, self.factor)
-
     def norm(self, norm: Norm) -> Norm:
         return replace(norm, weight=_resized(norm.weight, columns=self.hidden, factor=1 / self.factor))
 
@@ -81,46 +74,17 @@ class _Padding:
         return replace(prediction, layer=self.layer(prediction.layer))
 
     def operation(self, operation: Operation) -> Operation:
-        assert not isinstance(operation, CompressedAttention)  # comes with hyper-connections
-        match operation:
-            case Attention():
-                return replace(
-                    operation,
-                    query=self.reader(operation.query),
-                    key=self.reader(operation.key),
-                    value=self.reader(operation.value),
-                    output=self.writer(operation.output),
-                )
-            case Mamba2():
-                return replace(operation, input=self.reader(operation.input), output=self.writer(operation.output))
-            case MLP():
-                return self.mlp(operation)
-            case MoE():
-                return self.moe(operation)
+        """By weight name, what its rows and columns grow to and what it is multiplied by follow from its facts."""
+        rows = {weight.name: self.hidden for weight in operation.writes}
+        columns = {weight.name: self.hidden for weight in operation.reads}
+        factors = {weight.name: self.factor for weight in operation.writes}
+        for width in operation.widths:
+            size = _rounded(width.size, self.multiple)
+            rows |= {weight.name: size for weight in width.rows}
+            columns |= {weight.name: size for weight in width.columns}
 
-    def mlp(self, operation: MLP) -> MLP:
-        width = _rounded(operation.up.shape[0], self.multiple)
-        return replace(
-            operation,
-            up=self.reader(operation.up, width),
-            down=self.writer(operation.down, width),
-            gate=self.reader(operation.gate, width) if operation.gate else None,
-        )
+        def resized(weight: Weight) -> Weight:
+            name = weight.name
+            return _resized(weight, rows.get(name), columns.get(name), factors.get(name, 1.0))
 
-    def moe(self, operation: MoE) -> MoE:
-        width = _rounded(operation.expert_size, self.multiple)
-        outside, factor = self.hidden, self.factor
-        latent_down, latent_up = operation.latent_down, operation.latent_up
-        if latent_down and latent_up:
-            outside, factor = _rounded(latent_down.shape[0], self.multiple), 1.0
-            latent_down, latent_up = self.reader(latent_down, outside), self.writer(latent_up, outside)
-        return replace(
-            operation,
-            router=replace(operation.router, weight=self.reader(operation.router.weight)),
-            gate=_resized(operation.gate, width, outside) if operation.gate else None,
-            up=_resized(operation.up, width, outside),
-            down=_resized(operation.down, outside, width, factor),
-            latent_down=latent_down,
-            latent_up=latent_up,
-            shared=self.mlp(operation.shared) if operation.shared else None,
-        )
+        return with_weights(operation, resized)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from ...archs.graph import Attention, Graph
+from ...archs.graph import Graph
 from ...archs.weights import GlobalScales, Nvfp4, Padded, Role, Stack, Weight
 from ...errors import BadInput
 from ..formats.table import Format, format_named
@@ -164,7 +164,7 @@ def plan_tensors(graph: Graph, recipe: Recipe, calibrated: bool = False) -> Plan
 def _heads_per_group(graph: Graph) -> int:
     """What llama.cpp's mixes call grouped-query attention: that of the first layer alone, 0 if it has none."""
     operations = (sublayer.operation for layer in graph.layers[:1] for sublayer in layer.sublayers)
-    return next((op.heads // op.key_value_heads for op in operations if isinstance(op, Attention)), 0)
+    return max((operation.heads_per_group for operation in operations), default=0)
 
 
 def _plan_tensor(weight: Weight, recipe: Recipe, position: Position) -> PlannedTensor:

@@ -37,6 +37,21 @@ def mlp(operation: MLP, states: Tensor, weights: Weights) -> Tensor:
     return weights.project(inner, operation.down)
 
 
+class DenseMixer:
+    """A dense layer with its weights; it mixes no tokens, so there is nothing to remember."""
+
+    def __init__(self, operation: MLP, weights: Weights) -> None:
+        self._operation = operation
+        self._weights = weights
+
+    def initial_state(self) -> None:
+        """The state before the first token."""
+
+    def __call__(self, states: Tensor, memory: None) -> tuple[Tensor, None]:
+        """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
+        return mlp(self._operation, states, self._weights), None
+
+
 def route(router: Router | HashRouter, states: Tensor, tokens: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """states [tokens, hidden size], token ids [tokens] -> chosen experts and their shares, both [tokens, top_k].
 

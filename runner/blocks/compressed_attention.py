@@ -16,8 +16,6 @@ from ..weights import Weights
 from .common import normalizer, split_heads
 from .rotary import rotate
 
-_TOKENS = 256  # at a time: the scores of a whole chunk would be [heads, tokens, window + entries]
-
 
 @dataclass(frozen=True)
 class CompressorState:
@@ -67,7 +65,7 @@ class CompressedAttentionMixer:
     def __call__(self, states: Tensor, memory: CompressedAttentionState) -> tuple[Tensor, CompressedAttentionState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         outputs = []
-        for part in states.split(_TOKENS):
+        for part in states.split(self._operation.TOKENS):
             output, memory = self._run(part, memory)
             outputs.append(output)
         return torch.cat(outputs), memory

@@ -14,14 +14,23 @@ from ..activations import Workspace
 from ..weights import Weights
 from .common import activate, mlp, route
 
-_BLOCK = 1024  # tokens an expert takes at a time
+
+class Mixture:
+    """The operation with its weights."""
+
+    def __init__(self, operation: MoE, weights: Weights) -> None:
+        self._operation = operation
+        self._weights = weights
+
+    def begin(self, tokens: Tensor, workspace: Workspace, where: str) -> RoutedTokens:
+        """The way of `tokens` [chunks, context] through the experts; `where` names model and layer for messages."""
+        return RoutedTokens(self._operation, self._weights, tokens, workspace, where)
 
 
 class RoutedTokens:
     """One lane's tokens [chunks, context] on their way through the experts of a layer.
 
-    `route` every chunk, `finish_routing`, `add` what experts answer in any order, take `answer`. `where` names model
-    and layer for messages.
+    `route` every chunk, `finish_routing`, `add` what experts answer in any order, take `answer`.
     """
 
     def __init__(self, operation: MoE, weights: Weights, tokens: Tensor, workspace: Workspace, where: str) -> None:
@@ -52,7 +61,7 @@ class RoutedTokens:
 
     def pieces(self, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Numbers of the tokens that chose an expert and its shares in their answers, so many at a time."""
-        pairs = zip(self._rows[expert].split(_BLOCK), self._portions[expert].split(_BLOCK), strict=True)
+        pairs = zip(self._rows[expert].split(MoE.TOKENS), self._portions[expert].split(MoE.TOKENS), strict=True)
         return ((rows, shares) for rows, shares in pairs if len(rows))
 
     def inputs(self, rows: Tensor) -> Tensor:
@@ -115,7 +124,7 @@ def _blocks(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
     """Pieces side by side, as long as they are no more tokens than one piece may be."""
     block: list[_Piece] = []
     for piece in pieces:
-        if block and sum(len(rows) for _, rows, _ in block) + len(piece[1]) > _BLOCK:
+        if block and sum(len(rows) for _, rows, _ in block) + len(piece[1]) > MoE.TOKENS:
             yield block
             block = []
         block.append(piece)

@@ -12,8 +12,6 @@ from ...archs.graph import Mamba2
 from ..weights import Weights
 from .common import normalizer
 
-_CHUNK = 128  # tokens whose mutual influence is one matrix per head
-
 
 @dataclass(frozen=True)
 class MambaState:
@@ -83,8 +81,8 @@ def scan(x: Tensor, step: Tensor, decay: Tensor, b: Tensor, c: Tensor, space: Te
     """
     shared = x.shape[1] // b.shape[1]
     outputs = []
-    for start in range(0, len(x), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for start in range(0, len(x), Mamba2.CHUNK):
+        part = slice(start, start + Mamba2.CHUNK)
         inputs = (x[part] * step[part, :, None]).transpose(0, 1)  # [heads, tokens, head size]
         keys, queries = (t[part].transpose(0, 1).repeat_interleave(shared, dim=0) for t in (b, c))
         # In float64, because differences of long sums follow.
