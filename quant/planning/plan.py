@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from ...archs.graph import Graph
-from ...archs.weights import GlobalScales, Nvfp4, Padded, Role, Stack, Weight
+from ...archs.weights import GlobalScales, Nvfp4, Padded, Role, Stack, Weight, scale_name
 from ...errors import BadInput
 from ..formats.table import Format, format_named
 from .exact import exact_format
@@ -191,15 +191,14 @@ def _plan_native(weight: Weight, graph: Graph) -> tuple[PlannedTensor, ...]:
         case _:
             matrices = []
     nvfp4 = format_named("NVFP4")
-    if len(matrices) == (weight.experts or 1) and weight.role in graph.scaled_roles and nvfp4.fits(weight.columns):
+    if len(matrices) == weight.matrices and weight.role in graph.scaled_roles and nvfp4.fits(weight.columns):
         codes = tuple(replace(matrix, global_scale=None) for matrix in matrices)
-        stored = replace(weight, source=codes[0] if weight.experts is None else Stack(codes))
+        stored = replace(weight, source=Stack(codes) if weight.stack else codes[0])
         scales = GlobalScales(tuple(matrices))
-        name = f"{weight.name.removesuffix('.weight')}.scale"
         f32 = format_named("F32")
         return (
             PlannedTensor(stored, nvfp4, nvfp4),
-            PlannedTensor(Weight(name, Role.SCALE, scales.shape, scales), f32, f32),
+            PlannedTensor(Weight(scale_name(weight.name), Role.SCALE, scales.shape, scales), f32, f32),
         )
     exact = exact_format(weight.source) or format_named("Q8_0")
     wanted = format_named("F32") if weight.role.keep_f32 or len(weight.shape) == 1 else exact
