@@ -73,7 +73,9 @@ def working_set(graph: Graph, context: int, copies: int) -> int:
     """An upper bound of the bytes that weights and the numbers of one chunk take while a model runs."""
     vocabulary = PIECE_ROWS * (copies * graph.hidden_size + 8 * context)
     residual = PASSING * context * graph.residual_size
-    return _FLOAT * (max(_operation(op, context, copies) for op in graph.operations()) + vocabulary + residual)
+    sublayers = (sublayer for layer in graph.layers for sublayer in layer.sublayers)
+    largest = max(sum(_operation(op, context, copies) for op in sublayer.operations) for sublayer in sublayers)
+    return _FLOAT * (largest + vocabulary + residual)
 
 
 def _moments(graph: Graph) -> int:

@@ -7,7 +7,7 @@ operation states of itself (see `operation.Operation`).
 from .attention import Attention, CompressedAttention, Compressor, Indexer
 from .experts import MLP, HashRouter, MoE, Router
 from .mamba import Mamba2
-from .model import Graph, HyperConnections, Layer, Prediction, ResidualMix, SubLayer
+from .model import Branch, Graph, HyperConnections, Layer, Prediction, ResidualMix, SubLayer, sequential
 from .operation import Operation, Width
 from .parts import Activation, Norm, Rope, Score, Yarn
 from .walk import graph_as_json, weights_in, with_weights
@@ -16,6 +16,7 @@ __all__ = [
     "MLP",
     "Activation",
     "Attention",
+    "Branch",
     "CompressedAttention",
     "Compressor",
     "Graph",
@@ -36,6 +37,7 @@ __all__ = [
     "Width",
     "Yarn",
     "graph_as_json",
+    "sequential",
     "weights_in",
     "with_weights",
 ]

@@ -14,25 +14,42 @@ _CACHED = 2  # bytes of a number in a cache of keys and values
 
 @dataclass(frozen=True)
 class Attention(Operation):
-    """Causal grouped-query attention; query and key norms span all heads at once, before the heads are split.
+    """Causal grouped-query attention: softmax(`scale` * query . key), by default with head size^-1/2.
 
-    Without `rope` the attention knows no positions.
+    Query and key norms span all heads at once, or each head by itself if their weight is that wide. Without `rope` the
+    attention knows no positions; with a `window` a token sees the last so many, itself included. An operation with
+    `keys_of` has no keys and values of its own: it attends to those of the layer of that number.
     """
 
     heads: int
     key_value_heads: int
     head_size: int
     query: Weight
-    key: Weight
-    value: Weight
+    key: Weight | None
+    value: Weight | None
     output: Weight
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     rope: Rope | None = None
+    window: int | None = None
+    scale: float | None = None
+    keys_of: int | None = None
+
+    def __post_init__(self) -> None:
+        alone = self.keys_of is None
+        assert alone == (self.key is not None) == (self.value is not None), "keys and values are of one layer"
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_size**-0.5 if self.scale is None else self.scale
 
     @property
     def reads(self) -> tuple[Weight, ...]:
-        return (self.query, self.key, self.value)
+        return tuple(weight for weight in (self.query, self.key, self.value) if weight)
+
+    @property
+    def shares_state_of(self) -> int | None:
+        return self.keys_of
 
     @property
     def writes(self) -> tuple[Weight, ...]:
@@ -44,7 +61,16 @@ class Attention(Operation):
 
     @property
     def state_bytes_per_token(self) -> int:
-        return _CACHED * 2 * self.key_value_heads * self.head_size
+        return 0 if self.window else self._state_bytes
+
+    @property
+    def fixed_state_bytes(self) -> int:
+        return self.window * self._state_bytes if self.window else 0
+
+    @property
+    def _state_bytes(self) -> int:
+        """Of a token that is remembered."""
+        return 0 if self.keys_of is not None else _CACHED * 2 * self.key_value_heads * self.head_size
 
     def scratch_values(self, context: int) -> int:
         return PASSING * context * self.heads * (context + self.head_size)

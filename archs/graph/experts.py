@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..weights import Weight
 from .operation import Operation, Width
-from .parts import Activation, Score
+from .parts import Activation, Norm, Score
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,25 @@ class MLP(Operation):
 
 @dataclass(frozen=True)
 class Router:
-    """Scores every expert, adds `bias` for the choice only, keeps `top_k` and renormalizes their scores.
+    """Scores every expert, adds `bias` for the choice only, and keeps `top_k`.
 
     With g = `groups` > 1 the experts form g equal groups, of which only the `groups_used` with the largest sum of
-    two biased scores take part. The scores are divided by their sum + `epsilon` and multiplied by `scale`.
+    two biased scores take part. To `normalize`, the scores are divided by their sum + `epsilon`; they are multiplied
+    by `scale` and the expert's own `expert_scale` [experts]. Softmax over the chosen logits alone is softmax over all
+    of them, normalized. With an `input_norm` the residual is read through that, whatever the experts read.
     """
 
     weight: Weight
-    bias: Weight
+    bias: Weight | None
     score: Score
     top_k: int
     groups: int = 1
     groups_used: int = 1
     epsilon: float = 0.0
     scale: float = 1.0
+    normalize: bool = True
+    expert_scale: Weight | None = None
+    input_norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ class MoE(Operation):
     """Routed experts `down(activation(gate x, up x))`, weighted by the router and summed.
 
     With latent projections the experts live in a smaller space: `latent_up(sum of experts(latent_down x))`; the
-    router and the shared expert, whose answer is added, see x itself.
+    router and the shared expert, whose answer is added, see x itself. With a `shared_gate` [1, hidden size] that
+    answer is multiplied by sigmoid(shared_gate . x).
     """
 
     router: Router | HashRouter
@@ -86,6 +92,7 @@ class MoE(Operation):
     latent_down: Weight | None = None
     latent_up: Weight | None = None
     shared: MLP | None = None
+    shared_gate: Weight | None = None
     clamp: float | None = None
 
     TOKENS: ClassVar[int] = 1024  # that an expert takes at a time
@@ -102,7 +109,13 @@ class MoE(Operation):
     @property
     def reads(self) -> tuple[Weight, ...]:
         routed = (self.latent_down,) if self.latent_down else self._inputs
-        return (self.router.weight, *routed, *(self.shared.reads if self.shared else ()))
+        gate = (self.shared_gate,) if self.shared_gate else ()
+        return (self.router.weight, *routed, *(self.shared.reads if self.shared else ()), *gate)
+
+    @property
+    def residual_norms(self) -> tuple[Norm, ...]:
+        norm = self.router.input_norm if isinstance(self.router, Router) else None
+        return (norm,) if norm else ()
 
     @property
     def writes(self) -> tuple[Weight, ...]:

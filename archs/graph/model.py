@@ -40,18 +40,55 @@ class HyperConnections:
 
 
 @dataclass(frozen=True)
-class SubLayer:
-    """`x + operation(norm(x))`, or with the streams of hyper-connections mixed by `mix` in place of the sum."""
+class Branch:
+    """`post_norm(operation(norm(x)))`, without what is None."""
 
-    norm: Norm
+    norm: Norm | None
     operation: Operation
+    post_norm: Norm | None = None
+
+    def __post_init__(self) -> None:
+        assert self.norm or not self.operation.residual_norms, "what reads is normed once or everywhere"
+
+
+@dataclass(frozen=True)
+class SubLayer:
+    """`scale * (x + post_norm(sum of the branches of x))`, without what is None.
+
+    Most have one branch; several read the same x and are added together. With hyper-connections their streams are mixed
+    by `mix` in place of the sum.
+    """
+
+    branches: tuple[Branch, ...]
     mix: ResidualMix | None = None
+    post_norm: Norm | None = None
+    scale: Weight | float | None = None
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        return tuple(branch.operation for branch in self.branches)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """All norms over the hidden size: of what is read of the residual, and of what is added to it."""
+        of_branches = (norm for branch in self.branches for norm in (branch.norm, branch.post_norm))
+        of_operations = (norm for operation in self.operations for norm in operation.residual_norms)
+        return tuple(norm for norm in (*of_branches, *of_operations, self.post_norm) if norm)
+
+
+def sequential(norm: Norm, operation: Operation, mix: ResidualMix | None = None) -> SubLayer:
+    """A sublayer of one operation: `x + operation(norm(x))`."""
+    return SubLayer((Branch(norm, operation),), mix)
 
 
 @dataclass(frozen=True)
 class Layer:
     index: int
     sublayers: tuple[SubLayer, ...]
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        return tuple(operation for sublayer in self.sublayers for operation in sublayer.operations)
 
 
 @dataclass(frozen=True)
@@ -77,7 +114,8 @@ class Graph:
     `scaled_roles` are the roles whose weights llama.cpp multiplies by a tensor `<name>.scale` of the same file.
     `residual` is None for one stream that sublayers add to. `draft` is a graph without layers, whose predictions need
     a final norm and a stream mix of their own; it is no part of this graph's weights and makes a file of its own.
-    `notes` say what of the checkpoint the graph leaves out.
+    `notes` say what of the checkpoint the graph leaves out. Rows of the embedding are multiplied by `embedding_scale`;
+    logits are `logit_scale * (head . state)`, or with a soft cap c of them `c * tanh(logits / c)`.
     """
 
     architecture: str
@@ -93,6 +131,9 @@ class Graph:
     residual: HyperConnections | None = None
     draft: Graph | None = None
     notes: tuple[str, ...] = ()
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
     @property
     def residual_size(self) -> int:
@@ -132,4 +173,9 @@ class Graph:
         return sum(operation.fixed_state_bytes for operation in self.operations())
 
     def operations(self) -> Iterator[Operation]:
-        return (sublayer.operation for layer in self.layers for sublayer in layer.sublayers)
+        return (operation for layer in self.layers for operation in layer.operations)
+
+    def shared_states(self) -> dict[int, int]:
+        """By the number of each layer whose state others share, the number of the last of these."""
+        readers = ((op.shares_state_of, layer.index) for layer in self.layers for op in layer.operations)
+        return {source: reader for source, reader in readers if source is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..weights import Weight
+from .parts import Norm
 
 PASSING = 4  # numbers that exist beside a result while it is computed, in multiples of it
 
@@ -33,6 +34,16 @@ class Operation:
     def writes(self) -> tuple[Weight, ...]:
         """The weights whose rows are the hidden size: they give what is added to the residual."""
         raise NotImplementedError
+
+    @property
+    def residual_norms(self) -> tuple[Norm, ...]:
+        """Norms that read the residual itself, not what the sublayer has normed."""
+        return ()
+
+    @property
+    def shares_state_of(self) -> int | None:
+        """The number of the layer whose state is read instead of one of its own."""
+        return None
 
     @property
     def widths(self) -> tuple[Width, ...]:

@@ -19,6 +19,7 @@ class Score(Enum):
     """What turns router logits into scores."""
 
     SIGMOID = "sigmoid"
+    SOFTMAX = "softmax"
     SQRT_SOFTPLUS = "sqrt_softplus"
 
 
@@ -26,11 +27,14 @@ class Score(Enum):
 class Norm:
     """RMSNorm: `x / sqrt(mean(x^2) + epsilon) * weight`, in float32 (Zhang & Sennrich 2019).
 
-    A weight of shape [groups, size] normalizes every group of `size` elements by itself.
+    A weight of shape [groups, size] normalizes every group of `size` elements by itself. Where it is `centered`, the
+    mean is removed first and `bias` added last: LayerNorm (Ba et al. 2016).
     """
 
     weight: Weight
     epsilon: float
+    centered: bool = False
+    bias: Weight | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ Blocks of 256 values do not fit rows of 2688 or 1856; what llama.cpp stores inst
 no harm: silu(0) * 0 and max(0, 0)^2 are 0, so an expert's inner width may grow by rows of zeros in `up` and columns of
 zeros in `down`. The hidden size may grow too: with a = sqrt(new / old), whatever writes into the residual stream
 (embedding, output and down projections) is multiplied by a and gets rows of zeros, whatever reads from it gets columns
-of zeros, and the weights of its RMSNorms are divided by a. The mean square that a norm sees is then the old one.
+of zeros, and the weights of its RMSNorms are divided by a. The mean square that a norm sees is then the old one. Norms
+of what is about to be written see that multiplied by a, and have to leave it so: their weights stay.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import sqrt
 
-from ...archs.graph import Graph, Layer, Norm, Operation, Prediction, with_weights
+from ...archs.graph import Branch, Graph, Layer, Norm, Operation, SubLayer, with_weights
 from ...archs.weights import Padded, Weight
 
 
@@ -20,11 +21,11 @@ def pad(graph: Graph, multiple: int) -> Graph:
     """The same model with all widths that may grow rounded up to a multiple.
 
     The hidden size may, and the inner widths that operations say may. A graph with drafting blocks keeps its hidden
-    size, because their LayerNorm subtracts the mean, and one with hyper-connections all its widths.
+    size, as does any with a LayerNorm, which subtracts the mean, and one with hyper-connections all its widths.
     """
     if graph.residual:
         return graph
-    hidden = graph.hidden_size if graph.predictions else _rounded(graph.hidden_size, multiple)
+    hidden = _rounded(graph.hidden_size, multiple) if _hidden_size_may_grow(graph) else graph.hidden_size
     padding = _Padding(multiple, hidden, sqrt(hidden / graph.hidden_size))
     return replace(
         graph,
@@ -33,8 +34,14 @@ def pad(graph: Graph, multiple: int) -> Graph:
         layers=tuple(padding.layer(layer) for layer in graph.layers),
         final_norm=padding.norm(graph.final_norm),
         head=_resized(graph.head, columns=hidden),
-        predictions=tuple(padding.prediction(prediction) for prediction in graph.predictions),
+        predictions=tuple(replace(p, layer=padding.layer(p.layer)) for p in graph.predictions),
     )
+
+
+def _hidden_size_may_grow(graph: Graph) -> bool:
+    sublayers = [sublayer for layer in graph.layers for sublayer in layer.sublayers]
+    norms = (graph.final_norm, *(norm for sublayer in sublayers for norm in sublayer.norms))
+    return not graph.predictions and not any(norm.centered for norm in norms)
 
 
 def _resized(weight: Weight, rows: int | None = None, columns: int | None = None, factor: float = 1.0) -> Weight:
@@ -64,20 +71,29 @@ class _Padding:
         return replace(norm, weight=_resized(norm.weight, columns=self.hidden, factor=1 / self.factor))
 
     def layer(self, layer: Layer) -> Layer:
-        sublayers = (
-            replace(sublayer, norm=self.norm(sublayer.norm), operation=self.operation(sublayer.operation))
-            for sublayer in layer.sublayers
-        )
-        return replace(layer, sublayers=tuple(sublayers))
+        return replace(layer, sublayers=tuple(map(self.sublayer, layer.sublayers)))
 
-    def prediction(self, prediction: Prediction) -> Prediction:
-        return replace(prediction, layer=self.layer(prediction.layer))
+    def sublayer(self, sublayer: SubLayer) -> SubLayer:
+        post_norm = self.post_norm(sublayer.post_norm)
+        return replace(sublayer, branches=tuple(map(self.branch, sublayer.branches)), post_norm=post_norm)
 
-    def operation(self, operation: Operation) -> Operation:
-        """By weight name, what its rows and columns grow to and what it is multiplied by follow from its facts."""
+    def branch(self, branch: Branch) -> Branch:
+        """An operation that reads the residual without a norm reads it multiplied by the factor."""
+        norm = self.norm(branch.norm) if branch.norm else None
+        operation = self.operation(branch.operation, 1.0 if norm else 1 / self.factor)
+        return Branch(norm, operation, self.post_norm(branch.post_norm))
+
+    def post_norm(self, norm: Norm | None) -> Norm | None:
+        return replace(norm, weight=_resized(norm.weight, columns=self.hidden)) if norm else None
+
+    def operation(self, operation: Operation, read_factor: float) -> Operation:
+        """What its rows and columns grow to, and what a weight is multiplied by, follow from an operation's facts."""
         rows = {weight.name: self.hidden for weight in operation.writes}
         columns = {weight.name: self.hidden for weight in operation.reads}
-        factors = {weight.name: self.factor for weight in operation.writes}
+        factors = {weight.name: read_factor for weight in operation.reads}
+        factors |= {weight.name: self.factor for weight in operation.writes}
+        for norm in operation.residual_norms:
+            columns[norm.weight.name], factors[norm.weight.name] = self.hidden, 1 / self.factor
         for width in operation.widths:
             size = _rounded(width.size, self.multiple)
             rows |= {weight.name: size for weight in width.rows}

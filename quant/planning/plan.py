@@ -163,7 +163,7 @@ def plan_tensors(graph: Graph, recipe: Recipe, calibrated: bool = False) -> Plan
 
 def _heads_per_group(graph: Graph) -> int:
     """What llama.cpp's mixes call grouped-query attention: that of the first layer alone, 0 if it has none."""
-    operations = (sublayer.operation for layer in graph.layers[:1] for sublayer in layer.sublayers)
+    operations = (operation for layer in graph.layers[:1] for operation in layer.operations)
     return max((operation.heads_per_group for operation in operations), default=0)
 
 

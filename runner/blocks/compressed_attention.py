@@ -14,6 +14,7 @@ from torch.nn import functional
 from ...archs.graph import CompressedAttention, Compressor, Indexer
 from ..weights import Weights
 from .common import normalizer, split_heads
+from .context import Context
 from .rotary import rotate
 
 
@@ -62,7 +63,9 @@ class CompressedAttentionMixer:
             indexer=self._indexer.compressor.initial_state() if self._indexer else None,
         )
 
-    def __call__(self, states: Tensor, memory: CompressedAttentionState) -> tuple[Tensor, CompressedAttentionState]:
+    def __call__(
+        self, states: Tensor, memory: CompressedAttentionState, context: Context
+    ) -> tuple[Tensor, CompressedAttentionState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         outputs = []
         for part in states.split(self._operation.TOKENS):

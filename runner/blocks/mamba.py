@@ -11,6 +11,7 @@ from torch.nn import functional
 from ...archs.graph import Mamba2
 from ..weights import Weights
 from .common import normalizer
+from .context import Context
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class MambaMixer:
         o, (channels, taps) = self._operation, self._convolution.shape
         return MambaState(torch.zeros(taps - 1, channels), torch.zeros(o.heads, o.head_size, o.state_size))
 
-    def __call__(self, states: Tensor, memory: MambaState) -> tuple[Tensor, MambaState]:
+    def __call__(self, states: Tensor, memory: MambaState, context: Context) -> tuple[Tensor, MambaState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         o = self._operation
         tokens, channels = len(states), len(self._convolution)
