@@ -17,9 +17,8 @@ from typing import Any
 
 import checkpoints
 import deepseek_checkpoints
-import moecast.convert.calibrate
 import moecast.convert.encode
-import moecast.convert.onepass
+import moecast.runner.passes
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -162,13 +161,13 @@ def test_interrupted_pass(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: 
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path / "out")
     layers: list[int] = []
-    advance = moecast.convert.onepass.advance
+    advance = moecast.runner.passes.advance
 
     def noted(streams: list[Stream], here: list[Layer], *rest: Any) -> None:
         layers.append(here[0].index)
         advance(streams, here, *rest)
 
-    monkeypatch.setattr(moecast.convert.onepass, "advance", noted)
+    monkeypatch.setattr(moecast.runner.passes, "advance", noted)
     continued = run(tmp_path / "out")
     assert layers == [1]
     assert continued.parity == undisturbed.parity
@@ -181,17 +180,17 @@ def test_interrupted_calibration(minimax_fp8: Checkpoint, tmp_path: Path, monkey
     """`moecast imatrix` alone goes on after the last whole layer too."""
     text, layers = _excerpt(tmp_path), []
     files = [tmp_path / name / "i.gguf" for name in ("undisturbed", "out")]
-    advance = moecast.convert.calibrate.advance
+    advance = moecast.runner.passes.advance
     undisturbed = write_imatrix(minimax_fp8.folder, files[0], text, context=64)
     with monkeypatch.context() as patched:
-        patched.setattr(moecast.convert.calibrate, "advance", _after(1, KeyboardInterrupt(), advance))
+        patched.setattr(moecast.runner.passes, "advance", _after(1, KeyboardInterrupt(), advance))
         with pytest.raises(KeyboardInterrupt):
             write_imatrix(minimax_fp8.folder, files[1], text, context=64)
     assert _hidden(files[1].parent) == [".i.gguf.journal"]
     monkeypatch.setattr(
-        moecast.convert.calibrate,
+        moecast.runner.passes,
         "advance",
-        lambda streams, here: layers.append(here[0].index) or advance(streams, here),
+        lambda streams, here, done: layers.append(here[0].index) or advance(streams, here, done),
     )
     continued = write_imatrix(minimax_fp8.folder, files[1], text, context=64)
     assert layers == [layer.index for layer in open_model(minimax_fp8.folder).graph.layers][1:]
