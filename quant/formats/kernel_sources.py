@@ -1,4 +1,4 @@
-"""A digest of the C++ kernels' sources, by which a library built from others is refused; setup.py runs this file too."""
+"""A digest of the C++ kernels' sources, by which a library built from others is refused; setup.py runs this too."""
 
 from __future__ import annotations
 
