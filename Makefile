@@ -18,7 +18,7 @@ demo: .venv/runtime  ## converts an embedded tiny checkpoint and compares it wit
 test: .venv/development  ## all tests but the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-fast: .venv/development  ## what a minute or two can test
+test-fast: .venv/development  ## what a few minutes can test
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(FAST)
 
 test-slow: .venv/development  ## the slow ones
