@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from ..files import peak_rss_bytes
 from ..progress import NoProgress, Progress
 from ..quant.rounding.statistics import Statistics
 from ..runner.measure.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, dtype_name
-from ..runner.memory import peak_rss_bytes, workspace
+from ..runner.memory import workspace
 from ..runner.observe import ObservingWeights
 from ..runner.passes import LayerPass
 from ..runner.stream import advance
@@ -72,7 +73,7 @@ def write_imatrix(
     facts = {"calibration": text_identity(calibration, tokens), "the type of products": dtype_name(compute_dtype)}
     identity = measurement_fingerprint(model, facts)
     with (
-        Journal(Path(output), identity, overwrite) as journal,
+        Journal(Path(output), identity, overwrite, progress) as journal,
         ImatrixWriter(Path(output), Path(calibration), tokens, overwrite) as writer,
     ):
         layer_pass = LayerPass(model, room, SavedStates(journal, model.graph.layers))

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from ..files import peak_rss_bytes
 from ..progress import Progress
 from ..quant.planning.plan import Plan
 from ..quant.rounding.moments import statistics_for
 from ..quant.rounding.statistics import Importance, Statistics
 from ..runner.activations import Workspace
 from ..runner.measure.evaluate import Parity, compare_heads, relative_error, summarize
-from ..runner.memory import peak_rss_bytes
 from ..runner.observe import ObservingWeights, observe_head
 from ..runner.passes import LayerPass
 from ..runner.stream import advance

@@ -13,6 +13,7 @@ import torch
 
 from .. import __version__
 from ..errors import BadInput
+from ..files import peak_rss_bytes
 from ..progress import NoProgress, Progress
 from ..quant.planning.file_formats import plan_format, recipe_for
 from ..quant.planning.onnx_plan import OnnxPlan
@@ -26,7 +27,7 @@ from ..runner.measure.evaluate import (
     chunk_tokens,
     dtype_name,
 )
-from ..runner.memory import QUANTIZING, RUNNING, peak_rss_bytes, workspace
+from ..runner.memory import QUANTIZING, RUNNING, workspace
 from ..sources.hub.repository import HubCheckpoint
 from ..sources.hub.shards import open_on_demand
 from ..sources.imatrix import read_imatrix
@@ -186,7 +187,7 @@ def convert(
     identity = fingerprint(model, plan, metadata, texts, split_max_bytes, activations)
     copies = QUANTIZING if verify else RUNNING
     room = workspace(memory, plan.graph, lanes.tokens, context, path.parent, copies, error_feedback)
-    with closing(model), Journal(path, identity, overwrite) as journal, ExitStack() as stack:
+    with closing(model), Journal(path, identity, overwrite, progress) as journal, ExitStack() as stack:
         check_disk(path, plan, model, lanes, memory, journal, progress)
         found = None
         if imatrix_out and text and lanes.calibration is not None:

@@ -57,7 +57,7 @@ def requantize(
     path = Path(output)
     others = {"importance matrix": file_identity(Path(imatrix))} if imatrix else {}
     with (
-        Journal(path, fingerprint(model, plan, metadata, others), overwrite) as journal,
+        Journal(path, fingerprint(model, plan, metadata, others), overwrite, progress) as journal,
         GGUFWriter(path, metadata, plan.tensors, None, overwrite, journal) as writer,
     ):
         measured = MeasuredImportance(importance) if importance else None

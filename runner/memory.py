@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Iterable
-from ctypes import CDLL
 from pathlib import Path
 
 from ..archs.graph import Attention, CompressedAttention, Graph, Mamba2, MoE, Operation, weights_in
 from ..archs.weights import Role, Weight
 from ..errors import BadInput
+from ..files import rss_bytes
 from .activations import Workspace
 
 RUNNING = 1  # form of a weight: as it is
@@ -21,15 +19,6 @@ _FACTORING = 8  # matrices of moments while one is taken apart
 _BLOCK = 1024  # tokens of an expert, rows of a vocabulary at a time
 _ROUTE_BYTES, _SCORE_BYTES = 48, 128  # of a token: for each expert it goes to, and for its prediction
 _SLACK = 96 << 20  # what the allocator keeps to itself
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    try:  # getrusage would count the parent that forked us as well
-        return _status("VmHWM")
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def workspace(
@@ -54,7 +43,7 @@ def workspace(
     """
     if memory is None:
         return Workspace()
-    floor = _resident() + working_set(graph, context, copies) + _routing(graph, tokens) + _SLACK
+    floor = rss_bytes() + working_set(graph, context, copies) + _routing(graph, tokens) + _SLACK
     floor += _moments(graph) if error_feedback else 0
     if memory < floor:
         raise BadInput(
@@ -114,18 +103,3 @@ def _operation(operation: Operation, context: int, copies: int) -> int:
             return held + _PASSING * heads * (2 * 128 * 128 + size * state + context * (2 * size + state))
         case _:
             return held + _PASSING * context * largest // max(weight.columns for weight in weights)
-
-
-def _resident() -> int:
-    """Of what is in use, without what glibc keeps of what was freed, in case earlier work was done in this process."""
-    trim = getattr(CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
-    try:
-        return _status("VmRSS")
-    except OSError:
-        return peak_rss_bytes()
-
-
-def _status(key: str) -> int:
-    return int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0]) * 1024

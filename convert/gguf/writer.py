@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ...errors import OutputExists
+from ...files import open_descriptor, read_at, reserve, sync, sync_folder, write_at
 from ...quant.planning.plan import ALIGNMENT, PlannedTensor
 from ...sources.gguf import SPLIT_NAME
-from ...sources.storage import read_at, write_at
-from ..resume.journal import Journal, synchronize
+from ..resume.journal import Journal
 from ..writer import Writer
 
 
@@ -76,13 +76,14 @@ class GGUFWriter(Writer):
     def read(self, name: str, first_row: int, count: int) -> Tensor:
         slot = self._slots[name]
         data = torch.empty((count, slot.row_bytes), dtype=torch.uint8)
-        read_at(slot.descriptor, data, slot.offset + first_row * slot.row_bytes)
+        read_at(slot.descriptor, data.numpy().data, slot.offset + first_row * slot.row_bytes)
         return data
 
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
         slot = self._slots[name]
+        position = slot.offset + first_row * slot.row_bytes
         try:
-            size = write_at(slot.descriptor, rows, slot.offset + first_row * slot.row_bytes)
+            size = write_at(slot.descriptor, rows.contiguous().numpy().data, position)
         except OSError as error:
             raise self._failure(error) from None
         self._wrote(name, first_row, size, slot.descriptor)
@@ -98,14 +99,14 @@ class GGUFWriter(Writer):
         path = self._temporary[number]
         offset = header_bytes(path, metadata, tensors)
         with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, offset + sum(tensor.aligned_bytes for tensor in tensors))
-            os.fsync(file.fileno())
+            reserve(file.fileno(), offset + sum(tensor.aligned_bytes for tensor in tensors))
+            sync(file.fileno())
         if self._journal:
             self._journal.start(path)
 
     def _open(self, number: int, tensors: Sequence[PlannedTensor]) -> None:
         path = self._temporary[number]
-        descriptor = os.open(path if path.exists() else self.paths[number], os.O_RDWR)
+        descriptor = open_descriptor(path if path.exists() else self.paths[number], os.O_RDWR)
         self._descriptors[path.name] = descriptor
         offset = os.fstat(descriptor).st_size - sum(tensor.aligned_bytes for tensor in tensors)
         for tensor in tensors:
@@ -117,7 +118,7 @@ class GGUFWriter(Writer):
         for temporary, final in zip(self._temporary, self.paths, strict=True):
             if temporary.exists():
                 os.replace(temporary, final)
-        synchronize(self.paths[0].parent)
+        sync_folder(self.paths[0].parent)
 
 
 def _split(tensors: Sequence[PlannedTensor], most: int | None) -> list[list[PlannedTensor]]:

@@ -213,5 +213,5 @@ def types_of_gguf(path: Path) -> StoredTypes:
     """The types of another file's tensors."""
     _, tensors = read_gguf(path)
     return StoredTypes(
-        str(path), f"like-{path.stem}", {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+        path.as_posix(), f"like-{path.stem}", {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
     )

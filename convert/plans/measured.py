@@ -62,7 +62,7 @@ def measured_plan(
             "padding and prediction": f"{padding}, {mtp}",
         },
     )
-    with Journal(path.with_name(f"{path.name}.plan"), identity, overwrite, keep_on_bad_input=True) as journal:
+    with Journal(path.with_name(f"{path.name}.plan"), identity, overwrite, progress, keep_on_bad_input=True) as journal:
         if path.exists() and not (overwrite or journal_folder(path).exists()):
             raise OutputExists(path)
         measuring = Measuring(

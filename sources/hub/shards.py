@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from itertools import groupby
@@ -13,6 +12,7 @@ import torch
 from ...archs.graph import Graph
 from ...archs.weights import TensorInfo, Weight, stored_tensors
 from ...errors import BadInput
+from ...files import open_descriptor
 from ...progress import NoProgress
 from ..checkpoint import read_header
 from ..model import Model, open_model
@@ -114,12 +114,12 @@ class ShardStorage(Storage):
     def _open(self, file: str) -> int:
         path = self._cached.get(file, self._checkpoint.folder / file)
         try:
-            return os.open(path, os.O_RDONLY)
+            return open_descriptor(path)
         except FileNotFoundError:  # somebody has emptied the folder
             with self._changed:
                 self._here.discard(file)
                 self._await(file)
-            return os.open(path, os.O_RDONLY)
+            return open_descriptor(path)
 
     def _room_for(self, steps: Sequence[set[str]], scratch: int | None) -> int:
         """Bytes of disk to use for steps that each read certain shards."""

@@ -24,11 +24,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
+from moecast import __version__
 from moecast.archs.graph import Layer
 from moecast.cli import main
 from moecast.convert.calibrate import write_imatrix
 from moecast.convert.pipeline import Conversion, convert
-from moecast.convert.resume import journal
+from moecast.convert.resume import fingerprint, journal
 from moecast.convert.resume.journal import Journal
 from moecast.errors import BadInput, Interrupted
 from moecast.runner.stream import Stream
@@ -239,6 +240,24 @@ def test_changed_source_is_refused(minimax_fp8: Checkpoint, tmp_path: Path, monk
     shard.write_bytes(shard.read_bytes())
     result = _convert(folder, output)
     assert result.exit_code == 2 and re.search(r"source was \d+ bytes in \d+ files \(\w+\), is now", result.stderr)
+
+
+def test_another_version_of_the_code(
+    minimax_fp8: Checkpoint, tmp_path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that makes the same bytes goes on; another is refused, and the message says which one was at work."""
+    output = tmp_path / "out" / "model.gguf"
+    _interrupt(minimax_fp8.folder, output, monkeypatch)
+    monkeypatch.setattr(journal, "__version__", "99.0")
+    with monkeypatch.context() as patched:
+        patched.setattr(fingerprint, "code_digest", lambda: "0123456789ab")
+        result = _convert(minimax_fp8.folder, output)
+    assert result.exit_code == 2 and len(_errors(result)) == 1
+    assert re.search(r"the code that decides bytes was \w{12}, is now 0123456789ab", result.stderr)
+    assert f"run that one again with moecast {__version__} to finish it, or use --overwrite" in result.stderr
+    result = _convert(minimax_fp8.folder, output)
+    assert result.exit_code == 0 and "Goes on: " in result.stderr
+    assert output.read_bytes() == expected
 
 
 def test_part_that_is_gone(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
