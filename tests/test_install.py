@@ -30,6 +30,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.tar.gz"))
 
 
+@pytest.mark.whole
 def test_the_source_distribution_holds_the_kernels(source: Path) -> None:
     with tarfile.open(source) as archive:
         packed = {Path(name).name for name in archive.getnames() if "/quant/kernels/" in name}
@@ -37,6 +38,7 @@ def test_the_source_distribution_holds_the_kernels(source: Path) -> None:
     assert packed == {path.name for path in (ROOT / "quant/kernels").iterdir()}
 
 
+@pytest.mark.whole
 def test_it_installs_without_a_compiler(source: Path, tmp_path: Path) -> None:
     wheel, output = build_wheel(source, "/bin/false", tmp_path)
     assert "no C++ kernels" in output
@@ -46,6 +48,7 @@ def test_it_installs_without_a_compiler(source: Path, tmp_path: Path) -> None:
     assert not any(name.endswith(".so") for name in names)
 
 
+@pytest.mark.slow
 def test_it_installs_with_a_compiler(source: Path, tmp_path: Path) -> None:
     """One that knows no newer processors and does not optimize, which is quick."""
     compiler = tmp_path / "compiler"

@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 BOOKS = ("Ruth", "Est", "Eccl", "Jonah", "Phi", "Jas", "Hos", "Joel", "Amos", "Mal", "Col", "1Pet", "2Tim", "Ge")
 
 
+@pytest.mark.whole
 def test_the_exported_model_is_the_trained_one(
     tmp_path: Path,
     load_minimax_m2: Callable[[Path], PreTrainedModel],

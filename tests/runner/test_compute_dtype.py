@@ -64,6 +64,7 @@ def test_factors_are_rounded_once(quant: str, tmp_path: Path) -> None:
     assert direct > 10
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_results_differ_by_rounding(folder: Path, tmp_path: Path) -> None:
     """What a coarse file costs is found either way; `convert` and `parity` say the same."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import deepseek_checkpoints
 import pytest
@@ -13,7 +14,9 @@ from forward import runner_logits
 from moecast.runner.stream import Cache, Stream
 from moecast.sources.model import Model, open_model
 from torch import Tensor
-from transformers import DeepseekV4ForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV4ForCausalLM
 
 TOKENS = 400  # three entries of 128, a hundred of 4 of which the indexer leaves 16
 

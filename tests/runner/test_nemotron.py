@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import modelopt
 import nemotron_checkpoints as nemotron
@@ -16,7 +16,9 @@ from moecast.runner.weights import ModelWeights
 from moecast.sources.model import Model, open_model
 from nemotron_checkpoints import DENSE, GROUPED, LATENT, WITH_DENSE_LAYER
 from torch import Tensor
-from transformers import NemotronHForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import NemotronHForCausalLM
 
 
 def assert_same_logits(model: Model, oracle: NemotronHForCausalLM, tokens: int = 80) -> None:
@@ -74,6 +76,8 @@ def mixed(module: str) -> modelopt.Encoding | None:
 @pytest.mark.parametrize("encoding_of", [lambda module: "nvfp4" if "mixer" in module else None, mixed])
 def test_quantized_checkpoints(encoding_of: Any, tmp_path: Path) -> None:
     """The oracle computes with the values that the codes stand for."""
+    from transformers import NemotronHForCausalLM
+
     plain = nemotron.save_nemotron(tmp_path / "plain", nemotron.nemotron_model(seed=3, **LATENT))
     values = modelopt.rewrite(plain, tmp_path / "quantized", encoding_of)
     exact = modelopt.dequantized(plain, tmp_path / "exact", values)

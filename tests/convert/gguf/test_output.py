@@ -64,6 +64,7 @@ def test_checkpoint_saved_by_transformers(minimax: Checkpoint, tmp_path: Path) -
     assert llama.mean_divergence(expected, llama.run_isolated(result.files[0], tokens[0].tolist())) < 1e-6
 
 
+@pytest.mark.whole
 def test_same_perplexity_everywhere(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     """transformers on the checkpoint, our runner on the checkpoint and on the file, llama.cpp on the file."""
     path = convert(minimax_fp8.folder, tmp_path, "F32", calibration=None, verify=False).files[0]

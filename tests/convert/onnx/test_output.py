@@ -158,6 +158,7 @@ def test_parity_reads_onnx_folders_on_either_side(example: Cast) -> None:
     assert found.perplexity == pytest.approx(far[1].perplexity_candidate, rel=1e-9)
 
 
+@pytest.mark.whole
 def test_convert_makes_a_folder_that_stands_alone(minimax: Checkpoint, tmp_path: Path) -> None:
     result = convert(minimax.folder, tmp_path, file_format="onnx", file=TEXT, context=64, chunks=2, threads=1)
     folder = tmp_path / f"{minimax.folder.name}-Q4_0-onnx"

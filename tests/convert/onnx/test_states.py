@@ -87,6 +87,7 @@ def test_quantized_nemotron_is_our_runner(change: dict[str, Any], tmp_path: Path
     assert relative_error(onnx_logits(result.engine(), _tokens(200)), expected) < EXACT
 
 
+@pytest.mark.whole
 def test_deepseek_is_transformers(tmp_path: Path) -> None:
     oracle = deepseek_checkpoints.deepseek_model()
     engine = _in_full(deepseek_checkpoints.save_deepseek(tmp_path / "hf", oracle))
@@ -123,6 +124,7 @@ def test_texts_of_a_batch_are_each_its_own(kind: str, request: pytest.FixtureReq
     assert relative_error(torch.from_numpy(logits), expected) < EXACT
 
 
+@pytest.mark.whole
 def test_equal_scores_choose_the_earliest_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Index heads that never match: all scores are zero, and torch.topk would choose any entries."""
     oracle = deepseek_checkpoints.deepseek_model()
