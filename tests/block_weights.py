@@ -64,11 +64,6 @@ def causal_mask(tokens: int, window: int | None = None) -> Tensor:
     return torch.zeros(1, 1, tokens, tokens).masked_fill(~visible, -torch.inf)
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return float((found - expected).norm() / expected.norm())
-
-
 def modules_of(model: nn.Module, kind: str) -> list[Any]:
     """The modules of a class of that name, in order."""
     return [module for module in model.modules() if type(module).__name__ == kind]

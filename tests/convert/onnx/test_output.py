@@ -12,12 +12,12 @@ import pytest
 import torch
 from checkpoints import EXAMPLES, TEXT
 from conftest import Checkpoint
-from forward import runner_logits
+from forward import relative_error, runner_logits
 from moecast.convert import convert
 from moecast.runner.generate import generate
 from moecast.runner.measure.evaluate import parity, perplexity
 from moecast.sources.model import open_model
-from onnx_models import Cast, cast, onnx_logits, relative_error
+from onnx_models import Cast, cast, onnx_logits
 from trained_examples import evaluation_chunks
 
 EXACT, ROUNDED = 1e-5, 1e-2  # relative errors of logits: float32 activations, and activations of 8 bits

@@ -12,11 +12,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from forward import runner_logits
+from forward import relative_error, runner_logits
 from moecast.convert import convert
 from moecast.runner.engines import OnnxModel, OnnxState
 from moecast.sources.model import open_model
-from onnx_models import Cast, cast, onnx_logits, relative_error
+from onnx_models import Cast, cast, onnx_logits
 from torch import Tensor
 
 EXACT = 1e-5

@@ -6,7 +6,8 @@ import checkpoints
 import nemotron_checkpoints
 import pytest
 import torch
-from block_weights import BlockWeights, causal_mask, in_pieces, modules_of, relative_error, states
+from block_weights import BlockWeights, causal_mask, in_pieces, modules_of, states
+from forward import relative_error
 from moecast.archs.graph import Attention, Norm, Rope
 from moecast.runner.blocks.attention import AttentionMixer
 from torch import Tensor

@@ -7,8 +7,9 @@ from typing import Any
 import deepseek_checkpoints
 import pytest
 import torch
-from block_weights import BlockWeights, causal_mask, in_pieces, modules_of, relative_error, states
+from block_weights import BlockWeights, causal_mask, in_pieces, modules_of, states
 from deepseek_checkpoints import DEEPSEEK
+from forward import relative_error
 from moecast.archs.graph import CompressedAttention, Compressor, Indexer, Rope, Yarn
 from moecast.archs.weights import Role
 from moecast.runner.blocks.compressed_attention import (

@@ -9,7 +9,8 @@ import deepseek_checkpoints
 import nemotron_checkpoints
 import pytest
 import torch
-from block_weights import BlockWeights, modules_of, relative_error, states
+from block_weights import BlockWeights, modules_of, states
+from forward import relative_error
 from moecast.archs.graph import Activation, HashRouter, MoE, Router, Score
 from moecast.archs.weights import Role
 from moecast.runner.activations import Workspace

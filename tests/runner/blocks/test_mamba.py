@@ -7,7 +7,8 @@ from typing import Any
 import nemotron_checkpoints
 import pytest
 import torch
-from block_weights import BlockWeights, in_pieces, modules_of, relative_error, states
+from block_weights import BlockWeights, in_pieces, modules_of, states
+from forward import relative_error
 from moecast.archs.graph import Mamba2, Norm
 from moecast.archs.weights import Role
 from moecast.runner.blocks.mamba import MambaMixer

@@ -7,7 +7,8 @@ from typing import Any
 import deepseek_checkpoints
 import pytest
 import torch
-from block_weights import BlockWeights, modules_of, relative_error, states
+from block_weights import BlockWeights, modules_of, states
+from forward import relative_error
 from moecast.archs.graph import Activation, HyperConnections, ResidualMix, SubLayer
 from moecast.archs.weights import Role
 from moecast.runner.blocks.residual import HyperResidual
