@@ -20,6 +20,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 if TYPE_CHECKING:
     from transformers import MiniMaxM2ForCausalLM
 
+pytestmark = pytest.mark.numeric
+
 TEXT = "".join(f"Fox {n} counts {37 * n} stars, isn't tired and calls it a naïve café.\n" for n in range(20))
 BEGINNING, END = "<s>", "</s>"
 HEAD, ROTARY, ROPE_BASE = 64, 32, 10000.0

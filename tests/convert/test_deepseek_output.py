@@ -20,6 +20,8 @@ from moecast.errors import BadInput
 from moecast.sources.model import open_model
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.numeric
+
 TOKENS = 400
 
 

@@ -31,6 +31,8 @@ from nemotron_checkpoints import DENSE, GROUPED, LATENT, WITH_DENSE_LAYER
 from safetensors.torch import load_file
 from torch import Tensor
 
+pytestmark = pytest.mark.numeric
+
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "latent": LATENT,

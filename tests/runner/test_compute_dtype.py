@@ -16,6 +16,8 @@ from moecast.runner import parity, perplexity
 from moecast.runner.weights import ModelWeights, multiply
 from moecast.sources.model import open_model
 
+pytestmark = pytest.mark.numeric
+
 FOLDERS = sorted(path.parent for path in checkpoints.EXAMPLES.glob("*/config.json"))
 TEXT = Path(__file__).parent.parent / "data" / "imatrix" / "text.txt"
 CHUNKS = {"file": TEXT, "context": 256, "chunks": 4}

@@ -18,6 +18,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import DeepseekV4ForCausalLM
 
+pytestmark = pytest.mark.numeric
+
 TOKENS = 400  # three entries of 128, a hundred of 4 of which the indexer leaves 16
 
 

@@ -12,6 +12,8 @@ from conftest import Checkpoint
 from forward import assert_same_logits, random_tokens
 from moecast.sources.model import open_model
 
+pytestmark = pytest.mark.numeric
+
 TOKENS = random_tokens(3, 80, checkpoints.MINIMAX["vocab_size"])
 
 

@@ -16,6 +16,8 @@ from moecast.runner.weights import ModelWeights
 from moecast.sources.model import open_model
 from nemotron_checkpoints import DENSE, GROUPED, LATENT, WITH_DENSE_LAYER
 
+pytestmark = pytest.mark.numeric
+
 TOKENS = random_tokens(2, 80)
 
 

@@ -17,6 +17,8 @@ from moecast.quant import dequantize
 from moecast.runner import parity, perplexity
 from moecast.sources.model import open_model
 
+pytestmark = pytest.mark.numeric
+
 EXACT = ("F32", "BF16", "F16")
 QUANTIZED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_XS", "MXFP4_MOE")
 

@@ -20,6 +20,8 @@ from moecast.sources.model import open_model
 from onnx_models import Cast, cast, onnx_logits
 from trained_examples import evaluation_chunks
 
+pytestmark = pytest.mark.numeric
+
 EXACT, ROUNDED = 1e-5, 1e-2  # relative errors of logits: float32 activations, and activations of 8 bits
 FOR_GENAI = ("minimax-m2-tiny", "nemotron-3-tiny")
 MODELS = (*FOR_GENAI, "deepseek-v4-tiny")

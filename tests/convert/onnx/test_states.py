@@ -19,6 +19,8 @@ from moecast.sources.model import open_model
 from onnx_models import Cast, cast, onnx_logits
 from torch import Tensor
 
+pytestmark = pytest.mark.numeric
+
 EXACT = 1e-5
 TOKENS = 400  # DeepSeek: three entries of 128, and a hundred of 4 of which the indexer leaves 16
 
