@@ -53,7 +53,3 @@ def onnx_logits(model: OnnxModel, tokens: Tensor, pieces: int | None = None) -> 
         values, state = model.advance(part, state)
         logits.append(values)
     return torch.cat(logits)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())

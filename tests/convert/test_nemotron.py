@@ -31,6 +31,8 @@ from nemotron_checkpoints import DENSE, GROUPED, LATENT, WITH_DENSE_LAYER
 from safetensors.torch import load_file
 from torch import Tensor
 
+pytestmark = pytest.mark.numeric
+
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "latent": LATENT,
@@ -116,6 +118,7 @@ def test_metadata(made: Make, tmp_path: Path) -> None:
     assert dense["nemotron_h.feed_forward_length"].contents() == [0, 224, 0, 0, 224]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["full", "groups", "dense"])
 def test_padding_changes_no_result(made: Make, kind: str, tmp_path: Path) -> None:
     """The same weights in float32 with and without padding: llama.cpp and the runner cannot tell them apart."""
@@ -219,6 +222,7 @@ def test_scale_that_is_not_one_is_named(nvfp4: Path, tmp_path: Path, value: int)
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.whole
 def test_drafting_block_is_folded_in(made: Make, tmp_path: Path) -> None:
     """It loads, changes nothing, and comes back from the file as it was."""
     folder = made("latent", drafting=True)

@@ -82,6 +82,7 @@ def test_importance_is_that_of_llama_imatrix(folder: Path, tmp_path: Path) -> No
             assert np.allclose(found[name].flatten(), sums, rtol=1e-3, atol=0)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_neither_memory_nor_conversion_changes_importance(folder: Path, tmp_path: Path) -> None:
     """To the bit: on disk or in memory, alone or while a file is written; and so is the file."""
@@ -105,6 +106,7 @@ def test_neither_memory_nor_conversion_changes_importance(folder: Path, tmp_path
     ]  # fmt: skip
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_parity_is_that_of_the_file(folder: Path, tmp_path: Path) -> None:
     """The candidate ran on what was being written, padded rows and native types included."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
+from forward import relative_error
 from moecast.archs.graph import MoE
 from moecast.convert import convert
 from moecast.errors import BadInput
@@ -14,6 +15,8 @@ from moecast.progress import NoProgress
 from moecast.runner import parity, perplexity
 from moecast.runner.weights import ModelWeights, multiply
 from moecast.sources.model import open_model
+
+pytestmark = pytest.mark.numeric
 
 FOLDERS = sorted(path.parent for path in checkpoints.EXAMPLES.glob("*/config.json"))
 TEXT = Path(__file__).parent.parent / "data" / "imatrix" / "text.txt"
@@ -46,7 +49,7 @@ def test_routers_stay_in_float32(folder: Path) -> None:
     assert torch.equal(exact.project(states, moe.router.weight), rounded.project(states, moe.router.weight))
     states = torch.randn(8, moe.up.columns, generator=torch.Generator().manual_seed(1))
     expected, found = exact.project(states, moe.up, 3), rounded.project(states, moe.up, 3)
-    assert 1e-4 < float((found - expected).norm() / expected.norm()) < 1e-2
+    assert 1e-4 < relative_error(found, expected) < 1e-2
 
 
 @pytest.mark.parametrize("quant", ["Q3_K_M", "IQ2_XXS", "BF16"])
@@ -64,6 +67,7 @@ def test_factors_are_rounded_once(quant: str, tmp_path: Path) -> None:
     assert direct > 10
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_results_differ_by_rounding(folder: Path, tmp_path: Path) -> None:
     """What a coarse file costs is found either way; `convert` and `parity` say the same."""

@@ -17,6 +17,8 @@ from moecast.quant import dequantize
 from moecast.runner import parity, perplexity
 from moecast.sources.model import open_model
 
+pytestmark = pytest.mark.numeric
+
 EXACT = ("F32", "BF16", "F16")
 QUANTIZED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_XS", "MXFP4_MOE")
 
@@ -64,6 +66,7 @@ def test_checkpoint_saved_by_transformers(minimax: Checkpoint, tmp_path: Path) -
     assert llama.mean_divergence(expected, llama.run_isolated(result.files[0], tokens[0].tolist())) < 1e-6
 
 
+@pytest.mark.whole
 def test_same_perplexity_everywhere(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     """transformers on the checkpoint, our runner on the checkpoint and on the file, llama.cpp on the file."""
     path = convert(minimax_fp8.folder, tmp_path, "F32", calibration=None, verify=False).files[0]

@@ -12,13 +12,15 @@ import pytest
 import torch
 from checkpoints import EXAMPLES, TEXT
 from conftest import Checkpoint
-from forward import runner_logits
+from forward import relative_error, runner_logits
 from moecast.convert import convert
 from moecast.runner.generate import generate
 from moecast.runner.measure.evaluate import parity, perplexity
 from moecast.sources.model import open_model
-from onnx_models import Cast, cast, onnx_logits, relative_error
+from onnx_models import Cast, cast, onnx_logits
 from trained_examples import evaluation_chunks
+
+pytestmark = pytest.mark.numeric
 
 EXACT, ROUNDED = 1e-5, 1e-2  # relative errors of logits: float32 activations, and activations of 8 bits
 FOR_GENAI = ("minimax-m2-tiny", "nemotron-3-tiny")
@@ -158,6 +160,7 @@ def test_parity_reads_onnx_folders_on_either_side(example: Cast) -> None:
     assert found.perplexity == pytest.approx(far[1].perplexity_candidate, rel=1e-9)
 
 
+@pytest.mark.whole
 def test_convert_makes_a_folder_that_stands_alone(minimax: Checkpoint, tmp_path: Path) -> None:
     result = convert(minimax.folder, tmp_path, file_format="onnx", file=TEXT, context=64, chunks=2, threads=1)
     folder = tmp_path / f"{minimax.folder.name}-Q4_0-onnx"

@@ -42,6 +42,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+@pytest.mark.whole
 def test_a_probe_is_a_file_with_one_weight_rounded(full: Path, tmp_path: Path) -> None:
     model = open_model(full)
     tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, 3)
@@ -65,6 +66,7 @@ def typical_divergence(reference: Model, candidate: Model, tokens: Tensor) -> fl
     return total**2 / (weight * len(tokens) * (CONTEXT // 2 - 1))
 
 
+@pytest.mark.whole
 def test_foreign_text_ranks_weights_nearly_like_text_of_the_kind_a_model_knows() -> None:
     """The example was trained on one book; without weighing positions, dialogues and code give a correlation of 0.5."""
     model = open_model(EXAMPLES / "minimax-m2-tiny")
@@ -76,6 +78,7 @@ def test_foreign_text_ranks_weights_nearly_like_text_of_the_kind_a_model_knows()
     assert float(torch.corrcoef(torch.stack(logarithms))[0, 1]) > 0.85
 
 
+@pytest.mark.whole
 def test_plans_side_by_side_are_the_files_they_describe(minimax: Checkpoint, full: Path, tmp_path: Path) -> None:
     model = open_model(minimax.folder)
     tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, 3)
@@ -88,6 +91,7 @@ def test_plans_side_by_side_are_the_files_they_describe(minimax: Checkpoint, ful
         assert float(divergence.kld.mean()) == pytest.approx(result.parity.mean_kld, rel=1e-3)
 
 
+@pytest.mark.whole
 def test_the_best_plan_is_no_worse_than_stock_at_its_bytes(minimax: Checkpoint) -> None:
     model = open_model(minimax.folder)
     tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, 8)
@@ -156,6 +160,7 @@ def test_a_plan_file_and_a_model_file_give_their_types(minimax_fp8: Checkpoint, 
     assert run("plan", minimax_fp8.folder, "--bpw", 4, "--to", "onnx").exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_measured_plan_is_the_one_that_convert_makes(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     """`plan --measure` writes nothing but the plan, and what `convert` measures leads to the same types."""
     file, goal = tmp_path / "plan.json", ("--bpw", 4, "--calibration", TEXT)

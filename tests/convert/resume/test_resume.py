@@ -67,14 +67,19 @@ def _excerpt(folder: Path) -> Path:
     return path
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("example", "options"),
     [
-        ("minimax-m2-tiny", {"padding": False, "quant": "IQ4_XS", "error_feedback": True} | LANES),
+        slow("minimax-m2-tiny", {"padding": False, "quant": "IQ4_XS", "error_feedback": True} | LANES),
         ("nemotron-3-tiny", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
-        ("a draft", {"mtp": True, "calibration": None, "verify": False}),  # it is a second file
-        ("minimax-m2-tiny", {"target": "onnx"} | LANES),
-        ("nemotron-3-tiny", {"size": 2_000_000} | LANES),
+        slow("a draft", {"mtp": True, "calibration": None, "verify": False}),  # it is a second file
+        slow("minimax-m2-tiny", {"target": "onnx"} | LANES),
+        slow("nemotron-3-tiny", {"size": 2_000_000} | LANES),
     ],
 )
 def test_killed_at_random_moments(tmp_path: Path, example: str, options: dict[str, Any]) -> None:
@@ -368,6 +373,7 @@ def test_saved_tensors(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.whole
 def test_states_that_find_no_room(tmp_path: Path) -> None:
     """The system itself refuses: no file may grow beyond a page."""
     code = (
