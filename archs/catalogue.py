@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from math import prod
 
 from ..errors import BadInput
-from .weights import BlockScaled, Expression, Mxfp4, Nvfp4, Read, Scaled, TensorInfo
+from .weights import BlockScaled, Expression, Mxfp4, Nvfp4, Read, Scaled, TensorInfo, scale_name
 
 PLAIN_DTYPES = ("F32", "F16", "BF16")
 # They serve the arithmetic of the engine that the checkpoint was made for, no weight depends on them.
@@ -84,12 +84,12 @@ class Catalogue:
 
     def stored(self, name: str) -> Expression:
         """Claim a tensor of a GGUF file together with the `.scale` that llama.cpp multiplies it by."""
-        stem = name.removesuffix(".weight")
-        if f"{stem}.input_scale" in self:
-            self.take(f"{stem}.input_scale")
-        if f"{stem}.scale" not in self:
+        input_scale = f"{name.removesuffix('.weight')}.input_scale"
+        if input_scale in self:
+            self.take(input_scale)
+        if scale_name(name) not in self:
             return Read(self.take(name))
-        return Scaled(self.take(name), self._typed(f"{stem}.scale", "F32"))
+        return Scaled(self.take(name), self._typed(scale_name(name), "F32"))
 
     def ignore(self, prefix: str) -> int:
         """Claim every tensor whose name starts with `prefix`, to leave it out; returns how many there are."""

@@ -23,8 +23,8 @@ from .graph import (
     Rope,
     Router,
     Score,
-    SubLayer,
     Yarn,
+    sequential,
 )
 from .weights import Expression, Role, Weight
 
@@ -149,12 +149,12 @@ class _Builder:
         return Layer(
             index,
             (
-                SubLayer(
+                sequential(
                     self.norm(f"{blk}.attn_norm.weight", hidden),
                     self.attention(blk, ratio),
                     self.mix(f"{blk}.hc_attn", coefficients, 3),
                 ),
-                SubLayer(
+                sequential(
                     self.norm(f"{blk}.ffn_norm.weight", hidden),
                     self.experts(blk, hashed=index < self.dimensions.hash_layers),
                     self.mix(f"{blk}.hc_ffn", coefficients, 3),

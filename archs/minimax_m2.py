@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import BadInput
 from .catalogue import Catalogue
 from .config import Config
-from .graph import Activation, Attention, Graph, Layer, MoE, Norm, Rope, Router, Score, SubLayer
+from .graph import Activation, Attention, Graph, Layer, MoE, Norm, Rope, Router, Score, sequential
 from .registry import Architecture
 from .weights import Expression, Read, Role, Rows, Stack, TensorInfo, Weight
 
@@ -187,7 +187,7 @@ def _build(d: _Dimensions, source: Callable[[str], Expression]) -> Graph:
         )
         attention_norm = norm(f"{blk}.attn_norm.weight", d.hidden)
         experts_norm = norm(f"{blk}.ffn_norm.weight", d.hidden)
-        return Layer(index, (SubLayer(attention_norm, attention), SubLayer(experts_norm, experts)))
+        return Layer(index, (sequential(attention_norm, attention), sequential(experts_norm, experts)))
 
     return Graph(
         architecture=ARCHITECTURE.name,
@@ -231,7 +231,7 @@ def _from_gguf(metadata: Config, tensors: Sequence[TensorInfo]) -> Graph:
 
 
 def _gguf_metadata(graph: Graph) -> dict[str, Any]:
-    attention, experts = (sublayer.operation for sublayer in graph.layers[0].sublayers)
+    attention, experts = graph.layers[0].operations
     assert isinstance(attention, Attention) and attention.rope and isinstance(experts, MoE)
     values = {
         "context_length": graph.context_length,

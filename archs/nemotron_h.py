@@ -276,7 +276,7 @@ def _from_gguf(metadata: Config, tensors: Sequence[TensorInfo]) -> Graph:
 
 def _gguf_metadata(graph: Graph) -> dict[str, Any]:
     layers = [*graph.layers, *(prediction.layer for prediction in graph.predictions)]
-    operations = [sublayer.operation for layer in layers for sublayer in layer.sublayers]
+    operations = [operation for layer in layers for operation in layer.operations]
     mamba = next(operation for operation in operations if isinstance(operation, Mamba2))
     attention = next(operation for operation in operations if isinstance(operation, Attention))
     experts = next((operation for operation in operations if isinstance(operation, MoE)), None)
@@ -325,18 +325,18 @@ def _expert_metadata(experts: MoE) -> dict[str, Any]:
 
 def _feed_forward_width(layer: Layer) -> int:
     """Width of a layer's experts or of its dense MLP; 0 tells llama.cpp that it has neither."""
-    for sublayer in layer.sublayers:
-        match sublayer.operation:
+    for operation in layer.operations:
+        match operation:
             case MoE():
-                return sublayer.operation.expert_size
+                return operation.expert_size
             case MLP():
-                return sublayer.operation.up.shape[0]
+                return operation.up.shape[0]
     return 0
 
 
 def _key_value_heads(layer: Layer) -> int:
     """Number of key-value heads; 0 tells llama.cpp that the layer has no attention."""
-    attentions = (s.operation.key_value_heads for s in layer.sublayers if isinstance(s.operation, Attention))
+    attentions = (op.key_value_heads for op in layer.operations if isinstance(op, Attention))
     return next(attentions, 0)
 
 

@@ -18,7 +18,7 @@ from .graph import (
     Prediction,
     Router,
     Score,
-    SubLayer,
+    sequential,
 )
 from .weights import Expression, Role, Weight
 
@@ -156,11 +156,11 @@ def build(d: Dimensions, source: Source) -> Graph:
 
     def layer(index: int, kind: str) -> Layer:
         blk = f"blk.{index}"
-        return Layer(index, (SubLayer(norm(f"{blk}.attn_norm.weight", d.hidden), operations[kind](blk)),))
+        return Layer(index, (sequential(norm(f"{blk}.attn_norm.weight", d.hidden), operations[kind](blk)),))
 
     def prediction(index: int) -> Prediction:
         blk = f"blk.{index}"
-        after = SubLayer(norm(f"{blk}.post_attention_norm.weight", d.hidden), experts(blk))
+        after = sequential(norm(f"{blk}.post_attention_norm.weight", d.hidden), experts(blk))
         return Prediction(
             embedding_norm=norm(f"{blk}.nextn.enorm.weight", d.hidden),
             hidden_norm=norm(f"{blk}.nextn.hnorm.weight", d.hidden),

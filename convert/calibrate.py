@@ -14,8 +14,7 @@ from ..quant.rounding.statistics import Statistics
 from ..runner.measure.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, dtype_name
 from ..runner.memory import workspace
 from ..runner.observe import ObservingWeights
-from ..runner.passes import LayerPass
-from ..runner.stream import advance
+from ..runner.passes import CALIBRATION, LayerPass
 from ..runner.weights import ModelWeights
 from ..sources.model import Model, open_model
 from .gguf.imatrix import ImatrixWriter
@@ -77,13 +76,13 @@ def write_imatrix(
         ImatrixWriter(Path(output), Path(calibration), tokens, overwrite) as writer,
     ):
         layer_pass = LayerPass(model, room, SavedStates(journal, model.graph.layers))
-        layer_pass.begin(tokens, ObservingWeights(ModelWeights(model, compute_dtype), statistics))
+        layer_pass.begin(CALIBRATION, tokens, ObservingWeights(ModelWeights(model, compute_dtype), statistics))
         progress.begin("Calibrating", len(model.graph.layers), "layers")
         for layer in model.graph.layers:
             if layer_pass.is_done(layer.index):
                 seen = load_statistics(journal, layer.index)
             else:
-                advance(layer_pass.streams, [layer])
+                layer_pass.advance([layer])
                 seen = statistics
                 save_statistics(journal, layer.index, seen)
                 layer_pass.save(layer.index)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..archs.weights import Padded, Weight, first_tensor, of_expert
+from ..archs.weights import Padded, Weight, first_tensor, of_expert, scale_name
 from ..errors import BadInput
 from ..progress import Progress
 from ..quant import dequantize
@@ -31,7 +31,7 @@ class MeasuredImportance:
 
     def of(self, weight: Weight, expert: int | None) -> Tensor | None:
         columns = weight.source.source.shape[-1] if isinstance(weight.source, Padded) else weight.columns
-        means = self._matrix.of(weight.name, columns, weight.experts or 1)
+        means = self._matrix.of(weight.name, columns, weight.matrices)
         return functional.pad(means[expert or 0], (0, weight.columns - columns)) if means is not None else None
 
     def moments(self, weight: Weight, expert: int | None) -> SecondMoments | None:
@@ -149,7 +149,7 @@ class QuantizingWeights(CachedWeights):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _scale_of(self, weight: Weight) -> PlannedTensor | None:
-        return self._planned.get(f"{weight.name.removesuffix('.weight')}.scale")
+        return self._planned.get(scale_name(weight.name))
 
 
 def _first_row(weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> int:

@@ -26,8 +26,7 @@ from ..quant.rounding.statistics import Importance, Statistics
 from ..runner.activations import Workspace
 from ..runner.measure.evaluate import Parity, compare_heads, relative_error, summarize
 from ..runner.observe import ObservingWeights, observe_head
-from ..runner.passes import LayerPass
-from ..runner.stream import advance
+from ..runner.passes import CALIBRATION, CANDIDATE, REFERENCE, LayerPass
 from ..runner.weights import ModelWeights
 from ..sources.model import Model
 from .encode import Encoder, QuantizingWeights
@@ -86,23 +85,23 @@ def run_pass(
     states = SavedStates(journal, model.graph.layers) if journal else None
     layer_pass = LayerPass(model, workspace, states)
     if lanes.calibration is not None:
-        layer_pass.begin(lanes.calibration, ObservingWeights(source, statistics))
+        layer_pass.begin(CALIBRATION, lanes.calibration, ObservingWeights(source, statistics))
     if lanes.evaluation is not None:
-        layer_pass.begin(lanes.evaluation, source)
-        layer_pass.begin(lanes.evaluation, QuantizingWeights(encoder, f"{model.path} as {plan.recipe.name}"))
+        layer_pass.begin(REFERENCE, lanes.evaluation, source)
+        layer_pass.begin(CANDIDATE, lanes.evaluation, QuantizingWeights(encoder, f"{model.path} as {plan.recipe.name}"))
     streams = layer_pass.streams
     errors = layer_pass.facts.tolist() if layer_pass.facts is not None else []
     lines = _Lines(plan, progress)
-    for layers in zip(*(stream.weights.graph.layers for stream in streams), strict=True):
+    for layers in zip(*(stream.weights.graph.layers for stream in streams.values()), strict=True):
         index = layers[0].index
         if layer_pass.is_done(index):
             if imatrix and journal:
                 imatrix.add(load_statistics(journal, index))
             continue
-        advance(streams, layers, partial(encoder.finish_expert, index))
+        layer_pass.advance(layers, partial(encoder.finish_expert, index))
         encoder.finish(index)
         if lanes.evaluation is not None:
-            errors.append(relative_error(streams[-2].hidden, streams[-1].hidden))
+            errors.append(relative_error(streams[REFERENCE].hidden, streams[CANDIDATE].hidden))
         if imatrix:
             imatrix.add(statistics)
             if journal:
@@ -112,11 +111,11 @@ def run_pass(
         layer_pass.save(index, torch.tensor(errors, dtype=torch.float64))
         statistics.clear()
     if lanes.calibration is not None and error_feedback:
-        observe_head(streams[0], statistics)
+        observe_head(streams[CALIBRATION], statistics)
     result = None
     if lanes.evaluation is not None:
         chunks, context = lanes.evaluation.shape
-        (divergence,) = compare_heads(streams[-2], streams[-1:], lanes.evaluation)
+        (divergence,) = compare_heads(streams[REFERENCE], [streams[CANDIDATE]], lanes.evaluation)
         result = summarize(divergence, tuple(errors), context, chunks, compute_dtype)
     encoder.finish_all()
     return result

@@ -55,7 +55,7 @@ def _onnx_engine(model: OnnxModel) -> Engine:
 
 
 def _stream_engine(model: Model) -> Engine:
-    cache: Cache = {}
+    cache = Cache()
 
     def engine(tokens: Tensor) -> Tensor:
         stream = Stream(model, tokens[None], cache)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..archs.graph import Attention, CompressedAttention, Graph, Mamba2, MoE, Operation, weights_in
-from ..archs.weights import Role, Weight
+from ..archs.graph import Graph, Operation, weights_in
+from ..archs.graph.operation import PASSING
+from ..archs.weights import Weight
 from ..errors import BadInput
 from ..files import rss_bytes
+from ..sources.model import PIECE_ROWS
 from .activations import Workspace
 
 RUNNING = 1  # form of a weight: as it is
 QUANTIZING = 3  # forms: as it is, as it is stored, and its pieces while they are joined
 _FLOAT = 4  # bytes
-_PASSING = 4  # numbers that exist beside a chunk's result while it is computed, in multiples of it
 _FACTORING = 8  # matrices of moments while one is taken apart
-_BLOCK = 1024  # tokens of an expert, rows of a vocabulary at a time
 _ROUTE_BYTES, _SCORE_BYTES = 48, 128  # of a token: for each expert it goes to, and for its prediction
 _SLACK = 96 << 20  # what the allocator keeps to itself
 
@@ -60,9 +60,11 @@ def comparing(plans: int) -> int:
 
 def working_set(graph: Graph, context: int, copies: int) -> int:
     """An upper bound of the bytes that weights and the numbers of one chunk take while a model runs."""
-    vocabulary = _BLOCK * (copies * graph.hidden_size + 8 * context)
-    residual = _PASSING * context * graph.residual_size
-    return _FLOAT * (max(_operation(op, context, copies) for op in graph.operations()) + vocabulary + residual)
+    vocabulary = PIECE_ROWS * (copies * graph.hidden_size + 8 * context)
+    residual = PASSING * context * graph.residual_size
+    sublayers = (sublayer for layer in graph.layers for sublayer in layer.sublayers)
+    largest = max(sum(_operation(op, context, copies) for op in sublayer.operations) for sublayer in sublayers)
+    return _FLOAT * (largest + vocabulary + residual)
 
 
 def _moments(graph: Graph) -> int:
@@ -78,28 +80,14 @@ def _moments(graph: Graph) -> int:
 
 def _routing(graph: Graph, tokens: int) -> int:
     """Bytes that remember where each token goes and how it was predicted."""
-    top_k = max((op.router.top_k for op in graph.operations() if isinstance(op, MoE)), default=0)
+    top_k = max((operation.experts_per_token for operation in graph.operations()), default=0)
     return tokens * (_ROUTE_BYTES * top_k + _SCORE_BYTES)
 
 
 def _operation(operation: Operation, context: int, copies: int) -> int:
     """Numbers in memory while an operation runs."""
     weights = list(weights_in(operation))
-    dense = sum(weight.elements for weight in weights if weight.experts is None and weight.role is not Role.HASH_TABLE)
-    largest = max(weight.elements // (weight.experts or 1) for weight in weights)  # its codes and scales, decoded
-    held = copies * dense + 2 * largest
-    match operation:
-        case MoE():
-            expert = sum(weight.elements // weight.experts for weight in weights if weight.experts)
-            statistics = 2 * sum(weight.columns * weight.experts for weight in weights if weight.experts)
-            passing = _BLOCK * (3 * operation.up.columns + 4 * operation.expert_size)
-            table = sum(weight.elements for weight in weights if weight.role is Role.HASH_TABLE)
-            return held + copies * (expert + table) + statistics + passing
-        case Attention(heads=heads, head_size=size):
-            return held + _PASSING * context * heads * (context + size)
-        case CompressedAttention(heads=heads, head_size=size, window=window):
-            return held + _PASSING * min(context, 256) * heads * (min(context, 256) + window + context // 4 + size)
-        case Mamba2(heads=heads, head_size=size, state_size=state):
-            return held + _PASSING * heads * (2 * 128 * 128 + size * state + context * (2 * size + state))
-        case _:
-            return held + _PASSING * context * largest // max(weight.columns for weight in weights)
+    sizes = [weight.elements // (weight.experts or 1) for weight in weights]  # one expert at a time
+    decoding = 2 * max(sizes)  # codes and scales of the largest
+    statistics = 2 * sum(weight.columns * weight.experts for weight in weights if weight.experts)
+    return copies * sum(sizes) + decoding + statistics + operation.scratch_values(context)

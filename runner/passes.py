@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..archs.graph import Layer
 from ..progress import NoProgress, Progress
 from ..quant.rounding.moments import statistics_for
 from ..quant.rounding.statistics import Importance, Statistics
@@ -18,8 +19,10 @@ from ..sources.model import Model
 from .activations import Workspace
 from .measure.evaluate import with_bos
 from .observe import ObservingWeights, observe_head
-from .stream import Stream
+from .stream import Stream, advance
 from .weights import Weights
+
+CALIBRATION, REFERENCE, CANDIDATE = "calibration", "reference", "candidate"  # names of streams
 
 
 class LayerStates(Protocol):
@@ -35,43 +38,60 @@ class LayerStates(Protocol):
 
 
 class LayerPass:
-    """The streams of one pass, from the embedding on, or from the layer where an earlier run was stopped.
+    """The streams of one pass by name, from the embedding on, or from the layer where an earlier run was stopped.
 
-    What is saved after a layer are `facts`, a tensor of the caller's, and the states of the streams in the order in
-    which they were begun; begin them in the same order again.
+    What is saved after a layer are the names of the streams, `facts`, a tensor of the caller's, and what each stream
+    has come to. Streams of an earlier run are begun again in the same order, under the same names.
     """
 
     def __init__(self, model: Model, workspace: Workspace | None = None, states: LayerStates | None = None) -> None:
         self.model = model
-        self.streams: list[Stream] = []
+        self.streams: dict[str, Stream] = {}
+        self.facts: Tensor | None = None
         self._workspace = workspace
         self._states = states
         self._last = states.last if states else None
-        self._saved = states.load() if states and states.last is not None else None
-        self.facts = next(self._saved) if self._saved else None
+        self._saved: Iterator[Tensor] = iter(())
+        self._waiting: list[tuple[str, list[int]]] = []  # names of saved streams, layers whose states they share
+        if states and states.last is not None:
+            self._saved = states.load()
+            self._waiting = [(name, sharing) for name, sharing in unpacked(next(self._saved))]
+            self.facts = next(self._saved)
 
     def is_done(self, layer: int) -> bool:
         """Whether an earlier run has passed this layer."""
         return self._last is not None and layer <= self._last
 
-    def begin(self, tokens: Tensor, weights: Weights) -> Stream:
+    def begin(self, name: str, tokens: Tensor, weights: Weights) -> Stream:
         """One more stream, of `tokens` [chunks, context]; each chunk begins with what the model wants there."""
-        hidden = islice(self._saved, len(tokens)) if self._saved else None
-        return self._add(with_bos(tokens, self.model.tokenizer), weights, hidden)
+        tokens = with_bos(tokens, self.model.tokenizer)
+        if not self._waiting:
+            return self._add(name, Stream(self.model, tokens, weights=weights, workspace=self._workspace))
+        saved, sharing = self._waiting.pop(0)
+        assert saved == name, f"{name} is begun where {saved} was saved"
+        states = islice(self._saved, len(tokens) * (1 + len(sharing)))
+        return self._add(name, Stream(self.model, tokens, None, weights, states, sharing, self._workspace))
 
-    def fork(self, stream: Stream, weights: Weights) -> Stream:
+    def fork(self, name: str, stream: Stream, weights: Weights) -> Stream:
         """One more stream, which has come as far as another."""
-        return self._add(stream.tokens, weights, _states_of(stream))
+        states, sharing = stream.states(), [*stream.shared]
+        return self._add(name, Stream(self.model, stream.tokens, None, weights, states, sharing, self._workspace))
+
+    def advance(self, layers: Sequence[Layer], expert_done: Callable[[int], None] | None = None) -> None:
+        """Run every stream through a layer of its own, see `stream.advance`."""
+        advance([*self.streams.values()], layers, expert_done)
 
     def save(self, layer: int, facts: Tensor | None = None) -> None:
         """Keep what all streams have come to after a layer."""
         if self._states:
-            first = torch.empty(0) if facts is None else facts
-            self._states.save(layer, chain([first], *map(_states_of, self.streams)))
+            names = packed([(name, [*stream.shared]) for name, stream in self.streams.items()])
+            first = (names, torch.empty(0) if facts is None else facts)
+            self._states.save(layer, chain(first, *(stream.states() for stream in self.streams.values())))
 
-    def _add(self, tokens: Tensor, weights: Weights, hidden: Iterable[Tensor] | None) -> Stream:
-        self.streams.append(Stream(self.model, tokens, None, weights, hidden, self._workspace))
-        return self.streams[-1]
+    def _add(self, name: str, stream: Stream) -> Stream:
+        assert name not in self.streams, f"two streams are called {name}"
+        self.streams[name] = stream
+        return stream
 
 
 def packed(value: object) -> Tensor:
@@ -82,10 +102,6 @@ def packed(value: object) -> Tensor:
 def unpacked(tensor: Tensor) -> Any:
     """What was `packed`."""
     return json.loads(bytes(tensor.tolist()))
-
-
-def _states_of(stream: Stream) -> Iterator[Tensor]:
-    return (stream.hidden[chunk] for chunk in range(len(stream.hidden)))
 
 
 @dataclass(frozen=True)
@@ -121,10 +137,10 @@ class Measuring:
         layer_pass, statistics = LayerPass(self.model, self.workspace, self.states), statistics_for(self.error_feedback)
         if self.calibration is None:
             return layer_pass, statistics, self.importance
-        layer_pass.begin(self.calibration, ObservingWeights(source, statistics))
+        layer_pass.begin(CALIBRATION, self.calibration, ObservingWeights(source, statistics))
         return layer_pass, statistics, statistics
 
     def end(self, layer_pass: LayerPass, statistics: Statistics) -> None:
         """All layers are passed, and the head is next."""
         if self.calibration is not None and self.error_feedback:
-            observe_head(layer_pass.streams[0], statistics)
+            observe_head(layer_pass.streams[CALIBRATION], statistics)

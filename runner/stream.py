@@ -6,20 +6,24 @@ Memory holds the states, the dense weights of one sublayer and one expert; nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..archs.graph import MLP, Attention, CompressedAttention, Layer, Mamba2, MoE, SubLayer
+from ..archs.graph import MLP, Attention, CompressedAttention, Graph, Layer, Mamba2, MoE, Norm, Operation, SubLayer
+from ..archs.weights import Weight
 from ..errors import BadInput
 from ..sources.model import Model, pieces
 from .activations import Activations, Workspace
 from .blocks.attention import AttentionMixer
-from .blocks.common import mlp, normalizer
+from .blocks.common import DenseMixer, normalizer
 from .blocks.compressed_attention import CompressedAttentionMixer
-from .blocks.experts import RoutedTokens, run_experts
+from .blocks.context import Context
+from .blocks.experts import Mixture, RoutedTokens, run_experts
 from .blocks.mamba import MambaMixer
 from .blocks.residual import residual_of
 from .weights import ModelWeights, Weights, multiply
@@ -28,25 +32,58 @@ _TOKENS = 1024  # embedded at a time
 
 
 class Mixer(Protocol):
-    """An operation through which the tokens of a chunk act on later ones."""
+    """An operation with its weights that runs a chunk at a time; its tokens may act on later ones."""
 
     def initial_state(self) -> Any:
         """The state before the first token."""
 
-    def __call__(self, states: Tensor, memory: Any) -> tuple[Tensor, Any]:
+    def __call__(self, states: Tensor, memory: Any, context: Context) -> tuple[Tensor, Any]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
 
 
-Cache = dict[tuple[int, int, int], Any]  # (layer, sublayer, chunk) -> what a mixer remembers
-Block = Callable[[int, Tensor], Tensor]  # (chunk, normed states [tokens, hidden size]) -> the same shape
+MIXERS: Mapping[type[Operation], Callable[[Any, Weights], Mixer | Mixture]] = {
+    Attention: AttentionMixer,
+    CompressedAttention: CompressedAttentionMixer,
+    Mamba2: MambaMixer,
+    MLP: DenseMixer,
+    MoE: Mixture,
+}
+"""What computes each operation, made of it and its weights."""
+
+
+class Cache:
+    """What mixers remember of texts after `tokens` tokens, for streams of what follows."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.states: dict[tuple[int, int, int, int], Any] = {}  # by layer, sublayer, branch and chunk
+
+
+@dataclass(frozen=True)
+class Entered:
+    """A sublayer whose experts, if it has any, are waiting to be run: what computes each of its branches."""
+
+    layer: Layer
+    number: int
+    blocks: tuple[Mixer | RoutedTokens, ...]
+
+    @property
+    def sublayer(self) -> SubLayer:
+        return self.layer.sublayers[self.number]
+
+    @property
+    def experts(self) -> list[RoutedTokens]:
+        return [block for block in self.blocks if isinstance(block, RoutedTokens)]
 
 
 class Stream:
     """Runs `tokens` [chunks, context] through `weights`, by default those of `model` as they are stored.
 
     `hidden` is the residual: [chunks, context, hidden size], or with hyper-connections
-    [chunks, context, streams, hidden size]. With a `cache`, the tokens follow those of the stream that filled it.
-    A stream that goes on where another stopped is given that one's `hidden`, chunk by chunk.
+    [chunks, context, streams, hidden size]. `shared` is what later layers will read of those passed, by the numbers of
+    these: [chunks, tokens so far, width]. With a `cache`, the tokens follow those of the streams that filled it. A
+    stream that goes on where another stopped is given that one's `states`, and the numbers of the layers whose shared
+    states are among them.
     """
 
     def __init__(
@@ -55,76 +92,114 @@ class Stream:
         tokens: Tensor,
         cache: Cache | None = None,
         weights: Weights | None = None,
-        hidden: Iterable[Tensor] | None = None,
+        states: Iterable[Tensor] | None = None,
+        sharing: Iterable[int] = (),
         workspace: Workspace | None = None,
     ) -> None:
         self.model = model
         self.tokens = tokens
         self.weights = weights or ModelWeights(model)
+        self.shared: dict[int, Activations] = {}
         self._cache = cache
+        self._positions = (cache.tokens if cache else 0) + torch.arange(tokens.shape[1])
         self._residual = residual_of(self.weights)
         self._workspace = workspace or Workspace()
+        self._readers = self.weights.graph.shared_states()
         self.hidden = self._workspace.activations(*tokens.shape, *self._residual.width, whole_chunks=True)
-        if hidden is None:
+        if cache:
+            cache.tokens += tokens.shape[1]
+        if states is None:
             self._embed()
         else:
-            for chunk, states in enumerate(hidden):
-                self.hidden[chunk] = states
+            self._take_up(iter(states), sharing)
+
+    def states(self) -> Iterator[Tensor]:
+        """All that the stream has come to, as a stream that goes on from here wants it."""
+        for activations in (self.hidden, *self.shared.values()):
+            yield from (activations[chunk] for chunk in range(len(activations)))
 
     def advance(self, layer: Layer) -> None:
         """Run all chunks through one layer. Raises BadInput when its output is not finite."""
         advance([self], [layer])
 
-    def before_experts(self, layer: Layer, number: int) -> RoutedTokens | None:
-        """Run all chunks through a sublayer; through a MoE only up to its experts, which are given back."""
-        sublayer = layer.sublayers[number]
-        operation = sublayer.operation
-        if not isinstance(operation, MoE):
-            self._pass(layer, sublayer, self._block(operation, (layer.index, number)))
-            return None
-        experts = RoutedTokens(
-            operation, self.weights, self.tokens, self._workspace, f"{self.weights.label}: layer {layer.index}"
-        )
-        normalize = normalizer(sublayer.norm, self.weights)
-        for chunk in range(len(self.hidden)):
-            experts.route(normalize(self._residual.branch(sublayer, self.hidden[chunk]).input))
-        experts.finish_routing()
-        return experts
+    def before_experts(self, layer: Layer, number: int) -> Entered:
+        """Run all chunks through a sublayer; through one with experts only up to these."""
+        sublayer, where = layer.sublayers[number], f"{self.weights.label}: layer {layer.index}"
+        made = (MIXERS[type(operation)](operation, self.weights) for operation in sublayer.operations)
+        blocks = (m.begin(self.tokens, self._workspace, where) if isinstance(m, Mixture) else m for m in made)
+        entered = Entered(layer, number, tuple(blocks))
+        if entered.experts:
+            self._route(entered)
+        else:
+            self.after_experts(entered)
+        return entered
 
-    def after_experts(self, layer: Layer, number: int, experts: RoutedTokens) -> None:
-        """Complete a MoE whose experts have run."""
-        self._pass(layer, layer.sublayers[number], experts.answer)
-
-    def _pass(self, layer: Layer, sublayer: SubLayer, block: Block) -> None:
-        normalize = normalizer(sublayer.norm, self.weights)
+    def after_experts(self, entered: Entered) -> None:
+        """Complete a sublayer whose experts have run."""
+        sublayer, weights = entered.sublayer, self.weights
+        norms = [_normalizer(branch.norm, weights) for branch in sublayer.branches]
+        post_norms = [_normalizer(branch.post_norm, weights) for branch in sublayer.branches]
+        finish = _normalizer(sublayer.post_norm, weights)
+        scale = weights.load(sublayer.scale) if isinstance(sublayer.scale, Weight) else sublayer.scale
         for chunk in range(len(self.hidden)):
-            branch = self._residual.branch(sublayer, self.hidden[chunk])
-            joined = branch.join(block(chunk, normalize(branch.input)))
+            way = self._residual.branch(sublayer, self.hidden[chunk])
+            outputs = (
+                post_norm(self._run(entered, place, chunk, norm(way.input)))
+                for place, (norm, post_norm) in enumerate(zip(norms, post_norms, strict=True))
+            )
+            joined = way.join(finish(reduce(torch.add, outputs)))
+            if scale is not None:
+                joined = joined * scale
             if not math.isfinite(float(joined.sum())):
-                name = type(sublayer.operation).__name__
-                raise BadInput(f"{self.weights.label}: layer {layer.index}, {name}: the output is NaN or infinite")
+                name = " + ".join(type(operation).__name__ for operation in sublayer.operations)
+                where = f"{weights.label}: layer {entered.layer.index}, {name}"
+                raise BadInput(f"{where}: the output is NaN or infinite")
             self.hidden[chunk] = joined
 
-    def _block(self, operation: Attention | CompressedAttention | Mamba2 | MLP, place: tuple[int, int]) -> Block:
-        match operation:
-            case Attention():
-                return self._mixed(AttentionMixer(operation, self.weights), place)
-            case CompressedAttention():
-                return self._mixed(CompressedAttentionMixer(operation, self.weights), place)
-            case Mamba2():
-                return self._mixed(MambaMixer(operation, self.weights), place)
-            case MLP():
-                return lambda _, normed: mlp(operation, normed, self.weights)
+    def leave(self, layer: Layer) -> None:
+        """The layer is passed: drop what nobody will read any more."""
+        for source in [source for source in self.shared if self._readers[source] <= layer.index]:
+            del self.shared[source]
 
-    def _mixed(self, mixer: Mixer, place: tuple[int, int]) -> Block:
-        def block(chunk: int, normed: Tensor) -> Tensor:
-            past = self._cache.get((*place, chunk)) if self._cache is not None else None
-            output, state = mixer(normed, past or mixer.initial_state())
-            if self._cache is not None:
-                self._cache[*place, chunk] = state
-            return output
+    def _route(self, entered: Entered) -> None:
+        branches = entered.sublayer.branches
+        norms = [_normalizer(branch.norm, self.weights) for branch in branches]
+        for chunk in range(len(self.hidden)):
+            read = self._residual.branch(entered.sublayer, self.hidden[chunk]).input
+            for block, norm in zip(entered.blocks, norms, strict=True):
+                if isinstance(block, RoutedTokens):
+                    block.route(norm(read), read)
+        for experts in entered.experts:
+            experts.finish_routing()
 
-        return block
+    def _run(self, entered: Entered, place: int, chunk: int, normed: Tensor) -> Tensor:
+        """One chunk through one branch of a sublayer."""
+        block, index = entered.blocks[place], entered.layer.index
+        if isinstance(block, RoutedTokens):
+            return block.answer(chunk, normed)
+        shared = {source: states[chunk] for source, states in self.shared.items()}
+        context = Context(self.tokens[chunk], self._positions, index, index in self._readers, shared)
+        key = (index, entered.number, place, chunk)
+        past = self._cache.states.get(key) if self._cache else None
+        output, state = block(normed, past or block.initial_state(), context)
+        if self._cache:
+            self._cache.states[key] = state
+        if context.shares and index in context.shared:
+            self._share(index, chunk, context.shared[index])
+        return output
+
+    def _share(self, layer: int, chunk: int, states: Tensor) -> None:
+        if layer not in self.shared:
+            self.shared[layer] = self._workspace.activations(len(self.hidden), *states.shape, whole_chunks=True)
+        self.shared[layer][chunk] = states
+
+    def _take_up(self, states: Iterator[Tensor], sharing: Iterable[int]) -> None:
+        """Go on from what another stream has come to."""
+        for chunk in range(len(self.hidden)):
+            self.hidden[chunk] = next(states)
+        for layer in sharing:
+            for chunk in range(len(self.hidden)):
+                self._share(layer, chunk, next(states))
 
     def final_states(self, positions: slice) -> Tensor:
         """States ready for the head, [chunks * positions, hidden size], of the given positions of every chunk."""
@@ -146,7 +221,7 @@ class Stream:
 
     def logits(self, states: Tensor) -> Tensor:
         """Final states [positions, hidden size] -> [positions, vocabulary size]"""
-        return torch.cat([multiply(states, block) for block in self.head_blocks()], dim=1)
+        return torch.cat([word_logits(self.weights.graph, states, rows) for rows in self.head_blocks()], dim=1)
 
     def head_blocks(self) -> Iterator[Tensor]:
         """The rows of the output projection, [block rows, hidden size] at a time, in vocabulary order."""
@@ -161,7 +236,8 @@ class Stream:
             places = torch.where((tokens >= rows[0]) & (tokens < rows[1]))[0]
             for part in places.split(_TOKENS) if len(places) else ():
                 block = self.weights.load(embedding, None, rows)
-                self.hidden.add_rows(part, self._residual.begin(block[tokens[part] - rows[0]]))
+                embedded = self.weights.graph.embedding_scale * block[tokens[part] - rows[0]]
+                self.hidden.add_rows(part, self._residual.begin(embedded))
             self.weights.release()
 
 
@@ -177,11 +253,27 @@ def advance(
     pairs = [(stream, layer) for stream, layer in zip(streams, layers, strict=True) if layer]
     for number in range(max(len(layer.sublayers) for _, layer in pairs)):
         here = [(stream, layer) for stream, layer in pairs if number < len(layer.sublayers)]
-        entered = [(stream, layer, stream.before_experts(layer, number)) for stream, layer in here]
-        waiting = [(stream, layer, experts) for stream, layer, experts in entered if experts]
+        entered = [(stream, stream.before_experts(layer, number)) for stream, layer in here]
+        waiting = [(stream, sublayer) for stream, sublayer in entered if sublayer.experts]
         if waiting:
-            run_experts([experts for _, _, experts in waiting], expert_done)
-        for stream, layer, experts in waiting:
-            stream.after_experts(layer, number, experts)
+            run_experts([experts for _, sublayer in waiting for experts in sublayer.experts], expert_done)
+        for stream, sublayer in waiting:
+            stream.after_experts(sublayer)
         for stream, _ in here:
             stream.weights.release()
+    for stream, layer in pairs:
+        stream.leave(layer)
+
+
+def word_logits(graph: Graph, states: Tensor, rows: Tensor) -> Tensor:
+    """Final states [positions, hidden size], some rows of the head [words, hidden size] -> [positions, words]"""
+    logits = multiply(states, rows)
+    if graph.logit_scale != 1.0:
+        logits = logits * graph.logit_scale
+    cap = graph.logit_softcap
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def _normalizer(norm: Norm | None, weights: Weights) -> Callable[[Tensor], Tensor]:
+    """The norm, or nothing where there is none."""
+    return normalizer(norm, weights) if norm else lambda states: states

@@ -12,6 +12,7 @@ from ..archs.weights import (
     Mxfp4,
     NegativeExponential,
     Nvfp4,
+    OnePlus,
     Padded,
     Read,
     Reshape,
@@ -77,6 +78,8 @@ def evaluate(
             return torch.stack([_global_scale(matrix, storage) for matrix in matrices])
         case NegativeExponential(source):
             return -evaluate(source, storage, expert, rows).exp()
+        case OnePlus(source):
+            return 1 + evaluate(source, storage, expert, rows)
         case Reshape(tensor, shape):
             values = _whole(tensor, storage).reshape(shape)
             return values[slice(*rows)] if rows else values

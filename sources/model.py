@@ -21,20 +21,20 @@ from .gguf import read_gguf
 from .storage import Storage
 from .tokenizer import Tokenizer
 
-_PIECE_ROWS = 1024
+PIECE_ROWS = 1024  # of a matrix that is taken through memory
 
-Piece = tuple[int | None, tuple[int, int] | None]  # (expert, rows) of a weight, as `Model.load` takes them
+Piece = tuple[int | None, tuple[int, int] | None]  # (matrix of a stack, rows) of a weight, as `Model.load` takes them
 
 
 def pieces(weight: Weight) -> Iterator[Piece]:
-    """How a weight is taken through memory: expert by expert, some rows at a time, vectors whole."""
-    if weight.experts is not None:
-        yield from ((expert, None) for expert in range(weight.experts))
+    """How a weight is taken through memory: matrix by matrix of a stack, some rows at a time, vectors whole."""
+    if weight.stack:
+        yield from ((matrix, None) for matrix in range(weight.matrices))
     elif len(weight.shape) == 1:
         yield None, None
     else:
-        for row in range(0, weight.shape[0], _PIECE_ROWS):
-            yield None, (row, min(row + _PIECE_ROWS, weight.shape[0]))
+        for row in range(0, weight.shape[0], PIECE_ROWS):
+            yield None, (row, min(row + PIECE_ROWS, weight.shape[0]))
 
 
 class Model:

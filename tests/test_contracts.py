@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import Checkpoint
 from importlinter.cli import lint_imports
+from moecast.archs.graph import Operation
 from moecast.cli import main
 from moecast.convert import convert
 
@@ -31,6 +33,37 @@ def test_no_architecture_is_named_outside_its_adapter() -> None:
     assert len(files) > 20
     named = [str(file) for file in files if re.search(r"minimax|nemotron|deepseek", file.read_text(), re.IGNORECASE)]
     assert named == []
+
+
+def _asks_for_a_kind(node: ast.AST) -> set[str]:
+    """Names of the classes that a `case` or an `isinstance` asks for."""
+    if isinstance(node, ast.MatchClass):
+        classes: list[ast.AST] = [node.cls]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+        classes = [*ast.walk(node.args[1])]
+    else:
+        return set()
+    names = (part.attr if isinstance(part, ast.Attribute) else getattr(part, "id", "") for part in classes)
+    return set(names)
+
+
+def test_readers_of_a_graph_go_by_facts_and_not_by_kinds_of_operations() -> None:
+    """Only what executes or writes an operation may know which one it is."""
+    kinds = {kind.__name__ for kind in Operation.__subclasses__()}
+    assert {"Attention", "MoE"} <= kinds
+    knowing = (ROOT / "runner" / "blocks", ROOT / "convert" / "onnx")
+    files = [
+        *ROOT.glob("*.py"),
+        *(file for package in (*PACKAGES, "commands") for file in (ROOT / package).rglob("*.py")),
+    ]
+    readers = [file for file in files if not any(folder in file.parents for folder in knowing)]
+    asking = {
+        f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        for file in readers
+        for node in ast.walk(ast.parse(file.read_text()))
+        if kinds & _asks_for_a_kind(node)
+    }
+    assert asking == set()
 
 
 def test_files_are_short() -> None:

@@ -6,13 +6,19 @@ import onnx_ir as ir
 
 from ...archs.graph import Attention, Norm
 from ...archs.weights import Weight
+from ...errors import BadInput
 from .builder import Builder
 from .rotary import rotate
 
 
 def attention(build: Builder, operation: Attention, states: ir.Value, layer: int) -> ir.Value:
-    """states [batch, sequence, hidden size] -> what attention adds, of the same shape."""
+    """states [batch, sequence, hidden size] -> what attention adds, of the same shape.
+
+    Raises BadInput for attention to another layer's keys.
+    """
     o = operation
+    if not o.key or not o.value:
+        raise BadInput("ONNX has no form for attention to keys of another layer yet: use --to gguf")
     query = _prepared(build, o, states, o.query, o.query_norm, o.heads)
     key = _prepared(build, o, states, o.key, o.key_norm, o.key_value_heads)
     value = build.project(states, o.value)
@@ -28,6 +34,8 @@ def attention(build: Builder, operation: Attention, states: ir.Value, layer: int
         domain="com.microsoft",
         num_heads=o.heads,
         kv_num_heads=o.key_value_heads,
+        **({"local_window_size": o.window} if o.window else {}),
+        **({"scale": o.scale} if o.scale is not None else {}),
     )
     for name, state in zip(results, present, strict=True):
         build.remember(name, state)
@@ -39,8 +47,11 @@ def _prepared(
 ) -> ir.Value:
     """Queries or keys [batch, sequence, heads * head size], normed and rotated."""
     projected = build.project(states, weight)
-    if norm:
+    if norm and norm.weight.columns == weight.shape[0]:
         projected = build.norm(projected, norm)
+    elif norm:
+        apart = build.norm(build.reshape(projected, [0, 0, heads, operation.head_size]), norm)
+        projected = build.reshape(apart, [0, 0, heads * operation.head_size])
     return rotate(build, projected, (heads, operation.head_size), operation.rope) if operation.rope else projected
 
 

@@ -71,6 +71,10 @@ class Builder:
             self._inputs[name] = ir.Value(name=name, type=ir.TensorType(_type(dtype)), shape=ir.Shape(shape))
         return self._inputs[name]
 
+    def tokens(self) -> ir.Value:
+        """Token ids, int64 [batch, sequence]."""
+        return self.input("input_ids", "int64", ["batch", "sequence"])
+
     def output(self, name: str, value: ir.Value, dtype: str, shape: Shape) -> None:
         value.name, value.type, value.shape = name, ir.TensorType(_type(dtype)), ir.Shape(shape)
         self._outputs.append(value)
@@ -125,6 +129,10 @@ class Builder:
         """From `start` to before `stop`, int64 [1], or to the end."""
         end = self.constant([_END]) if stop is None else stop
         return self.op("Slice", value, start, end, self.constant([axis]))
+
+    def scaled(self, value: ir.Value, factor: float) -> ir.Value:
+        """A number times the value."""
+        return value if factor == 1.0 else self.op("Mul", value, self.constant(float(factor)))
 
     def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
         """In another shape, where 0 keeps a dimension and -1 is what the others leave."""
@@ -205,7 +213,10 @@ class Builder:
         return self.microsoft("GatherBlockQuantized", *inputs, gather_axis=0, quantize_axis=1, **packing)
 
     def norm(self, states: ir.Value, norm: Norm) -> ir.Value:
-        """RMSNorm over the last axis."""
+        """A norm over the last axis."""
+        if norm.centered:
+            weights = [self.weight(weight) for weight in (norm.weight, norm.bias) if weight]
+            return self.op("LayerNormalization", states, *weights, axis=-1, epsilon=norm.epsilon)
         return self.op("RMSNormalization", states, self.weight(norm.weight), axis=-1, epsilon=norm.epsilon)
 
     def normalize(self, states: ir.Value, size: int, epsilon: float) -> ir.Value:

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...archs.graph import MLP, Activation, HashRouter, MoE, Router, Score
+from ...errors import BadInput
 from .builder import Builder
 
 # relu(u)^2 = u * sigmoid(alpha * u) * u, up to 1 / alpha^2: the gate of this SwiGLU is the projection itself.
@@ -13,35 +14,47 @@ _SQUARED_RELU_ALPHA = 1e6
 _NEVER = -1e4  # the logarithm of no weight
 
 
-def moe(build: Builder, operation: MoE, states: ir.Value, tokens: ir.Value) -> ir.Value:
-    """states [batch, sequence, hidden size], token ids [batch, sequence] -> what the experts add, of states' shape."""
-    shares = route(build, operation.router, states, tokens)
+def moe(build: Builder, operation: MoE, states: ir.Value, layer: int) -> ir.Value:
+    """states [batch, sequence, hidden size] -> what the experts add, of the same shape."""
+    shares = route(build, operation.router, states)
     inner = build.project(states, operation.latent_down) if operation.latent_down else states
     answer = _experts(build, operation, inner, shares)
     if operation.latent_up:
         answer = build.project(answer, operation.latent_up)
     if operation.shared:
-        answer = build.op("Add", answer, mlp(build, operation.shared, states))
+        shared = mlp(build, operation.shared, states)
+        if operation.shared_gate:
+            gate = build.microsoft("FusedMatMul", states, build.weight(operation.shared_gate), transB=1)
+            shared = build.op("Mul", shared, build.op("Sigmoid", gate))
+        answer = build.op("Add", answer, shared)
     return answer
 
 
-def route(build: Builder, router: Router | HashRouter, states: ir.Value, tokens: ir.Value) -> ir.Value:
-    """The share of every expert in every token, zeros for those not chosen: [tokens, experts]."""
+def route(build: Builder, router: Router | HashRouter, states: ir.Value) -> ir.Value:
+    """The share of every expert in every token, zeros for those not chosen: [tokens, experts].
+
+    Raises BadInput for a router that reads anything but what the experts read.
+    """
+    if isinstance(router, Router) and router.input_norm:
+        raise BadInput("ONNX has no form for a router with a norm of its own yet: use --to gguf")
     experts = router.weight.shape[0]
     logits = build.op("Reshape", build.project(states, router.weight), build.constant([-1, experts]))
     scores = _score(build, router.score, build.known(logits, "tokens", experts))
     if isinstance(router, HashRouter):
-        chosen = build.rows(build.op("Reshape", tokens, build.constant([-1])), router.table)
+        chosen = build.rows(build.op("Reshape", build.tokens(), build.constant([-1])), router.table)
     else:
-        candidates = _best_groups(build, router, build.op("Add", scores, build.weight(router.bias)))
+        biased = build.op("Add", scores, build.weight(router.bias)) if router.bias else scores
+        candidates = _best_groups(build, router, biased)
         chosen = build.ops("TopK", candidates, build.constant([router.top_k]), outputs=2, axis=-1)[1]
     shares = build.op("GatherElements", scores, chosen, axis=1)
-    total = build.op("ReduceSum", shares, build.constant([-1]), keepdims=1)
-    if router.epsilon:
-        total = build.op("Add", total, build.constant(router.epsilon))
-    shares = build.op("Div", shares, total)
-    if router.scale != 1.0:
-        shares = build.op("Mul", shares, build.constant(router.scale))
+    if isinstance(router, HashRouter) or router.normalize:
+        total = build.op("ReduceSum", shares, build.constant([-1]), keepdims=1)
+        if router.epsilon:
+            total = build.op("Add", total, build.constant(router.epsilon))
+        shares = build.op("Div", shares, total)
+    shares = build.scaled(shares, router.scale)
+    if isinstance(router, Router) and router.expert_scale:
+        shares = build.op("Mul", shares, build.op("Gather", build.weight(router.expert_scale), chosen))
     nothing = build.op("Mul", scores, build.constant(0.0))
     return build.op("ScatterElements", nothing, chosen, shares, axis=1)
 
@@ -50,6 +63,8 @@ def _score(build: Builder, score: Score, logits: ir.Value) -> ir.Value:
     match score:
         case Score.SIGMOID:
             return build.op("Sigmoid", logits)
+        case Score.SOFTMAX:
+            return build.op("Softmax", logits, axis=-1)
         case Score.SQRT_SOFTPLUS:
             return build.op("Sqrt", build.op("Softplus", logits))
 
@@ -106,6 +121,11 @@ def _float_experts(
     total = build.op("ReduceSum", shares, build.constant([-1]), keepdims=1)
     shape = build.op("Concat", build.op("Shape", states, end=-1), build.constant([1]), axis=0)
     return build.op("Mul", answer, build.op("Reshape", total, shape))
+
+
+def dense(build: Builder, operation: MLP, states: ir.Value, layer: int) -> ir.Value:
+    """states [batch, sequence, hidden size] -> what the layer adds, of the same shape."""
+    return mlp(build, operation, states)
 
 
 def mlp(build: Builder, operation: MLP, states: ir.Value) -> ir.Value:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...archs.graph import Graph
 from ...errors import BadInput
 from ...progress import NoProgress
+from ...quant.formats.table import LARGEST_BLOCK
 from ...quant.planning.allocation import Damage, Key, plan_within, typical_damage
 from ...quant.planning.file_formats import plan_format
 from ...quant.planning.fit import Machine, MachinePlan, fit
@@ -21,7 +22,6 @@ from ...sources.model import Model
 from ..gguf.writer import header_bytes
 from ..pipeline import gguf_metadata
 
-_BLOCK = 256  # rows are padded to multiples of this
 _HEADER_SLACK = 4096  # bytes; the header's names of files and plans are not final when a plan is made
 _HEADER_PER_WORD = 32  # bytes of a header for each word of a vocabulary that is not here
 
@@ -203,7 +203,7 @@ def variants(graph: Graph, padding: bool, mtp: bool | None) -> list[Graph]:
         raise BadInput("--mtp: this model keeps no blocks for multi-token prediction in the same file; leave it out")
     plain = replace(graph, predictions=()) if mtp is False else graph
     forms = [plain]
-    padded = pad(plain if mtp else replace(graph, predictions=()), _BLOCK)
+    padded = pad(plain if mtp else replace(graph, predictions=()), LARGEST_BLOCK)
     if padding and any(w.shape != p.shape for w, p in zip(padded.weights(), plain.weights(), strict=False)):
         forms.append(padded)
     return forms

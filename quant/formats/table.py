@@ -73,6 +73,7 @@ _TYPES: Final = (
 )
 
 FORMATS: Final[dict[str, Format]] = {fields[0]: Format(*fields) for fields in _TYPES}
+LARGEST_BLOCK: Final = max(format.block_size for format in FORMATS.values())  # every row of a multiple fits all types
 _BY_ID: Final = {format.id: format for format in FORMATS.values()}
 
 

@@ -14,9 +14,9 @@ from functools import cache
 from math import exp, log
 from statistics import fmean
 
-from ...archs.graph import Graph, MoE
+from ...archs.graph import Graph
 from ...archs.weights import Role, Weight
-from ..formats.table import Format, format_named
+from ..formats.table import LARGEST_BLOCK, Format, format_named
 from .exact import exact_format, source_bits
 from .knapsack import Option, solve_knapsack
 from .plan import Plan, PlannedTensor
@@ -41,7 +41,6 @@ TYPES = (
 )
 ONE_BIT_TYPES = ("IQ1_S", "IQ1_M")
 TYPES_FOR_SHORT_ROWS = ("Q2_0", "MXFP4", "IQ4_NL", "Q5_0", "Q5_1")  # worse than others where blocks of 256 fit
-_BLOCK = 256
 _SCALE_BITS = 0.5  # what ggml's block scales cost: Q8_0 is not more than the 8 bits of an FP8 source
 _SAMPLE = (32, 2048)  # rows and columns of random numbers that typical errors are measured on
 
@@ -136,7 +135,7 @@ def allowed_types(weight: Weight, one_bit: bool = False) -> tuple[Format, ...]:
     exact = exact_format(weight.source)
     most = source_bits(weight.source) + _SCALE_BITS
     names = [*TYPES, *(ONE_BIT_TYPES if one_bit else ()), *((exact.name,) if exact else ())]
-    if weight.columns % _BLOCK or weight.role is Role.ATTENTION_OUTPUT_DOWN:
+    if weight.columns % LARGEST_BLOCK or weight.role is Role.ATTENTION_OUTPUT_DOWN:
         names += TYPES_FOR_SHORT_ROWS
     formats = {format_named(name) for name in names if _engine_takes(weight.role, name)}
     fitting = [format for format in formats if format.fits(weight.columns) and format.bits_per_weight <= most]
@@ -152,20 +151,6 @@ def _may_be_quantized(weight: Weight) -> bool:
 
 def _engine_takes(role: Role, name: str) -> bool:
     return role is not Role.ATTENTION_OUTPUT_DOWN or name not in UNREPACKED
-
-
-def active_share(graph: Graph) -> Mapping[str, float]:
-    """By weight name, the part of it that one token touches: `top_k` of all experts, one row of the embedding.
-
-    Names that are missing are touched as a whole; the blocks for drafting are not counted.
-    """
-    shares = {graph.embedding.name: 1 / graph.embedding.shape[0]}
-    for operation in graph.operations():
-        if isinstance(operation, MoE):
-            stacks = (stack for stack in (operation.gate, operation.up, operation.down) if stack)
-            shares |= {stack.name: operation.router.top_k / operation.experts for stack in stacks}
-    shares |= {weight.name: 0.0 for weight in Graph.weights(replace(graph, layers=())) if weight.layer is not None}
-    return shares
 
 
 Key = Callable[[Weight], Hashable]
@@ -192,7 +177,7 @@ def plan_within(
     Raises BadInput when a budget is too small.
     """
     weights = tuple(graph.weights())
-    types = types_within(weights, budget, damage, active_share(graph), one_bit, together, active_budget)
+    types = types_within(weights, budget, damage, graph.active_shares(), one_bit, together, active_budget)
     return replace(plan_with(graph, types, name), expected_kld=_expected(weights, types, damage))
 
 
@@ -205,7 +190,7 @@ def types_within(
     together: Key | None = None,
     active_budget: float | None = None,
 ) -> dict[str, Format]:
-    """The same choice for some of a graph's weights, by name; `shares` are those of `active_share`."""
+    """The same choice for some of a graph's weights, by name; `shares` are those of `Graph.active_shares`."""
     groups: dict[Hashable, list[Weight]] = {}
     for weight in weights:
         groups.setdefault(together(weight) if together else weight.name, []).append(weight)
@@ -220,7 +205,7 @@ def types_within(
 
 def bytes_per_token(plan: Plan) -> float:
     """Bytes of weights that one token touches on average, which bound the speed of decoding."""
-    shares = active_share(plan.graph)
+    shares = plan.graph.active_shares()
     return sum(plan.bytes_of(tensor) * shares.get(tensor.weight.name, 1.0) for tensor in plan.tensors)
 
 

@@ -11,6 +11,7 @@ from ...archs.weights import (
     Mxfp4,
     NegativeExponential,
     Nvfp4,
+    OnePlus,
     Padded,
     Read,
     Reshape,
@@ -53,7 +54,7 @@ def source_bits(expression: Expression) -> float:
             return 8 * codes.length / prod(codes.shape)
         case Nvfp4(codes, scale) | Mxfp4(codes, scale):
             return 8 * (codes.length + scale.length) / prod(expression.shape)
-        case Rows(source) | Padded(source) | NegativeExponential(source):
+        case Rows(source) | Padded(source) | NegativeExponential(source) | OnePlus(source):
             return source_bits(source)
         case Stack(parts) | SideBySide(parts):
             return max(source_bits(part) for part in parts)

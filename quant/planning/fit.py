@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from ...archs.graph import CompressedAttention, Graph, Mamba2
+from ...archs.graph import Graph
 from ...archs.weights import Role, Weight
 from ...errors import BadInput
 from ..formats.table import Format
-from .allocation import Damage, active_share, plan_with, types_within
+from .allocation import Damage, plan_with, types_within
 from .plan import Plan, PlannedTensor
 
 _EXPERTS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
@@ -47,32 +47,18 @@ class MachinePlan:
 
 def fit(graph: Graph, machine: Machine, damage: Damage, one_bit: bool = False, name: str = "fit") -> MachinePlan:
     """The plan of least damage for a machine's memory. Raises BadInput when the model cannot fit."""
-    state = graph.state_bytes_per_token() * machine.context + fixed_state_bytes(graph)
+    state = graph.state_bytes_per_token() * machine.context + graph.fixed_state_bytes()
     working = 4 * _BATCH * (graph.vocabulary_size + _WORKING_ROWS * graph.residual_size)
     ram = machine.ram - max(_RESERVE, machine.ram // _RESERVE_SHARE)
     if machine.vram:
         types, layers = _split(graph, ram, machine.vram - _GPU_RESERVE - state - working, damage, one_bit)
     else:
         budget = ram - state - working
-        types = types_within(tuple(graph.weights()), budget, damage, active_share(graph), one_bit)
+        types = types_within(tuple(graph.weights()), budget, damage, graph.active_shares(), one_bit)
         layers = len(graph.layers)
     plan = plan_with(graph, types, name)
     expected = sum(damage.of(t.weight, t.type) for t in plan.tensors) if damage.measured else None
     return MachinePlan(replace(plan, expected_kld=expected), machine, state, working, layers)
-
-
-def fixed_state_bytes(graph: Graph) -> int:
-    """Bytes of state that do not grow with the context: recurrent states in float32, windows of keys in 16 bits."""
-    size = 0
-    for operation in graph.operations():
-        match operation:
-            case Mamba2():
-                channels = operation.inner_size + 2 * operation.groups * operation.state_size
-                taps = operation.convolution.columns
-                size += 4 * (operation.inner_size * operation.state_size + (taps - 1) * channels)
-            case CompressedAttention():
-                size += 2 * operation.window * operation.head_size
-    return size
 
 
 def _split(graph: Graph, ram: int, vram: int, damage: Damage, one_bit: bool) -> tuple[dict[str, Format], int]:
@@ -80,7 +66,7 @@ def _split(graph: Graph, ram: int, vram: int, damage: Damage, one_bit: bool) -> 
     slow = [weight for weight in graph.weights() if weight.role in _EXPERTS or weight.role is Role.EMBEDDING]
     names = {weight.name for weight in slow}
     fast = [weight for weight in graph.weights() if weight.name not in names]
-    shares = active_share(graph)
+    shares = graph.active_shares()
     try:
         types = types_within(fast, vram, damage, shares, one_bit)
     except BadInput as error:

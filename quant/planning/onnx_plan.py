@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
-from ...archs.graph import Activation, Graph, MoE
-from ...archs.weights import Weight
+from ...archs.graph import Graph
+from ...archs.weights import Role, Weight
 from ...errors import BadInput
-from ..formats.table import Format, format_named
+from ..formats.table import LARGEST_BLOCK, Format, format_named
 from .exact import exact_format
 from .onnx_packing import PACKINGS, PLAIN, row_bytes, storable
 from .plan import Plan, PlannedTensor, plan_tensors
@@ -115,15 +115,14 @@ def plan_onnx(graph: Graph, recipe: Recipe) -> OnnxPlan:
             f"rounded the source's 4-bit floats once more, to {recipe.base}: --quant Q8_0 keeps them, in 8 bits"
         )
     for operation in graph.operations():
-        if isinstance(operation, MoE):
-            stacks = [tensors[stack.name] for stack in (operation.gate, operation.up, operation.down) if stack]
+        stacks = [tensors[stack.name] for stack in operation.stacks]
+        if stacks:
             shared = _type_of_all(stacks)
             changed = (stack for stack in stacks if stack.type != shared)
             tensors |= {stack.weight.name: replace(stack, type=shared, wanted=shared) for stack in changed}
     return OnnxPlan(recipe, graph, tuple(tensors.values()), tuple(notes))
 
 
-_UNIT = 256  # columns: every block divides it
 _COMMON = tuple(map(format_named, ("Q2_0", "Q4_0", "Q8_0")))
 
 
@@ -133,7 +132,7 @@ def _stored(tensor: PlannedTensor, recipe: Recipe) -> PlannedTensor:
     if not storable(type):
         type = min(_COMMON, key=lambda other: abs(other.bits_per_weight - type.bits_per_weight))
     elif type.name in PACKINGS and type == exact_format(tensor.weight.source):
-        type = min(type, base, key=lambda type: row_bytes(type, _UNIT))  # 4-bit floats take 9 bits here
+        type = min(type, base, key=lambda type: row_bytes(type, LARGEST_BLOCK))  # 4-bit floats take 9 bits here
     if type.fits(tensor.weight.columns):
         return replace(tensor, type=type, wanted=tensor.wanted if type == tensor.type else type)
     return replace(tensor, type=format_named("F32"))
@@ -142,7 +141,7 @@ def _stored(tensor: PlannedTensor, recipe: Recipe) -> PlannedTensor:
 def _type_of_all(stacks: Sequence[PlannedTensor]) -> Format:
     """The largest of the stacks' types that fits them all: an operator takes experts of one type only."""
     fitting = [s.type for s in stacks if all(s.type.fits(other.weight.columns) for other in stacks)]
-    return max(fitting, key=lambda type: row_bytes(type, _UNIT), default=format_named("F32"))
+    return max(fitting, key=lambda type: row_bytes(type, LARGEST_BLOCK), default=format_named("F32"))
 
 
 def _place(plan: OnnxPlan) -> Iterator[tuple[str, Placement]]:
@@ -169,13 +168,12 @@ def _partners(graph: Graph) -> dict[str, tuple[tuple[Weight, tuple[int, ...]], .
     """
     result: dict[str, tuple[tuple[Weight, tuple[int, ...]], ...]] = {}
     for operation in graph.operations():
-        if not isinstance(operation, MoE):
-            continue
-        if operation.gate:
-            result[operation.gate.name] = ((operation.gate, (0,)), (operation.up, (1,)))
-            result[operation.up.name] = ()
-        elif operation.activation is Activation.RELU_SQUARED:
-            result[operation.up.name] = ((operation.up, (0, 1)),)
+        by_role = {stack.role: stack for stack in operation.stacks}
+        gate, up = by_role.get(Role.EXPERT_GATE), by_role.get(Role.EXPERT_UP)
+        if gate and up:
+            result |= {gate.name: ((gate, (0,)), (up, (1,))), up.name: ()}
+        elif up:
+            result[up.name] = ((up, (0, 1)),)
     return result
 
 

@@ -4,7 +4,8 @@ Blocks of 256 values do not fit rows of 2688 or 1856; what llama.cpp stores inst
 no harm: silu(0) * 0 and max(0, 0)^2 are 0, so an expert's inner width may grow by rows of zeros in `up` and columns of
 zeros in `down`. The hidden size may grow too: with a = sqrt(new / old), whatever writes into the residual stream
 (embedding, output and down projections) is multiplied by a and gets rows of zeros, whatever reads from it gets columns
-of zeros, and the weights of its RMSNorms are divided by a. The mean square that a norm sees is then the old one.
+of zeros, and the weights of its RMSNorms are divided by a. The mean square that a norm sees is then the old one. Norms
+of what is about to be written see that multiplied by a, and have to leave it so: their weights stay.
 """
 
 from __future__ import annotations
@@ -12,20 +13,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import sqrt
 
-from ...archs.graph import MLP, Attention, CompressedAttention, Graph, Layer, Mamba2, MoE, Norm, Operation, Prediction
+from ...archs.graph import Branch, Graph, Layer, Norm, Operation, SubLayer, with_weights
 from ...archs.weights import Padded, Weight
 
 
 def pad(graph: Graph, multiple: int) -> Graph:
     """The same model with all widths that may grow rounded up to a multiple.
 
-    Hidden size, latent size and the inner widths of experts and dense layers may; sizes of attention and Mamba-2
-    may not. A graph with drafting blocks keeps its hidden size, because their LayerNorm subtracts the mean, and one
-    with hyper-connections all its widths.
+    The hidden size may, and the inner widths that operations say may. A graph with drafting blocks keeps its hidden
+    size, as does any with a LayerNorm, which subtracts the mean, and one with hyper-connections all its widths.
     """
     if graph.residual:
         return graph
-    hidden = graph.hidden_size if graph.predictions else _rounded(graph.hidden_size, multiple)
+    hidden = _rounded(graph.hidden_size, multiple) if _hidden_size_may_grow(graph) else graph.hidden_size
     padding = _Padding(multiple, hidden, sqrt(hidden / graph.hidden_size))
     return replace(
         graph,
@@ -33,9 +33,15 @@ def pad(graph: Graph, multiple: int) -> Graph:
         embedding=_resized(graph.embedding, columns=hidden, factor=padding.factor),
         layers=tuple(padding.layer(layer) for layer in graph.layers),
         final_norm=padding.norm(graph.final_norm),
-        head=padding.reader(graph.head),
-        predictions=tuple(padding.prediction(prediction) for prediction in graph.predictions),
+        head=_resized(graph.head, columns=hidden),
+        predictions=tuple(replace(p, layer=padding.layer(p.layer)) for p in graph.predictions),
     )
+
+
+def _hidden_size_may_grow(graph: Graph) -> bool:
+    sublayers = [sublayer for layer in graph.layers for sublayer in layer.sublayers]
+    norms = (graph.final_norm, *(norm for sublayer in sublayers for norm in sublayer.norms))
+    return not graph.predictions and not any(norm.centered for norm in norms)
 
 
 def _resized(weight: Weight, rows: int | None = None, columns: int | None = None, factor: float = 1.0) -> Weight:
@@ -61,66 +67,40 @@ class _Padding:
     hidden: int
     factor: float
 
-    def reader(self, weight: Weight, rows: int | None = None) -> Weight:
-        return _resized(weight, rows, self.hidden)
-
-    def writer(self, weight: Weight, columns: int | None = None) -> Weight:
-        return _resized(weight, self.hidden, columns, self.factor)
-
     def norm(self, norm: Norm) -> Norm:
         return replace(norm, weight=_resized(norm.weight, columns=self.hidden, factor=1 / self.factor))
 
     def layer(self, layer: Layer) -> Layer:
-        sublayers = (
-            replace(sublayer, norm=self.norm(sublayer.norm), operation=self.operation(sublayer.operation))
-            for sublayer in layer.sublayers
-        )
-        return replace(layer, sublayers=tuple(sublayers))
+        return replace(layer, sublayers=tuple(map(self.sublayer, layer.sublayers)))
 
-    def prediction(self, prediction: Prediction) -> Prediction:
-        return replace(prediction, layer=self.layer(prediction.layer))
+    def sublayer(self, sublayer: SubLayer) -> SubLayer:
+        post_norm = self.post_norm(sublayer.post_norm)
+        return replace(sublayer, branches=tuple(map(self.branch, sublayer.branches)), post_norm=post_norm)
 
-    def operation(self, operation: Operation) -> Operation:
-        assert not isinstance(operation, CompressedAttention)  # comes with hyper-connections
-        match operation:
-            case Attention():
-                return replace(
-                    operation,
-                    query=self.reader(operation.query),
-                    key=self.reader(operation.key),
-                    value=self.reader(operation.value),
-                    output=self.writer(operation.output),
-                )
-            case Mamba2():
-                return replace(operation, input=self.reader(operation.input), output=self.writer(operation.output))
-            case MLP():
-                return self.mlp(operation)
-            case MoE():
-                return self.moe(operation)
+    def branch(self, branch: Branch) -> Branch:
+        """An operation that reads the residual without a norm reads it multiplied by the factor."""
+        norm = self.norm(branch.norm) if branch.norm else None
+        operation = self.operation(branch.operation, 1.0 if norm else 1 / self.factor)
+        return Branch(norm, operation, self.post_norm(branch.post_norm))
 
-    def mlp(self, operation: MLP) -> MLP:
-        width = _rounded(operation.up.shape[0], self.multiple)
-        return replace(
-            operation,
-            up=self.reader(operation.up, width),
-            down=self.writer(operation.down, width),
-            gate=self.reader(operation.gate, width) if operation.gate else None,
-        )
+    def post_norm(self, norm: Norm | None) -> Norm | None:
+        return replace(norm, weight=_resized(norm.weight, columns=self.hidden)) if norm else None
 
-    def moe(self, operation: MoE) -> MoE:
-        width = _rounded(operation.expert_size, self.multiple)
-        outside, factor = self.hidden, self.factor
-        latent_down, latent_up = operation.latent_down, operation.latent_up
-        if latent_down and latent_up:
-            outside, factor = _rounded(latent_down.shape[0], self.multiple), 1.0
-            latent_down, latent_up = self.reader(latent_down, outside), self.writer(latent_up, outside)
-        return replace(
-            operation,
-            router=replace(operation.router, weight=self.reader(operation.router.weight)),
-            gate=_resized(operation.gate, width, outside) if operation.gate else None,
-            up=_resized(operation.up, width, outside),
-            down=_resized(operation.down, outside, width, factor),
-            latent_down=latent_down,
-            latent_up=latent_up,
-            shared=self.mlp(operation.shared) if operation.shared else None,
-        )
+    def operation(self, operation: Operation, read_factor: float) -> Operation:
+        """What its rows and columns grow to, and what a weight is multiplied by, follow from an operation's facts."""
+        rows = {weight.name: self.hidden for weight in operation.writes}
+        columns = {weight.name: self.hidden for weight in operation.reads}
+        factors = {weight.name: read_factor for weight in operation.reads}
+        factors |= {weight.name: self.factor for weight in operation.writes}
+        for norm in operation.residual_norms:
+            columns[norm.weight.name], factors[norm.weight.name] = self.hidden, 1 / self.factor
+        for width in operation.widths:
+            size = _rounded(width.size, self.multiple)
+            rows |= {weight.name: size for weight in width.rows}
+            columns |= {weight.name: size for weight in width.columns}
+
+        def resized(weight: Weight) -> Weight:
+            name = weight.name
+            return _resized(weight, rows.get(name), columns.get(name), factors.get(name, 1.0))
+
+        return with_weights(operation, resized)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from ...archs.graph import Attention, Graph
-from ...archs.weights import GlobalScales, Nvfp4, Padded, Role, Stack, Weight
+from ...archs.graph import Graph
+from ...archs.weights import GlobalScales, Nvfp4, Padded, Role, Stack, Weight, scale_name
 from ...errors import BadInput
 from ..formats.table import Format, format_named
 from .exact import exact_format
@@ -163,8 +163,8 @@ def plan_tensors(graph: Graph, recipe: Recipe, calibrated: bool = False) -> Plan
 
 def _heads_per_group(graph: Graph) -> int:
     """What llama.cpp's mixes call grouped-query attention: that of the first layer alone, 0 if it has none."""
-    operations = (sublayer.operation for layer in graph.layers[:1] for sublayer in layer.sublayers)
-    return next((op.heads // op.key_value_heads for op in operations if isinstance(op, Attention)), 0)
+    operations = (operation for layer in graph.layers[:1] for operation in layer.operations)
+    return max((operation.heads_per_group for operation in operations), default=0)
 
 
 def _plan_tensor(weight: Weight, recipe: Recipe, position: Position) -> PlannedTensor:
@@ -191,15 +191,14 @@ def _plan_native(weight: Weight, graph: Graph) -> tuple[PlannedTensor, ...]:
         case _:
             matrices = []
     nvfp4 = format_named("NVFP4")
-    if len(matrices) == (weight.experts or 1) and weight.role in graph.scaled_roles and nvfp4.fits(weight.columns):
+    if len(matrices) == weight.matrices and weight.role in graph.scaled_roles and nvfp4.fits(weight.columns):
         codes = tuple(replace(matrix, global_scale=None) for matrix in matrices)
-        stored = replace(weight, source=codes[0] if weight.experts is None else Stack(codes))
+        stored = replace(weight, source=Stack(codes) if weight.stack else codes[0])
         scales = GlobalScales(tuple(matrices))
-        name = f"{weight.name.removesuffix('.weight')}.scale"
         f32 = format_named("F32")
         return (
             PlannedTensor(stored, nvfp4, nvfp4),
-            PlannedTensor(Weight(name, Role.SCALE, scales.shape, scales), f32, f32),
+            PlannedTensor(Weight(scale_name(weight.name), Role.SCALE, scales.shape, scales), f32, f32),
         )
     exact = exact_format(weight.source) or format_named("Q8_0")
     wanted = format_named("F32") if weight.role.keep_f32 or len(weight.shape) == 1 else exact

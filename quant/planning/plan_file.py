@@ -20,13 +20,12 @@ from ...archs.graph import Graph
 from ...archs.weights import Role
 from ...errors import BadInput
 from ...files import sync
-from ..formats.table import Format, format_named
+from ..formats.table import LARGEST_BLOCK, Format, format_named
 from .allocation import allowed_types, bytes_per_token, plan_with
 from .padding import pad
 from .plan import Plan
 
 VERSION = 1
-_PADDING = 256  # what rows are padded to multiples of
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def plan_like(graph: Graph, stored: StoredTypes) -> Plan:
     if stored.tensors.get(graph.embedding.name, ("", graph.embedding.shape))[1] != graph.embedding.shape or any(
         stored.tensors.get(weight.name, ("", weight.shape))[1] != weight.shape for weight in graph.weights()
     ):
-        graph = pad(graph, _PADDING)
+        graph = pad(graph, LARGEST_BLOCK)
         notes = (*notes, f"padded rows with zeros, as {stored.origin} has them, which changes no result")
     types = {weight.name: _type_of(weight.name, weight.shape, stored) for weight in graph.weights()}
     for weight in graph.weights():

@@ -124,7 +124,14 @@ UNREPACKED: Mapping[str, str] = {
 }
 
 # Routed experts, the shared expert and dense layers are alike to llama.cpp's rules, and counted together.
-GATE_UP_PROJECTIONS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.SHARED_GATE, Role.SHARED_UP, Role.DENSE_UP)
+GATE_UP_PROJECTIONS = (
+    Role.EXPERT_GATE,
+    Role.EXPERT_UP,
+    Role.SHARED_GATE,
+    Role.SHARED_UP,
+    Role.DENSE_GATE,
+    Role.DENSE_UP,
+)
 DOWN_PROJECTIONS = (Role.EXPERT_DOWN, Role.SHARED_DOWN, Role.DENSE_DOWN)
 
 

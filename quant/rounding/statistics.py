@@ -37,19 +37,22 @@ class Statistics:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
         self._pooled: dict[str, Tensor] = {}
+        self._expert_stacks: list[str] = []
 
     @classmethod
     def of_tensors(cls, tensors: Iterator[Tensor]) -> Statistics:
         """What `tensors` gave."""
         statistics = cls()
-        for name in bytes(next(tensors).tolist()).decode().split("\n"):
+        names, statistics._expert_stacks = (bytes(next(tensors).tolist()).decode().split("\n") for _ in range(2))
+        for name in names:
             statistics.sums[name], statistics.counts[name] = next(tensors), next(tensors)
             statistics._pooled[name] = statistics.sums[name].sum(dim=0)
         return statistics
 
     def tensors(self) -> Iterator[Tensor]:
-        """Everything as tensors, the names (UTF-8) first."""
-        yield torch.tensor(list("\n".join(self.sums).encode()), dtype=torch.uint8)
+        """Everything as tensors, the names (UTF-8) of all weights and of stacks of experts first."""
+        for names in (self.sums, self._expert_stacks):
+            yield torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8)
         for name, sums in self.sums.items():
             yield sums
             yield self.counts[name]
@@ -58,9 +61,11 @@ class Statistics:
         """Count in what a matrix is multiplied with, [inputs, columns]."""
         name, columns = weight.name, states.shape[1]
         if name not in self.sums:
-            self.sums[name] = torch.zeros(weight.experts or 1, columns, dtype=torch.float64)
-            self.counts[name] = torch.zeros(weight.experts or 1, dtype=torch.int64)
+            self.sums[name] = torch.zeros(weight.matrices, columns, dtype=torch.float64)
+            self.counts[name] = torch.zeros(weight.matrices, dtype=torch.int64)
             self._pooled[name] = torch.zeros(columns, dtype=torch.float64)
+            if weight.experts is not None:
+                self._expert_stacks.append(name)
         squares = states.square().sum(dim=0).double()
         self.sums[name][expert or 0] += squares
         self.counts[name][expert or 0] += len(states)
@@ -99,9 +104,10 @@ class Statistics:
     @property
     def expert_tokens(self) -> Tensor | None:
         """How many tokens each expert has seen, int64 [experts]; None where there are no experts."""
-        return next((counts for counts in self.counts.values() if len(counts) > 1), None)
+        return next((self.counts[name] for name in self._expert_stacks if name in self.counts), None)
 
     def clear(self) -> None:
         self.sums.clear()
         self.counts.clear()
         self._pooled.clear()
+        self._expert_stacks.clear()

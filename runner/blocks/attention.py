@@ -1,4 +1,4 @@
-"""Grouped-query attention over everything before."""
+"""Grouped-query attention over everything before, or a window of it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch.nn import functional
 from ...archs.graph import Attention, Norm, Rope
 from ..weights import Weights
 from .common import normalizer, split_heads
+from .context import Context
 from .rotary import rotate
 
 
 @dataclass(frozen=True)
 class AttentionState:
-    """Keys and values of all tokens seen, [key-value heads, tokens, head size] each."""
+    """Keys and values of all tokens that later ones may see, [key-value heads, tokens, head size] each."""
 
     keys: Tensor
     values: Tensor
@@ -37,22 +38,38 @@ class AttentionMixer:
         nothing = torch.empty(self._operation.key_value_heads, 0, self._operation.head_size)
         return AttentionState(nothing, nothing)
 
-    def __call__(self, states: Tensor, memory: AttentionState) -> tuple[Tensor, AttentionState]:
+    def __call__(self, states: Tensor, memory: AttentionState, context: Context) -> tuple[Tensor, AttentionState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
-        o, past = self._operation, memory.keys.shape[1]
-        positions = past + torch.arange(len(states))
-        query, key, value = (self._weights.project(states, weight) for weight in (o.query, o.key, o.value))
-        keys = torch.cat((memory.keys, self._prepare_key(key, positions)), dim=1)
-        values = torch.cat((memory.values, split_heads(value, o.key_value_heads)), dim=1)
+        o, positions = self._operation, context.positions
+        query = self._prepare_query(self._weights.project(states, o.query), positions)
+        if o.keys_of is None:
+            keys, values = self._keys_and_values(states, memory, positions)
+            if context.shares:
+                context.shared[context.layer] = torch.cat((keys, values)).transpose(0, 1).flatten(1)
+        else:
+            shared = split_heads(context.shared[o.keys_of], 2 * o.key_value_heads)
+            keys, values = shared.chunk(2)
+        distance = positions[:, None] - (positions[-1] + 1 - keys.shape[1] + torch.arange(keys.shape[1]))
+        visible = distance >= 0 if o.window is None else (distance >= 0) & (distance < o.window)
         mixed = functional.scaled_dot_product_attention(
-            self._prepare_query(query, positions)[None],
-            keys[None],
-            values[None],
-            attn_mask=torch.ones(len(states), keys.shape[1], dtype=torch.bool).tril(past),
-            enable_gqa=True,
+            query[None], keys[None], values[None], attn_mask=visible, scale=o.scale, enable_gqa=True
         )  # [1, heads, tokens, head size]
         output = self._weights.project(mixed[0].transpose(0, 1).flatten(1), o.output)
-        return output, AttentionState(keys, values)
+        return output, self._remembered(keys, values)
+
+    def _keys_and_values(self, states: Tensor, memory: AttentionState, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of all tokens seen, the new ones last."""
+        o, project = self._operation, self._weights.project
+        assert o.key and o.value
+        key, value = project(states, o.key), project(states, o.value)
+        keys = torch.cat((memory.keys, self._prepare_key(key, positions)), dim=1)
+        return keys, torch.cat((memory.values, split_heads(value, o.key_value_heads)), dim=1)
+
+    def _remembered(self, keys: Tensor, values: Tensor) -> AttentionState:
+        """Nothing of another layer's, and of a window what the next token will see."""
+        o, count = self._operation, keys.shape[1]
+        first = count if o.keys_of is not None else 0 if o.window is None else max(0, count + 1 - o.window)
+        return AttentionState(keys[:, first:], values[:, first:])
 
 
 def _preparation(
@@ -62,7 +79,11 @@ def _preparation(
     normalize = normalizer(norm, weights) if norm else None
 
     def prepare(states: Tensor, positions: Tensor) -> Tensor:
-        heads_apart = split_heads(normalize(states) if normalize else states, heads)
+        if normalize and norm and norm.weight.columns == states.shape[-1]:
+            heads_apart = split_heads(normalize(states), heads)
+        else:
+            heads_apart = split_heads(states, heads)
+            heads_apart = normalize(heads_apart) if normalize else heads_apart
         return rotate(heads_apart, rope, positions) if rope else heads_apart
 
     return prepare

@@ -13,16 +13,21 @@ from torch.nn import functional
 
 from ...archs.graph import MLP, Activation, HashRouter, Norm, Router, Score
 from ..weights import Weights
+from .context import Context
 
 
 def normalizer(norm: Norm, weights: Weights) -> Callable[[Tensor], Tensor]:
-    """RMSNorm with its weight loaded: divides every row [..., size] by its root mean square, times the weight."""
+    """A norm of rows [..., size] with its weights loaded."""
     weight = weights.load(norm.weight)
+    bias = weights.load(norm.bias) if norm.bias else None
 
-    def normalize(hidden: Tensor) -> Tensor:
+    def normalize_mean_square(hidden: Tensor) -> Tensor:
         return functional.rms_norm(hidden, weight.shape[-1:], None, norm.epsilon) * weight
 
-    return normalize
+    def normalize_variance(hidden: Tensor) -> Tensor:
+        return functional.layer_norm(hidden, weight.shape[-1:], weight, bias, norm.epsilon)
+
+    return normalize_variance if norm.centered else normalize_mean_square
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:
@@ -37,19 +42,39 @@ def mlp(operation: MLP, states: Tensor, weights: Weights) -> Tensor:
     return weights.project(inner, operation.down)
 
 
+class DenseMixer:
+    """A dense layer with its weights; it mixes no tokens, so there is nothing to remember."""
+
+    def __init__(self, operation: MLP, weights: Weights) -> None:
+        self._operation = operation
+        self._weights = weights
+
+    def initial_state(self) -> None:
+        """The state before the first token."""
+
+    def __call__(self, states: Tensor, memory: None, context: Context) -> tuple[Tensor, None]:
+        """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
+        return mlp(self._operation, states, self._weights), None
+
+
 def route(router: Router | HashRouter, states: Tensor, tokens: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """states [tokens, hidden size], token ids [tokens] -> chosen experts and their shares, both [tokens, top_k].
 
-    Shares are the chosen experts' own scores, scaled to a fixed sum: a bias moves the choice only.
+    Shares are the chosen experts' own scores, as a rule scaled to a fixed sum: a bias moves the choice only.
     """
     scores = _SCORES[router.score](weights.project(states, router.weight))
     if isinstance(router, HashRouter):
         chosen = weights.load(router.table)[tokens].long()
-    else:
-        candidates = _best_groups(router, scores + weights.load(router.bias))
-        chosen = torch.topk(candidates, router.top_k, dim=-1, sorted=False).indices
+        return chosen, _normalized(scores.gather(1, chosen), router.epsilon) * router.scale
+    candidates = _best_groups(router, scores + weights.load(router.bias) if router.bias else scores)
+    chosen = torch.topk(candidates, router.top_k, dim=-1, sorted=False).indices
     shares = scores.gather(1, chosen)
-    return chosen, shares / (shares.sum(dim=-1, keepdim=True) + router.epsilon) * router.scale
+    shares = (_normalized(shares, router.epsilon) if router.normalize else shares) * router.scale
+    return chosen, shares * weights.load(router.expert_scale)[chosen] if router.expert_scale else shares
+
+
+def _normalized(shares: Tensor, epsilon: float) -> Tensor:
+    return shares / (shares.sum(dim=-1, keepdim=True) + epsilon)
 
 
 def _best_groups(router: Router, scores: Tensor) -> Tensor:
@@ -77,5 +102,6 @@ def activate(activation: Activation, clamp: float | None, gate: Tensor | None, u
 
 _SCORES: dict[Score, Callable[[Tensor], Tensor]] = {
     Score.SIGMOID: torch.sigmoid,
+    Score.SOFTMAX: lambda logits: logits.softmax(dim=-1),
     Score.SQRT_SOFTPLUS: lambda logits: functional.softplus(logits).sqrt(),
 }

@@ -14,9 +14,8 @@ from torch.nn import functional
 from ...archs.graph import CompressedAttention, Compressor, Indexer
 from ..weights import Weights
 from .common import normalizer, split_heads
+from .context import Context
 from .rotary import rotate
-
-_TOKENS = 256  # at a time: the scores of a whole chunk would be [heads, tokens, window + entries]
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,12 @@ class CompressedAttentionMixer:
             indexer=self._indexer.compressor.initial_state() if self._indexer else None,
         )
 
-    def __call__(self, states: Tensor, memory: CompressedAttentionState) -> tuple[Tensor, CompressedAttentionState]:
+    def __call__(
+        self, states: Tensor, memory: CompressedAttentionState, context: Context
+    ) -> tuple[Tensor, CompressedAttentionState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         outputs = []
-        for part in states.split(_TOKENS):
+        for part in states.split(self._operation.TOKENS):
             output, memory = self._run(part, memory)
             outputs.append(output)
         return torch.cat(outputs), memory

@@ -8,20 +8,29 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...archs.graph import MoE
+from ...archs.graph import MoE, Router
 from ...errors import BadInput
 from ..activations import Workspace
 from ..weights import Weights
-from .common import activate, mlp, route
+from .common import activate, mlp, normalizer, route
 
-_BLOCK = 1024  # tokens an expert takes at a time
+
+class Mixture:
+    """The operation with its weights."""
+
+    def __init__(self, operation: MoE, weights: Weights) -> None:
+        self._operation = operation
+        self._weights = weights
+
+    def begin(self, tokens: Tensor, workspace: Workspace, where: str) -> RoutedTokens:
+        """The way of `tokens` [chunks, context] through the experts; `where` names model and layer for messages."""
+        return RoutedTokens(self._operation, self._weights, tokens, workspace, where)
 
 
 class RoutedTokens:
     """One lane's tokens [chunks, context] on their way through the experts of a layer.
 
-    `route` every chunk, `finish_routing`, `add` what experts answer in any order, take `answer`. `where` names model
-    and layer for messages.
+    `route` every chunk, `finish_routing`, `add` what experts answer in any order, take `answer`.
     """
 
     def __init__(self, operation: MoE, weights: Weights, tokens: Tensor, workspace: Workspace, where: str) -> None:
@@ -31,13 +40,16 @@ class RoutedTokens:
         self._where = where
         shape = (*tokens.shape, operation.up.columns)
         self._inputs, self._answers = workspace.activations(*shape), workspace.activations(*shape)
+        norm = operation.router.input_norm if isinstance(operation.router, Router) else None
+        self._normalize = normalizer(norm, weights) if norm else None
         self._chosen: list[Tensor] = []
         self._shares: list[Tensor] = []
 
-    def route(self, normed: Tensor) -> None:
-        """Take in the next chunk: normed states [tokens, hidden size]."""
+    def route(self, normed: Tensor, residual: Tensor) -> None:
+        """Take in the next chunk: states [tokens, hidden size], normed and as the residual has them."""
         chunk, down = len(self._chosen), self.operation.latent_down
-        chosen, shares = route(self.operation.router, normed, self._tokens[chunk], self.weights)
+        states = self._normalize(residual) if self._normalize else normed
+        chosen, shares = route(self.operation.router, states, self._tokens[chunk], self.weights)
         self._inputs[chunk] = self.weights.project(normed, down) if down else normed
         self._chosen.append(chosen)
         self._shares.append(shares)
@@ -52,7 +64,7 @@ class RoutedTokens:
 
     def pieces(self, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Numbers of the tokens that chose an expert and its shares in their answers, so many at a time."""
-        pairs = zip(self._rows[expert].split(_BLOCK), self._portions[expert].split(_BLOCK), strict=True)
+        pairs = zip(self._rows[expert].split(MoE.TOKENS), self._portions[expert].split(MoE.TOKENS), strict=True)
         return ((rows, shares) for rows, shares in pairs if len(rows))
 
     def inputs(self, rows: Tensor) -> Tensor:
@@ -78,7 +90,12 @@ class RoutedTokens:
         operation, answer = self.operation, self._answers[chunk]
         if operation.latent_up:
             answer = self.weights.project(answer, operation.latent_up)
-        return answer + mlp(operation.shared, normed, self.weights) if operation.shared else answer
+        if not operation.shared:
+            return answer
+        shared = mlp(operation.shared, normed, self.weights)
+        if operation.shared_gate:
+            shared = shared * (normed @ self.weights.load(operation.shared_gate).view(-1, 1)).sigmoid()
+        return answer + shared
 
 
 _Piece = tuple[RoutedTokens, Tensor, Tensor]  # tokens of a lane, and the shares of an expert in their answers
@@ -89,9 +106,9 @@ def run_experts(lanes: Sequence[RoutedTokens], expert_done: Callable[[int], None
     count = max(lane.operation.experts for lane in lanes)
     tokens = torch.zeros(count, dtype=torch.int64)
     tokens[: lanes[0].operation.experts] = lanes[0].counts
-    alike: dict[int, list[RoutedTokens]] = {}
+    alike: dict[tuple[int, int], list[RoutedTokens]] = {}
     for lane in lanes:
-        alike.setdefault(id(lane.weights), []).append(lane)
+        alike.setdefault((id(lane.weights), id(lane.operation)), []).append(lane)
     for expert in tokens.argsort(descending=True, stable=True).tolist():
         for group in alike.values():
             if expert < group[0].operation.experts:
@@ -115,7 +132,7 @@ def _blocks(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
     """Pieces side by side, as long as they are no more tokens than one piece may be."""
     block: list[_Piece] = []
     for piece in pieces:
-        if block and sum(len(rows) for _, rows, _ in block) + len(piece[1]) > _BLOCK:
+        if block and sum(len(rows) for _, rows, _ in block) + len(piece[1]) > MoE.TOKENS:
             yield block
             block = []
         block.append(piece)

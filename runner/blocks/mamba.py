@@ -11,8 +11,7 @@ from torch.nn import functional
 from ...archs.graph import Mamba2
 from ..weights import Weights
 from .common import normalizer
-
-_CHUNK = 128  # tokens whose mutual influence is one matrix per head
+from .context import Context
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class MambaMixer:
         o, (channels, taps) = self._operation, self._convolution.shape
         return MambaState(torch.zeros(taps - 1, channels), torch.zeros(o.heads, o.head_size, o.state_size))
 
-    def __call__(self, states: Tensor, memory: MambaState) -> tuple[Tensor, MambaState]:
+    def __call__(self, states: Tensor, memory: MambaState, context: Context) -> tuple[Tensor, MambaState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         o = self._operation
         tokens, channels = len(states), len(self._convolution)
@@ -83,8 +82,8 @@ def scan(x: Tensor, step: Tensor, decay: Tensor, b: Tensor, c: Tensor, space: Te
     """
     shared = x.shape[1] // b.shape[1]
     outputs = []
-    for start in range(0, len(x), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for start in range(0, len(x), Mamba2.CHUNK):
+        part = slice(start, start + Mamba2.CHUNK)
         inputs = (x[part] * step[part, :, None]).transpose(0, 1)  # [heads, tokens, head size]
         keys, queries = (t[part].transpose(0, 1).repeat_interleave(shared, dim=0) for t in (b, c))
         # In float64, because differences of long sums follow.

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...quant.planning.plan import Plan
-from ..passes import Measuring
-from ..stream import advance
+from ..passes import CANDIDATE, REFERENCE, Measuring
 from ..weights import ModelWeights
 from .evaluate import compare_heads
 from .rounded import Quantizer, RoundedWeights
@@ -23,14 +22,16 @@ def divergences(measuring: Measuring, plans: Sequence[Plan], tokens: Tensor) -> 
     source = ModelWeights(measuring.model, measuring.compute_dtype)
     layer_pass, statistics, importance = measuring.begin(source)
     quantizer = Quantizer(source, importance)
-    reference = layer_pass.begin(tokens, source)
-    candidates = [layer_pass.begin(tokens, _rounded(quantizer, plan)) for plan in plans]
-    graphs = [stream.weights.graph for stream in layer_pass.streams]
+    reference = layer_pass.begin(REFERENCE, tokens, source)
+    names = (f"{CANDIDATE} {number}" for number in range(len(plans)))
+    rounded = (_rounded(quantizer, plan) for plan in plans)
+    candidates = [layer_pass.begin(name, tokens, weights) for name, weights in zip(names, rounded, strict=True)]
+    graphs = [stream.weights.graph for stream in layer_pass.streams.values()]
     measuring.progress.begin("Comparing plans", len(reference.weights.graph.layers), "layers")
     for layers in zip(*(graph.layers for graph in graphs), strict=True):
         index = layers[0].index
         if not layer_pass.is_done(index):
-            advance(layer_pass.streams, layers)
+            layer_pass.advance(layers)
             statistics.clear()
             layer_pass.save(index)
         measuring.progress.advance(1, f"layer {index}")

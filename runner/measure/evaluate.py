@@ -17,8 +17,8 @@ from ...sources.model import Model, pieces
 from ...sources.tokenizer import Tokenizer
 from ..activations import Activations
 from ..engines import OnnxModel, open_runnable
-from ..stream import Stream, advance
-from ..weights import ModelWeights, multiply
+from ..stream import Stream, advance, word_logits
+from ..weights import ModelWeights
 from .logits import compare, logit_source, score
 from .scores import Divergence, Scores
 
@@ -111,7 +111,7 @@ def _score_stream(stream: Stream, scores: Scores, progress: Progress) -> None:
     first_word = 0
     for block in stream.head_blocks():
         for chunk, part in enumerate(_chunks(scores.labels, len(tokens))):
-            scores.update(part, first_word, multiply(states[chunk], block))
+            scores.update(part, first_word, word_logits(stream.weights.graph, states[chunk], block))
         first_word += len(block)
 
 
@@ -259,9 +259,9 @@ def compare_heads(reference: Stream, candidates: Sequence[Stream], expected: Ten
     for _, rows in pieces(reference.weights.graph.head):
         blocks = [stream.weights.load(stream.weights.graph.head, None, rows) for stream in streams]
         for chunk, part in enumerate(_chunks(labels(expected), len(expected))):
-            logits = multiply(states[0][chunk], blocks[0])
-            for divergence, own, block in zip(divergences, states[1:], blocks[1:], strict=True):
-                divergence.update(part, first_word, logits, multiply(own[chunk], block))
+            logits = word_logits(reference.weights.graph, states[0][chunk], blocks[0])
+            for divergence, stream, own, block in zip(divergences, candidates, states[1:], blocks[1:], strict=True):
+                divergence.update(part, first_word, logits, word_logits(stream.weights.graph, own[chunk], block))
         first_word += len(blocks[0])
         for stream in streams:
             stream.weights.release()

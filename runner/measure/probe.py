@@ -21,8 +21,8 @@ from ...archs.graph import Graph, weights_in
 from ...archs.weights import Weight
 from ...quant.formats.table import format_named
 from ...quant.planning.allocation import Damage, allowed_types, typical_damage
-from ..passes import LayerPass, Measuring, packed, unpacked
-from ..stream import Stream, advance
+from ..passes import REFERENCE, LayerPass, Measuring, packed, unpacked
+from ..stream import Stream
 from ..weights import ModelWeights
 from .evaluate import compare_heads
 from .rounded import Quantizer, RoundedWeights
@@ -48,7 +48,7 @@ def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph])
     types = types_of(forms, measuring.wants_importance)
     probed = {weight.name: _coarse(weight) for weight in graph.weights() if weight.name in types}
     errors = ErrorWeights(source, quantizer, {name: {*types[name], probed[name]} for name in probed})
-    reference = layer_pass.begin(tokens, errors)
+    reference = layer_pass.begin(REFERENCE, tokens, errors)
     probes = _Probes(layer_pass, reference, quantizer, probed)
     if layer_pass.facts is not None:
         errors.squares = unpacked(layer_pass.facts)
@@ -62,7 +62,7 @@ def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph])
             probes.resume(here)
         else:
             probes.fork(here)
-            advance(layer_pass.streams, [layer] * len(layer_pass.streams))
+            layer_pass.advance([layer] * len(layer_pass.streams))
             probes.restore_source()
             statistics.clear()
             layer_pass.save(layer.index, packed(errors.squares))
@@ -99,18 +99,18 @@ class _Probes:
     def embed(self, name: str) -> None:
         """Begin the lane of the embedding."""
         if name in self._types:
-            self.lanes[name] = self._pass.begin(self._reference.tokens, self._rounded(name))
+            self.lanes[name] = self._pass.begin(name, self._reference.tokens, self._rounded(name))
             self.restore_source()
 
     def fork(self, names: Iterable[str]) -> None:
         """Begin the lanes of weights in the layer that the reference comes to."""
         for name in self._probed(names):
-            self.lanes[name] = self._pass.fork(self._reference, self._rounded(name))
+            self.lanes[name] = self._pass.fork(name, self._reference, self._rounded(name))
 
     def resume(self, names: Iterable[str]) -> None:
         """Take up the lanes of weights that an earlier run has passed."""
         for name in self._probed(names):
-            self.lanes[name] = self._pass.begin(self._reference.tokens, self._quantizer.source)
+            self.lanes[name] = self._pass.begin(name, self._reference.tokens, self._quantizer.source)
 
     def restore_source(self) -> None:
         """The layer is done: from now on all lanes have the source's weights."""

@@ -54,7 +54,7 @@ def test_encodings_of_the_hub(experts: str, scale: float, tmp_path: Path) -> Non
 
 
 def _in_pieces(model: Model, tokens: Tensor, cuts: list[int]) -> Iterator[Tensor]:
-    cache: Cache = {}
+    cache = Cache()
     for start, stop in pairwise(cuts):
         stream = Stream(model, tokens[:, start:stop], cache)
         for layer in model.graph.layers:

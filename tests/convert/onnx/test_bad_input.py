@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ import checkpoints
 import pytest
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
+from moecast.archs.graph import Operation
+from moecast.archs.weights import Weight
 from moecast.cli import main
+from moecast.convert.onnx.model import build_model
 from moecast.errors import BadInput
+from moecast.quant.planning.onnx_plan import plan_onnx
+from moecast.quant.planning.recipes import recipe_named
 from moecast.runner.engines import OnnxModel, open_runnable
+from moecast.sources.model import open_model
 from onnxruntime.capi import onnxruntime_pybind11_state
 from safetensors.torch import load_file, save_file
 
@@ -87,6 +94,27 @@ def test_missing_operators_are_named_first(
     assert _convert(minimax.folder, tmp_path / "new", "--no-verify").exit_code == 0
     with pytest.raises(BadInput, match="QMoE"):
         OnnxModel(converted)
+
+
+@dataclass(frozen=True)
+class Telepathy(Operation):
+    """An operation that nobody has written in ONNX."""
+
+    @property
+    def reads(self) -> tuple[Weight, ...]:
+        return ()
+
+    @property
+    def writes(self) -> tuple[Weight, ...]:
+        return ()
+
+
+def test_an_operation_without_a_form(minimax: Checkpoint) -> None:
+    plan = plan_onnx(open_model(minimax.folder).graph, recipe_named("F32"))
+    first, *others = plan.graph.layers
+    strange = replace(first, sublayers=(replace(first.sublayers[0], operation=Telepathy()), first.sublayers[1]))
+    with pytest.raises(BadInput, match=r"^ONNX has no form for Telepathy yet: use --to gguf$"):
+        build_model(replace(plan, graph=replace(plan.graph, layers=(strange, *others))))
 
 
 def test_onnx_runtime_is_missing(minimax: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from moecast.quant.planning.allocation import (
     typical_error,
 )
 from moecast.quant.planning.exact import exact_format
-from moecast.quant.planning.fit import Machine, fit, fixed_state_bytes
+from moecast.quant.planning.fit import Machine, fit
 from moecast.quant.planning.plan import plan_tensors
 from moecast.quant.planning.plan_file import plan_like, read_plan_file, write_plan_file
 from moecast.quant.planning.recipes import SENSITIVE, UNREPACKED, recipe_named
@@ -146,7 +146,7 @@ def test_a_machine_holds_weights_state_and_working_memory(minimax: Graph) -> Non
 def test_recurrent_state_does_not_depend_on_the_context() -> None:
     graph = open_model(EXAMPLES / "nemotron-3-tiny").graph
     mambas = [operation for operation in graph.operations() if isinstance(operation, Mamba2)]
-    assert fixed_state_bytes(graph) == sum(4 * (512 * 64 + 3 * (512 + 2 * 2 * 64)) for _ in mambas)
+    assert graph.fixed_state_bytes() == sum(4 * (512 * 64 + 3 * (512 + 2 * 2 * 64)) for _ in mambas)
 
 
 def test_more_bits_than_a_format_has_are_no_option() -> None:

@@ -1,0 +1,43 @@
+"""The unified graph: frozen, printable, comparable blocks that every reader executes, writes or prices.
+
+No reader asks which architecture a graph came from; everything it needs to know is a field here, or a fact that an
+operation states of itself (see `operation.Operation`).
+"""
+
+from .attention import Attention, CompressedAttention, Compressor, Indexer
+from .experts import MLP, HashRouter, MoE, Router
+from .mamba import Mamba2
+from .model import Branch, Graph, HyperConnections, Layer, Prediction, ResidualMix, SubLayer, sequential
+from .operation import Operation, Width
+from .parts import Activation, Norm, Rope, Score, Yarn
+from .walk import graph_as_json, weights_in, with_weights
+
+__all__ = [
+    "MLP",
+    "Activation",
+    "Attention",
+    "Branch",
+    "CompressedAttention",
+    "Compressor",
+    "Graph",
+    "HashRouter",
+    "HyperConnections",
+    "Indexer",
+    "Layer",
+    "Mamba2",
+    "MoE",
+    "Norm",
+    "Operation",
+    "Prediction",
+    "ResidualMix",
+    "Rope",
+    "Router",
+    "Score",
+    "SubLayer",
+    "Width",
+    "Yarn",
+    "graph_as_json",
+    "sequential",
+    "weights_in",
+    "with_weights",
+]

@@ -1,0 +1,173 @@
+"""Attention in all its forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..weights import Weight
+from .operation import PASSING, Operation
+from .parts import Norm, Rope
+
+_CACHED = 2  # bytes of a number in a cache of keys and values
+
+
+@dataclass(frozen=True)
+class Attention(Operation):
+    """Causal grouped-query attention: softmax(`scale` * query . key), by default with head size^-1/2.
+
+    Query and key norms span all heads at once, or each head by itself if their weight is that wide. Without `rope` the
+    attention knows no positions; with a `window` a token sees the last so many, itself included. An operation with
+    `keys_of` has no keys and values of its own: it attends to those of the layer of that number.
+    """
+
+    heads: int
+    key_value_heads: int
+    head_size: int
+    query: Weight
+    key: Weight | None
+    value: Weight | None
+    output: Weight
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    rope: Rope | None = None
+    window: int | None = None
+    scale: float | None = None
+    keys_of: int | None = None
+
+    def __post_init__(self) -> None:
+        alone = self.keys_of is None
+        assert alone == (self.key is not None) == (self.value is not None), "keys and values are of one layer"
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_size**-0.5 if self.scale is None else self.scale
+
+    @property
+    def reads(self) -> tuple[Weight, ...]:
+        return tuple(weight for weight in (self.query, self.key, self.value) if weight)
+
+    @property
+    def shares_state_of(self) -> int | None:
+        return self.keys_of
+
+    @property
+    def writes(self) -> tuple[Weight, ...]:
+        return (self.output,)
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.heads // self.key_value_heads
+
+    @property
+    def state_bytes_per_token(self) -> int:
+        return 0 if self.window else self._state_bytes
+
+    @property
+    def fixed_state_bytes(self) -> int:
+        return self.window * self._state_bytes if self.window else 0
+
+    @property
+    def _state_bytes(self) -> int:
+        """Of a token that is remembered."""
+        return 0 if self.keys_of is not None else _CACHED * 2 * self.key_value_heads * self.head_size
+
+    def scratch_values(self, context: int) -> int:
+        return PASSING * context * self.heads * (context + self.head_size)
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """Pools every `ratio` tokens into one entry: per channel, values weighted by softmax(`gate x + position`).
+
+    Where it `overlaps`, value and gate are twice as wide: a token's first half goes into the next entry, its second
+    half into its own, so an entry pools 2 * ratio tokens. Entries are normalized, then rotated by the position of the
+    first token of their own.
+    """
+
+    ratio: int
+    overlaps: bool
+    value: Weight
+    gate: Weight
+    position: Weight
+    norm: Norm
+    rope: Rope
+
+    @property
+    def reads(self) -> tuple[Weight, ...]:
+        """The weights whose columns are the hidden size."""
+        return (self.value, self.gate)
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """Picks the `top_k` entries that a token attends to, by the sum over heads of `head_weight x * relu(query . key)`.
+
+    Queries come from the attention's latent query, keys from a compressor of the same ratio.
+    """
+
+    heads: int
+    head_size: int
+    top_k: int
+    query: Weight
+    head_weight: Weight
+    compressor: Compressor
+
+    @property
+    def reads(self) -> tuple[Weight, ...]:
+        """The weights whose columns are the hidden size."""
+        return (self.head_weight, *self.compressor.reads)
+
+
+@dataclass(frozen=True)
+class CompressedAttention(Operation):
+    """Attention to the last `window` tokens, and to compressed entries of the whole past (DeepSeek-AI 2026).
+
+    One rotated vector per token or entry is key and value of all heads; the output is rotated back. Queries pass
+    through a latent norm, then each head through a norm without weights. A learnt `sink` logit per head takes its
+    share of the softmax. Output: the heads of each of `groups` groups are projected by the group's own rows of
+    `output_down`, then `output_up` joins the groups. Without `indexer` every complete entry is attended to.
+    """
+
+    heads: int
+    head_size: int
+    window: int
+    groups: int
+    query_down: Weight
+    query_norm: Norm
+    query_up: Weight
+    key_value: Weight
+    key_value_norm: Norm
+    sink: Weight
+    output_down: Weight
+    output_up: Weight
+    rope: Rope
+    compressor: Compressor | None
+    indexer: Indexer | None
+
+    TOKENS: ClassVar[int] = 256  # at a time: the scores of a whole chunk would be [heads, tokens, window + entries]
+
+    @property
+    def reads(self) -> tuple[Weight, ...]:
+        others = (*(self.compressor.reads if self.compressor else ()), *(self.indexer.reads if self.indexer else ()))
+        return (self.query_down, self.key_value, *others)
+
+    @property
+    def writes(self) -> tuple[Weight, ...]:
+        return (self.output_up,)
+
+    @property
+    def state_bytes_per_token(self) -> int:
+        """Entries count by their share of a token."""
+        if not self.compressor:
+            return 0
+        return _CACHED * ((self.head_size + (self.indexer.head_size if self.indexer else 0)) // self.compressor.ratio)
+
+    @property
+    def fixed_state_bytes(self) -> int:
+        return _CACHED * self.window * self.head_size
+
+    def scratch_values(self, context: int) -> int:
+        tokens = min(context, self.TOKENS)
+        entries = context // self.compressor.ratio if self.compressor else 0
+        return PASSING * tokens * self.heads * (tokens + self.window + entries + self.head_size)

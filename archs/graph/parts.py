@@ -1,0 +1,65 @@
+"""What operations are made of: norms, rotary embeddings, activations, scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from ..weights import Weight
+
+
+class Activation(Enum):
+    """What lies between the projections of an expert or a multi-layer perceptron."""
+
+    SWIGLU = "swiglu"  # silu(gate) * up; with a clamp c: silu(min(gate, c)) * min(max(up, -c), c)
+    RELU_SQUARED = "relu_squared"  # max(up, 0)^2, there is no gate (So et al. 2021)
+
+
+class Score(Enum):
+    """What turns router logits into scores."""
+
+    SIGMOID = "sigmoid"
+    SOFTMAX = "softmax"
+    SQRT_SOFTPLUS = "sqrt_softplus"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm: `x / sqrt(mean(x^2) + epsilon) * weight`, in float32 (Zhang & Sennrich 2019).
+
+    A weight of shape [groups, size] normalizes every group of `size` elements by itself. Where it is `centered`, the
+    mean is removed first and `bias` added last: LayerNorm (Ba et al. 2016).
+    """
+
+    weight: Weight
+    epsilon: float
+    centered: bool = False
+    bias: Weight | None = None
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """Slows by `factor` the rotations that turn less than `slow` times within `original_context` tokens.
+
+    Those that turn more than `fast` times stay, the ones between are blended (Peng et al. 2023; their attention
+    factor is not used).
+    """
+
+    factor: float
+    original_context: int
+    fast: float
+    slow: float
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding (Su et al. 2021) on `size` dimensions of a head: the first ones, or the `last`.
+
+    Of these, i is paired with i + size/2, or, `interleaved`, 2i with 2i + 1.
+    """
+
+    size: int
+    base: float
+    interleaved: bool = False
+    last: bool = False
+    yarn: Yarn | None = None
