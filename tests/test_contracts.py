@@ -13,9 +13,9 @@ import checkpoints
 import pytest
 from click.testing import CliRunner
 from conftest import Checkpoint
+from conversions import convert
 from importlinter.cli import lint_imports
 from moecast.cli import main
-from moecast.convert import convert
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("quant", "sources", "runner", "convert")
