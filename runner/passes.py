@@ -17,9 +17,9 @@ from ..quant.rounding.moments import statistics_for
 from ..quant.rounding.statistics import Importance, Statistics
 from ..sources.model import Model
 from .activations import Workspace
-from .measure.evaluate import with_bos
 from .observe import ObservingWeights, observe_head
 from .stream import Stream, advance
+from .texts import with_bos
 from .weights import Weights
 
 CALIBRATION, REFERENCE, CANDIDATE = "calibration", "reference", "candidate"  # names of streams

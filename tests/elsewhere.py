@@ -51,6 +51,7 @@ def main() -> None:
     from pathlib import Path
 
     import moecast.convert.encode as encode
+    import conversions
     import moecast.convert.pipeline as pipeline
     from moecast.progress import NoProgress
     from moecast.runner.activations import Workspace
@@ -63,7 +64,7 @@ def main() -> None:
             notes.append(line)
 
     def make(name: str, **options: Any) -> None:
-        pipeline.convert(source, folder / name, verify=False, threads=1, progress=Noting(), **options)
+        conversions.convert(source, folder / name, verify=False, threads=1, progress=Noting(), **options)
 
     folder.mkdir()
     make("plain.gguf", quant="Q4_K_M", calibration=None)

@@ -13,10 +13,10 @@ import checkpoints
 import pytest
 from click.testing import CliRunner
 from conftest import Checkpoint
+from conversions import convert
 from importlinter.cli import lint_imports
 from moecast.archs.graph import Operation
 from moecast.cli import main
-from moecast.convert import convert
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("quant", "sources", "runner", "convert")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import OutputExists
 from ...files import open_descriptor, read_at, reserve, sync, sync_folder, write_at
-from ...quant.planning.plan import ALIGNMENT, PlannedTensor
+from ...quant.planning.plan import ALIGNMENT, StoredTensor
 from ...sources.gguf import SPLIT_NAME
 from ..resume.journal import Journal
 from ..writer import Writer
@@ -52,7 +52,7 @@ class GGUFWriter(Writer):
         self,
         path: Path,
         metadata: Mapping[str, Any],
-        tensors: Sequence[PlannedTensor],
+        tensors: Sequence[StoredTensor],
         split_max_bytes: int | None = None,
         overwrite: bool = False,
         journal: Journal | None = None,
@@ -94,7 +94,7 @@ class GGUFWriter(Writer):
             return True
         return self._journal is not None and self._journal.started(self._temporary[number])
 
-    def _begin(self, number: int, tensors: Sequence[PlannedTensor], metadata: Mapping[str, Any]) -> None:
+    def _begin(self, number: int, tensors: Sequence[StoredTensor], metadata: Mapping[str, Any]) -> None:
         """Write one file's header and reserve the space of its data."""
         path = self._temporary[number]
         offset = header_bytes(path, metadata, tensors)
@@ -104,13 +104,13 @@ class GGUFWriter(Writer):
         if self._journal:
             self._journal.start(path)
 
-    def _open(self, number: int, tensors: Sequence[PlannedTensor]) -> None:
+    def _open(self, number: int, tensors: Sequence[StoredTensor]) -> None:
         path = self._temporary[number]
         descriptor = open_descriptor(path if path.exists() else self.paths[number], os.O_RDWR)
         self._descriptors[path.name] = descriptor
         offset = os.fstat(descriptor).st_size - sum(tensor.aligned_bytes for tensor in tensors)
         for tensor in tensors:
-            self._slots[tensor.weight.name] = _Slot(descriptor, offset, tensor.row_bytes)
+            self._slots[tensor.name] = _Slot(descriptor, offset, tensor.row_bytes)
             offset += tensor.aligned_bytes
 
     def _finish(self) -> None:
@@ -121,9 +121,9 @@ class GGUFWriter(Writer):
         sync_folder(self.paths[0].parent)
 
 
-def _split(tensors: Sequence[PlannedTensor], most: int | None) -> list[list[PlannedTensor]]:
+def _split(tensors: Sequence[StoredTensor], most: int | None) -> list[list[StoredTensor]]:
     """Consecutive tensors grouped so that no group exceeds `most` bytes, unless one tensor alone does."""
-    parts: list[list[PlannedTensor]] = [[]]
+    parts: list[list[StoredTensor]] = [[]]
     size = 0
     for tensor in tensors:
         if most is not None and parts[-1] and size + tensor.aligned_bytes > most:
@@ -159,21 +159,21 @@ class _I32(int):
     """Stored as i32, the type that llama.cpp demands for the tensor count of a split."""
 
 
-def _write_header(path: Path, metadata: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> None:
+def _write_header(path: Path, metadata: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> None:
     writer = gguf.GGUFWriter(path, arch="")
     writer.kv_data[0].clear()  # the architecture is among our keys, and only the first file of a split has it
     for key, value in metadata.items():
         _add(writer, key, value)
     for tensor in tensors:
         type_id: Any = tensor.type.id  # a plain number, because the package does not know the newest types
-        writer.add_tensor_info(tensor.weight.name, tensor.weight.shape, _UNUSED, tensor.bytes, raw_dtype=type_id)
+        writer.add_tensor_info(tensor.name, tensor.shape, _UNUSED, tensor.bytes, raw_dtype=type_id)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
 
 
-def header_bytes(scratch: Path, metadata: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> int:
+def header_bytes(scratch: Path, metadata: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> int:
     """Where the data section of a file would begin; writes its header to `scratch` to know."""
     _write_header(scratch, metadata, tensors)
     return -(-scratch.stat().st_size // ALIGNMENT) * ALIGNMENT

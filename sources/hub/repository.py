@@ -60,6 +60,10 @@ class HubSource:
     def url(self) -> str:
         return f"{self.endpoint}/{self.repository}"
 
+    @property
+    def name(self) -> str:
+        return self.repository.split("/")[-1]
+
 
 @dataclass(frozen=True)
 class HubFile:

@@ -15,7 +15,7 @@ from ...errors import BadInput
 from ...files import open_descriptor
 from ...progress import NoProgress
 from ..checkpoint import read_header
-from ..model import Model, open_model
+from ..model import Model
 from ..storage import Storage
 from .repository import HubCheckpoint
 from .transfer import Stopped
@@ -32,12 +32,9 @@ def pass_over(graph: Graph) -> list[list[str]]:
     return [[tensor.name for weight in step for tensor in stored_tensors(weight.source)] for step in steps]
 
 
-def open_on_demand(checkpoint: HubCheckpoint, scratch: int | None, folder: Path) -> Model:
-    """A repository's model whose weights are fetched when they are read. See `ShardStorage`."""
-    tensors = checkpoint.read_headers()
-    model = open_model(checkpoint.folder, tensors)
-    model.storage = ShardStorage(checkpoint, tensors, pass_over(model.graph), scratch, folder)
-    return model
+def fetch_on_demand(model: Model, checkpoint: HubCheckpoint, scratch: int | None, folder: Path) -> None:
+    """The weights of a model that was opened by a repository's headers come when they are read. See `ShardStorage`."""
+    model.storage = ShardStorage(checkpoint, model.tensors, pass_over(model.graph), scratch, folder)
 
 
 class ShardStorage(Storage):

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Checkpoint
+from conversions import convert
 from forward import runner_logits
-from moecast.convert import convert
 from moecast.errors import BadInput
 from moecast.sources.model import open_model
 from safetensors.torch import load_file

@@ -8,10 +8,10 @@ import checkpoints
 import llama
 import pytest
 import torch
+from conversions import convert
 from forward import runner_logits
-from moecast.convert import convert
 from moecast.runner import parity
-from moecast.runner.measure.evaluate import EVALUATION_TEXT
+from moecast.runner.settings import Evaluation
 from moecast.sources.model import open_model
 
 FOLDERS = sorted(path.parent for path in checkpoints.EXAMPLES.glob("*/config.json"))
@@ -60,5 +60,5 @@ def test_error_feedback_brings_the_file_closer_to_its_source(folder: Path, tmp_p
     assert nearest.parity and fed_back.parity
     assert fed_back.bytes == nearest.bytes
     assert fed_back.parity.mean_kld < 0.92 * nearest.parity.mean_kld
-    file = parity(folder, fed_back.files[0], EVALUATION_TEXT, chunks=6)
+    file = parity(folder, fed_back.files[0], Evaluation(chunks=6))
     assert file.mean_kld == pytest.approx(fed_back.parity.mean_kld, rel=1e-3)

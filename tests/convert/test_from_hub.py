@@ -14,9 +14,9 @@ import gguf
 import pytest
 from click.testing import CliRunner
 from conftest import Checkpoint
+from conversions import convert
 from hub_server import Fault, HubServer
 from moecast.cli import main
-from moecast.convert import convert
 
 TOKEN = "hf_SentinelTokenThatNobodyMaySee"
 
@@ -128,7 +128,7 @@ def test_streamed_conversion(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
         result = _stream(server, tmp_path)
         assert result.returncode == 0, result.stderr
         assert re.search(
-            r"Begins: [\d.]+ MB to fetch, at most [\d.]+ MB of it on disk, [\d.]+ MB to write", result.stderr
+            r"Starting: [\d.]+ MB to fetch, at most [\d.]+ MB of it on disk, [\d.]+ MB to write", result.stderr
         )
         shards = [file.name for file in minimax_fp8.folder.glob("*.safetensors")]
         assert [sum(request.range is None for request in server.bodies(shard)) for shard in shards] == [1, 1, 1]

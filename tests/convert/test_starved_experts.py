@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conversions import convert
 from moecast.archs.weights import Weight
-from moecast.convert import convert
 from moecast.errors import BadInput
 from moecast.progress import NoProgress
-from moecast.runner.measure.evaluate import CALIBRATION_TEXT, Parity
+from moecast.runner.measure.evaluate import Parity
 from moecast.runner.observe import ObservingWeights
+from moecast.runner.texts import CALIBRATION_TEXT
 from moecast.sources.model import open_model
 from torch import Tensor
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
+from conversions import convert
 from forward import relative_error
 from moecast.archs.graph import MoE
-from moecast.convert import convert
 from moecast.errors import BadInput
 from moecast.progress import NoProgress
 from moecast.runner import parity, perplexity
+from moecast.runner.settings import Compute, Evaluation
 from moecast.runner.weights import ModelWeights, multiply
 from moecast.sources.model import open_model
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.numeric
 FOLDERS = sorted(path.parent for path in checkpoints.EXAMPLES.glob("*/config.json"))
 TEXT = Path(__file__).parent.parent / "data" / "imatrix" / "text.txt"
 CHUNKS = {"file": TEXT, "context": 256, "chunks": 4}
+EVALUATION, BF16 = Evaluation(TEXT, 256, 4), Compute(torch.bfloat16)
 
 
 class Stopping(NoProgress):
@@ -71,15 +73,15 @@ def test_factors_are_rounded_once(quant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_results_differ_by_rounding(folder: Path, tmp_path: Path) -> None:
     """What a coarse file costs is found either way; `convert` and `parity` say the same."""
-    exact, rounded = perplexity(folder, **CHUNKS), perplexity(folder, **CHUNKS, compute_dtype=torch.bfloat16)
+    exact, rounded = perplexity(folder, EVALUATION), perplexity(folder, EVALUATION, BF16)
     assert (exact.compute_dtype, rounded.compute_dtype) == ("float32", "bfloat16")
     assert rounded.perplexity != exact.perplexity
     assert rounded.perplexity == pytest.approx(exact.perplexity, rel=2e-3)
     made = convert(folder, tmp_path, "Q2_K", calibration=TEXT, **CHUNKS, compute_dtype=torch.bfloat16)
-    found = parity(folder, made.files[0], **CHUNKS, compute_dtype=torch.bfloat16)
+    found = parity(folder, made.files[0], EVALUATION, BF16)
     assert made.parity is not None and made.parity.compute_dtype == "bfloat16"
     assert made.parity.mean_kld == pytest.approx(found.mean_kld, rel=2e-3)  # padding changes what is rounded
-    assert found.mean_kld == pytest.approx(parity(folder, made.files[0], **CHUNKS).mean_kld, rel=0.05)
+    assert found.mean_kld == pytest.approx(parity(folder, made.files[0], EVALUATION).mean_kld, rel=0.05)
 
 
 def test_resuming_with_other_products(tmp_path: Path) -> None:

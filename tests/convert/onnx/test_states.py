@@ -12,8 +12,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from conversions import convert
 from forward import relative_error, runner_logits
-from moecast.convert import convert
 from moecast.runner.engines import OnnxModel, OnnxState
 from moecast.sources.model import open_model
 from onnx_models import Cast, cast, onnx_logits

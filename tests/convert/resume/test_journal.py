@@ -24,7 +24,7 @@ def test_two_processes_at_one_output(minimax_fp8: Checkpoint, tmp_path: Path) ->
     """The second is refused while the first is at work, and changes nothing for it."""
     code = (
         "import sys, moecast.convert.encode as encode\n"
-        "from moecast.convert import convert\n"
+        "from moecast.convert import Calibration, convert\n"
         "quantize, left = encode.quantize_weight, iter(range(40))\n"
         "def waiting(*arguments):\n"
         "    if next(left, None) == 39:\n"
@@ -32,7 +32,7 @@ def test_two_processes_at_one_output(minimax_fp8: Checkpoint, tmp_path: Path) ->
         "        sys.stdin.readline()\n"
         "    return quantize(*arguments)\n"
         "encode.quantize_weight = waiting\n"
-        "convert(sys.argv[1], sys.argv[2], calibration=None, verify=False)\n"
+        "convert(sys.argv[1], sys.argv[2], calibration=Calibration(None), evaluation=None)\n"
     )
     output = tmp_path / "out" / "model.gguf"
     command = [sys.executable, "-c", code, str(minimax_fp8.folder), str(output)]
