@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import torch
 
-from ..archs.weights import TensorInfo
+from ..archs.expressions import TensorInfo
 from ..errors import BadInput
 
 _OPEN_FILES = 32

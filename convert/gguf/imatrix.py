@@ -11,7 +11,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ...archs.weights import Role, Weight, Zeros
+from ...archs.expressions import Zeros
+from ...archs.weights import Role, Weight
 from ...errors import BadInput, Interrupted, OutputExists
 from ...quant.formats.table import format_named
 from ...quant.planning.plan import PlannedTensor

@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import sqrt
 
+from ...archs.expressions import Padded
 from ...archs.graph import MLP, Attention, CompressedAttention, Graph, Layer, Mamba2, MoE, Norm, Operation, Prediction
-from ...archs.weights import Padded, Weight
+from ...archs.weights import Weight
 
 
 def pad(graph: Graph, multiple: int) -> Graph:
