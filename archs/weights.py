@@ -1,8 +1,4 @@
-"""Weights of a graph: names, roles, shapes, and where the numbers come from, never the numbers themselves.
-
-A `Weight` carries an expression over stored tensors. `sources.decode` evaluates it for one expert or some rows
-at a time, so nothing here needs an array library.
-"""
+"""Weights of a graph: a name, a role, a shape, and the expression that says where the numbers come from."""
 
 from __future__ import annotations
 
@@ -11,53 +7,7 @@ from enum import Enum
 from math import prod
 
 from ..errors import BadInput
-from .expressions import (
-    BlockScaled,
-    Expression,
-    GlobalScales,
-    Mxfp4,
-    NegativeExponential,
-    Nvfp4,
-    OnePlus,
-    Padded,
-    Read,
-    Reshape,
-    Rows,
-    Scaled,
-    SideBySide,
-    Stack,
-    TensorInfo,
-    Zeros,
-    first_tensor,
-    of_expert,
-    stored_tensors,
-)
-
-__all__ = [
-    "BlockScaled",
-    "Expression",
-    "GlobalScales",
-    "Mxfp4",
-    "NegativeExponential",
-    "Nvfp4",
-    "OnePlus",
-    "Padded",
-    "Read",
-    "Reshape",
-    "Role",
-    "Rows",
-    "Scaled",
-    "SideBySide",
-    "Stack",
-    "StackKind",
-    "TensorInfo",
-    "Weight",
-    "Zeros",
-    "first_tensor",
-    "of_expert",
-    "scale_name",
-    "stored_tensors",
-]
+from .expressions import Expression, first_tensor
 
 
 class StackKind(Enum):

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..archs.config import Config
-from ..archs.weights import TensorInfo
+from ..archs.expressions import TensorInfo
 from ..errors import BadInput
 
 SINGLE_FILE = "model.safetensors"

@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import torch
 
-from ..archs.weights import TensorInfo
+from ..archs.expressions import TensorInfo
 from ..errors import BadInput
 from ..files import open_descriptor, read_at
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from moecast.archs.expressions import Zeros
 from moecast.archs.graph import MLP, Activation, Norm
-from moecast.archs.weights import Role, Weight, Zeros
+from moecast.archs.weights import Role, Weight
 from moecast.runner.weights import WeightProducts
 from torch import Tensor, nn
 

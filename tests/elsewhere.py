@@ -50,8 +50,8 @@ def main() -> None:
     import json
     from pathlib import Path
 
-    import moecast.convert.encode as encode
     import conversions
+    import moecast.convert.encode as encode
     import moecast.convert.pipeline as pipeline
     from moecast.progress import NoProgress
     from moecast.runner.activations import Workspace

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from ...archs.expressions import GlobalScales, Nvfp4, Padded, Stack
 from ...archs.graph import Graph
-from ...archs.weights import GlobalScales, Nvfp4, Padded, Role, Stack, Weight, scale_name
+from ...archs.weights import Role, Weight, scale_name
 from ...errors import BadInput
 from ..formats.table import Format, format_named
 from .exact import exact_format

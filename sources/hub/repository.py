@@ -32,7 +32,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_token_to_send  # type: ignore[attr-defined]
 from huggingface_hub.utils.sha import git_hash
 
-from ...archs.weights import TensorInfo
+from ...archs.expressions import TensorInfo
 from ...errors import BadInput
 from ...progress import Progress
 from ..checkpoint import INDEX_FILE, OUTSIDE, SINGLE_FILE, read_index

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from ...archs.expressions import TensorInfo, stored_tensors
 from ...archs.graph import Graph
-from ...archs.weights import TensorInfo, Weight, stored_tensors
+from ...archs.weights import Weight
 from ...errors import BadInput
 from ...files import open_descriptor
 from ...progress import NoProgress

@@ -10,9 +10,9 @@ import pytest
 import real_models
 import real_nemotron
 from moecast.archs.config import Config
+from moecast.archs.expressions import Nvfp4, Scaled, Stack, TensorInfo, stored_tensors
 from moecast.archs.graph import MLP, Attention, Graph, Mamba2, MoE, graph_as_json
 from moecast.archs.nemotron_h import MIXTURE
-from moecast.archs.weights import Nvfp4, Scaled, Stack, TensorInfo, stored_tensors
 from moecast.errors import BadInput
 from moecast.quant.planning.plan import Form, plan_file, plan_tensors
 from moecast.quant.planning.recipes import recipe_named

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hub_server import Fault, HubServer
 from huggingface_hub import constants
-from moecast.archs.weights import TensorInfo
+from moecast.archs.expressions import TensorInfo
 from moecast.errors import BadInput, Interrupted
 from moecast.sources.hub import shards
 from moecast.sources.hub import transfer as hub_transfer
