@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def text_identity(text: str | Path | None, tokens: Tensor | None) -> str:
     return f"{chunks} chunks of {context} of {Path(text).name} ({digest(tokens.tolist())})"
 
 
+@cache
 def code_digest(root: Path = Path(__file__).parents[2]) -> str:
     """What the code that decides bytes does, kernels included: comments, docstrings and layout do not count."""
     neutral = {path for pattern in _NEUTRAL for path in root.glob(pattern)}
