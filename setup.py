@@ -1,6 +1,7 @@
 """Builds the C++ kernels, once for each instruction set. An install without a compiler goes on without them.
 
-Everything else about the package is in pyproject.toml.
+What pyproject.toml has no words for is here too: that this folder is the package, and what a wheel is called.
+Everything else about the package is there.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import runpy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 KERNELS = Path("quant/kernels")
 FAMILIES = sorted(str(path) for path in KERNELS.glob("*.cpp") if path.stem != "dispatch")
@@ -79,14 +81,25 @@ class BuildKernels(build_ext):
         )
 
 
-class KernelWheel(bdist_wheel):
-    """A wheel for every Python version: the library calls nothing of Python's."""
+class Modules(build_py):
+    """All modules of the package; this file lies beside them and is none."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        return [
+            found for found in super().find_package_modules(package, package_dir) if found[:2] != ("moecast", "setup")
+        ]
+
+
+class Wheel(bdist_wheel):
+    """A wheel for every Python version, as the library calls nothing of Python's; without it, for every machine."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        kernels = self.get_finalized_command("build_ext").get_outputs()
+        return "py3", "none", super().get_tag()[2] if any(map(os.path.exists, kernels)) else "any"
 
 
 setup(
+    packages=["moecast", *(f"moecast.{folder}" for folder in find_packages())],
     ext_modules=[Extension("moecast.quant._kernels", [*FAMILIES, DISPATCH], depends=HEADERS, language="c++")],
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": KernelWheel},
+    cmdclass={"build_ext": BuildKernels, "build_py": Modules, "bdist_wheel": Wheel},
 )

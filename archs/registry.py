@@ -1,4 +1,4 @@
-"""Which adapter reads which checkpoint. A new architecture is one new file and one line here."""
+"""The list of architectures: a new one is one new file and one line here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights as promises: where the numbers come from, never the numbers themselves.
+"""Weights of a graph: names, roles, shapes, and where the numbers come from, never the numbers themselves.
 
 A `Weight` carries an expression over stored tensors. `sources.decode` evaluates it for one expert or some rows
 at a time, so nothing here needs an array library.

@@ -1,4 +1,4 @@
-"""An importance matrix alone: calibration without conversion."""
+"""Measures an importance matrix without converting: calibration alone."""
 
 from __future__ import annotations
 

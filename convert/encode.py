@@ -1,4 +1,4 @@
-"""Weights into their stored form, a piece at a time: what every conversion does, whoever asks for the pieces."""
+"""Quantizes the pieces of planned tensors and hands them to the writer, whoever asks for them first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a conversion will take, said before it begins, and refused where the disk is too small for it."""
+"""Checks the disk before a conversion begins, and says what it will fetch and write."""
 
 from __future__ import annotations
 

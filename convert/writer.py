@@ -1,4 +1,4 @@
-"""Files in the making: what becomes of them, and what of them is there already, is the same for every format."""
+"""Base class of resumable output writers (GGUF, ONNX): temporary files, journal, atomic rename."""
 
 from __future__ import annotations
 

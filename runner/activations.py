@@ -1,4 +1,4 @@
-"""What flows between blocks, kept chunk by chunk: in memory, or in scratch files where memory is short."""
+"""Activations between blocks, kept chunk by chunk: in memory, or in scratch files where memory is short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory running a model takes, and what is left of it for activations."""
+"""Memory bounds: how much running a model takes, and what is left of it for activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One pass of several streams over a model, which goes on where an earlier run of it was stopped."""
+"""A resumable pass of several streams through the layers of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what a user types to a model: a folder, a GGUF file, a Hub id, an hf:// or https:// address."""
+"""Finds the model that a user names: a folder, a GGUF file, a Hub id, an hf:// or https:// address."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in the order that this machine's kernels like best, stored beside the plain ones.
+"""Adds prepacked weights to an ONNX folder, in the order of this machine's kernels, so that they can be mapped.
 
 When ONNX Runtime loads a model it copies all weights into that order, in memory of its own: a model that does not fit
 there cannot run at full speed. The copies can lie in the external data instead, and are mapped from there like

@@ -1,4 +1,4 @@
-"""The best plan under a byte budget: measure what each weight's rounding does, solve, compare whole plans, choose."""
+"""Finds the best plan under a byte budget: probe every weight, solve, compare whole plans on held-out text."""
 
 from __future__ import annotations
 

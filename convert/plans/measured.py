@@ -1,4 +1,4 @@
-"""The plan under a budget that a model's own measurements lead to, kept until the file that it is for is complete."""
+"""Measured plans with a journal: the plan that a model's probes lead to, kept until its file is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides the bytes of an output, in words and digests: two runs that agree in all of it make the same file."""
+"""Fingerprints of conversions: all that decides an output's bytes, in words and digests that can be compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of an output is on disk for good, so that work goes on where it stopped, whatever stopped it.
+"""Write-ahead journal of one output: lists the pieces that are durable on disk, so that an interrupted run resumes.
 
 Beside an output NAME lies the folder `.NAME.journal` with the file `records` and tensors saved on the way. The first
 line of `records` is the fingerprint of what is made; each further line lists keys of what has become durable since.

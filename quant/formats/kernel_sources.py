@@ -1,4 +1,4 @@
-"""Which sources the C++ kernels were built from: setup.py, which runs this file by itself, tells them."""
+"""A digest of the C++ kernels' sources, by which a library built from others is refused; setup.py runs this too."""
 
 from __future__ import annotations
 

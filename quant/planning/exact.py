@@ -1,4 +1,4 @@
-"""How much of a weight there is to keep: the ggml type that loses nothing, and the bits that its source takes."""
+"""Finds the ggml type that loses nothing of a weight, and the bits that its source takes."""
 
 from __future__ import annotations
 

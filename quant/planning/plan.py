@@ -1,4 +1,4 @@
-"""Which type every tensor of a graph gets, and what that costs, to the byte."""
+"""Plans: the type of every tensor of a graph, and what that costs, to the byte."""
 
 from __future__ import annotations
 
