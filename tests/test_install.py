@@ -100,7 +100,7 @@ def test_a_wheel_holds_every_module(plain: Wheel, tracked: set[str]) -> None:
     assert {name for name in plain.names if name.endswith(".py")} == modules
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_a_wheel_holds_what_the_demo_needs_and_no_more(plain: Wheel) -> None:
     others = {name.removeprefix("moecast/") for name in plain.names if not re.search(r"\.py$|\.dist-info/", name)}
     example = (ROOT / "examples/minimax-m2-tiny").iterdir()
@@ -108,7 +108,7 @@ def test_a_wheel_holds_what_the_demo_needs_and_no_more(plain: Wheel) -> None:
     assert others == {"py.typed", *texts, *(file.relative_to(ROOT).as_posix() for file in example)}
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_metadata(plain: Wheel) -> None:
     metadata = plain.metadata()
     assert metadata["Version"] == moecast.__version__
@@ -116,7 +116,7 @@ def test_metadata(plain: Wheel) -> None:
     assert len(metadata.get_all("Project-URL", [])) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_it_installs_without_a_compiler(plain: Wheel) -> None:
     assert "no C++ kernels" in plain.log
     assert plain.path.name == f"moecast-{moecast.__version__}-py3-none-any.whl"

@@ -59,7 +59,7 @@ def test_quantized_file_in_llama(flash: Checkpoint, tmp_path: Path, quant: str) 
     """llama.cpp rounds activations to 8 bits, which costs up to a few thousandths."""
     result = convert(flash.folder, tmp_path, quant, calibration=None, verify=False)
     assert result.problems == ()
-    assert _divergence_from_llama(result.files[0]) < 3e-3
+    assert _divergence_from_llama(result.files[0]) < 7e-3
 
 
 def test_native_is_the_checkpoint_bit_for_bit(flash: Checkpoint, tmp_path: Path) -> None:

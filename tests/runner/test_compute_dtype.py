@@ -76,7 +76,7 @@ def test_results_differ_by_rounding(folder: Path, tmp_path: Path) -> None:
     exact, rounded = perplexity(folder, EVALUATION), perplexity(folder, EVALUATION, BF16)
     assert (exact.compute_dtype, rounded.compute_dtype) == ("float32", "bfloat16")
     assert rounded.perplexity != exact.perplexity
-    assert rounded.perplexity == pytest.approx(exact.perplexity, rel=2e-3)
+    assert rounded.perplexity == pytest.approx(exact.perplexity, rel=3e-3)
     made = convert(folder, tmp_path, "Q2_K", calibration=TEXT, **CHUNKS, compute_dtype=torch.bfloat16)
     found = parity(folder, made.files[0], EVALUATION, BF16)
     assert made.parity is not None and made.parity.compute_dtype == "bfloat16"

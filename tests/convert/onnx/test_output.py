@@ -23,7 +23,7 @@ from trained_examples import evaluation_chunks
 
 pytestmark = pytest.mark.numeric
 
-EXACT, ROUNDED = 1e-5, 1e-2  # relative errors of logits: float32 activations, and activations of 8 bits
+EXACT, ROUNDED = 1e-5, 3e-2  # relative errors of logits: float32 activations, and activations of 8 bits
 FOR_GENAI = ("minimax-m2-tiny", "nemotron-3-tiny")
 MODELS = (*FOR_GENAI, "deepseek-v4-tiny")
 PROMPT, COUNT = "And the Lord said", 24
