@@ -205,9 +205,7 @@ def test_importance_file_instead(minimax_fp8: Checkpoint, tmp_path: Path) -> Non
 
 
 def test_options_that_exclude_each_other(minimax: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(
-        BadInput, match="--imatrix-out needs calibration text"
-    ):
+    with pytest.raises(BadInput, match="--imatrix-out needs calibration text"):
         convert(minimax.folder, tmp_path / "out.gguf", calibration=None, save_to=tmp_path / "imatrix.gguf")
     with pytest.raises(BadInput, match=r"nowhere\.txt cannot be read"):
         convert(minimax.folder, tmp_path / "out.gguf", calibration=tmp_path / "nowhere.txt")
