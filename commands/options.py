@@ -92,13 +92,12 @@ def grouped(
     names = [parameter.name for parameter in cast(Any, probe).__click_params__]
 
     def decorate(command: Command) -> Command:
-        @shared(*options)
         @wraps(command)
         def with_object(**values: Any) -> Any:
             own = {key: values.pop(key) for key in names}
             return command(**{name: make(**own)}, **values)
 
-        return cast(Command, with_object)
+        return shared(*options)(cast(Command, with_object))
 
     return decorate
 

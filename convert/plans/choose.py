@@ -155,7 +155,7 @@ def _header_bytes(model: Model) -> int:
     except BadInput:
         return _HEADER_SLACK + _HEADER_PER_WORD * model.graph.vocabulary_size
     with tempfile.TemporaryDirectory() as folder:
-        return header_bytes(Path(folder, "header"), metadata, plan.tensors) + _HEADER_SLACK
+        return header_bytes(Path(folder, "header"), metadata, plan.stored) + _HEADER_SLACK
 
 
 def fit_machine(graph: Graph, machine: Machine, form: Form = Form()) -> MachinePlan:
