@@ -73,6 +73,32 @@ def test_files_are_short() -> None:
     assert {file: count for file, count in lines.items() if count > 400} == {}
 
 
+# Who may take more parameters than the eight that a reader can keep in mind, and why.
+MANY_PARAMETERS = {
+    "commands/convert.py:convert": 12,  # click gives a command each option or group of options by its name
+    "commands/convert.py:quantize": 10,
+    "commands/plan.py:plan": 11,
+    "convert/pipeline.py:convert": 9,  # the whole command as a function: each parameter is an object of settings
+    "quant/planning/recipes.py:_recipe": 10,  # a row of the table of recipes, by names
+}
+
+
+def test_functions_take_few_parameters() -> None:
+    files = [
+        *ROOT.glob("*.py"),
+        *(file for folder in (*PACKAGES, "archs", "commands") for file in (ROOT / folder).rglob("*.py")),
+    ]
+    many = {}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                count = len([argument for argument in given if argument.arg not in ("self", "cls")])
+                if count > 8:
+                    many[f"{file.relative_to(ROOT).as_posix()}:{node.name}"] = count
+    assert many == MANY_PARAMETERS
+
+
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxruntime", "transformers", "numpy", "huggingface_hub", "tokenizers", "rich"}
 
 
