@@ -88,6 +88,6 @@ def _operation(operation: Operation, context: int, copies: int) -> int:
     """Numbers in memory while an operation runs."""
     weights = list(weights_in(operation))
     sizes = [weight.elements // (weight.experts or 1) for weight in weights]  # one expert at a time
-    decoding = 2 * max(sizes)  # codes and scales of the largest
+    decoding = 2 * max(sizes, default=0)  # codes and scales of the largest
     statistics = 2 * sum(weight.columns * weight.experts for weight in weights if weight.experts)
     return copies * sum(sizes) + decoding + statistics + operation.scratch_values(context)

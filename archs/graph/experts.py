@@ -44,7 +44,7 @@ class Router:
     With g = `groups` > 1 the experts form g equal groups, of which only the `groups_used` with the largest sum of
     two biased scores take part. To `normalize`, the scores are divided by their sum + `epsilon`; they are multiplied
     by `scale` and the expert's own `expert_scale` [experts]. Softmax over the chosen logits alone is softmax over all
-    of them, normalized. With an `input_norm` the residual is read through that, whatever the experts read.
+    of them, normalized. With an `input_norm` the residual itself is read, through that and multiplied by `input_scale`.
     """
 
     weight: Weight
@@ -58,6 +58,7 @@ class Router:
     normalize: bool = True
     expert_scale: Weight | None = None
     input_norm: Norm | None = None
+    input_scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,19 @@ Node = TypeVar("Node")
 
 
 def weights_in(node: Any) -> Iterator[Weight]:
-    """Every weight of a block, a layer or a whole graph, in file order."""
+    """Every weight of a block, a layer or a whole graph once, in file order; blocks may share one."""
+    return iter({weight.name: weight for weight in _all_weights(node)}.values())
+
+
+def _all_weights(node: Any) -> Iterator[Weight]:
     if isinstance(node, Weight):
         yield node
     elif isinstance(node, tuple):
         for item in node:
-            yield from weights_in(item)
+            yield from _all_weights(item)
     elif is_dataclass(node):
         for field in fields(node):
-            yield from weights_in(getattr(node, field.name))
+            yield from _all_weights(getattr(node, field.name))
 
 
 def with_weights(node: Node, change: Callable[[Weight], Weight]) -> Node:

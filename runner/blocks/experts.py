@@ -40,15 +40,16 @@ class RoutedTokens:
         self._where = where
         shape = (*tokens.shape, operation.up.columns)
         self._inputs, self._answers = workspace.activations(*shape), workspace.activations(*shape)
-        norm = operation.router.input_norm if isinstance(operation.router, Router) else None
-        self._normalize = normalizer(norm, weights) if norm else None
+        router = operation.router if isinstance(operation.router, Router) else None
+        self._normalize = normalizer(router.input_norm, weights) if router and router.input_norm else None
+        self._input_scale = router.input_scale if router else 1.0
         self._chosen: list[Tensor] = []
         self._shares: list[Tensor] = []
 
     def route(self, normed: Tensor, residual: Tensor) -> None:
         """Take in the next chunk: states [tokens, hidden size], normed and as the residual has them."""
         chunk, down = len(self._chosen), self.operation.latent_down
-        states = self._normalize(residual) if self._normalize else normed
+        states = self._input_scale * self._normalize(residual) if self._normalize else normed
         chosen, shares = route(self.operation.router, states, self._tokens[chunk], self.weights)
         self._inputs[chunk] = self.weights.project(normed, down) if down else normed
         self._chosen.append(chosen)

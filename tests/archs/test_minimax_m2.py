@@ -31,7 +31,7 @@ def test_real_model(real_graph: Graph) -> None:
     """Parameter counts as published; the geometry of the model card."""
     assert real_graph.parameters() == 228_689_764_864
     assert 9.7e9 < real_graph.active_parameters() - real_graph.head.elements < 9.9e9
-    attention, experts = (sublayer.operation for sublayer in real_graph.layers[61].sublayers)
+    attention, experts = real_graph.layers[61].operations
     assert isinstance(attention, Attention) and isinstance(experts, MoE)
     assert (attention.heads, attention.key_value_heads, attention.rope.size, attention.rope.base) == (48, 8, 64, 5e6)
     assert (experts.experts, experts.router.top_k, experts.expert_size) == (256, 8, 1536)

@@ -67,7 +67,7 @@ def test_real_model() -> None:
     """The geometry and the active parameters of the model cards; they count the embedding."""
     graph = real_graph("super")
     assert 12.7e9 < graph.active_parameters() + graph.embedding.elements < 12.8e9
-    mamba, experts, attention = (graph.layers[index].sublayers[0].operation for index in (0, 1, 7))
+    mamba, experts, attention = (graph.layers[index].operations[0] for index in (0, 1, 7))
     assert isinstance(mamba, Mamba2) and isinstance(experts, MoE) and isinstance(attention, Attention)
     assert (mamba.heads, mamba.inner_size, mamba.input.shape) == (128, 8192, (18560, 4096))
     assert (experts.experts, experts.router.top_k, experts.router.scale, experts.expert_size) == (512, 22, 5.0, 2688)
@@ -80,7 +80,7 @@ def test_real_model() -> None:
 def test_mixed_encodings_are_read_tensor_by_tensor() -> None:
     """Super in NVFP4: FP8 in_proj beside BF16 out_proj in layer 6, NVFP4 experts, and no map of it is consulted."""
     graph = real_graph("super", "nvfp4")
-    mamba, experts = (graph.layers[index].sublayers[0].operation for index in (6, 1))
+    mamba, experts = (graph.layers[index].operations[0] for index in (6, 1))
     assert isinstance(mamba, Mamba2) and isinstance(experts, MoE) and experts.shared
     assert isinstance(mamba.input.source, Scaled) and not isinstance(mamba.output.source, Scaled)
     assert isinstance(experts.up.source, Stack) and isinstance(experts.up.source.experts[511], Nvfp4)

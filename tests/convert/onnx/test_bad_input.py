@@ -11,7 +11,7 @@ import checkpoints
 import pytest
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
-from moecast.archs.graph import Operation
+from moecast.archs.graph import Branch, Operation, SubLayer
 from moecast.archs.weights import Weight
 from moecast.cli import main
 from moecast.convert.onnx.model import build_model
@@ -112,7 +112,7 @@ class Telepathy(Operation):
 def test_an_operation_without_a_form(minimax: Checkpoint) -> None:
     plan = plan_onnx(open_model(minimax.folder).graph, recipe_named("F32"))
     first, *others = plan.graph.layers
-    strange = replace(first, sublayers=(replace(first.sublayers[0], operation=Telepathy()), first.sublayers[1]))
+    strange = replace(first, sublayers=(SubLayer((Branch(None, Telepathy()),)),))
     with pytest.raises(BadInput, match=r"^ONNX has no form for Telepathy yet: use --to gguf$"):
         build_model(replace(plan, graph=replace(plan.graph, layers=(strange, *others))))
 
