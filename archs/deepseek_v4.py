@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from .graph import Graph
 from .shared import CheckpointSource, expect_all, gguf_source, open_gguf, scale_block
 
 RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": OVERLAPPING, "heavily_compressed_attention": 128}
-_IMPLEMENTED = {
+_IMPLEMENTED: Mapping[str, Sequence[object]] = {
     "hidden_act": ["silu"],
     "scoring_func": ["sqrtsoftplus"],
     "topk_method": ["noaux_tc"],

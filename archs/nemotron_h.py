@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from .nemotron_h_blocks import (
 )
 from .shared import CheckpointSource, Experts, Names, Source, expect_all, gguf_source, open_gguf
 
-_IMPLEMENTED = {
+_IMPLEMENTED: Mapping[str, Sequence[object]] = {
     "mlp_hidden_act": ["relu2"],
     "mamba_hidden_act": ["silu"],
     "norm_topk_prob": [True],
