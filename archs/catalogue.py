@@ -106,7 +106,13 @@ class Catalogue:
             return self.plain(fused)
         if fused not in self._fused:
             self._fused[fused] = self.plain(fused)
-        return Rows(self._fused[fused], half * shape[1], (half + 1) * shape[1])
+        both = self._fused[fused]
+        if both.shape[-2:-1] != (2 * shape[1],):
+            raise BadInput(
+                f"{fused} in {both.tensor.file} has shape {list(both.shape)}, expected {2 * shape[1]} rows for each "
+                "expert: those of its gate, then those of its up projection"
+            )
+        return Rows(both, half * shape[1], (half + 1) * shape[1])
 
     def stored(self, name: str) -> Expression:
         """Claim a tensor of a GGUF file together with the `.scale` that llama.cpp multiplies it by."""

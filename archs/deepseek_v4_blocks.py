@@ -95,9 +95,8 @@ class Family(Dimensions):
     )
     window: int = quantity("sliding_window", "attention.sliding_window", _attention(lambda op: op.window))
     ratios: tuple[int, ...] = quantity(
-        (),
-        "attention.compress_ratios",
-        lambda graph: [op.compressor.ratio if op.compressor else 0 for op in _attentions(graph)],
+        gguf="attention.compress_ratios",
+        from_graph=lambda graph: [op.compressor.ratio if op.compressor else 0 for op in _attentions(graph)],
     )
     compressed_rope_base: float = quantity(
         ("rope_parameters.compress.rope_theta", "compress_rope_theta"),
@@ -133,9 +132,10 @@ class Family(Dimensions):
     gating: int = constant("expert_gating_func", GGUF_SQRT_SOFTPLUS)
     clamp: float = quantity("swiglu_limit", "swiglu_clamp_exp", _moe(lambda moe: moe.clamp))
     hash_layers: int = quantity(
-        (),
-        "hash_layer_count",
-        lambda graph: sum(isinstance(op, MoE) and isinstance(op.router, HashRouter) for op in graph.operations()),
+        gguf="hash_layer_count",
+        from_graph=lambda graph: sum(
+            isinstance(op, MoE) and isinstance(op.router, HashRouter) for op in graph.operations()
+        ),
         default=0,
     )
     streams: int = constant("hyper_connection.count", STREAMS)
@@ -143,10 +143,10 @@ class Family(Dimensions):
         "hc_sinkhorn_iters", "hyper_connection.sinkhorn_iterations", _residual(lambda streams: streams.iterations)
     )
     stream_epsilon: float = quantity("hc_eps", "hyper_connection.epsilon", _residual(lambda streams: streams.epsilon))
-    scaling: str = quantity((), "rope.scaling.type", _yarn(lambda yarn: "yarn"), default="none")
-    yarn_factor: float = quantity((), "rope.scaling.factor", _yarn(lambda yarn: yarn.factor), default=1.0)
+    scaling: str = quantity(gguf="rope.scaling.type", from_graph=_yarn(lambda yarn: "yarn"), default="none")
+    yarn_factor: float = quantity(gguf="rope.scaling.factor", from_graph=_yarn(lambda yarn: yarn.factor), default=1.0)
     yarn_context: int = quantity(
-        (), "rope.scaling.original_context_length", _yarn(lambda yarn: yarn.original_context), default=0
+        gguf="rope.scaling.original_context_length", from_graph=_yarn(lambda yarn: yarn.original_context), default=0
     )
 
     @property

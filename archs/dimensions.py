@@ -41,7 +41,7 @@ def _tuple(keys: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def quantity(
-    config: str | tuple[str, ...],
+    config: str | tuple[str, ...] = (),
     gguf: str | tuple[str, ...] = (),
     from_graph: FromGraph | None = None,
     default: Any = _REQUIRED,
@@ -50,6 +50,7 @@ def quantity(
 
     Args:
         config: keys of config.json, of which the first that is present counts; `outer.inner` is nested.
+            Without any, as without `gguf`, the adapter gives the value.
         gguf: keys of GGUF metadata without the architecture's name; all are written, the first is read.
         from_graph: its value in a graph.
         default: its value where a file has none of the keys; without, they are required.

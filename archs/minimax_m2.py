@@ -9,10 +9,12 @@ from ..errors import BadInput
 from .architecture import Architecture
 from .catalogue import Catalogue
 from .config import Config
-from .dimensions import Dimensions, constant, of, quantity, written
+from .dimensions import Dimensions, constant, of, of_rope, quantity, written
 from .expressions import TensorInfo
 from .graph import Activation, Attention, Graph, Layer, MoE, Rope, Router, Score, sequential
 from .shared import (
+    ATTENTION_NAMES,
+    WHOLE_NAMES,
     Builder,
     CheckpointSource,
     Experts,
@@ -46,13 +48,9 @@ class _Dimensions(Dimensions):
     epsilon: float = quantity(
         "rms_norm_eps", "attention.layer_norm_rms_epsilon", lambda graph: graph.final_norm.epsilon
     )
-    rotary_size: int = quantity(
-        "rotary_dim", "rope.dimension_count", of(Attention, lambda op: op.rope and op.rope.size)
-    )
+    rotary_size: int = quantity("rotary_dim", "rope.dimension_count", of_rope(lambda rope: rope.size))
     rope_base: float = quantity(
-        ("rope_theta", "rope_parameters.rope_theta"),
-        "rope.freq_base",
-        of(Attention, lambda op: op.rope and op.rope.base),
+        ("rope_theta", "rope_parameters.rope_theta"), "rope.freq_base", of_rope(lambda rope: rope.base)
     )
     experts: int = quantity(("num_local_experts", "num_experts"), "expert_count", of(MoE, lambda moe: moe.experts))
     top_k: int = quantity("num_experts_per_tok", "expert_used_count", of(MoE, lambda moe: moe.router.top_k))
@@ -72,20 +70,9 @@ _IMPLEMENTED: Mapping[str, Sequence[object]] = {
 }
 _NAMES = Names(
     layers=("model.layers.{}.",),
-    whole={
-        "token_embd.weight": ("model.embed_tokens.weight",),
-        "output_norm.weight": ("model.norm.weight",),
-        "output.weight": ("lm_head.weight",),
-    },
-    layer={
-        "attn_norm.weight": ("input_layernorm.weight",),
-        "attn_q.weight": ("self_attn.q_proj.weight",),
-        "attn_k.weight": ("self_attn.k_proj.weight",),
-        "attn_v.weight": ("self_attn.v_proj.weight",),
-        "attn_output.weight": ("self_attn.o_proj.weight",),
-        "attn_q_norm.weight": ("self_attn.q_norm.weight",),
-        "attn_k_norm.weight": ("self_attn.k_norm.weight",),
-        "ffn_norm.weight": ("post_attention_layernorm.weight",),
+    whole=WHOLE_NAMES,
+    layer=ATTENTION_NAMES
+    | {
         "ffn_gate_inp.weight": ("block_sparse_moe.gate.weight", "mlp.gate.weight"),
         "exp_probs_b.bias": ("block_sparse_moe.e_score_correction_bias", "mlp.e_score_correction_bias"),
     },
@@ -142,13 +129,13 @@ def _build(d: _Dimensions, source: Source) -> Graph:
 
     def layer(index: int) -> Layer:
         blk = f"blk.{index}"
+        attention = builder.attention(blk, d.heads, d.key_value_heads, d.head_size, rope, norms)
         router = Router(
             weight=builder.weight(f"{blk}.ffn_gate_inp.weight", Role.ROUTER, d.experts, d.hidden),
             bias=builder.weight(f"{blk}.exp_probs_b.bias", Role.ROUTER_BIAS, d.experts),
             score=Score.SIGMOID,
             top_k=d.top_k,
         )
-        attention = builder.attention(blk, d.heads, d.key_value_heads, d.head_size, rope, norms)
         experts = builder.experts(blk, router, Activation.SWIGLU, (d.experts, d.expert_size, d.hidden))
         attention_norm = builder.norm(f"{blk}.attn_norm.weight", d.hidden)
         experts_norm = builder.norm(f"{blk}.ffn_norm.weight", d.hidden)

@@ -81,7 +81,7 @@ class Family(Dimensions):
     """Quantities of absent kinds of layers are 0. `kinds` has a letter for each layer."""
 
     blocks: int = written("block_count", lambda graph: len(_all_layers(graph)))
-    kinds: str = quantity(())
+    kinds: str = quantity()
     dense_size: int = quantity(
         "intermediate_size", "feed_forward_length", lambda graph: [*map(_feed_forward_width, _all_layers(graph))]
     )
@@ -132,7 +132,9 @@ class Family(Dimensions):
     router_groups_used: int = quantity(
         "topk_group", "expert_group_used_count", _of_limit(lambda router: router.groups_used), default=1
     )
-    drafts: int = quantity((), "nextn_predict_layers", lambda graph: len(graph.predictions) or None, default=0)
+    drafts: int = quantity(
+        gguf="nextn_predict_layers", from_graph=lambda graph: len(graph.predictions) or None, default=0
+    )
 
 
 WITHOUT_EXPERTS = dict.fromkeys(("experts", "top_k", "expert_size", "shared_size", "latent"), 0) | dict.fromkeys(

@@ -14,6 +14,23 @@ from .expressions import Expression, TensorInfo
 from .graph import MLP, Activation, Attention, Graph, HashRouter, Layer, MoE, Norm, Rope, Router
 from .weights import Role, Weight
 
+# The names that most families have in transformers, for `Names`.
+WHOLE_NAMES = {
+    "token_embd.weight": ("model.embed_tokens.weight",),
+    "output_norm.weight": ("model.norm.weight",),
+    "output.weight": ("lm_head.weight",),
+}
+ATTENTION_NAMES = {
+    "attn_norm.weight": ("input_layernorm.weight",),
+    "attn_q.weight": ("self_attn.q_proj.weight",),
+    "attn_k.weight": ("self_attn.k_proj.weight",),
+    "attn_v.weight": ("self_attn.v_proj.weight",),
+    "attn_output.weight": ("self_attn.o_proj.weight",),
+    "attn_q_norm.weight": ("self_attn.q_norm.weight",),
+    "attn_k_norm.weight": ("self_attn.k_norm.weight",),
+    "ffn_norm.weight": ("post_attention_layernorm.weight",),
+}
+
 Source = Callable[[str, tuple[int, ...]], Expression]  # GGUF name and shape of a weight -> its numbers
 
 
