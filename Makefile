@@ -1,36 +1,55 @@
-# `make demo` and `make test` do everything on a fresh machine; the rest is for development.
+# `make demo` and `make test` do everything on a fresh machine; `make help` lists the rest.
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := archs quant sources runner convert commands
-MODULES := cli errors progress
+PIP := pip install --quiet
+EVERYTHING := '.[dev,llama,onnx]'
+LOWEST := tests/test_contracts.py tests/test_relied_on.py tests/sources tests/quant/formats/test_quantize.py \
+	tests/convert/gguf/test_output.py tests/convert/onnx/test_output.py
 
-.PHONY: demo test lint types clean
+.PHONY: help demo test test-fast test-slow test-lowest lint types clean
 
-demo: .venv/runtime
+help:  ## lists these
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/runtime  ## converts an embedded tiny checkpoint and compares it with its source
 	$(BIN)/moecast demo
 
-test: .venv/development
-	$(BIN)/python -m pytest
+test: .venv/development  ## all tests but the slow ones
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-lint: .venv/development
+test-fast: .venv/development  ## those that take no seconds each
+	$(BIN)/python -m pytest -n 2 -m "not slow and not whole"
+
+test-slow: .venv/development  ## the slow ones
+	$(BIN)/python -m pytest -m slow
+
+test-lowest: .venv-lowest/development  ## with the lowest versions that pyproject.toml allows
+	.venv-lowest/bin/python -m moecast.cli --help
+	.venv-lowest/bin/python -m pytest -n 2 -m "not slow" $(LOWEST)
+
+lint: .venv/development  ## style, and which way imports go
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-# mypy does not follow the editable install, so it looks at the checkout under the package's name.
-types: .venv/development
+# mypy does not follow the editable install, so it finds the checkout under the package's name.
+types: .venv/development  ## mypy, strict
 	mkdir -p build/types && ln -sfn ../.. build/types/moecast
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
-		$(PACKAGES:%=-p moecast.%) $(MODULES:%=-m moecast.%)
+	$(BIN)/mypy
 
 .venv/runtime: pyproject.toml constraints.txt setup.py $(wildcard quant/kernels/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e .
+	$(BIN)/$(PIP) -c constraints.txt -e .
 	touch $@
 
 .venv/development: .venv/runtime
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,llama,onnx]'
+	$(BIN)/$(PIP) -c constraints.txt -e $(EVERYTHING)
 	touch $@
 
-clean:
-	rm -rf .venv build dist *.egg-info
+.venv-lowest/development: pyproject.toml constraints-lowest.txt setup.py $(wildcard quant/kernels/*)
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/$(PIP) -c constraints-lowest.txt -e $(EVERYTHING)
+	touch $@
+
+clean:  ## removes what the others made
+	rm -rf .venv .venv-lowest build dist *.egg-info

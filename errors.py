@@ -1,4 +1,4 @@
-"""The errors a user can cause or must live with."""
+"""The errors that end a command in one line: bad input, an existing output, an interruption."""
 
 from __future__ import annotations
 

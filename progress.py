@@ -1,4 +1,4 @@
-"""How long work tells whoever watches what it is doing; the command line draws it, libraries may ignore it."""
+"""The protocol by which long work reports progress; the command line draws it, libraries may ignore it."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from math import prod
 
 from ..errors import BadInput
-from .weights import BlockScaled, Expression, Mxfp4, Nvfp4, Read, Scaled, TensorInfo, scale_name
+from .expressions import BlockScaled, Expression, Mxfp4, Nvfp4, Read, Rows, Scaled, Stack, TensorInfo
+from .weights import scale_name
 
 PLAIN_DTYPES = ("F32", "F16", "BF16")
 # They serve the arithmetic of the engine that the checkpoint was made for, no weight depends on them.
@@ -32,6 +33,7 @@ class Catalogue:
         self.block = block
         self._tensors: dict[str, TensorInfo] = {}
         self._claimed: set[str] = set()
+        self._fused: dict[str, Read] = {}
         for tensor in tensors:
             if tensor.name in self._tensors:
                 raise BadInput(f"{tensor.name} appears twice, in {self._tensors[tensor.name].file} and {tensor.file}")
@@ -81,6 +83,36 @@ class Catalogue:
             f"{', '.join(PLAIN_DTYPES)}, or U8, I8 or F8_E4M3 in two dimensions with {module}.weight_scale, "
             f"{module}.weight_scale_inv or {module}.scale"
         )
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor is there, be it in the two parts of compressed-tensors."""
+        return name in self or (name.endswith(".weight") and f"{name}_packed" in self)
+
+    def holds_below(self, pattern: str) -> bool:
+        """Whether there are tensors whose names begin as `pattern` does, up to its `{}`."""
+        return any(name.startswith(pattern.partition("{}")[0]) for name in self._tensors)
+
+    def experts(self, separate: str, fused: str, shape: tuple[int, ...], half: int | None = None) -> Expression:
+        """Claim a stack of matrices [experts, rows, columns].
+
+        Args:
+            separate: module of each expert's matrix, `{}` standing for the expert.
+            fused: tensor that holds all of them where transformers' names in memory are used.
+            half: which half of the rows of `fused` it is, where gate (0) and up projection (1) share that tensor.
+        """
+        if fused not in self:
+            return Stack(tuple(self.matrix(separate.format(expert)) for expert in range(shape[0])))
+        if half is None:
+            return self.plain(fused)
+        if fused not in self._fused:
+            self._fused[fused] = self.plain(fused)
+        both = self._fused[fused]
+        if both.shape[-2:-1] != (2 * shape[1],):
+            raise BadInput(
+                f"{fused} in {both.tensor.file} has shape {list(both.shape)}, expected {2 * shape[1]} rows for each "
+                "expert: those of its gate, then those of its up projection"
+            )
+        return Rows(both, half * shape[1], (half + 1) * shape[1])
 
     def stored(self, name: str) -> Expression:
         """Claim a tensor of a GGUF file together with the `.scale` that llama.cpp multiplies it by."""

@@ -25,6 +25,8 @@ class Config:
 
     def __init__(self, values: Mapping[str, Any], origin: str) -> None:
         self._values = values
+        self._asked: set[str] = set()
+        self._sections: dict[str, Config] = {}
         self.origin = origin
 
     def __contains__(self, key: str) -> bool:
@@ -32,25 +34,35 @@ class Config:
 
     def get(self, key: str) -> Any:
         """The raw value, None when the key is missing."""
+        self._asked.add(key)
         return self._values.get(key)
 
     def section(self, key: str) -> Config:
         """A nested object; empty when the key is missing."""
-        value = self._values.get(key)
-        if value is not None and not isinstance(value, Mapping):
-            raise BadInput(f"{self.origin}: {key} is {value!r}, expected an object")
-        return Config(value or {}, f"{self.origin}: {key}")
+        if key not in self._sections:
+            value = self._values.get(key)
+            if value is not None and not isinstance(value, Mapping):
+                raise BadInput(f"{self.origin}: {key} is {value!r}, expected an object")
+            self._sections[key] = Config(value or {}, f"{self.origin}: {key}")
+        return self._sections[key]
+
+    def unread(self) -> tuple[str, ...]:
+        """The keys with a value that nobody asked for, those of nested objects as `outer.inner`."""
+        known = self._asked | self._sections.keys()
+        own = (key for key, value in self._values.items() if value is not None and key not in known)
+        nested = (f"{key}.{inner}" for key, section in self._sections.items() for inner in section.unread())
+        return (*own, *nested)
 
     def integer(self, *keys: str, default: int = _REQUIRED) -> int:
-        """A positive whole number under the first of `keys` that is present."""
+        """A positive whole number under the first of `keys` that is present; also 0, where that is the default."""
         value = self._typed(int, keys, default)
-        if value <= 0:
+        if value < (0 if default == 0 else 1):
             raise BadInput(f"{self.origin}: {self._present(keys)} is {value}, expected a positive whole number")
         return value
 
     def integers(self, key: str, count: int) -> tuple[int, ...]:
         """`count` whole numbers from zero up, stored as a list or, all being equal, as one number."""
-        value = self._values.get(key)
+        value = self.get(key)
         values = value if isinstance(value, list) else [value] * count
         if len(values) != count or not all(type(number) is int and number >= 0 for number in values):
             raise BadInput(f"{self.origin}: {key} is {value!r}, expected {count} whole numbers, one for each layer")
@@ -67,7 +79,7 @@ class Config:
 
     def expect(self, key: str, *allowed: Any) -> None:
         """Assert that `key`, where present and not null, holds one of the values that the adapter implements."""
-        value = self._values.get(key)
+        value = self.get(key)
         if value is not None and value not in allowed:
             wanted = " or ".join(repr(choice) for choice in allowed)
             raise BadInput(f"{self.origin}: {key} is {value!r}, expected {wanted}: this variant is not supported")
@@ -76,6 +88,7 @@ class Config:
         return next((key for key in keys if key in self), None)
 
     def _typed(self, kind: type[T], keys: tuple[str, ...], default: T) -> T:
+        self._asked.update(keys)
         key = self._present(keys)
         if key is None:
             if default is _REQUIRED:

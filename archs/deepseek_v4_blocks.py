@@ -1,13 +1,14 @@
-"""The blocks of DeepSeek V4, from its dimensions and a source of weights by their GGUF names."""
+"""The quantities of DeepSeek V4, and its blocks under their GGUF names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import BadInput
+from .dimensions import Dimensions, FromGraph, constant, of, quantity, written
 from .graph import (
-    MLP,
     Activation,
     CompressedAttention,
     Compressor,
@@ -17,7 +18,6 @@ from .graph import (
     Indexer,
     Layer,
     MoE,
-    Norm,
     Prediction,
     ResidualMix,
     Rope,
@@ -26,75 +26,151 @@ from .graph import (
     Yarn,
     sequential,
 )
-from .weights import Expression, Role, Weight
+from .shared import Builder, Source, check_rotary, check_top_k
+from .weights import Role
 
 NAME = "deepseek4"
+GGUF_SQRT_SOFTPLUS = 4  # llama.cpp's expert_gating_func
 STREAMS = 4  # what llama.cpp's kernels are written for
 OVERLAPPING = 4  # entries of this ratio overlap and are picked by an indexer, those of 128 are not
 ROUTER_EPSILON = 1e-20
+YARN_FAST, YARN_SLOW = 32.0, 1.0  # llama.cpp knows no other
+
+
+def _residual(get: Callable[[HyperConnections], Any]) -> FromGraph:
+    return lambda graph: get(graph.residual) if graph.residual else None
+
+
+def _attentions(graph: Graph) -> list[CompressedAttention]:
+    return [operation for operation in graph.operations() if isinstance(operation, CompressedAttention)]
+
+
+def _indexer(graph: Graph) -> Indexer:
+    """The first one. Raises BadInput where llama.cpp finds none."""
+    indexers = (attention.indexer for attention in _attentions(graph) if attention.indexer)
+    indexer = next(indexers, None)
+    if indexer is None:
+        raise BadInput(f"no layer has compress ratio {OVERLAPPING}: llama.cpp cannot run such a model")
+    return indexer
+
+
+def _compressed_rope(graph: Graph) -> Rope:
+    return _indexer(graph).compressor.rope
+
+
+def _yarn(get: Callable[[Yarn], Any]) -> FromGraph:
+    def find(graph: Graph) -> Any:
+        yarn = _compressed_rope(graph).yarn
+        return get(yarn) if yarn else None
+
+    return find
+
+
+def _attention(get: Callable[[CompressedAttention], Any]) -> FromGraph:
+    return of(CompressedAttention, get)
+
+
+def _moe(get: Callable[[MoE], Any]) -> FromGraph:
+    return of(MoE, get)
 
 
 @dataclass(frozen=True)
-class Dimensions:
-    vocabulary: int
-    hidden: int
-    context: int
-    epsilon: float
-    ratios: tuple[int, ...]  # of the compressed entries of each layer, 0 where there are none
-    hash_layers: int
-    heads: int
-    head_size: int
-    query_rank: int
-    output_groups: int
-    output_rank: int
-    window: int
-    rotary_size: int
-    rope_base: float
-    compressed_rope_base: float
-    yarn: Yarn | None
-    index_heads: int
-    index_head_size: int
-    index_top_k: int
-    experts: int
-    top_k: int
-    expert_size: int
-    shared_size: int
-    router_scale: float
-    clamp: float
-    sinkhorn_iterations: int
-    stream_epsilon: float
+class Family(Dimensions):
+    """`ratios` are those of each layer's compressed entries, 0 where there are none."""
 
-
-def check(dimensions: Dimensions, origin: str) -> None:
-    d = dimensions
-    if d.heads * d.head_size % d.output_groups:
-        raise BadInput(f"{origin}: {d.heads} attention heads do not divide into {d.output_groups} output groups")
-    if d.top_k > d.experts:
-        raise BadInput(f"{origin}: num_experts_per_tok is {d.top_k}, expected at most the {d.experts} experts")
-    if d.rotary_size > min(d.head_size, d.index_head_size) or d.rotary_size % 2:
-        raise BadInput(
-            f"{origin}: {d.rotary_size} rotary dimensions, expected an even number up to head_dim {d.head_size} and "
-            f"index_head_dim {d.index_head_size}"
-        )
-
-
-def build(d: Dimensions, source: Callable[[str], Expression]) -> Graph:
-    """The model without its draft."""
-    builder = _Builder(d, source)
-    return Graph(
-        architecture=NAME,
-        vocabulary_size=d.vocabulary,
-        hidden_size=d.hidden,
-        context_length=d.context,
-        embedding=builder.weight("token_embd.weight", Role.EMBEDDING, d.vocabulary, d.hidden),
-        layers=tuple(builder.layer(index, ratio) for index, ratio in enumerate(d.ratios)),
-        final_norm=builder.norm("output_norm.weight", d.hidden),
-        head=builder.weight("output.weight", Role.HEAD, d.vocabulary, d.hidden),
-        residual=builder.residual(),
+    stream_width: int = written("embedding_length_out", lambda graph: graph.residual_size)
+    layers: int = quantity("num_hidden_layers", "block_count", lambda graph: len(graph.layers))
+    heads: int = quantity("num_attention_heads", "attention.head_count", _attention(lambda op: op.heads))
+    key_value_heads: int = constant("attention.head_count_kv", 1)
+    head_size: int = quantity(
+        "head_dim", ("attention.key_length", "attention.value_length"), _attention(lambda op: op.head_size)
+    )
+    epsilon: float = quantity(
+        "rms_norm_eps", "attention.layer_norm_rms_epsilon", lambda graph: graph.final_norm.epsilon
+    )
+    query_rank: int = quantity("q_lora_rank", "attention.q_lora_rank", _attention(lambda op: op.query_down.shape[0]))
+    output_groups: int = quantity("o_groups", "attention.output_group_count", _attention(lambda op: op.groups))
+    output_rank: int = quantity(
+        "o_lora_rank", "attention.output_lora_rank", _attention(lambda op: op.output_down.shape[0] // op.groups)
+    )
+    window: int = quantity("sliding_window", "attention.sliding_window", _attention(lambda op: op.window))
+    ratios: tuple[int, ...] = quantity(
+        gguf="attention.compress_ratios",
+        from_graph=lambda graph: [op.compressor.ratio if op.compressor else 0 for op in _attentions(graph)],
+    )
+    compressed_rope_base: float = quantity(
+        ("rope_parameters.compress.rope_theta", "compress_rope_theta"),
+        "attention.compress_rope_freq_base",
+        lambda graph: _compressed_rope(graph).base,
+        default=160000.0,
+    )
+    index_heads: int = quantity("index_n_heads", "attention.indexer.head_count", lambda graph: _indexer(graph).heads)
+    index_head_size: int = quantity(
+        "index_head_dim", "attention.indexer.key_length", lambda graph: _indexer(graph).head_size
+    )
+    index_top_k: int = quantity("index_topk", "attention.indexer.top_k", lambda graph: _indexer(graph).top_k)
+    rotary_size: int = quantity("qk_rope_head_dim", "rope.dimension_count", lambda graph: _compressed_rope(graph).size)
+    rope_base: float = quantity(
+        ("rope_parameters.main.rope_theta", "rope_theta"),
+        "rope.freq_base",
+        lambda graph: next((op.rope.base for op in _attentions(graph) if not op.compressor), 10000.0),
+        default=10000.0,
+    )
+    experts: int = quantity(("n_routed_experts", "num_local_experts"), "expert_count", _moe(lambda moe: moe.experts))
+    top_k: int = quantity("num_experts_per_tok", "expert_used_count", _moe(lambda moe: moe.router.top_k))
+    expert_size: int = quantity(
+        "moe_intermediate_size", "expert_feed_forward_length", _moe(lambda moe: moe.expert_size)
+    )
+    shared_count: int = quantity(
+        "n_shared_experts",
+        "expert_shared_count",
+        _moe(lambda moe: moe.shared and moe.shared.up.shape[0] // moe.expert_size),
+        default=1,
+    )
+    router_scale: float = quantity("routed_scaling_factor", "expert_weights_scale", _moe(lambda moe: moe.router.scale))
+    normalized: bool = constant("expert_weights_norm", True)
+    gating: int = constant("expert_gating_func", GGUF_SQRT_SOFTPLUS)
+    clamp: float = quantity("swiglu_limit", "swiglu_clamp_exp", _moe(lambda moe: moe.clamp))
+    hash_layers: int = quantity(
+        gguf="hash_layer_count",
+        from_graph=lambda graph: sum(
+            isinstance(op, MoE) and isinstance(op.router, HashRouter) for op in graph.operations()
+        ),
+        default=0,
+    )
+    streams: int = constant("hyper_connection.count", STREAMS)
+    sinkhorn_iterations: int = quantity(
+        "hc_sinkhorn_iters", "hyper_connection.sinkhorn_iterations", _residual(lambda streams: streams.iterations)
+    )
+    stream_epsilon: float = quantity("hc_eps", "hyper_connection.epsilon", _residual(lambda streams: streams.epsilon))
+    scaling: str = quantity(gguf="rope.scaling.type", from_graph=_yarn(lambda yarn: "yarn"), default="none")
+    yarn_factor: float = quantity(gguf="rope.scaling.factor", from_graph=_yarn(lambda yarn: yarn.factor), default=1.0)
+    yarn_context: int = quantity(
+        gguf="rope.scaling.original_context_length", from_graph=_yarn(lambda yarn: yarn.original_context), default=0
     )
 
+    @property
+    def yarn(self) -> Yarn | None:
+        if self.scaling != "yarn":
+            return None
+        return Yarn(self.yarn_factor, self.yarn_context, YARN_FAST, YARN_SLOW)
 
-def build_draft(model: Graph, d: Dimensions, source: Callable[[str], Expression]) -> Graph:
+
+def check(d: Family, origin: str) -> None:
+    if d.heads * d.head_size % d.output_groups:
+        raise BadInput(f"{origin}: {d.heads} attention heads do not divide into {d.output_groups} output groups")
+    check_top_k(origin, d.top_k, d.experts)
+    check_rotary(origin, "qk_rope_head_dim", d.rotary_size, min(d.head_size, d.index_head_size))
+
+
+def build(d: Family, source: Source) -> Graph:
+    """The model without its draft."""
+    builder = _Builder(d, source)
+    layers = tuple(builder.layer(index, ratio) for index, ratio in enumerate(d.ratios))
+    return replace(builder.graph(NAME, layers), residual=builder.residual())
+
+
+def build_draft(model: Graph, d: Family, source: Source) -> Graph:
     """The block for multi-token prediction, which shares embedding and head with the model."""
     builder = _Builder(d, source)
     index = len(model.layers)
@@ -111,30 +187,20 @@ def build_draft(model: Graph, d: Dimensions, source: Callable[[str], Expression]
     )
 
 
-class _Builder:
-    """Makes the blocks of a graph whose weights come from `source`, by their GGUF names."""
-
-    def __init__(self, dimensions: Dimensions, source: Callable[[str], Expression]) -> None:
-        self.dimensions = dimensions
-        self.source = source
-
-    def weight(self, name: str, role: Role, *shape: int) -> Weight:
-        return Weight(name, role, shape, self.source(name))
-
-    def norm(self, name: str, size: int) -> Norm:
-        return Norm(self.weight(name, Role.NORM, size), self.dimensions.epsilon)
+class _Builder(Builder):
+    def __init__(self, d: Family, source: Source) -> None:
+        super().__init__(d, d.epsilon, source)
+        self.d = d
 
     def mix(self, stem: str, coefficients: int, kinds: int) -> ResidualMix:
         return ResidualMix(
-            function=self.weight(
-                f"{stem}_fn.weight", Role.HYPER_CONNECTION, coefficients, STREAMS * self.dimensions.hidden
-            ),
+            function=self.weight(f"{stem}_fn.weight", Role.HYPER_CONNECTION, coefficients, STREAMS * self.hidden),
             base=self.weight(f"{stem}_base.weight", Role.HYPER_CONNECTION, coefficients),
             scale=self.weight(f"{stem}_scale.weight", Role.HYPER_CONNECTION, kinds),
         )
 
     def residual(self) -> HyperConnections:
-        d = self.dimensions
+        d = self.d
         return HyperConnections(
             multiplicity=STREAMS,
             iterations=d.sinkhorn_iterations,
@@ -144,26 +210,26 @@ class _Builder:
         )
 
     def layer(self, index: int, ratio: int) -> Layer:
-        blk, hidden = f"blk.{index}", self.dimensions.hidden
+        blk, hidden = f"blk.{index}", self.hidden
         coefficients = STREAMS * (2 + STREAMS)
         return Layer(
             index,
             (
                 sequential(
                     self.norm(f"{blk}.attn_norm.weight", hidden),
-                    self.attention(blk, ratio),
+                    self.compressed_attention(blk, ratio),
                     self.mix(f"{blk}.hc_attn", coefficients, 3),
                 ),
                 sequential(
                     self.norm(f"{blk}.ffn_norm.weight", hidden),
-                    self.experts(blk, hashed=index < self.dimensions.hash_layers),
+                    self.routed(blk, hashed=index < self.d.hash_layers),
                     self.mix(f"{blk}.hc_ffn", coefficients, 3),
                 ),
             ),
         )
 
-    def attention(self, blk: str, ratio: int) -> CompressedAttention:
-        d = self.dimensions
+    def compressed_attention(self, blk: str, ratio: int) -> CompressedAttention:
+        d = self.d
         width, ranks = d.heads * d.head_size, d.output_groups * d.output_rank
         rope = self.rope(compressed=ratio > 0)
         compressor = self.compressor(f"{blk}.attn_compressor", Role.COMPRESSOR, ratio, d.head_size) if ratio else None
@@ -188,13 +254,13 @@ class _Builder:
         )
 
     def rope(self, compressed: bool) -> Rope:
-        d = self.dimensions
+        d = self.d
         base, yarn = (d.compressed_rope_base, d.yarn) if compressed else (d.rope_base, None)
         return Rope(d.rotary_size, base, interleaved=True, last=True, yarn=yarn)
 
     def compressor(self, stem: str, role: Role, ratio: int, size: int) -> Compressor:
         overlaps = ratio == OVERLAPPING
-        width, hidden = size * (2 if overlaps else 1), self.dimensions.hidden
+        width, hidden = size * (2 if overlaps else 1), self.hidden
         return Compressor(
             ratio=ratio,
             overlaps=overlaps,
@@ -206,7 +272,7 @@ class _Builder:
         )
 
     def indexer(self, blk: str) -> Indexer:
-        d = self.dimensions
+        d = self.d
         width = d.index_heads * d.index_head_size
         return Indexer(
             heads=d.index_heads,
@@ -217,26 +283,14 @@ class _Builder:
             compressor=self.compressor(f"{blk}.indexer_compressor", Role.INDEXER, OVERLAPPING, d.index_head_size),
         )
 
-    def experts(self, blk: str, hashed: bool) -> MoE:
-        d = self.dimensions
-        return MoE(
-            router=self.router(blk, hashed),
-            gate=self.weight(f"{blk}.ffn_gate_exps.weight", Role.EXPERT_GATE, d.experts, d.expert_size, d.hidden),
-            up=self.weight(f"{blk}.ffn_up_exps.weight", Role.EXPERT_UP, d.experts, d.expert_size, d.hidden),
-            down=self.weight(f"{blk}.ffn_down_exps.weight", Role.EXPERT_DOWN, d.experts, d.hidden, d.expert_size),
-            activation=Activation.SWIGLU,
-            clamp=d.clamp,
-            shared=MLP(
-                gate=self.weight(f"{blk}.ffn_gate_shexp.weight", Role.SHARED_GATE, d.shared_size, d.hidden),
-                up=self.weight(f"{blk}.ffn_up_shexp.weight", Role.SHARED_UP, d.shared_size, d.hidden),
-                down=self.weight(f"{blk}.ffn_down_shexp.weight", Role.SHARED_DOWN, d.hidden, d.shared_size),
-                activation=Activation.SWIGLU,
-                clamp=d.clamp,
-            ),
-        )
+    def routed(self, blk: str, hashed: bool) -> MoE:
+        d = self.d
+        shape = (d.experts, d.expert_size, d.hidden)
+        router = self.router(blk, hashed)
+        return self.experts(blk, router, Activation.SWIGLU, shape, d.expert_size * d.shared_count, d.clamp)
 
     def router(self, blk: str, hashed: bool) -> Router | HashRouter:
-        d = self.dimensions
+        d = self.d
         weight = self.weight(f"{blk}.ffn_gate_inp.weight", Role.ROUTER, d.experts, d.hidden)
         if hashed:
             table = self.weight(f"{blk}.ffn_gate_tid2eid.weight", Role.HASH_TABLE, d.vocabulary, d.top_k)

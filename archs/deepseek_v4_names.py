@@ -1,16 +1,15 @@
 """What DeepSeek V4's tensors are called: on the Hub, saved by transformers, and in transformers' memory.
 
-Every GGUF name is followed by the names it may have in a checkpoint; whichever is there is taken.
+The draft's blocks have the Hub's names, and an ending of their own.
 """
 
 from __future__ import annotations
 
-from functools import cache
-
 from .catalogue import Catalogue
-from .weights import Expression, Rows, SideBySide, Stack
+from .expressions import Expression, SideBySide
+from .shared import CheckpointSource, Experts, Names, Source
 
-_GLOBAL_NAMES = {
+_WHOLE_NAMES = {
     "token_embd.weight": ("embed.weight", "model.embed_tokens.weight"),
     "output_norm.weight": ("norm.weight", "model.norm.weight"),
     "output.weight": ("head.weight", "lm_head.weight"),
@@ -53,6 +52,9 @@ _LAYER_NAMES = {
         "attn.indexer.compressor.norm.weight",
         "self_attn.compressor.indexer.kv_norm.weight",
     ),
+    "nextn.enorm.weight": ("enorm.weight",),
+    "nextn.hnorm.weight": ("hnorm.weight",),
+    "nextn.eh_proj.weight": ("e_proj.weight",),  # and h_proj
     "hc_attn_fn.weight": ("hc_attn_fn", "attn_hc.fn"),
     "hc_attn_base.weight": ("hc_attn_base", "attn_hc.base"),
     "hc_attn_scale.weight": ("hc_attn_scale", "attn_hc.scale"),
@@ -67,56 +69,37 @@ _LAYER_NAMES = {
     "ffn_up_shexp.weight": ("ffn.shared_experts.w3.weight", "mlp.shared_experts.up_proj.weight"),
     "ffn_down_shexp.weight": ("ffn.shared_experts.w2.weight", "mlp.shared_experts.down_proj.weight"),
 }
-_EXPERT_NAMES = {"ffn_gate_exps.weight": "w1", "ffn_up_exps.weight": "w3", "ffn_down_exps.weight": "w2"}
 
 
-class CheckpointSource:
-    """Finds a weight by its GGUF name, whichever way the checkpoint names it."""
+def _table(catalogue: Catalogue, name: str, shape: tuple[int, ...]) -> Expression:
+    return catalogue.integers(name)
 
-    def __init__(self, catalogue: Catalogue, layers: int, experts: int, expert_size: int) -> None:
-        self._catalogue = catalogue
-        self._layers = layers
-        self._experts = experts
-        self._expert_size = expert_size
-        self._fused = cache(catalogue.plain)  # several weights each
 
-    def __call__(self, name: str) -> Expression:
-        """A weight of the model itself."""
-        if name in _GLOBAL_NAMES:
-            return self._take(_GLOBAL_NAMES[name])
-        _, layer, kind = name.split(".", 2)
-        hub = f"layers.{layer}"
-        return self._in_block(hub if f"{hub}.attn_norm.weight" in self._catalogue else f"model.{hub}", kind)
+def _side_by_side(catalogue: Catalogue, name: str, shape: tuple[int, ...]) -> Expression:
+    prefix = name.removesuffix("e_proj.weight")
+    return SideBySide((catalogue.matrix(f"{prefix}e_proj"), catalogue.matrix(f"{prefix}h_proj")))
 
-    def draft(self, name: str) -> Expression:
-        """A weight of the draft, whose blocks are numbered on from the layers and which has an ending of its own."""
-        if name in _GLOBAL_NAMES:
-            return self._take((f"mtp.0.{_GLOBAL_NAMES[name][0]}",))
+
+NAMES = Names(
+    layers=("layers.{}.", "model.layers.{}."),
+    whole=_WHOLE_NAMES,
+    layer=_LAYER_NAMES,
+    experts={
+        "ffn_gate_exps.weight": Experts("ffn.experts.{}.w1", "mlp.experts.gate_up_proj", half=0),
+        "ffn_up_exps.weight": Experts("ffn.experts.{}.w3", "mlp.experts.gate_up_proj", half=1),
+        "ffn_down_exps.weight": Experts("ffn.experts.{}.w2", "mlp.experts.down_proj"),
+    },
+    special={"ffn_gate_tid2eid.weight": _table, "nextn.eh_proj.weight": _side_by_side},
+)
+
+
+def draft_source(source: CheckpointSource, layers: int) -> Source:
+    """Finds the weights of the draft, whose blocks are numbered on from the layers."""
+
+    def find(name: str, shape: tuple[int, ...]) -> Expression:
+        if name in _WHOLE_NAMES:
+            return source.take((f"mtp.0.{_WHOLE_NAMES[name][0]}",))
         _, block, kind = name.split(".", 2)
-        prefix = f"mtp.{int(block) - self._layers}"
-        if kind == "nextn.eh_proj.weight":
-            return SideBySide((self._catalogue.matrix(f"{prefix}.e_proj"), self._catalogue.matrix(f"{prefix}.h_proj")))
-        if kind.startswith("nextn."):
-            return self._catalogue.plain(f"{prefix}.{kind.removeprefix('nextn.')}")
-        return self._in_block(prefix, kind)
+        return source.in_layer(f"mtp.{int(block) - layers}.", kind, shape)
 
-    def _in_block(self, prefix: str, kind: str) -> Expression:
-        if kind in _EXPERT_NAMES:
-            return self._stack(prefix, kind)
-        return self._take(tuple(f"{prefix}.{candidate}" for candidate in _LAYER_NAMES[kind]))
-
-    def _stack(self, prefix: str, kind: str) -> Expression:
-        module = f"{prefix}.mlp.experts"
-        if f"{module}.gate_up_proj" not in self._catalogue:
-            name = f"{prefix}.ffn.experts.{{}}.{_EXPERT_NAMES[kind]}"
-            return Stack(tuple(self._catalogue.matrix(name.format(expert)) for expert in range(self._experts)))
-        if kind == "ffn_down_exps.weight":
-            return self._fused(f"{module}.down_proj")
-        first = 0 if kind == "ffn_gate_exps.weight" else self._expert_size  # rows of the gate come first
-        return Rows(self._fused(f"{module}.gate_up_proj"), first, first + self._expert_size)
-
-    def _take(self, candidates: tuple[str, ...]) -> Expression:
-        name = next((name for name in candidates if name in self._catalogue), candidates[0])
-        if name.endswith(".weight"):
-            return self._catalogue.matrix(name.removesuffix(".weight"))
-        return self._catalogue.integers(name) if name.endswith(".tid2eid") else self._catalogue.plain(name)
+    return find

@@ -1,6 +1,7 @@
 """Expressions over stored tensors: where the numbers of a weight come from, never the numbers themselves.
 
-`sources.decode` evaluates them for one expert or some rows at a time, so nothing here needs an array library.
+A new kind of expression is a class here and a line in `sources.decode`, which evaluates expressions for one expert or
+some rows at a time; so nothing here needs an array library.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from ..errors import BadInput
 
@@ -32,9 +33,66 @@ class TensorInfo:
         """Number of contiguous rows: the product of all dimensions but the last."""
         return prod(self.shape[:-1]) if self.shape else 1
 
+    @property
+    def bits(self) -> float:
+        """Bits that it takes for each element."""
+        return 8 * self.length / max(prod(self.shape), 1)
+
+    @property
+    def exact(self) -> str | None:
+        """The ggml type that holds its elements without loss."""
+        return "I32" if self.dtype == "I64" else self.dtype
+
+
+class Expression(Protocol):
+    """Numbers made of stored tensors."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the numbers, slowest dimension first."""
+
+    @property
+    def parts(self) -> tuple[TensorInfo | Expression, ...]:
+        """What it is made of, in the order of reading."""
+
+    @property
+    def bits(self) -> float:
+        """What the stored form takes for each number, coarse scales of FP8 left out; the most of its parts."""
+
+    @property
+    def exact(self) -> str | None:
+        """The ggml type that loses nothing; None where that would take 32 bits for numbers stored in fewer."""
+
+    def of_expert(self, expert: int | None) -> Expression:
+        """The part that one expert depends on."""
+
+
+class _Derived:
+    """An expression's members as they follow from its parts, where its class says nothing else."""
+
+    @property
+    def bits(self: Expression) -> float:
+        return max(part.bits for part in self.parts)
+
+    @property
+    def exact(self) -> str | None:
+        return None
+
+    def of_expert(self: Expression, expert: int | None) -> Expression:
+        return self
+
+
+class _Moved(_Derived):
+    """An expression whose numbers are those of its parts, none of them changed."""
+
+    @property
+    def exact(self: Expression) -> str | None:
+        types = {part.exact for part in self.parts}
+        return types.pop() if len(types) == 1 else None
+
 
 @dataclass(frozen=True)
-class Read:
+class Read(_Moved):
     """A tensor whose stored values are the weight."""
 
     tensor: TensorInfo
@@ -43,16 +101,38 @@ class Read:
     def shape(self) -> tuple[int, ...]:
         return self.tensor.shape
 
+    @property
+    def parts(self) -> tuple[TensorInfo]:
+        return (self.tensor,)
+
 
 @dataclass(frozen=True)
-class BlockScaled:
+class _Codes(_Derived):
+    """Codes times scales of which there are few."""
+
+    codes: TensorInfo
+    scale: TensorInfo
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return (self.codes, self.scale)
+
+    @property
+    def bits(self) -> float:
+        return self.codes.bits
+
+
+@dataclass(frozen=True)
+class BlockScaled(_Codes):
     """`codes[i, j] * scale[i // block_rows, j // block_columns]`, the last blocks may be partial.
 
     MiniMax's `weight_scale_inv` and DeepSeek's `scale` are both multipliers, whatever their name says.
     """
 
-    codes: TensorInfo
-    scale: TensorInfo
     block: tuple[int, int]
 
     def __post_init__(self) -> None:
@@ -65,16 +145,14 @@ class BlockScaled:
             )
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.codes.shape
+    def exact(self) -> str | None:
+        """E4M3 has 4 significant bits and E8M0 is a power of two: their product fits BF16, unlike one with float32."""
+        return "BF16" if self.scale.dtype == "F8_E8M0" else None
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(_Codes):
     """`codes * scale`: one scale for the whole weight, one for each row, or one for each expert of a stored stack."""
-
-    codes: TensorInfo
-    scale: TensorInfo
 
     def __post_init__(self) -> None:
         rows = self.codes.shape[0]
@@ -84,38 +162,52 @@ class Scaled:
                 f"all of {self.codes.name} or [{rows}]"
             )
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.codes.shape
-
-
-def _check_group_scales(codes: TensorInfo, scale: TensorInfo, shape: tuple[int, ...], group: int) -> None:
-    """Every `group` columns of a matrix of that shape have a scale. Raises BadInput where they do not."""
-    rows, columns = shape
-    if scale.shape != (rows, columns // group) or columns % group:
-        raise BadInput(
-            f"{scale.name} in {scale.file} has shape {list(scale.shape)}, expected "
-            f"[{rows}, {columns / group:g}]: one scale for each {group} columns of {codes.name}"
-        )
-
 
 @dataclass(frozen=True)
-class Nvfp4:
-    """NVIDIA's 4-bit floats: `e2m1(code) * scale[row, column // 16] * global scale`.
-
-    `codes` holds two columns in a byte, the even one in the low nibble; `scale` is E4M3. The global scale is stored
-    as its reciprocal by compressed-tensors. Without it the weight is that of a GGUF tensor before its `.scale`.
-    """
+class _Nibbles(_Derived):
+    """Two 4-bit codes in a byte, the even column in the low nibble, and one scale for each GROUP columns."""
 
     codes: TensorInfo
     scale: TensorInfo
+
+    GROUP: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        if self.scale.shape != (rows, columns // self.GROUP) or columns % self.GROUP:
+            raise BadInput(
+                f"{self.scale.name} in {self.scale.file} has shape {list(self.scale.shape)}, expected "
+                f"[{rows}, {columns / self.GROUP:g}]: one scale for each {self.GROUP} columns of {self.codes.name}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.codes.shape[0], 2 * self.codes.shape[1])
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return (self.codes, self.scale)
+
+    @property
+    def bits(self) -> float:
+        return 8 * (self.codes.length + self.scale.length) / prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Nvfp4(_Nibbles):
+    """NVIDIA's 4-bit floats: `e2m1(code) * scale[row, column // 16] * global scale`; `scale` is E4M3.
+
+    The global scale is stored as its reciprocal by compressed-tensors. Without it the weight is that of a GGUF tensor
+    before its `.scale`.
+    """
+
     global_scale: TensorInfo | None
     reciprocal: bool = False
 
     GROUP: ClassVar[int] = 16
 
     def __post_init__(self) -> None:
-        _check_group_scales(self.codes, self.scale, self.shape, self.GROUP)
+        super().__post_init__()
         if self.global_scale and prod(self.global_scale.shape) != 1:
             raise BadInput(
                 f"{self.global_scale.name} in {self.global_scale.file} has shape {list(self.global_scale.shape)}, "
@@ -123,12 +215,23 @@ class Nvfp4:
             )
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.codes.shape[0], 2 * self.codes.shape[1])
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return (self.codes, self.scale, *((self.global_scale,) if self.global_scale else ()))
 
 
 @dataclass(frozen=True)
-class GlobalScales:
+class Mxfp4(_Nibbles):
+    """Microscaled 4-bit floats (OCP MX): `e2m1(code) * scale[row, column // 32]`; `scale` is E8M0, a power of two."""
+
+    GROUP: ClassVar[int] = 32
+
+    @property
+    def exact(self) -> str:
+        return "MXFP4"
+
+
+@dataclass(frozen=True)
+class GlobalScales(_Derived):
     """The global scales of NVFP4 matrices as a vector: one, or one for each expert of a stack."""
 
     matrices: tuple[Nvfp4, ...]
@@ -137,9 +240,17 @@ class GlobalScales:
     def shape(self) -> tuple[int, ...]:
         return (len(self.matrices),)
 
+    @property
+    def parts(self) -> tuple[Expression, ...]:
+        return self.matrices
+
+    @property
+    def bits(self) -> float:
+        return 32.0
+
 
 @dataclass(frozen=True)
-class Reshape:
+class Reshape(_Derived):
     """All numbers of a small tensor in another shape."""
 
     tensor: TensorInfo
@@ -152,67 +263,69 @@ class Reshape:
                 f"numbers as {list(self.shape)} holds"
             )
 
+    @property
+    def parts(self) -> tuple[TensorInfo]:
+        return (self.tensor,)
+
 
 @dataclass(frozen=True)
-class NegativeExponential:
+class _Mapped(_Derived):
+    """A function of each number."""
+
+    source: Expression
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def parts(self) -> tuple[Expression]:
+        return (self.source,)
+
+
+@dataclass(frozen=True)
+class NegativeExponential(_Mapped):
     """`-exp(source)` in float32."""
 
-    source: Expression
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
 
 @dataclass(frozen=True)
-class OnePlus:
+class OnePlus(_Mapped):
     """`1 + source` in float32: norms that are stored as their distance from one, as files and engines want them."""
 
-    source: Expression
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
 
 @dataclass(frozen=True)
-class Zeros:
+class Zeros(_Derived):
     """A weight that a file format demands and the model does not have."""
 
     shape: tuple[int, ...]
 
+    @property
+    def parts(self) -> tuple[Expression, ...]:
+        return ()
+
+    @property
+    def bits(self) -> float:
+        return 32.0
+
 
 @dataclass(frozen=True)
-class Padded:
+class Padded(_Derived):
     """`factor * source` in the first rows and columns of a larger matrix, zeros in the others."""
 
     source: Expression
     shape: tuple[int, ...]
     factor: float = 1.0
 
-
-@dataclass(frozen=True)
-class Mxfp4:
-    """Microscaled 4-bit floats (OCP MX): `e2m1(code) * scale[row, column // 32]`.
-
-    `codes` holds two columns in a byte, the even one in the low nibble; `scale` is E8M0, a power of two.
-    """
-
-    codes: TensorInfo
-    scale: TensorInfo
-
-    GROUP: ClassVar[int] = 32
-
-    def __post_init__(self) -> None:
-        _check_group_scales(self.codes, self.scale, self.shape, self.GROUP)
-
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.codes.shape[0], 2 * self.codes.shape[1])
+    def parts(self) -> tuple[Expression]:
+        return (self.source,)
+
+    def of_expert(self, expert: int | None) -> Expression:
+        return self.source.of_expert(expert)
 
 
 @dataclass(frozen=True)
-class SideBySide:
+class SideBySide(_Moved):
     """Matrices of equally many rows, one after another along the columns."""
 
     parts: tuple[Expression, ...]
@@ -223,7 +336,7 @@ class SideBySide:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(_Moved):
     """Rows `start` to `stop` of every matrix of `source` (fused projections hold several weights)."""
 
     source: Expression
@@ -235,9 +348,16 @@ class Rows:
         *leading, _, columns = self.source.shape
         return (*leading, self.stop - self.start, columns)
 
+    @property
+    def parts(self) -> tuple[Expression]:
+        return (self.source,)
+
+    def of_expert(self, expert: int | None) -> Expression:
+        return self.source.of_expert(expert)
+
 
 @dataclass(frozen=True)
-class Stack:
+class Stack(_Moved):
     """One matrix per expert, stacked along a new first dimension."""
 
     experts: tuple[Expression, ...]
@@ -254,52 +374,21 @@ class Stack:
     def shape(self) -> tuple[int, ...]:
         return (len(self.experts), *self.experts[0].shape)
 
+    @property
+    def parts(self) -> tuple[Expression, ...]:
+        return self.experts
 
-Expression = (
-    Read
-    | BlockScaled
-    | Scaled
-    | Nvfp4
-    | GlobalScales
-    | Mxfp4
-    | Reshape
-    | NegativeExponential
-    | OnePlus
-    | Zeros
-    | Padded
-    | SideBySide
-    | Rows
-    | Stack
-)
+    def of_expert(self, expert: int | None) -> Expression:
+        return self if expert is None else self.experts[expert]
 
 
 def stored_tensors(expression: Expression) -> Iterator[TensorInfo]:
     """Every stored tensor that an expression reads."""
-    match expression:
-        case Read(tensor) | Reshape(tensor):
-            yield tensor
-        case BlockScaled(codes, scale) | Scaled(codes, scale) | Mxfp4(codes, scale):
-            yield codes
-            yield scale
-        case Nvfp4(codes, scale, global_scale):
-            yield from (codes, scale)
-            if global_scale:
-                yield global_scale
-        case Rows(source) | Padded(source) | NegativeExponential(source) | OnePlus(source):
-            yield from stored_tensors(source)
-        case Stack(parts) | GlobalScales(parts) | SideBySide(parts):
-            for part in parts:
-                yield from stored_tensors(part)
-
-
-def of_expert(expression: Expression, expert: int | None) -> Expression:
-    """The part of an expression that one expert depends on."""
-    match expression:
-        case Stack(experts) if expert is not None:
-            return experts[expert]
-        case Padded(source) | Rows(source):
-            return of_expert(source, expert)
-    return expression
+    for part in expression.parts:
+        if isinstance(part, TensorInfo):
+            yield part
+        else:
+            yield from stored_tensors(part)
 
 
 def first_tensor(expression: Expression) -> TensorInfo:

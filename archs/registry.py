@@ -1,46 +1,15 @@
-"""Which adapter reads which checkpoint. A new architecture is one new file and one line here."""
+"""The list of architectures: a new one is one new file and one line here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 from ..errors import BadInput
+from . import deepseek_v4, minimax_m2, nemotron_h
+from .architecture import Architecture
 from .config import Config
-from .graph import Graph
-from .weights import TensorInfo
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What an adapter provides.
-
-    Attributes:
-        name: `general.architecture` of its GGUF files.
-        model_types: values of `model_type` in config.json that it reads.
-        example: folder of its tiny trained checkpoint in `examples/`.
-        pre_tokenizer: llama.cpp's name of its text splitter (`tokenizer.ggml.pre`).
-        from_checkpoint: config.json and the stored tensors to a graph.
-        from_gguf: GGUF metadata and the stored tensors to a graph.
-        gguf_metadata: the keys that llama.cpp needs to run the graph; int means u32, float f32.
-        draft_metadata: the same for the file of a graph's draft, where such drafts occur.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    example: str
-    pre_tokenizer: str
-    from_checkpoint: Callable[[Config, Sequence[TensorInfo]], Graph]
-    from_gguf: Callable[[Config, Sequence[TensorInfo]], Graph]
-    gguf_metadata: Callable[[Graph], Mapping[str, Any]]
-    draft_metadata: Callable[[Graph], Mapping[str, Any]] | None = None
 
 
 def architectures() -> tuple[Architecture, ...]:
     """Every architecture that moecast knows."""
-    from . import deepseek_v4, minimax_m2, nemotron_h
-
     return (minimax_m2.ARCHITECTURE, nemotron_h.MIXTURE, nemotron_h.DENSE, deepseek_v4.ARCHITECTURE)
 
 

@@ -1,4 +1,4 @@
-"""Weights as promises: a name, what it does, a shape, and where the numbers come from (see `expressions`)."""
+"""Weights of a graph: a name, a role, a shape, and the expression that says where the numbers come from."""
 
 from __future__ import annotations
 
@@ -7,53 +7,7 @@ from enum import Enum
 from math import prod
 
 from ..errors import BadInput
-from .expressions import (
-    BlockScaled,
-    Expression,
-    GlobalScales,
-    Mxfp4,
-    NegativeExponential,
-    Nvfp4,
-    OnePlus,
-    Padded,
-    Read,
-    Reshape,
-    Rows,
-    Scaled,
-    SideBySide,
-    Stack,
-    TensorInfo,
-    Zeros,
-    first_tensor,
-    of_expert,
-    stored_tensors,
-)
-
-__all__ = [
-    "BlockScaled",
-    "Expression",
-    "GlobalScales",
-    "Mxfp4",
-    "NegativeExponential",
-    "Nvfp4",
-    "OnePlus",
-    "Padded",
-    "Read",
-    "Reshape",
-    "Role",
-    "Rows",
-    "Scaled",
-    "SideBySide",
-    "Stack",
-    "StackKind",
-    "TensorInfo",
-    "Weight",
-    "Zeros",
-    "first_tensor",
-    "of_expert",
-    "scale_name",
-    "stored_tensors",
-]
+from .expressions import Expression, first_tensor
 
 
 class StackKind(Enum):

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moecast.convert import convert
+from moecast.convert import Calibration, Form, Goal, convert
 from moecast.convert.plans.allocate import (
     HELD_OUT_CHUNKS,
     ROLES,
@@ -41,9 +41,9 @@ from moecast.quant.planning.allocation import Damage
 from moecast.quant.planning.plan import Plan, plan_tensors
 from moecast.quant.planning.recipes import Recipe, recipe_named
 from moecast.runner.measure.compare_plans import divergences
-from moecast.runner.measure.evaluate import EVALUATION_TEXT, chunk_tokens
 from moecast.runner.measure.probe import measure_damage
 from moecast.runner.passes import Measuring
+from moecast.runner.texts import EVALUATION_TEXT, chunk_tokens
 from moecast.sources.model import Model, open_model
 
 ROOT = Path(__file__).parent.parent
@@ -131,7 +131,7 @@ def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[st
 
 def _rivals(model: Model, stock: Plan, damage: Damage) -> dict[str, Plan]:
     budget = Budget("ours", stock.bytes)
-    return rivals_within(model.graph, budget, damage, padding=False, calibrated=True)
+    return rivals_within(model.graph, budget, damage, Form(padding=False), calibrated=True)
 
 
 def damage_of(damage: Damage, plan: Plan) -> float:
@@ -160,11 +160,12 @@ def confirm(model: Model, plans: dict[str, Plan], tokens: torch.Tensor) -> dict[
         return logits.double().log_softmax(dim=-1)
 
     with tempfile.TemporaryDirectory() as folder:
-        files = {"F32": convert(model, folder, "F32", padding=False, verify=False).files[0]}
+        files = {"F32": convert(model, folder, "F32", form=Form(padding=False), evaluation=None).files[0]}
         for name in ("ours", "stock"):
             plan, feedback = replace(plans[name], recipe=replace(plans[name].recipe, name=name)), name == "ours"
-            how = {"calibration": CALIBRATION_TEXT, "verify": False, "error_feedback": feedback}
-            files[name] = convert(model, folder, plan, **how).files[0]
+            calibration = Calibration(CALIBRATION_TEXT, error_feedback=feedback)
+            made = convert(model, folder, Goal(plan=plan), calibration=calibration, evaluation=None)
+            files[name] = made.files[0]
         sums = {"ours": 0.0, "stock": 0.0}
         chunks = tokens[:: max(1, len(tokens) // 4)][:4]
         for chunk in chunks:

@@ -21,9 +21,9 @@ from moecast.archs.weights import Role, Weight
 from moecast.quant import dequantize, quantize
 from moecast.quant.rounding import feedback
 from moecast.quant.rounding.moments import SecondMoments, SecondMomentStatistics
-from moecast.runner.measure.evaluate import EVALUATION_TEXT, chunk_tokens, with_bos
 from moecast.runner.observe import ObservingWeights, observe_head
 from moecast.runner.stream import Stream
+from moecast.runner.texts import EVALUATION_TEXT, chunk_tokens, with_bos
 from moecast.runner.weights import ModelWeights
 from moecast.sources.model import Model, open_model
 from torch import Tensor

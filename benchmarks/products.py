@@ -11,10 +11,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from moecast.convert import convert
+from moecast.convert import Compute, Evaluation, convert
 from moecast.runner import parity
-from moecast.runner.measure.evaluate import EVALUATION_TEXT, chunk_tokens, compare_heads, summarize, with_bos
+from moecast.runner.measure.evaluate import compare_heads, summarize
 from moecast.runner.stream import Stream, advance
+from moecast.runner.texts import EVALUATION_TEXT, chunk_tokens, with_bos
 from moecast.runner.weights import ModelWeights
 from moecast.sources.model import open_model
 
@@ -50,9 +51,10 @@ def main() -> None:
         cells = [folder.name, f"{ratio - 1:+.3%}", f"{kld:.6f}", f"{median:.6f}"]
         for quant in options.quants:
             with tempfile.TemporaryDirectory() as temporary:
-                file = convert(folder, temporary, quant, verify=False).files[0]
+                file = convert(folder, temporary, quant, evaluation=None).files[0]
+                evaluation = Evaluation(EVALUATION_TEXT, CONTEXT, options.chunks)
                 found = [
-                    parity(folder, file, EVALUATION_TEXT, CONTEXT, options.chunks, compute_dtype=dtype).mean_kld
+                    parity(folder, file, evaluation, Compute(dtype)).mean_kld
                     for dtype in (torch.float32, torch.bfloat16)
                 ]
             cells.append(" / ".join(f"{value:.6f}" for value in found))

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from moecast.convert import convert
+from moecast.convert import NO_CALIBRATION, Form, convert
 from moecast.quant import dequantize, quantize
 from moecast.quant.planning.plan import Plan, plan_tensors
 from moecast.quant.planning.recipes import recipe_named
-from moecast.runner.measure.evaluate import DEFAULT_CONTEXT, EVALUATION_TEXT, chunk_tokens
 from moecast.runner.stream import Stream
+from moecast.runner.texts import DEFAULT_CONTEXT, EVALUATION_TEXT, chunk_tokens
 from moecast.sources.imatrix import ImportanceMatrix, read_imatrix
 from moecast.sources.model import Model, open_model
 from numpy.typing import NDArray
@@ -110,7 +110,9 @@ def measure(
 ) -> list[dict[str, float | str]]:
     rows: list[dict[str, float | str]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        model = open_model(convert(folder, temporary, "F32", calibration=None, verify=False, padding=False).files[0])
+        unpadded = Form(padding=False)
+        made = convert(folder, temporary, "F32", form=unpadded, calibration=NO_CALIBRATION, evaluation=None)
+        model = open_model(made.files[0])
         tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, DEFAULT_CONTEXT, None)
         if model.tokenizer.add_bos and model.tokenizer.bos is not None:
             tokens[:, 0] = model.tokenizer.bos

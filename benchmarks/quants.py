@@ -13,8 +13,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from moecast.convert import convert
-from moecast.runner.measure.evaluate import EVALUATION_TEXT
+from moecast.convert import Evaluation, Form, convert
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M", "Q2_K")
@@ -22,7 +21,7 @@ RECIPES = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS"
 
 def measure(folder: Path, recipe: str, chunks: int) -> dict[str, float | str]:
     with tempfile.TemporaryDirectory() as output:
-        result = convert(folder, output, recipe, padding=False, file=EVALUATION_TEXT, chunks=chunks)
+        result = convert(folder, output, recipe, form=Form(padding=False), evaluation=Evaluation(chunks=chunks))
     parity = result.parity
     assert parity is not None
     return {

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +17,12 @@ _PLAIN_INTERVAL = 5.0  # seconds between lines when nobody watches a terminal
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    print(json.dumps(value, indent=2, default=str))
+    print(json.dumps(value, indent=2, default=_text))
+
+
+def _text(value: object) -> str:
+    """What JSON has no form for; paths are written alike on every system."""
+    return value.as_posix() if isinstance(value, PurePath) else str(value)
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,99 +11,57 @@ import click
 from ..errors import BadInput
 from .evaluate import exit_if_worse
 from .options import (
-    Size,
     TypeOverride,
-    calibration_option,
-    chunk_options,
-    compute_dtype_option,
-    dry_run_option,
-    error_feedback_option,
+    calibration_options,
+    calibration_text_options,
+    compute_options,
+    form_options,
     goal_options,
     hub_options,
     imatrix_option,
     json_option,
-    memory_option,
-    mtp_option,
+    max_kld_option,
+    measured_goal_options,
+    measuring_options,
+    output_options,
     overwrite_option,
-    pad_option,
-    target_option,
+    streaming_hub_options,
     text_options,
     threads_option,
 )
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..convert.plans.choose import Goal
-    from ..quant.planning.plan import Plan
-
-_VERIFY_CHUNKS = 16
+    from ..convert.settings import Calibration, Goal, Output
+    from ..quant.planning.plan import Form
+    from ..runner.settings import Compute, Evaluation
+    from ..sources.hub.access import HubAccess
 
 
 @click.command()
 @click.argument("source")
-@click.option("-o", "--output", default=".", type=click.Path(path_type=Path), help="A .gguf file or a folder.")
-@target_option
-@goal_options
-@click.option("--measure/--no-measure", default=True, show_default=True, help="With --size or --bpw: probe the model.")
-@pad_option
-@mtp_option
-@click.option(
-    "--activations",
-    type=click.Choice(["int8", "float32"]),
-    help="ONNX: what activations are rounded to before products.  [default: int8]",
-)
-@click.option("--split-max-size", type=Size(), help="Start a new file beyond this size, for example 40G.")
-@click.option("--pre", help="Name of llama.cpp's text splitter, where the automatic choice is wrong.")
-@overwrite_option
-@dry_run_option
-@calibration_option
-@click.option("--no-calibration", is_flag=True, help="Weigh all columns of a weight alike.")
-@imatrix_option
-@click.option("--imatrix-out", type=click.Path(path_type=Path), help="Write what calibration found as GGUF.")
-@click.option("--min-expert-tokens", default=0, help="Stop where an expert saw fewer calibration tokens than this.")
-@error_feedback_option
+@output_options
+@measured_goal_options("With --size or --bpw: measure the model to choose types.  [default: measure]")
+@form_options
+@click.option("--dry-run", is_flag=True, help="Show types and size as `moecast plan` does, without measuring.")
+@calibration_options
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare the result with the source.")
-@click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
+@max_kld_option
 @text_options
-@threads_option
-@compute_dtype_option
-@memory_option
-@click.option("--scratch", type=Size(), help="Most disk for shards from the Hub; by default, that of two layers.")
-@click.option("--keep-source", is_flag=True, help="Download everything from the Hub first, and keep it in its cache.")
-@hub_options
+@compute_options
+@streaming_hub_options
 @json_option
 def convert(
     source: str,
-    output: Path,
-    file_format: str,
+    output: Output,
     goal: Goal,
-    measure: bool,
-    pad: bool,
-    mtp: bool | None,
-    activations: str | None,
-    split_max_size: int | None,
-    pre: str | None,
-    overwrite: bool,
+    form: Form,
     dry_run: bool,
-    calibration: Path | None,
-    no_calibration: bool,
-    imatrix: Path | None,
-    imatrix_out: Path | None,
-    min_expert_tokens: int,
-    error_feedback: bool | None,
+    calibration: Calibration,
     verify: bool,
     max_kld: float | None,
-    file: Path | None,
-    context: int,
-    chunks: int | None,
-    threads: int | None,
-    compute_dtype: torch.dtype,
-    memory: int | None,
-    scratch: int | None,
-    keep_source: bool,
-    revision: str | None,
-    token: str | None,
+    evaluation: Evaluation,
+    compute: Compute,
+    access: HubAccess,
     as_json: bool,
 ) -> None:
     """Convert a checkpoint and compare the result with it.
@@ -119,80 +77,31 @@ def convert(
       moecast convert OWNER/NAME --quant IQ4_XS --scratch 20GB
     """
     from ..convert.pipeline import convert as run
-    from ..convert.pipeline import name_of, output_path
-    from ..convert.plans.choose import budget_of, choose_plan, feeds_back, refuse_mixed_types
-    from ..convert.plans.measured import measured_plan
-    from ..runner.measure.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT
-    from ..sources.hub.repository import HubCheckpoint
-    from ..sources.locate import locate, locate_on_demand, open_headers
-    from ..sources.model import Model, open_model
+    from ..convert.plans.choose import plan_for
+    from ..convert.settings import VERIFICATION
+    from ..sources.locate import open_headers
     from .console import make_progress
     from .report import show_conversion, show_plan
 
-    if keep_source and scratch is not None:
-        raise BadInput("--keep-source keeps every shard and --scratch limits them: leave one of them out")
+    if max_kld is not None and not verify:
+        raise BadInput("--max-kld judges the comparison with the source: leave out --no-verify")
+    if dry_run and goal.measure:
+        raise BadInput("--dry-run does not measure: use `moecast plan --measure`")
     if dry_run:
-        show_plan(choose_plan(open_headers(source, revision, token), goal, file_format, pad, mtp), as_json)
+        show_plan(plan_for(open_headers(source, access), goal, form, calibration, output.file_format), as_json)
         return
-    text = None if no_calibration else calibration or CALIBRATION_TEXT
-    error_feedback = feeds_back(error_feedback, goal, calibrated=bool(text and not imatrix))
-    with make_progress() as progress, ExitStack() as stack:
-        # Measuring reads the model more than once, so it has to be here as a whole.
-        stay = keep_source or not goal.is_recipe
-        found, provenance = (locate if stay else locate_on_demand)(source, revision, token, progress)
-        name = provenance.get("repository", "").split("/")[-1] or None
-        origin: Path | HubCheckpoint | Model = found
-        plan: str | Plan | None = goal.quant
-        if not goal.is_recipe:
-            assert isinstance(found, Path)
-            origin = open_model(found)
-        if isinstance(origin, Model) and goal.is_budget and measure:
-            refuse_mixed_types(file_format)
-            budget = budget_of(origin, goal)
-            allocation = measured_plan(
-                origin,
-                budget,
-                output_path(output, name or name_of(origin), budget.name, file_format),
-                calibration=text,
-                imatrix=imatrix,
-                context=context,
-                padding=pad,
-                mtp=mtp,
-                overwrite=overwrite,
-                memory=memory,
-                compute_dtype=compute_dtype,
-                error_feedback=error_feedback,
-                progress=progress,
-            )
-            plan = stack.enter_context(allocation).plan
-        elif isinstance(origin, Model):
-            plan = choose_plan(origin, goal, file_format, pad, mtp, calibrated=bool(text or imatrix))
+    if evaluation.chunks is None:
+        evaluation = replace(evaluation, chunks=VERIFICATION.chunks)
+    with make_progress() as progress:
         result = run(
-            origin,
+            source,
             output,
-            plan,
-            file_format=file_format,
-            activations=activations,
-            padding=pad,
-            mtp=mtp,
-            name=name,
-            pre=pre,
-            scratch=scratch,
-            split_max_bytes=split_max_size,
-            overwrite=overwrite,
-            calibration=text,
-            imatrix=imatrix,
-            imatrix_out=imatrix_out,
-            min_expert_tokens=min_expert_tokens,
-            verify=verify,
-            file=file or EVALUATION_TEXT,
-            context=context,
-            chunks=chunks or _VERIFY_CHUNKS,
-            threads=threads,
-            compute_dtype=compute_dtype,
-            error_feedback=error_feedback,
-            memory=memory,
-            provenance=provenance,
+            goal,
+            form=form,
+            calibration=replace(calibration, context=evaluation.context),
+            evaluation=evaluation if verify else None,
+            compute=compute,
+            access=access,
             progress=progress,
         )
     show_conversion(result, as_json)
@@ -209,7 +118,7 @@ def convert(
 )
 @click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantized already.")
 @overwrite_option
-@dry_run_option
+@click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
 @threads_option
 @json_option
 def quantize(
@@ -221,7 +130,7 @@ def quantize(
     allow_requantize: bool,
     overwrite: bool,
     dry_run: bool,
-    threads: int | None,
+    compute: Compute,
     as_json: bool,
 ) -> None:
     """Quantize a GGUF file to another GGUF file.
@@ -231,30 +140,24 @@ def quantize(
       moecast quantize model-BF16.gguf model-IQ4_XS.gguf --quant IQ4_XS --imatrix imatrix.gguf
       moecast quantize in.gguf out.gguf --quant Q4_K_M --tensor-type ffn_down_exps=q6_k
     """
-    from ..convert.plans.choose import choose_plan
-    from ..convert.requantize import plan_requantized, requantize
-    from ..quant.planning.file_formats import DEFAULT_QUANT
+    from ..convert.requantize import Exceptions, plan_requantized, requantize
     from ..sources.model import open_model
     from .console import make_progress
     from .report import show_conversion, show_plan
 
-    model = open_model(source)
-    plan: str | Plan = goal.quant or DEFAULT_QUANT["gguf"]
-    if not goal.is_recipe:
-        plan = choose_plan(model, goal, padding=False, calibrated=imatrix is not None)
+    model, exceptions = open_model(source), Exceptions(tensor_types, allow_requantize)
     if dry_run:
-        show_plan(plan_requantized(model, plan, tensor_types, imatrix is not None), as_json)
+        show_plan(plan_requantized(model, goal, imatrix, exceptions), as_json)
         return
     with make_progress() as progress:
         result = requantize(
             model,
             output,
-            plan,
+            goal,
             imatrix=imatrix,
-            tensor_types=tensor_types,
-            allow_requantize=allow_requantize,
+            exceptions=exceptions,
+            compute=compute,
             overwrite=overwrite,
-            threads=threads,
             progress=progress,
         )
     show_conversion(result, as_json)
@@ -263,24 +166,18 @@ def quantize(
 @click.command()
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The importance matrix, .gguf.")
-@calibration_option
-@chunk_options
+@calibration_text_options
 @overwrite_option
-@compute_dtype_option
-@memory_option
+@measuring_options
 @hub_options
 @json_option
 def imatrix(
     model: str,
     output: Path,
-    calibration: Path | None,
-    context: int,
-    chunks: int | None,
+    calibration: Calibration,
     overwrite: bool,
-    compute_dtype: torch.dtype,
-    memory: int | None,
-    revision: str | None,
-    token: str | None,
+    compute: Compute,
+    access: HubAccess,
     as_json: bool,
 ) -> None:
     """Measure how much each input of each weight matters, and write it as llama.cpp's importance matrix.
@@ -291,24 +188,13 @@ def imatrix(
       moecast imatrix OWNER/NAME -o imatrix.gguf --calibration text.txt --chunks 100
     """
     from ..convert.calibrate import write_imatrix
-    from ..runner.measure.evaluate import CALIBRATION_TEXT
     from ..sources.locate import locate
     from .console import make_progress
     from .report import show_calibration
 
     with make_progress() as progress:
-        folder, _ = locate(model, revision, token, progress)
-        result = write_imatrix(
-            folder,
-            output,
-            calibration or CALIBRATION_TEXT,
-            context=context,
-            chunks=chunks,
-            overwrite=overwrite,
-            compute_dtype=compute_dtype,
-            memory=memory,
-            progress=progress,
-        )
+        folder, _ = locate(model, access, progress)
+        result = write_imatrix(folder, output, calibration, compute, overwrite, progress)
     show_calibration(result, as_json)
 
 
@@ -338,8 +224,7 @@ def prepack(folder: Path, as_json: bool) -> None:
 
 @click.command()
 @click.option("-o", "--output", default="out", show_default=True, type=click.Path(path_type=Path), help="Folder.")
-@click.pass_context
-def demo(ctx: click.Context, output: Path) -> None:
+def demo(output: Path) -> None:
     """Convert the embedded tiny checkpoint, compare it with its source, and show how to serve it.
 
     \b
@@ -347,10 +232,18 @@ def demo(ctx: click.Context, output: Path) -> None:
       moecast demo
     """
     from ..archs.registry import architectures
+    from ..convert.pipeline import convert as run
+    from ..convert.settings import Output
+    from ..quant.planning.plan import Form
+    from ..runner.settings import Evaluation
     from ..sources.locate import open_headers
-    from .report import show_model
+    from .console import make_progress
+    from .report import show_conversion, show_model
 
     source = Path(__file__).parents[1] / "examples" / architectures()[0].example
-    show_model(open_headers(str(source), None, None), as_json=False)
+    show_model(open_headers(str(source)), as_json=False)
     # Padding pays on rows of thousands; it would multiply rows as short as these.
-    ctx.invoke(convert, source=str(source), output=output, pad=False, overwrite=True, chunks=32)
+    form, evaluation = Form(padding=False), Evaluation(chunks=32)
+    with make_progress() as progress:
+        result = run(source, Output(output, overwrite=True), form=form, evaluation=evaluation, progress=progress)
+    show_conversion(result, as_json=False)

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..files import memory_bytes
 from .console import human_bytes, print_json, print_table
 
 ENGINES = ("xllamacpp", "onnxruntime", "onnxruntime-genai")
@@ -31,7 +32,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "kernel_paths": native.paths(),
         "torch": torch.__version__,
         "gpus": [{"name": gpu.name, "bytes": gpu.total_memory} for gpu in gpus],
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "memory_bytes": memory_bytes(),
         "disk_free_bytes": shutil.disk_usage(folder).free,
         "hub_cache": constants.HF_HUB_CACHE,
         "hub_cache_free_bytes": shutil.disk_usage(_existing(Path(constants.HF_HUB_CACHE))).free,

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
-from .options import compute_dtype_option, hub_options, json_option, low_memory_option, text_options
+from .options import dtype_option, hub_options, json_option, low_memory_option, max_kld_option, text_options
 
 if TYPE_CHECKING:
-    import torch
-
     from ..runner.engines import OnnxModel
     from ..runner.measure.evaluate import Parity
+    from ..runner.settings import Compute, Evaluation
+    from ..sources.hub.access import HubAccess
     from ..sources.model import Model
 
 
 @click.command()
 @click.argument("model")
 @text_options
-@compute_dtype_option
+@dtype_option
 @low_memory_option
 @hub_options
 @json_option
 def perplexity(
     model: str,
-    file: Path | None,
-    context: int,
-    chunks: int | None,
-    compute_dtype: torch.dtype,
+    evaluation: Evaluation,
+    compute: Compute,
     low_memory: bool,
-    revision: str | None,
-    token: str | None,
+    access: HubAccess,
     as_json: bool,
 ) -> None:
     """Perplexity of a checkpoint, a GGUF file or an ONNX folder on a text, defined as llama-perplexity does.
@@ -43,14 +40,13 @@ def perplexity(
       moecast perplexity CHECKPOINT -f text.txt
       moecast perplexity model.gguf -f text.txt --chunks 20 --json
     """
-    from ..runner.measure.evaluate import EVALUATION_TEXT
     from ..runner.measure.evaluate import perplexity as run
     from .console import make_progress
     from .report import show_perplexity
 
-    opened = _open(model, revision, token, low_memory)
+    opened = _open(model, access, low_memory)
     with make_progress() as progress:
-        result = run(opened, file or EVALUATION_TEXT, context, chunks, progress, compute_dtype)
+        result = run(opened, evaluation, compute, progress)
     show_perplexity(str(opened.path), result, as_json)
 
 
@@ -58,22 +54,19 @@ def perplexity(
 @click.argument("reference")
 @click.argument("candidate")
 @text_options
-@click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
-@compute_dtype_option
+@max_kld_option
+@dtype_option
 @low_memory_option
 @hub_options
 @json_option
 def parity(
     reference: str,
     candidate: str,
-    file: Path | None,
-    context: int,
-    chunks: int | None,
+    evaluation: Evaluation,
     max_kld: float | None,
-    compute_dtype: torch.dtype,
+    compute: Compute,
     low_memory: bool,
-    revision: str | None,
-    token: str | None,
+    access: HubAccess,
     as_json: bool,
 ) -> None:
     """How far CANDIDATE is from REFERENCE: KL divergence, perplexity, agreement on the most probable token.
@@ -83,14 +76,14 @@ def parity(
       moecast parity CHECKPOINT model.gguf --max-kld 0.05
       moecast parity a.gguf b.gguf -f text.txt --json
     """
-    from ..runner.measure.evaluate import EVALUATION_TEXT
     from ..runner.measure.evaluate import parity as run
     from .console import make_progress
     from .report import show_parity
 
-    first, second = _open(reference, revision, token, low_memory), _open(candidate, None, token, low_memory)
+    first = _open(reference, access, low_memory)
+    second = _open(candidate, replace(access, revision=None), low_memory)
     with make_progress() as progress:
-        result = run(first, second, file or EVALUATION_TEXT, context, chunks, progress, compute_dtype)
+        result = run(first, second, evaluation, compute, progress)
     show_parity(f"{second.path} against {first.path}", result, as_json)
     exit_if_worse(result, max_kld)
 
@@ -118,8 +111,7 @@ def run(
     temperature: float,
     seed: int | None,
     low_memory: bool,
-    revision: str | None,
-    token: str | None,
+    access: HubAccess,
     as_json: bool,
 ) -> None:
     """Continue a text with a checkpoint, a GGUF file or an ONNX folder.
@@ -135,7 +127,7 @@ def run(
     from .console import print_json
 
     pieces = []
-    for piece in generate(_open(model, revision, token, low_memory), prompt, tokens, temperature, seed):
+    for piece in generate(_open(model, access, low_memory), prompt, tokens, temperature, seed):
         pieces.append(piece)
         if not as_json:
             click.echo(piece, nl=False)
@@ -145,10 +137,10 @@ def run(
         click.echo()
 
 
-def _open(source: str, revision: str | None, token: str | None, low_memory: bool) -> Model | OnnxModel:
+def _open(source: str, access: HubAccess, low_memory: bool) -> Model | OnnxModel:
     from ..runner.engines import open_runnable
     from ..sources.locate import locate
     from .console import make_progress
 
     with make_progress() as progress:
-        return open_runnable(locate(source, revision, token, progress)[0], low_memory)
+        return open_runnable(locate(source, access, progress)[0], low_memory)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import BadInput
 from .options import hub_options, json_option
 
+if TYPE_CHECKING:
+    from ..sources.hub.access import HubAccess
+
 
 @click.command()
 @click.argument("source")
 @hub_options
 @json_option
-def inspect(source: str, revision: str | None, token: str | None, as_json: bool) -> None:
+def inspect(source: str, access: HubAccess, as_json: bool) -> None:
     """Show what a model is made of: blocks, parameters, dtypes, memory per token.
 
     \b
@@ -26,7 +30,7 @@ def inspect(source: str, revision: str | None, token: str | None, as_json: bool)
     from ..sources.locate import open_headers
     from .report import show_model
 
-    show_model(open_headers(source, revision, token), as_json)
+    show_model(open_headers(source, access), as_json)
 
 
 @click.command()
@@ -35,9 +39,7 @@ def inspect(source: str, revision: str | None, token: str | None, as_json: bool)
 @click.option("--dry-run", is_flag=True, help="List the files and their sizes, fetch nothing.")
 @hub_options
 @json_option
-def download(
-    repository: str, output: Path | None, dry_run: bool, revision: str | None, token: str | None, as_json: bool
-) -> None:
+def download(repository: str, output: Path | None, dry_run: bool, access: HubAccess, as_json: bool) -> None:
     """Fetch what a conversion needs from the Hub: one commit, resumed where it stopped, verified.
 
     \b
@@ -52,7 +54,7 @@ def download(
     if not isinstance(source, HubSource):
         raise BadInput(f"{repository} is a folder on this machine, expected a Hub repository such as owner/name")
     if dry_run:
-        listing = list_files(source, revision, token)
+        listing = list_files(source, access.revision, access.token)
         if as_json:
             print_json({"commit": listing.commit, "bytes": listing.bytes, "files": [asdict(f) for f in listing.files]})
         else:
@@ -60,7 +62,7 @@ def download(
             print_columns(f"{source.repository} at {listing.commit}", ("File", "Size"), rows)
         return
     with make_progress() as progress:
-        folder = fetch(source, revision, token, progress, output)
+        folder = fetch(source, access.revision, access.token, progress, output)
     if as_json:
         print_json({"folder": folder})
     else:

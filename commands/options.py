@@ -6,11 +6,17 @@ import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from ..errors import BadInput
+
+if TYPE_CHECKING:
+    from ..convert.settings import Calibration, Goal, Output
+    from ..quant.planning.plan import Form
+    from ..runner.settings import Compute, Evaluation
+    from ..sources.hub.access import HubAccess
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -75,83 +81,192 @@ def shared(*options: Callable[[Command], Command]) -> Callable[[Command], Comman
     return decorate
 
 
+def grouped(
+    name: str, make: Callable[..., Any], *options: Callable[[Command], Command]
+) -> Callable[[Command], Command]:
+    """Options whose values a command gets as one object under a name: what `make` makes of them, by their names."""
+
+    def probe() -> None: ...
+
+    shared(*options)(cast(Any, probe))
+    names = [parameter.name for parameter in cast(Any, probe).__click_params__]
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def with_object(**values: Any) -> Any:
+            own = {key: values.pop(key) for key in names}
+            return command(**{name: make(**own)}, **values)
+
+        return shared(*options)(cast(Command, with_object))
+
+    return decorate
+
+
+def _form(pad: bool, mtp: bool | None) -> Form:
+    from ..quant.planning.plan import Form
+
+    return Form(pad, mtp)
+
+
+def _goal(**values: Any) -> Goal:
+    from ..convert.settings import Goal
+
+    return Goal(**values)
+
+
+def _calibration(calibration: Path | None, no_calibration: bool = False, **values: Any) -> Calibration:
+    from ..convert.settings import Calibration
+    from ..runner.texts import CALIBRATION_TEXT
+
+    if calibration and no_calibration:
+        raise BadInput("--calibration and --no-calibration exclude each other: give one")
+    return Calibration(None if no_calibration else calibration or CALIBRATION_TEXT, **values)
+
+
+def _evaluation(file: Path | None, context: int, chunks: int | None) -> Evaluation:
+    from ..runner.settings import Evaluation
+    from ..runner.texts import EVALUATION_TEXT
+
+    return Evaluation(file or EVALUATION_TEXT, context, chunks)
+
+
+def _compute(**values: Any) -> Compute:
+    from ..runner.settings import Compute
+
+    return Compute(**values)
+
+
+def _access(**values: Any) -> HubAccess:
+    from ..sources.hub.access import HubAccess
+
+    return HubAccess(**values)
+
+
+def _output(**values: Any) -> Output:
+    from ..convert.settings import Output
+
+    return Output(**values)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-hub_options = shared(
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+file_format_option = click.option(
+    "--to", "file_format", type=click.Choice(["gguf", "onnx"]), default="gguf", show_default=True, help="File format."
+)
+low_memory_option = click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file; much slower.")
+max_kld_option = click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
+
+_HUB_OPTIONS = (
     click.option("--revision", help="Branch, tag or commit of a Hub repository."),
     click.option("--token", envvar="HF_TOKEN", help="Hub access token; by default the one `hf auth login` stored."),
 )
-chunk_options = shared(
+hub_options = grouped("access", _access, *_HUB_OPTIONS)
+streaming_hub_options = grouped(
+    "access",
+    _access,
+    click.option("--scratch", type=Size(), help="Most disk for shards from the Hub; by default, that of two layers."),
+    click.option("--keep-source", is_flag=True, help="Download everything from the Hub first, and keep it."),
+    *_HUB_OPTIONS,
+)
+
+_CHUNK_OPTIONS = (
     click.option("-c", "--context", default=512, show_default=True, help="Tokens in a chunk."),
     click.option("--chunks", type=int, help="Use at most this many chunks of the text."),
 )
-text_options = shared(
+text_options = grouped(
+    "evaluation",
+    _evaluation,
     click.option("-f", "--file", type=click.Path(path_type=Path), help="Evaluation text; a bundled one by default."),
-    chunk_options,
+    *_CHUNK_OPTIONS,
 )
-pad_option = click.option(
-    "--pad/--no-pad", default=True, show_default=True, help="Fill rows up with zeros to fit the recipe."
+
+form_options = grouped(
+    "form",
+    _form,
+    click.option("--pad/--no-pad", default=True, show_default=True, help="Fill rows up with zeros to fit the recipe."),
+    click.option("--mtp/--no-mtp", default=None, help="Keep multi-token prediction.  [default: if that allows --pad]"),
 )
-mtp_option = click.option(
-    "--mtp/--no-mtp", default=None, help="Keep multi-token prediction.  [default: if that allows --pad]"
+
+_GOAL_OPTIONS = (
+    click.option("--quant", "recipe", help="Recipe, as llama-quantize names it.  [default: Q4_K_M, for ONNX Q4_0]"),
+    click.option("--size", type=Size(), help="Best plan for a file of this size, for example 96GB."),
+    click.option("--bpw", "bits_per_weight", type=float, help="Best plan for so many bits for each weight."),
+    click.option("--bytes-per-token", type=Size(), help="With --size or --bpw: most that a token may touch."),
+    click.option("--plan", type=click.Path(path_type=Path), help="Types from a file of `moecast plan -o`."),
+    click.option("--like", type=click.Path(path_type=Path), help="Types from another GGUF file."),
 )
-quant_option = click.option("--quant", help="Recipe, as llama-quantize names it.  [default: Q4_K_M, for ONNX Q4_0]")
-target_option = click.option(
-    "--to", "file_format", type=click.Choice(["gguf", "onnx"]), default="gguf", show_default=True, help="File format."
-)
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-dry_run_option = click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
-calibration_option = click.option(
+goal_options = grouped("goal", _goal, *_GOAL_OPTIONS)
+
+
+def measured_goal_options(help: str) -> Callable[[Command], Command]:
+    """As `goal_options`, with what `help` says of --measure."""
+    return grouped("goal", _goal, *_GOAL_OPTIONS, click.option("--measure/--no-measure", default=None, help=help))
+
+
+_CALIBRATION_OPTION = click.option(
     "--calibration", type=click.Path(path_type=Path), help="Calibration text; a bundled one by default."
 )
 imatrix_option = click.option(
     "--imatrix", type=click.Path(path_type=Path), help="Weigh columns by this importance matrix, GGUF or .dat."
 )
-low_memory_option = click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file; much slower.")
-memory_option = click.option(
-    "--memory", type=Size(), help="Take no more memory than this, for example 8GB; what does not fit goes to disk."
+calibration_text_options = grouped("calibration", _calibration, _CALIBRATION_OPTION, *_CHUNK_OPTIONS)
+_WEIGHING_OPTIONS = (
+    _CALIBRATION_OPTION,
+    click.option("--no-calibration", is_flag=True, help="Quantize without calibration."),
+    imatrix_option,
+    click.option(
+        "--error-feedback/--no-error-feedback",
+        default=None,
+        help="Compensate rounding errors within each weight (GPTQ); three to four times slower.  "
+        "[default: unless --quant]",
+    ),
 )
-compute_dtype_option = click.option(
+weighing_options = grouped("calibration", _calibration, *_WEIGHING_OPTIONS)
+calibration_options = grouped(
+    "calibration",
+    _calibration,
+    *_WEIGHING_OPTIONS,
+    click.option(
+        "--imatrix-out", "save_to", type=click.Path(path_type=Path), help="Write what calibration found as GGUF."
+    ),
+    click.option("--min-expert-tokens", default=0, help="Stop where an expert saw fewer calibration tokens than this."),
+)
+
+output_options = grouped(
+    "output",
+    _output,
+    click.option(
+        "-o", "--output", "path", default=".", type=click.Path(path_type=Path), help="A .gguf file or a folder."
+    ),
+    file_format_option,
+    click.option(
+        "--activations",
+        type=click.Choice(["int8", "float32"]),
+        help="ONNX: what activations are rounded to before products.  [default: int8]",
+    ),
+    click.option(
+        "--split-max-size",
+        "split_max_bytes",
+        type=Size(),
+        help="Start a new file beyond this size, for example 40G.",
+    ),
+    click.option("--pre", help="Name of llama.cpp's text splitter, where the automatic choice is wrong."),
+    overwrite_option,
+)
+
+_THREADS_OPTION = click.option("--threads", type=int, help="Threads to quantize with, all cores by default.")
+_DTYPE_OPTION = click.option(
     "--compute-dtype",
+    "dtype",
     type=FloatType(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="What products with weights are computed in; bfloat16 is faster, and blurs KL divergences below 0.001.",
+    help="What products with weights are computed in; bfloat16 is faster, and hides KL divergences below 0.001.",
 )
-error_feedback_option = click.option(
-    "--error-feedback/--no-error-feedback",
-    default=None,
-    help="Let each weight make good the rounding of others (GPTQ); slower.  [default: unless --quant]",
+_MEMORY_OPTION = click.option(
+    "--memory", type=Size(), help="Take no more memory than this, for example 8GB; what does not fit goes to disk."
 )
-threads_option = click.option("--threads", type=int, help="Threads to quantize with, all cores by default.")
-
-
-def goal_options(command: Command) -> Command:
-    """What a file should amount to: the command gets a `goal`, whichever option said it."""
-
-    @shared(
-        quant_option,
-        click.option("--size", type=Size(), help="Best plan for a file of this size, for example 96GB."),
-        click.option("--bpw", "bits_per_weight", type=float, help="Best plan for so many bits for each weight."),
-        click.option("--bytes-per-token", type=Size(), help="With --size or --bpw: most that a token may touch."),
-        click.option("--plan", type=click.Path(path_type=Path), help="Types from a file of `moecast plan -o`."),
-        click.option("--like", type=click.Path(path_type=Path), help="Types from another GGUF file."),
-    )
-    @wraps(command)
-    def with_goal(
-        quant: str | None,
-        size: int | None,
-        bits_per_weight: float | None,
-        bytes_per_token: int | None,
-        plan: Path | None,
-        like: Path | None,
-        **others: Any,
-    ) -> Any:
-        from ..convert.plans.choose import Goal
-
-        given = {"quant": quant, "size": size, "bpw": bits_per_weight, "plan": plan, "like": like}
-        named = [f"--{name}" for name, value in given.items() if value is not None]
-        if len(named) > 1:
-            raise BadInput(f"{' and '.join(named)} exclude each other: give one")
-        return command(goal=Goal(quant, size, bits_per_weight, plan, like, bytes_per_token), **others)
-
-    return cast(Command, with_goal)
+threads_option = grouped("compute", _compute, _THREADS_OPTION)
+dtype_option = grouped("compute", _compute, _DTYPE_OPTION)
+measuring_options = grouped("compute", _compute, _DTYPE_OPTION, _MEMORY_OPTION)
+compute_options = grouped("compute", _compute, _THREADS_OPTION, _DTYPE_OPTION, _MEMORY_OPTION)

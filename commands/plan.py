@@ -11,72 +11,80 @@ import click
 from ..errors import BadInput, OutputExists
 from .options import (
     Size,
-    calibration_option,
-    compute_dtype_option,
-    error_feedback_option,
-    goal_options,
+    file_format_option,
+    form_options,
+    grouped,
     hub_options,
-    imatrix_option,
     json_option,
-    memory_option,
-    mtp_option,
+    measured_goal_options,
+    measuring_options,
     overwrite_option,
-    pad_option,
-    target_option,
+    weighing_options,
 )
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..convert.plans.choose import Goal
+    from ..convert.settings import Calibration, Goal
     from ..quant.planning.fit import Machine
+    from ..quant.planning.plan import Form
+    from ..runner.settings import Compute
+    from ..sources.hub.access import HubAccess
+
+
+def _machine(fit: bool, ram: int | None, vram: int | None, context: int) -> Machine | None:
+    """This machine, or the one that the options describe; None where types do not follow from one."""
+    from ..quant.planning.fit import Machine
+    from .doctor import examine
+
+    if not fit:
+        if ram is not None or vram is not None:
+            raise BadInput("--ram and --vram describe a machine to fit: add --fit")
+        return None
+    facts = examine(Path.cwd())
+    gpus = sum(int(gpu["bytes"]) for gpu in facts["gpus"])
+    return Machine(int(facts["memory_bytes"]) if ram is None else ram, gpus if vram is None else vram, context)
+
+
+machine_options = grouped(
+    "machine",
+    _machine,
+    click.option("--fit", is_flag=True, help="Best plan for the memory of this machine."),
+    click.option("--ram", type=Size(), help="With --fit: a machine with so much RAM instead."),
+    click.option("--vram", type=Size(), help="With --fit: a GPU with so much memory instead, 0 for none."),
+    click.option(
+        "-c", "--context", default=32768, show_default=True, help="With --fit: tokens whose state must fit too."
+    ),
+)
 
 
 @click.command()
 @click.argument("source")
-@target_option
-@goal_options
-@click.option("--fit", is_flag=True, help="Best plan for the memory of this machine.")
-@click.option("--ram", type=Size(), help="With --fit: a machine with so much RAM instead.")
-@click.option("--vram", type=Size(), help="With --fit: a GPU with so much memory instead, 0 for none.")
-@click.option("-c", "--context", default=32768, show_default=True, help="With --fit: tokens whose state must fit too.")
-@click.option("--measure", is_flag=True, help="With --size or --bpw: measure the model, as convert does.")
-@calibration_option
-@imatrix_option
-@memory_option
-@compute_dtype_option
-@error_feedback_option
+@file_format_option
+@measured_goal_options("With --size or --bpw: measure the model as `convert` does.  [default: do not]")
+@machine_options
+@form_options
+@weighing_options
+@measuring_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan to a file for --plan.")
 @overwrite_option
-@pad_option
-@mtp_option
 @hub_options
 @json_option
 def plan(
     source: str,
     file_format: str,
     goal: Goal,
-    fit: bool,
-    ram: int | None,
-    vram: int | None,
-    context: int,
-    measure: bool,
-    calibration: Path | None,
-    imatrix: Path | None,
-    memory: int | None,
-    compute_dtype: torch.dtype,
-    error_feedback: bool | None,
+    machine: Machine | None,
+    form: Form,
+    calibration: Calibration,
+    compute: Compute,
     output: Path | None,
     overwrite: bool,
-    pad: bool,
-    mtp: bool | None,
-    revision: str | None,
-    token: str | None,
+    access: HubAccess,
     as_json: bool,
 ) -> None:
-    """Show which type every tensor would get, and the exact size, without converting.
+    """Show which type every tensor gets from `convert` with the same options, and the exact size, without converting.
 
-    Under a budget the types follow from what is typical of each role; with --measure, as in `convert`, from this model.
+    Only --size and --bpw are another matter: `convert` measures the model first, and here types follow from what is
+    typical of each role, which takes seconds. --measure measures here too; `convert --no-measure` does not.
 
     \b
     Examples:
@@ -86,60 +94,33 @@ def plan(
       moecast plan OWNER/NAME --to onnx
       moecast plan OWNER/NAME --fit --vram 24GB --ram 96GB --context 32768
     """
-    from ..convert.pipeline import name_of
-    from ..convert.plans.choose import budget_of, choose_plan, feeds_back, fit_machine, refuse_mixed_types
+    from ..convert.plans.choose import fit_machine, plan_for
     from ..convert.plans.measured import measured_plan
+    from ..convert.settings import Goal
     from ..quant.planning.plan_file import write_plan_file
-    from ..runner.measure.evaluate import CALIBRATION_TEXT
-    from ..sources.locate import locate, open_headers
-    from ..sources.model import open_model
+    from ..sources.locate import open_headers, open_source
     from .console import make_progress
     from .report import show_fit, show_plan
 
-    if not fit and (ram is not None or vram is not None):
-        raise BadInput("--ram and --vram describe a machine to fit: add --fit")
-    if measure and (fit or not goal.is_budget):
-        raise BadInput("--measure finds the best plan for a budget: add --size or --bpw, and leave out --fit")
+    if machine and goal != Goal():
+        raise BadInput("--fit finds the size by itself: leave out --quant, --size, --bpw, --plan and --like")
     if output and output.exists() and not overwrite:
         raise OutputExists(output)
     with ExitStack() as stack:
-        if measure:
-            refuse_mixed_types(file_format)
-            with make_progress() as progress:
-                folder, _ = locate(source, revision, token, progress)
-                model = open_model(folder)
-                allocation = measured_plan(
-                    model,
-                    budget_of(model, goal),
-                    output or Path(f"{name_of(model)}.json"),
-                    calibration=calibration or CALIBRATION_TEXT,
-                    imatrix=imatrix,
-                    padding=pad,
-                    mtp=mtp,
-                    overwrite=overwrite,
-                    memory=memory,
-                    compute_dtype=compute_dtype,
-                    error_feedback=feeds_back(error_feedback, goal, calibrated=not imatrix),
-                    progress=progress,
-                )
-                chosen = stack.enter_context(allocation).plan
-            show_plan(chosen, as_json)
-        elif fit:
-            found = fit_machine(open_headers(source, revision, token).graph, _machine(ram, vram, context), pad, mtp)
+        if machine:
+            found = fit_machine(open_headers(source, access).graph, machine, form)
             chosen = found.plan
             show_fit(found, as_json)
+        elif goal.measure:
+            with make_progress() as progress:
+                opened = open_source(source, access, True, progress)
+                plan_for(opened.model, goal, form, calibration, file_format)  # refuses what cannot be
+                path = output or Path(f"{opened.name}.json")
+                measured = measured_plan(opened.model, goal, path, form, calibration, compute, overwrite, progress)
+                chosen = stack.enter_context(measured).plan
+            show_plan(chosen, as_json)
         else:
-            chosen = choose_plan(open_headers(source, revision, token), goal, file_format, pad, mtp)
+            chosen = plan_for(open_headers(source, access), goal, form, calibration, file_format)
             show_plan(chosen, as_json)
         if output:
             write_plan_file(chosen, output)
-
-
-def _machine(ram: int | None, vram: int | None, context: int) -> Machine:
-    """This machine, or the one that the options describe."""
-    from ..quant.planning.fit import Machine
-    from .doctor import examine
-
-    facts = examine(Path.cwd())
-    gpus = sum(int(gpu["bytes"]) for gpu in facts["gpus"])
-    return Machine(int(facts["memory_bytes"]) if ram is None else ram, gpus if vram is None else vram, context)

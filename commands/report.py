@@ -6,19 +6,22 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .console import human_bytes, human_count, print_columns, print_json, print_table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..convert.calibrate import Calibration
-    from ..convert.pipeline import Conversion
+    from ..convert.calibrate import MeasuredMatrix
+    from ..convert.conversion import Conversion
     from ..quant.planning.fit import MachinePlan
     from ..quant.planning.plan import Plan
     from ..runner.measure.evaluate import Parity, Perplexity
     from ..sources.model import Model
+
+_CONTEXT = 8192  # tokens that a server is told to keep where nobody says how many
+_GPU = ("--n-gpu-layers", 99)  # llama-server's options for all layers on a GPU, but for the experts that others exclude
 
 
 def show_model(model: Model, as_json: bool) -> None:
@@ -91,19 +94,17 @@ def show_fit(fit: MachinePlan, as_json: bool) -> None:
         from ..quant.planning.plan_file import plan_as_json
 
         memory = {"state_bytes": fit.state_bytes, "working_bytes": fit.working_bytes}
-        print_json({**plan_as_json(fit.plan), **memory, "layers_in_ram": fit.layers_in_ram, "serve": _fit_line(fit)})
+        print_json({**plan_as_json(fit.plan), **memory, "layers_in_ram": fit.layers_in_ram, "serve": _serve(fit)})
         return
     show_plan(fit.plan, as_json)
     print(f"State of {fit.machine.context} tokens: {human_bytes(fit.state_bytes)}, ", end="")
     print(f"working memory: about {human_bytes(fit.working_bytes)}")
-    print(f"Serve it with\n\n    {_fit_line(fit)}\n")
+    print(f"Serve it with\n\n    {_serve(fit)}\n")
 
 
-def _fit_line(fit: MachinePlan) -> str:
-    arguments: list[Any] = ["llama-server", "-m", "MODEL.gguf", "-c", fit.machine.context, "--jinja"]
-    if fit.machine.vram:
-        arguments += ["--n-gpu-layers", 99, "--n-cpu-moe", fit.layers_in_ram]
-    return " ".join(str(argument) for argument in arguments)
+def _serve(fit: MachinePlan) -> str:
+    experts = (*_GPU, "--n-cpu-moe", fit.layers_in_ram) if fit.machine.vram else ()
+    return server_line("MODEL.gguf", fit.machine.context, *experts)
 
 
 def _ranges(layers: list[int]) -> str:
@@ -143,11 +144,15 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     print_table(str(result.files[0]), rows)
     show_problems(result.problems)
     file = result.files[0]
-    line = server_line(file) if file.suffix == ".gguf" else f'moecast run {file.parent} -p "Once upon a time"'
+    if file.suffix == ".gguf":
+        experts = (*_GPU, "--cpu-moe") if shutil.which("nvidia-smi") else ()
+        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *experts)
+    else:
+        line = f'moecast run {file.parent} -p "Once upon a time"'
     print(f"Run it with\n\n    {line}\n")
 
 
-def show_calibration(result: Calibration, as_json: bool) -> None:
+def show_calibration(result: MeasuredMatrix, as_json: bool) -> None:
     if as_json:
         print_json(asdict(result))
         return
@@ -164,12 +169,9 @@ def show_problems(problems: tuple[str, ...]) -> None:
         print(f"Note: {problem}")
 
 
-def server_line(path: Path) -> str:
-    """The command that serves a file with llama.cpp on this machine: experts stay in RAM, the rest goes to a GPU."""
-    arguments: list[Any] = ["llama-server", "-m", path, "-c", 8192, "-t", os.cpu_count(), "--jinja"]
-    if shutil.which("nvidia-smi"):
-        arguments += ["--n-gpu-layers", 99, "--cpu-moe"]
-    return " ".join(str(argument) for argument in arguments)
+def server_line(model: str | Path, context: int, *options: object) -> str:
+    """The command that serves a file with llama.cpp."""
+    return " ".join(map(str, ("llama-server", "-m", model, "-c", context, *options, "--jinja")))
 
 
 def _parity_rows(result: Parity) -> list[tuple[str, str]]:
@@ -186,4 +188,4 @@ def _parity_rows(result: Parity) -> list[tuple[str, str]]:
 
 def _scoring_rows(result: Perplexity | Parity) -> list[tuple[str, str]]:
     rows = [("Tokens scored", str(result.tokens))]
-    return rows if result.compute_dtype == "float32" else [*rows, ("WeightProducts computed in", result.compute_dtype)]
+    return rows if result.compute_dtype == "float32" else [*rows, ("Products computed in", result.compute_dtype)]

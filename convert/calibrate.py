@@ -1,4 +1,4 @@
-"""An importance matrix alone: calibration without conversion."""
+"""Measures an importance matrix without converting: calibration alone."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from ..files import peak_rss_bytes
 from ..progress import NoProgress, Progress
 from ..quant.rounding.statistics import Statistics
-from ..runner.measure.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, dtype_name
-from ..runner.memory import peak_rss_bytes, workspace
+from ..runner.memory import workspace
 from ..runner.observe import ObservingWeights
 from ..runner.passes import CALIBRATION, LayerPass
+from ..runner.settings import Compute, dtype_name
+from ..runner.texts import CALIBRATION_TEXT
 from ..runner.weights import ModelWeights
 from ..sources.model import Model, open_model
 from .gguf.imatrix import ImatrixWriter
 from .resume.fingerprint import measurement_fingerprint, text_identity
 from .resume.journal import Journal
 from .resume.states import SavedStates, load_statistics, save_statistics
+from .settings import Calibration
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What was measured.
+class MeasuredMatrix:
+    """What an importance matrix amounts to.
 
     Attributes:
         file: the importance matrix.
@@ -45,37 +46,32 @@ class Calibration:
 def write_imatrix(
     model: Model | str | Path,
     output: str | Path,
-    calibration: str | Path = CALIBRATION_TEXT,
-    *,
-    context: int = DEFAULT_CONTEXT,
-    chunks: int | None = None,
+    calibration: Calibration = Calibration(),
+    compute: Compute = Compute(),
     overwrite: bool = False,
-    memory: int | None = None,
     progress: Progress | None = None,
-    compute_dtype: torch.dtype = torch.float32,
-) -> Calibration:
+) -> MeasuredMatrix:
     """Write llama.cpp's importance matrix of a model on a text: what llama-imatrix writes, layer by layer.
 
-    Activations that do not fit into `memory` bytes for the whole process go to a scratch file beside the output, which
-    changes no number. A journal beside the output records what is done: stopped by whatever means, the same call
-    continues. `compute_dtype` as for `perplexity`. Raises BadInput for an existing output, less memory than the
-    model takes, a text that is too short, and numbers that are not finite.
+    A journal beside the output records what is done: stopped by whatever means, the same call continues. Raises
+    BadInput for an existing output, less memory than the model takes, a text that is too short, and numbers that are
+    not finite.
     """
     started = time.monotonic()
     model = model if isinstance(model, Model) else open_model(model)
-    progress = progress or NoProgress()
-    tokens = chunk_tokens(model.tokenizer, Path(calibration), context, chunks)
-    room = workspace(memory, model.graph, tokens.numel(), context, Path(output).parent)
+    path, text, progress = Path(output), Path(calibration.text or CALIBRATION_TEXT), progress or NoProgress()
+    tokens = calibration.tokens(model.tokenizer)
+    room = workspace(compute.memory, model.graph, tokens.numel(), calibration.context, path.parent)
     statistics = Statistics()
     unseen, fewest = 0, []
-    facts = {"calibration": text_identity(calibration, tokens), "the type of products": dtype_name(compute_dtype)}
+    facts = {"calibration": text_identity(text, tokens), "the type of products": dtype_name(compute.dtype)}
     identity = measurement_fingerprint(model, facts)
     with (
-        Journal(Path(output), identity, overwrite) as journal,
-        ImatrixWriter(Path(output), Path(calibration), tokens, overwrite) as writer,
+        Journal(path, identity, overwrite, progress) as journal,
+        ImatrixWriter(path, text, tokens, overwrite) as writer,
     ):
         layer_pass = LayerPass(model, room, SavedStates(journal, model.graph.layers))
-        layer_pass.begin(CALIBRATION, tokens, ObservingWeights(ModelWeights(model, compute_dtype), statistics))
+        layer_pass.begin(CALIBRATION, tokens, ObservingWeights(ModelWeights(model, compute.dtype), statistics))
         progress.begin("Calibrating", len(model.graph.layers), "layers")
         for layer in model.graph.layers:
             if layer_pass.is_done(layer.index):
@@ -93,4 +89,4 @@ def write_imatrix(
                 fewest.append(int(experts.min()))
             statistics.clear()
     seconds, least = time.monotonic() - started, min(fewest, default=None)
-    return Calibration(Path(output), tokens.numel(), context, unseen, least, seconds, peak_rss_bytes())
+    return MeasuredMatrix(path, tokens.numel(), calibration.context, unseen, least, seconds, peak_rss_bytes())

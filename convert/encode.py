@@ -1,4 +1,4 @@
-"""Weights into their stored form, a piece at a time: what every conversion does, whoever asks for the pieces."""
+"""Quantizes the pieces of planned tensors and hands them to the writer, whoever asks for them first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..archs.weights import Padded, Weight, first_tensor, of_expert, scale_name
+from ..archs.expressions import Padded, first_tensor
+from ..archs.weights import Weight, scale_name
 from ..errors import BadInput
 from ..progress import Progress
 from ..quant import dequantize
@@ -117,7 +118,7 @@ class Encoder:
                 return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
             return quantize_weight(values, weight, expert, type_name, self._importance, self._threads)
         except BadInput as error:
-            stored = first_tensor(of_expert(weight.source, expert))
+            stored = first_tensor(weight.source.of_expert(expert))
             raise BadInput(
                 f"{stored.name} in {stored.file}: {error}; the checkpoint is damaged, fetch it again"
             ) from None

@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ..progress import Progress
+from ..files import peak_rss_bytes
+from ..progress import NoProgress, Progress
 from ..quant.planning.plan import Plan
 from ..quant.rounding.moments import statistics_for
 from ..quant.rounding.statistics import Importance, Statistics
 from ..runner.activations import Workspace
 from ..runner.measure.evaluate import Parity, compare_heads, relative_error, summarize
-from ..runner.memory import peak_rss_bytes
 from ..runner.observe import ObservingWeights, observe_head
 from ..runner.passes import CALIBRATION, CANDIDATE, REFERENCE, LayerPass
+from ..runner.settings import Compute
+from ..runner.texts import DEFAULT_CONTEXT
 from ..runner.weights import ModelWeights
 from ..sources.model import Model
 from .encode import Encoder, QuantizingWeights
@@ -38,85 +40,96 @@ from .writer import Writer
 
 @dataclass(frozen=True)
 class PassInputs:
-    """Token ids [chunks, context] to calibrate with and to evaluate on; None leaves out what they are for."""
+    """What runs through a model during a pass, and what follows from it.
+
+    Attributes:
+        calibration: token ids [chunks, context] that show which inputs of a weight matter; None for no calibration.
+        evaluation: token ids [chunks, context] to compare the result with its source on; None for no comparison.
+        importance: what to weigh columns by where there is no calibration.
+        imatrix: receives what calibration finds.
+        min_expert_tokens: how many calibration tokens every expert must have seen.
+        error_feedback: round what calibration has passed through with error feedback, see `quant.rounding.feedback`.
+    """
 
     calibration: Tensor | None = None
     evaluation: Tensor | None = None
+    importance: Importance | None = None
+    imatrix: ImatrixWriter | None = None
+    min_expert_tokens: int = 0
+    error_feedback: bool = False
 
     @property
     def tokens(self) -> int:
-        """How many there are in all lanes; those to evaluate on run through two models."""
+        """How many there are in all streams; those to evaluate on run through two models."""
         calibration, evaluation = (0 if ids is None else ids.numel() for ids in (self.calibration, self.evaluation))
         return calibration + 2 * evaluation
+
+    @property
+    def context(self) -> int:
+        """How many tokens the longest chunks have."""
+        texts = (ids for ids in (self.calibration, self.evaluation) if ids is not None)
+        return max((ids.shape[1] for ids in texts), default=DEFAULT_CONTEXT)
 
 
 def run_pass(
     model: Model,
     plan: Plan,
     writer: Writer,
-    lanes: PassInputs,
-    progress: Progress,
-    importance: Importance | None = None,
-    imatrix: ImatrixWriter | None = None,
-    threads: int | None = None,
+    inputs: PassInputs = PassInputs(),
+    compute: Compute = Compute(),
     journal: Journal | None = None,
     workspace: Workspace | None = None,
-    min_expert_tokens: int = 0,
-    compute_dtype: torch.dtype = torch.float32,
-    error_feedback: bool = False,
+    progress: Progress | None = None,
 ) -> Parity | None:
     """Write every tensor of a plan, and compare the result with its source on the evaluation tokens.
 
     Args:
-        importance: what to weigh columns by where there is no calibration.
-        imatrix: receives what calibration finds.
-        journal: keeps the lanes' states after each layer, and those of an earlier run to go on from.
+        journal: keeps the streams' states after each layer, and those of an earlier run to go on from.
         workspace: where activations are kept, by default in memory.
-        min_expert_tokens: how many calibration tokens every expert must have seen.
-        compute_dtype: what products with weights are computed in, see `perplexity`.
-        error_feedback: round what calibration has passed through with error feedback, see `quant.feedback`.
 
     Raises BadInput naming a stored tensor, a block or an expert whose numbers are not finite, and a layer where an
     expert has seen too few tokens.
     """
-    source, statistics = ModelWeights(model, compute_dtype), statistics_for(error_feedback)
-    known = importance if lanes.calibration is None else statistics
-    encoder = Encoder(source, plan, writer, progress, known, threads)
+    progress = progress or NoProgress()
+    source, statistics = ModelWeights(model, compute.dtype), statistics_for(inputs.error_feedback)
+    known = inputs.importance if inputs.calibration is None else statistics
+    encoder = Encoder(source, plan, writer, progress, known, compute.threads)
     states = SavedStates(journal, model.graph.layers) if journal else None
     layer_pass = LayerPass(model, workspace, states)
-    if lanes.calibration is not None:
-        layer_pass.begin(CALIBRATION, lanes.calibration, ObservingWeights(source, statistics))
-    if lanes.evaluation is not None:
-        layer_pass.begin(REFERENCE, lanes.evaluation, source)
-        layer_pass.begin(CANDIDATE, lanes.evaluation, QuantizingWeights(encoder, f"{model.path} as {plan.recipe.name}"))
+    if inputs.calibration is not None:
+        layer_pass.begin(CALIBRATION, inputs.calibration, ObservingWeights(source, statistics))
+    if inputs.evaluation is not None:
+        candidate = QuantizingWeights(encoder, f"{model.path} as {plan.recipe.name}")
+        layer_pass.begin(REFERENCE, inputs.evaluation, source)
+        layer_pass.begin(CANDIDATE, inputs.evaluation, candidate)
     streams = layer_pass.streams
     errors = layer_pass.facts.tolist() if layer_pass.facts is not None else []
     lines = _Lines(plan, progress)
     for layers in zip(*(stream.weights.graph.layers for stream in streams.values()), strict=True):
         index = layers[0].index
         if layer_pass.is_done(index):
-            if imatrix and journal:
-                imatrix.add(load_statistics(journal, index))
+            if inputs.imatrix and journal:
+                inputs.imatrix.add(load_statistics(journal, index))
             continue
-        layer_pass.advance(layers, partial(encoder.finish_expert, index))
+        layer_pass.advance(layers, partial(encoder.finish_expert, index))  # writes the layer: see QuantizingWeights
         encoder.finish(index)
-        if lanes.evaluation is not None:
+        if inputs.evaluation is not None:
             errors.append(relative_error(streams[REFERENCE].hidden, streams[CANDIDATE].hidden))
-        if imatrix:
-            imatrix.add(statistics)
+        if inputs.imatrix:
+            inputs.imatrix.add(statistics)
             if journal:
                 save_statistics(journal, index, statistics)
-        _check_coverage(index, statistics, min_expert_tokens)
+        _check_coverage(index, statistics, inputs.min_expert_tokens)
         lines.write(index, errors[-1] if errors else None, statistics)
         layer_pass.save(index, torch.tensor(errors, dtype=torch.float64))
         statistics.clear()
-    if lanes.calibration is not None and error_feedback:
+    if inputs.calibration is not None and inputs.error_feedback:
         observe_head(streams[CALIBRATION], statistics)
     result = None
-    if lanes.evaluation is not None:
-        chunks, context = lanes.evaluation.shape
-        (divergence,) = compare_heads(streams[REFERENCE], [streams[CANDIDATE]], lanes.evaluation)
-        result = summarize(divergence, tuple(errors), context, chunks, compute_dtype)
+    if inputs.evaluation is not None:
+        chunks, context = inputs.evaluation.shape
+        (divergence,) = compare_heads(streams[REFERENCE], [streams[CANDIDATE]], inputs.evaluation)
+        result = summarize(divergence, tuple(errors), context, chunks, compute.dtype)
     encoder.finish_all()
     return result
 

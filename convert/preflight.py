@@ -1,4 +1,4 @@
-"""What a conversion will take, said before it begins, and refused where the disk is too small for it."""
+"""Checks the disk before a conversion begins, and says what it will fetch and write."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .resume.journal import Journal
 
 
 def check_disk(
-    path: Path, plan: Plan, model: Model, lanes: PassInputs, memory: int | None, journal: Journal, progress: Progress
+    path: Path, plan: Plan, model: Model, inputs: PassInputs, memory: int | None, journal: Journal, progress: Progress
 ) -> None:
     """Note what is fetched and written, and the most that is on disk. Raises Interrupted when there is no room."""
     shards = model.storage if isinstance(model.storage, ShardStorage) else None
     fetched, scratch = (shards.bytes_to_fetch, shards.scratch) if shards else (0, 0)
-    # The journal keeps two states of the lanes while it saves; within a layer, inputs and outputs may be on disk too.
-    states = _state_bytes(plan, lanes) * (2 if memory is None else 5)
+    # The journal keeps two states of the streams while it saves; within a layer, inputs and outputs may be on disk too.
+    states = _state_bytes(plan, inputs) * (2 if memory is None else 5)
     peak, there = plan.bytes + scratch + states, journal.bytes_on_disk
     free = shutil.disk_usage(path.parent).free + there
     facts = [f"{_size(fetched)} to fetch, at most {_size(scratch)} of it on disk"] if shards else []
     facts.append(f"{_size(plan.bytes)} to write")
     facts += [f"{_size(memory)} of memory"] if memory is not None else []
     facts.append(f"at most {_size(peak)} of the {_size(free)} that are free in {path.parent.resolve()}")
-    progress.note(f"{'Goes on' if journal.continues else 'Begins'}: {', '.join(facts)}")
+    progress.note(f"{'Resuming' if journal.continues else 'Starting'}: {', '.join(facts)}")
     if peak > free:
         raise Interrupted(
             f"{path.parent.resolve()} has no room: {_size(peak)} are needed and {_size(free)} are free; "
@@ -36,9 +36,9 @@ def check_disk(
         )
 
 
-def _state_bytes(plan: Plan, lanes: PassInputs) -> int:
-    """What the lanes' states take between two layers."""
-    return 4 * plan.graph.residual_size * lanes.tokens
+def _state_bytes(plan: Plan, inputs: PassInputs) -> int:
+    """What the streams' states take between two layers."""
+    return 4 * plan.graph.residual_size * inputs.tokens
 
 
 def _size(count: int) -> str:

@@ -4,73 +4,88 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import BadInput
-from ..progress import NoProgress, Progress
+from ..progress import Progress
 from ..quant.formats.table import FORMATS
-from ..quant.planning.plan import Plan, override_types, plan_tensors
-from ..quant.planning.recipes import recipe_named
+from ..quant.planning.plan import Form, Plan, override_types
+from ..runner.settings import Compute
 from ..sources.imatrix import ImportanceMatrix, read_imatrix
 from ..sources.model import Model, open_model
+from .conversion import Conversion
 from .encode import MeasuredImportance
+from .gguf.metadata import QUANTIZATION_VERSION
 from .gguf.writer import GGUFWriter
 from .onepass import PassInputs, run_pass
-from .pipeline import QUANTIZATION_VERSION, Conversion
+from .plans.choose import plan_for
 from .resume.fingerprint import file_identity, fingerprint
 from .resume.journal import Journal
+from .settings import Calibration, Goal
 
 _UNQUANTIZED_BITS = 16
+
+
+@dataclass(frozen=True)
+class Exceptions:
+    """What is not as the recipe or the rules say.
+
+    Attributes:
+        tensor_types: (regular expression, type) pairs that overrule the recipe for matching tensor names.
+        allow_requantize: accept tensors that are quantized already; they were rounded once and will be again.
+    """
+
+    tensor_types: Sequence[tuple[str, str]] = ()
+    allow_requantize: bool = False
 
 
 def requantize(
     source: str | Path | Model,
     output: str | Path,
-    quant: str | Plan = "Q4_K_M",
+    goal: str | Goal | None = None,
     *,
     imatrix: str | Path | None = None,
-    tensor_types: Sequence[tuple[str, str]] = (),
-    allow_requantize: bool = False,
+    exceptions: Exceptions = Exceptions(),
+    compute: Compute = Compute(),
     overwrite: bool = False,
-    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Quantize a GGUF file (open, or the first of a split) as a recipe or plan says; options are llama-quantize's.
+    """Quantize a GGUF file (open, or the first of a split) to another; options are llama-quantize's.
 
     Args:
+        goal: a recipe name, by default Q4_K_M, or what else types follow from.
         imatrix: importance matrix of llama.cpp, as GGUF or .dat.
-        tensor_types: (regular expression, type) pairs that overrule the recipe for matching tensor names.
-        allow_requantize: accept tensors that are quantized already; they were rounded once and will be again.
 
     Raises BadInput for anything wrong with the input, an existing output, or a full disk.
     """
     started = time.monotonic()
-    progress = progress or NoProgress()
     model = source if isinstance(source, Model) else open_model(source)
     if not model.metadata:
         raise BadInput(f"{model.path} is a checkpoint folder, expected a GGUF file: use `moecast convert`")
     importance = read_imatrix(Path(imatrix)) if imatrix else None
-    plan = plan_requantized(model, quant, tensor_types, importance is not None)
-    if not allow_requantize:
+    plan = plan_requantized(model, goal, imatrix, exceptions)
+    if not exceptions.allow_requantize:
         _refuse_quantized(model, plan)
     metadata = _metadata(model, plan, importance)
     path = Path(output)
     others = {"importance matrix": file_identity(Path(imatrix))} if imatrix else {}
     with (
-        Journal(path, fingerprint(model, plan, metadata, others), overwrite) as journal,
-        GGUFWriter(path, metadata, plan.tensors, None, overwrite, journal) as writer,
+        Journal(path, fingerprint(model, plan, metadata, others), overwrite, progress) as journal,
+        GGUFWriter(path, metadata, plan.stored, None, overwrite, journal) as writer,
     ):
-        measured = MeasuredImportance(importance) if importance else None
-        run_pass(model, plan, writer, PassInputs(), progress, measured, threads=threads)
+        inputs = PassInputs(importance=MeasuredImportance(importance) if importance else None)
+        run_pass(model, plan, writer, inputs, compute, progress=progress)
     return Conversion.of(writer.paths, plan, started)
 
 
 def plan_requantized(
-    model: Model, quant: str | Plan, tensor_types: Sequence[tuple[str, str]], calibrated: bool
+    model: Model, goal: str | Goal | None, imatrix: str | Path | None, exceptions: Exceptions = Exceptions()
 ) -> Plan:
-    """The types of a recipe or a plan with the user's exceptions."""
-    plan = quant if isinstance(quant, Plan) else plan_tensors(model.graph, recipe_named(quant), calibrated)
-    return override_types(plan, tensor_types)
+    """The plan that `requantize` follows: the file's own rows, with the user's exceptions."""
+    goal = replace(goal, measure=False) if isinstance(goal, Goal) else Goal(goal)
+    plan = plan_for(model, goal, Form(padding=False), Calibration(text=None, imatrix=imatrix))
+    return override_types(plan, exceptions.tensor_types)
 
 
 def _refuse_quantized(model: Model, plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""Files in the making: what becomes of them, and what of them is there already, is the same for every format."""
+"""Base class of resumable output writers (GGUF, ONNX): temporary files, journal, atomic rename."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Self
 from torch import Tensor
 
 from ..errors import Interrupted
+from ..files import sync
 from .resume.journal import Journal
 
 
@@ -71,9 +72,8 @@ class Writer(ABC):
             return
         try:
             for descriptor in self._descriptors.values():
-                os.fsync(descriptor)
+                sync(descriptor)
             self._finish()
-            self._close()
         except OSError as failure:
             self._discard(failure)
             raise self._failure(failure) from None
@@ -84,10 +84,11 @@ class Writer(ABC):
         return self._journal is not None and (self._name, "complete") in self._journal
 
     def _completed(self) -> None:
-        """From here on the files may have their names before the journal is gone."""
+        """From here on the files may have their names before the journal is gone; Windows names no open file anew."""
         if self._journal:
             self._journal.add((self._name, "complete"))
             self._journal.commit()
+        self._close()
 
     def _wrote(self, name: str, first_row: int, size: int, *descriptors: int) -> None:
         """A piece of a tensor, `size` bytes, is written through `descriptors`."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .measure.evaluate import parity, perplexity
+    from .settings import Compute, Evaluation
 
-__all__ = ["parity", "perplexity"]
+__all__ = ["Compute", "Evaluation", "parity", "perplexity"]
+
+_MODULES = {"Compute": ".settings", "Evaluation": ".settings"}
 
 
 def __getattr__(name: str) -> Any:
-    """`moecast.runner.parity` and `perplexity`, imported only when somebody asks for them."""
+    """`moecast.runner.parity`, `perplexity` and their settings, imported only when somebody asks for them."""
     if name in __all__:
-        from .measure import evaluate
-
-        return getattr(evaluate, name)
+        return getattr(import_module(_MODULES.get(name, ".measure.evaluate"), __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

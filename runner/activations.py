@@ -1,9 +1,7 @@
-"""What flows between blocks, kept chunk by chunk: in memory, or in scratch files where memory is short."""
+"""Activations between blocks, kept chunk by chunk: in memory, or in scratch files where memory is short."""
 
 from __future__ import annotations
 
-import os
-import resource
 import tempfile
 import weakref
 from math import prod
@@ -14,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import Interrupted
-from ..sources.storage import read_at, write_at
+from ..files import allow_open_files, read_at, reserve, write_at
 
 _FLOAT = 4  # bytes
-_FILES = 8192
+_FILES = 8192  # every activation on disk is an open file, and there are hundreds of streams
 
 
 class Activations(Protocol):
@@ -53,7 +51,7 @@ class Workspace:
         self._left = memory
         self._folder = folder
         if memory is not None:
-            _allow_files()
+            allow_open_files(_FILES)
 
     def activations(self, *shape: int, whole_chunks: bool = False) -> Activations:
         """New activations. Those that are only read and written by `whole_chunks` do not suffer from a disk, so they
@@ -71,14 +69,6 @@ class Workspace:
     def _release(self, size: int) -> None:
         assert self._left is not None
         self._left += size
-
-
-def _allow_files() -> None:
-    """Every activation on disk is an open file, and hundreds of lanes are more than a shell allows by default."""
-    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES if most == resource.RLIM_INFINITY else min(_FILES, most)
-    if allowed != resource.RLIM_INFINITY and allowed < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 class MemoryActivations:
@@ -111,7 +101,7 @@ class DiskActivations:
         self._row_bytes = _FLOAT * prod(shape[2:])
         try:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed when the object goes
-            os.posix_fallocate(self._file.fileno(), 0, shape[0] * shape[1] * self._row_bytes)
+            reserve(self._file.fileno(), shape[0] * shape[1] * self._row_bytes)
         except OSError as error:
             where = folder or tempfile.gettempdir()
             raise Interrupted(f"{where} has no room for activations ({error.strerror}): free space there") from None
@@ -138,7 +128,7 @@ class DiskActivations:
             self._write(sum, index)
 
     def _read(self, values: Tensor, row: int) -> None:
-        read_at(self._file.fileno(), values, row * self._row_bytes)
+        read_at(self._file.fileno(), values.numpy().data, row * self._row_bytes)
 
     def _write(self, values: Tensor, row: int) -> None:
-        write_at(self._file.fileno(), values, row * self._row_bytes)
+        write_at(self._file.fileno(), values.contiguous().numpy().data, row * self._row_bytes)

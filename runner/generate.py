@@ -1,4 +1,4 @@
-"""Text from a prompt, token by token, from every kind of model."""
+"""Generates text from a prompt, token by token, with every kind of model."""
 
 from __future__ import annotations
 

@@ -1,17 +1,15 @@
-"""How much memory running a model takes, and what is left of it for activations."""
+"""Memory bounds: how much running a model takes, and what is left of it for activations."""
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Iterable
-from ctypes import CDLL
 from pathlib import Path
 
 from ..archs.graph import Graph, Operation, weights_in
 from ..archs.graph.operation import PASSING
 from ..archs.weights import Weight
 from ..errors import BadInput
+from ..files import rss_bytes
 from ..sources.model import PIECE_ROWS
 from .activations import Workspace
 
@@ -21,15 +19,6 @@ _FLOAT = 4  # bytes
 _FACTORING = 8  # matrices of moments while one is taken apart
 _ROUTE_BYTES, _SCORE_BYTES = 48, 128  # of a token: for each expert it goes to, and for its prediction
 _SLACK = 96 << 20  # what the allocator keeps to itself
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    try:  # getrusage would count the parent that forked us as well
-        return _status("VmHWM")
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def workspace(
@@ -54,7 +43,7 @@ def workspace(
     """
     if memory is None:
         return Workspace()
-    floor = _resident() + working_set(graph, context, copies) + _routing(graph, tokens) + _SLACK
+    floor = rss_bytes() + working_set(graph, context, copies) + _routing(graph, tokens) + _SLACK
     floor += _moments(graph) if error_feedback else 0
     if memory < floor:
         raise BadInput(
@@ -102,18 +91,3 @@ def _operation(operation: Operation, context: int, copies: int) -> int:
     decoding = 2 * max(sizes, default=0)  # codes and scales of the largest
     statistics = 2 * sum(weight.columns * weight.experts for weight in weights if weight.experts)
     return copies * sum(sizes) + decoding + statistics + operation.scratch_values(context)
-
-
-def _resident() -> int:
-    """Of what is in use, without what glibc keeps of what was freed, in case earlier work was done in this process."""
-    trim = getattr(CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
-    try:
-        return _status("VmRSS")
-    except OSError:
-        return peak_rss_bytes()
-
-
-def _status(key: str) -> int:
-    return int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""Weights that watch what they are multiplied with."""
+"""A Weights wrapper that collects statistics of the inputs it multiplies."""
 
 from __future__ import annotations
 

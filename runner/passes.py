@@ -1,4 +1,4 @@
-"""One pass of several streams over a model, which goes on where an earlier run of it was stopped."""
+"""A resumable pass of several streams through the layers of a model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..quant.rounding.moments import statistics_for
 from ..quant.rounding.statistics import Importance, Statistics
 from ..sources.model import Model
 from .activations import Workspace
-from .measure.evaluate import with_bos
 from .observe import ObservingWeights, observe_head
 from .stream import Stream, advance
+from .texts import with_bos
 from .weights import Weights
 
 CALIBRATION, REFERENCE, CANDIDATE = "calibration", "reference", "candidate"  # names of streams

@@ -1,4 +1,4 @@
-"""Hidden states of token chunks, advanced one layer at a time; several streams advance together.
+"""Streams: hidden states of token chunks, advanced one layer at a time, several streams together.
 
 Memory holds the states, the dense weights of one sublayer and one expert; nothing of a model stays between layers.
 """

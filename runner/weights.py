@@ -1,4 +1,4 @@
-"""What blocks ask of a model's weights, and the plain answer: the model's own numbers."""
+"""The Weights protocol that blocks compute with, and its plain form: the model's own numbers."""
 
 from __future__ import annotations
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from ..archs.config import Config
-from ..archs.weights import TensorInfo
+from ..archs.expressions import TensorInfo
 from ..errors import BadInput
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|[\\:]")  # of a folder; the last two lead out of one on Windows
 
 
 def read_config(folder: Path) -> Config:
@@ -64,7 +66,7 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"{path}: weight_map is missing or empty, expected tensor names and their files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or file.startswith("/") or ".." in PurePosixPath(file).parts:
+        if not isinstance(file, str) or not file or OUTSIDE.search(file):
             raise BadInput(f"{path}: weight_map places {name} in {file!r}, expected a file inside the folder")
     return weight_map
 

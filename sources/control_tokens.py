@@ -1,4 +1,4 @@
-"""Which added tokens llama.cpp treats as control tokens because of their text, whatever the tokenizer files say.
+"""The token texts that llama.cpp treats as control tokens, whatever the tokenizer files say.
 
 Control tokens are never found in a user's text. Facts from llama.cpp: src/llama-vocab.cpp (the texts) and
 conversion/base.py (the brackets).

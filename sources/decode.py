@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..archs.weights import (
+from ..archs.expressions import (
     BlockScaled,
     Expression,
     GlobalScales,
@@ -27,6 +30,8 @@ from ..quant import dequantize
 from .fp4 import decode_nvfp4, repack_mxfp4
 from .storage import Storage
 
+RowRange = tuple[int, int] | None  # (start, stop) within a matrix, None for all of it
+
 _TORCH_DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -38,55 +43,14 @@ _TORCH_DTYPES = {
 }
 
 
-def evaluate(
-    expression: Expression, storage: Storage, expert: int | None = None, rows: tuple[int, int] | None = None
-) -> Tensor:
+def evaluate(expression: Expression, storage: Storage, expert: int | None = None, rows: RowRange = None) -> Tensor:
     """One matrix of a weight, or `rows` (start, stop) of it, as float32 [rows, columns]; vectors come as [n].
 
     Args:
         expert: which matrix of a stack [experts, rows, columns]; None for a weight that is not a stack.
         rows: rows within that matrix, all by default.
     """
-    match expression:
-        case Stack(experts):
-            assert expert is not None
-            return evaluate(experts[expert], storage, None, rows)
-        case Rows(source, first, last):
-            start, stop = rows or (0, last - first)
-            return evaluate(source, storage, expert, (first + start, first + stop))
-        case Padded():
-            return _evaluate_padded(expression, storage, expert, rows)
-        case BlockScaled():
-            return _evaluate_block_scaled(expression, storage, rows or (0, expression.shape[0]))
-        case Scaled(codes, scale):
-            values, factors = _read(codes, storage, expert, rows), _whole(scale, storage)
-            if factors.numel() == 1:
-                return values * factors
-            if expert is not None:
-                return values * factors[expert]
-            return values * factors[slice(*rows) if rows else slice(None), None]
-        case Nvfp4(codes, scale, global_scale):
-            start, stop = rows or (0, expression.shape[0])
-            values = decode_nvfp4(storage.read(codes, start, stop), storage.read(scale, start, stop))
-            return values * _global_scale(expression, storage) if global_scale else values
-        case Mxfp4(codes, scale):
-            start, stop = rows or (0, expression.shape[0])
-            return _decode(repack_mxfp4(storage.read(codes, start, stop), storage.read(scale, start, stop)), "MXFP4")
-        case SideBySide(parts):
-            return torch.cat([evaluate(part, storage, None, rows) for part in parts], dim=1)
-        case GlobalScales(matrices):
-            return torch.stack([_global_scale(matrix, storage) for matrix in matrices])
-        case NegativeExponential(source):
-            return -evaluate(source, storage, expert, rows).exp()
-        case OnePlus(source):
-            return 1 + evaluate(source, storage, expert, rows)
-        case Reshape(tensor, shape):
-            values = _whole(tensor, storage).reshape(shape)
-            return values[slice(*rows)] if rows else values
-        case Zeros(shape):
-            return torch.zeros(shape)
-        case Read(tensor):
-            return _whole(tensor, storage) if len(tensor.shape) < 2 else _read(tensor, storage, expert, rows)
+    return _EVALUATIONS[type(expression)](expression, storage, expert, rows)
 
 
 def evaluate_directly(
@@ -111,11 +75,11 @@ def _whole(tensor: TensorInfo, storage: Storage) -> Tensor:
     return _decode(storage.read(tensor), tensor.dtype).flatten()
 
 
-def _read(tensor: TensorInfo, storage: Storage, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+def _read(tensor: TensorInfo, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
     return _decode(_stored(tensor, storage, expert, rows), tensor.dtype)
 
 
-def _stored(tensor: TensorInfo, storage: Storage, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+def _stored(tensor: TensorInfo, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
     """The bytes of a matrix of a tensor or a stack, or of some rows of it, uint8 [rows, row bytes]."""
     start, stop = rows or (0, tensor.shape[-2])
     first = (expert or 0) * tensor.shape[-2]
@@ -144,7 +108,77 @@ def _from_float8(data: Tensor) -> Tensor:
     return halves.view(torch.float16).float().mul_(2.0**8)
 
 
-def _evaluate_padded(source: Padded, storage: Storage, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+def _evaluate_read(source: Read, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+    return _whole(source.tensor, storage) if len(source.shape) < 2 else _read(source.tensor, storage, expert, rows)
+
+
+def _evaluate_block_scaled(source: BlockScaled, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+    """float32(code) * float32(scale), one scale for every block of codes."""
+    start, stop = rows or (0, source.shape[0])
+    block_rows, block_columns = source.block
+    first_block, last_block = start // block_rows, -(-stop // block_rows)
+    values = _decode(storage.read(source.codes, start, stop), source.codes.dtype)
+    scales = _decode(storage.read(source.scale, first_block, last_block), source.scale.dtype)
+    scales = scales.repeat_interleave(block_columns, dim=1)[:, : values.shape[1]]
+    for block in range(first_block, last_block):
+        part = slice(max(block * block_rows - start, 0), (block + 1) * block_rows - start)
+        values[part] *= scales[block - first_block]
+    return values
+
+
+def _evaluate_scaled(source: Scaled, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+    values, factors = _read(source.codes, storage, expert, rows), _whole(source.scale, storage)
+    if factors.numel() == 1:
+        return values * factors
+    if expert is not None:
+        return values * factors[expert]
+    return values * factors[slice(*rows) if rows else slice(None), None]
+
+
+def _evaluate_nvfp4(source: Nvfp4, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+    start, stop = rows or (0, source.shape[0])
+    values = decode_nvfp4(storage.read(source.codes, start, stop), storage.read(source.scale, start, stop))
+    return values * _global_scale(source, storage) if source.global_scale else values
+
+
+def _evaluate_mxfp4(source: Mxfp4, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+    start, stop = rows or (0, source.shape[0])
+    return _decode(
+        repack_mxfp4(storage.read(source.codes, start, stop), storage.read(source.scale, start, stop)), "MXFP4"
+    )
+
+
+def _evaluate_global_scales(source: GlobalScales, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+    return torch.stack([_global_scale(matrix, storage) for matrix in source.matrices])
+
+
+def _global_scale(matrix: Nvfp4, storage: Storage) -> Tensor:
+    """The factor of a whole NVFP4 matrix, as float32 []."""
+    assert matrix.global_scale
+    value = _whole(matrix.global_scale, storage)[0]
+    return 1 / value if matrix.reciprocal else value
+
+
+def _evaluate_reshape(source: Reshape, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+    values = _whole(source.tensor, storage).reshape(source.shape)
+    return values[slice(*rows)] if rows else values
+
+
+def _evaluate_negative_exponential(
+    source: NegativeExponential, storage: Storage, expert: int | None, rows: RowRange
+) -> Tensor:
+    return -evaluate(source.source, storage, expert, rows).exp()
+
+
+def _evaluate_one_plus(source: OnePlus, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+    return 1 + evaluate(source.source, storage, expert, rows)
+
+
+def _evaluate_zeros(source: Zeros, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+    return torch.zeros(source.shape)
+
+
+def _evaluate_padded(source: Padded, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
     inner = source.source
     if len(source.shape) == 1:
         values = torch.zeros(source.shape)
@@ -159,22 +193,33 @@ def _evaluate_padded(source: Padded, storage: Storage, expert: int | None, rows:
     return values
 
 
-def _evaluate_block_scaled(source: BlockScaled, storage: Storage, rows: tuple[int, int]) -> Tensor:
-    """float32(code) * float32(scale), one scale for every block of codes."""
-    start, stop = rows
-    block_rows, block_columns = source.block
-    first_block, last_block = start // block_rows, -(-stop // block_rows)
-    values = _decode(storage.read(source.codes, start, stop), source.codes.dtype)
-    scales = _decode(storage.read(source.scale, first_block, last_block), source.scale.dtype)
-    scales = scales.repeat_interleave(block_columns, dim=1)[:, : values.shape[1]]
-    for block in range(first_block, last_block):
-        part = slice(max(block * block_rows - start, 0), (block + 1) * block_rows - start)
-        values[part] *= scales[block - first_block]
-    return values
+def _evaluate_side_by_side(source: SideBySide, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+    return torch.cat([evaluate(part, storage, expert, rows) for part in source.parts], dim=1)
 
 
-def _global_scale(matrix: Nvfp4, storage: Storage) -> Tensor:
-    """The factor of a whole NVFP4 matrix, as float32 []."""
-    assert matrix.global_scale
-    value = _whole(matrix.global_scale, storage)[0]
-    return 1 / value if matrix.reciprocal else value
+def _evaluate_rows(source: Rows, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+    start, stop = rows or (0, source.stop - source.start)
+    return evaluate(source.source, storage, expert, (source.start + start, source.start + stop))
+
+
+def _evaluate_stack(source: Stack, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+    assert expert is not None
+    return evaluate(source.experts[expert], storage, None, rows)
+
+
+_EVALUATIONS: dict[type, Callable[[Any, Storage, int | None, RowRange], Tensor]] = {
+    Read: _evaluate_read,
+    BlockScaled: _evaluate_block_scaled,
+    Scaled: _evaluate_scaled,
+    Nvfp4: _evaluate_nvfp4,
+    Mxfp4: _evaluate_mxfp4,
+    GlobalScales: _evaluate_global_scales,
+    Reshape: _evaluate_reshape,
+    NegativeExponential: _evaluate_negative_exponential,
+    OnePlus: _evaluate_one_plus,
+    Zeros: _evaluate_zeros,
+    Padded: _evaluate_padded,
+    SideBySide: _evaluate_side_by_side,
+    Rows: _evaluate_rows,
+    Stack: _evaluate_stack,
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..archs.weights import Expression, Mxfp4, Nvfp4, Read, TensorInfo, of_expert
+from ..archs.expressions import Expression, Mxfp4, Nvfp4, Read, TensorInfo
 from ..errors import BadInput
 from ..quant.formats.table import format_named
 from .storage import Storage
@@ -48,7 +48,7 @@ def repack(
     Returns:
         uint8 [rows, row bytes]; None where the numbers must be quantized.
     """
-    source = of_expert(expression, expert)
+    source = expression.of_expert(expert)
     start, stop = rows or (0, source.shape[-2] if len(source.shape) > 1 else 1)
     if isinstance(source, Read) and source.tensor.dtype == type_name and format_named(type_name).block_size > 1:
         first = (expert or 0) * source.shape[-2]

@@ -82,7 +82,7 @@ def _read_gguf_form(path: Path) -> ImportanceMatrix:
     if not means:
         raise BadInput(f"{path} holds no statistics, expected tensors named *.in_sum2 and *.counts")
     datasets = metadata.get("imatrix.datasets", [])
-    return ImportanceMatrix(str(path), tuple(datasets), int(metadata.get("imatrix.chunk_count", 0)), means)
+    return ImportanceMatrix(path.as_posix(), tuple(datasets), int(metadata.get("imatrix.chunk_count", 0)), means)
 
 
 def _read_legacy(path: Path) -> ImportanceMatrix:
@@ -110,4 +110,4 @@ def _read_legacy(path: Path) -> ImportanceMatrix:
         means[name] = values / max(calls, 1)
     has_trailer = position < len(data)
     chunks = integer() if has_trailer else 0
-    return ImportanceMatrix(str(path), (text(),) if has_trailer else (), chunks, means)
+    return ImportanceMatrix(path.as_posix(), (text(),) if has_trailer else (), chunks, means)

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from ..archs.architecture import Architecture
 from ..archs.config import Config
+from ..archs.expressions import TensorInfo
 from ..archs.graph import Graph
-from ..archs.registry import Architecture, architecture_named, architecture_of
-from ..archs.weights import TensorInfo, Weight
+from ..archs.registry import architecture_named, architecture_of
+from ..archs.weights import Weight
 from ..errors import BadInput
 from .checkpoint import read_config, read_tensors
 from .decode import evaluate, evaluate_directly

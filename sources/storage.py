@@ -7,8 +7,9 @@ from collections import OrderedDict
 
 import torch
 
-from ..archs.weights import TensorInfo
+from ..archs.expressions import TensorInfo
 from ..errors import BadInput
+from ..files import open_descriptor, read_at
 
 _OPEN_FILES = 32
 
@@ -30,7 +31,7 @@ class Storage:
         stop = tensor.rows if stop is None else stop
         row_bytes = tensor.length // tensor.rows
         data = torch.empty((stop - start, row_bytes), dtype=torch.uint8)
-        if not read_at(self._descriptor(tensor.file), data, tensor.offset + start * row_bytes):
+        if not read_at(self._descriptor(tensor.file), data.numpy().data, tensor.offset + start * row_bytes):
             raise BadInput(f"{tensor.file} ends inside tensor {tensor.name}: truncated, fetch the file again")
         return data
 
@@ -49,28 +50,9 @@ class Storage:
 
     def _open(self, file: str) -> int:
         """A descriptor for reading what tensors name as their file."""
-        return os.open(file, os.O_RDONLY)
+        return open_descriptor(file)
 
     def _forget(self, file: str) -> None:
         """Close a file; it is opened again when somebody reads it."""
         if file in self._descriptors:
             os.close(self._descriptors.pop(file))
-
-
-def read_at(descriptor: int, values: torch.Tensor, position: int) -> bool:
-    """Fill contiguous `values` with the bytes at a position of a file; False when it ends before they are full."""
-    view, done = memoryview(values.numpy().data).cast("B"), 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], position + done)
-        if count == 0:
-            return False
-        done += count
-    return True
-
-
-def write_at(descriptor: int, values: torch.Tensor, position: int) -> int:
-    """Put the bytes of `values` at a position of a file, and return how many they are. Raises OSError."""
-    view, done = memoryview(values.contiguous().numpy().data).cast("B"), 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], position + done)
-    return done

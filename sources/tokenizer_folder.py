@@ -1,4 +1,4 @@
-"""Reads the tokenizer files of a checkpoint folder: which file has the say about what.
+"""Reads the tokenizer files of a checkpoint folder, and settles which file decides what.
 
 Vocabulary and splitter come from tokenizer.json. For the special ids the tokenizer's own files come first, then
 generation_config.json, and config.json only fills gaps: re-exported checkpoints carry wrong ids there.

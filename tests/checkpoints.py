@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
+
+if TYPE_CHECKING:  # it takes seconds to import, and most tests do without
+    from transformers import MiniMaxM2ForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEXT = EXAMPLES / "text" / "evaluation.txt"
@@ -42,6 +44,8 @@ def minimax_model(seed: int = 0, **overrides: Any) -> MiniMaxM2ForCausalLM:
     As in trained models the residual is larger than what one block adds to it. Otherwise rounding of activations,
     which llama.cpp does, flips near ties in the router and says nothing about the file.
     """
+    from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
+
     torch.manual_seed(seed)
     model = MiniMaxM2ForCausalLM(MiniMaxM2Config(**(MINIMAX | overrides))).float().eval()
     with torch.no_grad():
@@ -71,6 +75,8 @@ def save_minimax_fp8(folder: Path, model: MiniMaxM2ForCausalLM, shards: int = 3)
 
     Returns the model with the weights that the file now holds.
     """
+    from transformers import MiniMaxM2ForCausalLM
+
     save_minimax(folder, model)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

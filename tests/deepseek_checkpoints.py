@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from checkpoints import edit_config, write_sharded, write_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV4ForCausalLM
 
 # Sliding, overlapping and heavily compressed layers, two of them hash-routed, and an indexer that has to choose; YaRN
 # from so short a context that it matters. llama.cpp needs a ratio of 4, four streams, and index heads of a multiple of
@@ -53,6 +55,8 @@ DEEPSEEK: dict[str, Any] = {
 
 def deepseek_model(seed: int = 0, **overrides: Any) -> DeepseekV4ForCausalLM:
     """A random model in which every part matters: sinks, positions, biases and stream mixes are far from zero."""
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
     torch.manual_seed(seed)
     config = DeepseekV4Config(**(DEEPSEEK | overrides))
     config._attn_implementation = "eager"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from checkpoints import write_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import NemotronHConfig, NemotronHForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import NemotronHForCausalLM
 
 # 16 experts so that no rule for 8 applies; heads that share groups; widths that blocks of 64 divide and of 256 do not.
 NEMOTRON: dict[str, Any] = {
@@ -53,6 +55,8 @@ def nemotron_model(seed: int = 0, **overrides: Any) -> NemotronHForCausalLM:
     What a layer adds is small beside what is there, as in trained models: otherwise one token routed elsewhere for
     a rounding error would change everything after it.
     """
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
     torch.manual_seed(seed)
     model = NemotronHForCausalLM(NemotronHConfig(**(NEMOTRON | overrides))).float().eval()
     with torch.no_grad():

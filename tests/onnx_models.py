@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from moecast.convert.gguf.metadata import gguf_metadata
 from moecast.convert.gguf.writer import GGUFWriter
-from moecast.convert.onepass import PassInputs, run_pass
+from moecast.convert.onepass import run_pass
 from moecast.convert.onnx.export import open_onnx_writer
-from moecast.convert.pipeline import gguf_metadata
 from moecast.progress import NoProgress
 from moecast.quant.planning.file_formats import plan_format
 from moecast.quant.planning.onnx_plan import OnnxPlan
 from moecast.runner.engines import OnnxModel
+from moecast.runner.settings import Compute
 from moecast.sources.model import open_model
 from torch import Tensor
 
@@ -38,10 +39,10 @@ def cast(checkpoint: Path, output: Path, quant: str = "Q4_0", activations: str =
     folder, gguf = output / "onnx", output / "model.gguf"
     folder.mkdir(parents=True)
     with open_onnx_writer(model, plan, folder, activations, overwrite=False, verify=True) as writer:
-        run_pass(model, plan, writer, PassInputs(), NoProgress(), threads=1)
+        run_pass(model, plan, writer, compute=Compute(threads=1))
     metadata = gguf_metadata(model, plan, "model", None, {}, NoProgress())
-    with GGUFWriter(gguf, metadata, plan.tensors) as writer:
-        run_pass(model, plan, writer, PassInputs(), NoProgress(), threads=1)
+    with GGUFWriter(gguf, metadata, plan.stored) as writer:
+        run_pass(model, plan, writer, compute=Compute(threads=1))
     return Cast(checkpoint, plan, folder, gguf)
 
 
@@ -53,7 +54,3 @@ def onnx_logits(model: OnnxModel, tokens: Tensor, pieces: int | None = None) -> 
         values, state = model.advance(part, state)
         logits.append(values)
     return torch.cat(logits)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())

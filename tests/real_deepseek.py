@@ -12,7 +12,7 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
-from moecast.archs.weights import TensorInfo
+from moecast.archs.expressions import TensorInfo
 
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I64": 8}
 HEAD, OUTPUT_RANK, INDEX_HEADS, INDEX_HEAD = 512, 1024, 64, 128

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 
 from moecast.archs.config import Config
-from moecast.archs.weights import TensorInfo
+from moecast.archs.expressions import TensorInfo
 
 DATA = Path(__file__).parent / "data"
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}

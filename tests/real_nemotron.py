@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 
-from moecast.archs.weights import TensorInfo
+from moecast.archs.expressions import TensorInfo
 
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1}
 VOCABULARY, HEAD, KEY_VALUE, STATE, GROUPS = 131072, 128, 256, 128, 8

@@ -21,6 +21,26 @@ def normal(seed: int, rows: int, columns: int) -> Floats:
     return (generator.standard_normal((rows, columns)) * _scales(generator, rows, columns)).astype(np.float32)
 
 
+def edges() -> dict[str, Floats]:
+    """Rows of two blocks each."""
+    noise = np.random.default_rng(0).standard_normal(512)
+    outlier = 5.0 * (np.arange(512) == 77)
+    rows = {
+        "zero": np.zeros(512),
+        "constant": np.full(512, 0.37),
+        "negative constant": np.full(512, -0.37),
+        "outlier": outlier,
+        "negative outlier": -outlier,
+        "denormal": 1e-40 * noise,
+        "near the smallest float16": 1e-6 * noise,
+        "huge": 1e30 * noise,
+        "largest": np.full(512, np.finfo(np.float32).max),
+        "huge beside tiny": np.where(np.arange(512) < 100, 1e30, 1e-30),
+        "positive": np.abs(noise) + 5,
+    }
+    return {name: row.astype(np.float32) for name, row in rows.items()}
+
+
 def importance(seed: int, columns: int) -> Floats:
     """Lognormal, twelve channels a hundred times above the rest."""
     generator = np.random.default_rng([seed, columns])

@@ -1,11 +1,13 @@
 """The llama.cpp binding against transformers and tokenizers, on a tiny MiniMax M2 written with gguf-py."""
 
+from __future__ import annotations
+
 import ctypes
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -14,7 +16,11 @@ import torch
 from llama import Engine, FloatArray, mean_divergence, perplexity, run_isolated
 from llama_library import check_layout
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import MiniMaxM2ForCausalLM
+
+pytestmark = pytest.mark.numeric
 
 TEXT = "".join(f"Fox {n} counts {37 * n} stars, isn't tired and calls it a naïve café.\n" for n in range(20))
 BEGINNING, END = "<s>", "</s>"
@@ -50,6 +56,8 @@ def train_tokenizer() -> Tokenizer:
 
 def random_model(vocabulary: int) -> MiniMaxM2ForCausalLM:
     """16 experts, 2 layers, hidden size 256; weights large enough that every part moves the logits."""
+    from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
+
     torch.manual_seed(0)
     config = MiniMaxM2Config(
         vocab_size=vocabulary,

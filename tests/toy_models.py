@@ -7,9 +7,10 @@ from pathlib import Path
 
 import checkpoints
 import torch
+from moecast.archs.expressions import OnePlus, Read, TensorInfo
 from moecast.archs.graph import MLP, Activation, Attention, Graph, Layer, MoE, Norm, Router, Score, SubLayer
 from moecast.archs.registry import architectures
-from moecast.archs.weights import OnePlus, Read, Role, TensorInfo, Weight
+from moecast.archs.weights import Role, Weight
 from moecast.convert.onepass import PassInputs, run_pass
 from moecast.convert.onnx.export import open_onnx_writer
 from moecast.progress import NoProgress

@@ -11,10 +11,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ...archs.weights import Role, Weight, Zeros
 from ...errors import BadInput, Interrupted, OutputExists
 from ...quant.formats.table import format_named
-from ...quant.planning.plan import PlannedTensor
+from ...quant.planning.plan import StoredTensor
 from ...quant.rounding.statistics import Statistics
 from .writer import GGUFWriter
 
@@ -44,7 +43,7 @@ class ImatrixWriter:
             "imatrix.chunk_count": tokens.shape[0],
             "imatrix.chunk_size": tokens.shape[1],
         }
-        self._tensors: list[PlannedTensor] = []
+        self._tensors: list[StoredTensor] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._data: BinaryIO = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - closed on leaving
@@ -78,9 +77,7 @@ class ImatrixWriter:
                 self._data.close()
 
     def _append(self, name: str, values: Tensor) -> None:
-        shape = tuple(values.shape)
-        weight = Weight(name, Role.SCALE, shape, Zeros(shape))
-        self._tensors.append(PlannedTensor(weight, format_named("F32"), format_named("F32")))
+        self._tensors.append(StoredTensor(name, tuple(values.shape), format_named("F32")))
         self._data.write(values.float().contiguous().numpy().data)
 
     def _write(self) -> None:
@@ -88,4 +85,4 @@ class ImatrixWriter:
         with GGUFWriter(self.path, self._metadata, self._tensors, overwrite=True) as writer:
             for tensor in self._tensors:
                 data = bytearray(self._data.read(tensor.bytes))
-                writer.write(tensor.weight.name, 0, torch.frombuffer(data, dtype=torch.uint8))
+                writer.write(tensor.name, 0, torch.frombuffer(data, dtype=torch.uint8))

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ...errors import OutputExists
-from ...quant.planning.plan import ALIGNMENT, PlannedTensor
+from ...files import open_descriptor, read_at, reserve, sync, sync_folder, write_at
+from ...quant.planning.plan import ALIGNMENT, StoredTensor
 from ...sources.gguf import SPLIT_NAME
-from ...sources.storage import read_at, write_at
-from ..resume.journal import Journal, synchronize
+from ..resume.journal import Journal
 from ..writer import Writer
 
 
@@ -52,7 +52,7 @@ class GGUFWriter(Writer):
         self,
         path: Path,
         metadata: Mapping[str, Any],
-        tensors: Sequence[PlannedTensor],
+        tensors: Sequence[StoredTensor],
         split_max_bytes: int | None = None,
         overwrite: bool = False,
         journal: Journal | None = None,
@@ -76,13 +76,14 @@ class GGUFWriter(Writer):
     def read(self, name: str, first_row: int, count: int) -> Tensor:
         slot = self._slots[name]
         data = torch.empty((count, slot.row_bytes), dtype=torch.uint8)
-        read_at(slot.descriptor, data, slot.offset + first_row * slot.row_bytes)
+        read_at(slot.descriptor, data.numpy().data, slot.offset + first_row * slot.row_bytes)
         return data
 
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
         slot = self._slots[name]
+        position = slot.offset + first_row * slot.row_bytes
         try:
-            size = write_at(slot.descriptor, rows, slot.offset + first_row * slot.row_bytes)
+            size = write_at(slot.descriptor, rows.contiguous().numpy().data, position)
         except OSError as error:
             raise self._failure(error) from None
         self._wrote(name, first_row, size, slot.descriptor)
@@ -93,23 +94,23 @@ class GGUFWriter(Writer):
             return True
         return self._journal is not None and self._journal.started(self._temporary[number])
 
-    def _begin(self, number: int, tensors: Sequence[PlannedTensor], metadata: Mapping[str, Any]) -> None:
+    def _begin(self, number: int, tensors: Sequence[StoredTensor], metadata: Mapping[str, Any]) -> None:
         """Write one file's header and reserve the space of its data."""
         path = self._temporary[number]
         offset = header_bytes(path, metadata, tensors)
         with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, offset + sum(tensor.aligned_bytes for tensor in tensors))
-            os.fsync(file.fileno())
+            reserve(file.fileno(), offset + sum(tensor.aligned_bytes for tensor in tensors))
+            sync(file.fileno())
         if self._journal:
             self._journal.start(path)
 
-    def _open(self, number: int, tensors: Sequence[PlannedTensor]) -> None:
+    def _open(self, number: int, tensors: Sequence[StoredTensor]) -> None:
         path = self._temporary[number]
-        descriptor = os.open(path if path.exists() else self.paths[number], os.O_RDWR)
+        descriptor = open_descriptor(path if path.exists() else self.paths[number], os.O_RDWR)
         self._descriptors[path.name] = descriptor
         offset = os.fstat(descriptor).st_size - sum(tensor.aligned_bytes for tensor in tensors)
         for tensor in tensors:
-            self._slots[tensor.weight.name] = _Slot(descriptor, offset, tensor.row_bytes)
+            self._slots[tensor.name] = _Slot(descriptor, offset, tensor.row_bytes)
             offset += tensor.aligned_bytes
 
     def _finish(self) -> None:
@@ -117,12 +118,12 @@ class GGUFWriter(Writer):
         for temporary, final in zip(self._temporary, self.paths, strict=True):
             if temporary.exists():
                 os.replace(temporary, final)
-        synchronize(self.paths[0].parent)
+        sync_folder(self.paths[0].parent)
 
 
-def _split(tensors: Sequence[PlannedTensor], most: int | None) -> list[list[PlannedTensor]]:
+def _split(tensors: Sequence[StoredTensor], most: int | None) -> list[list[StoredTensor]]:
     """Consecutive tensors grouped so that no group exceeds `most` bytes, unless one tensor alone does."""
-    parts: list[list[PlannedTensor]] = [[]]
+    parts: list[list[StoredTensor]] = [[]]
     size = 0
     for tensor in tensors:
         if most is not None and parts[-1] and size + tensor.aligned_bytes > most:
@@ -158,21 +159,21 @@ class _I32(int):
     """Stored as i32, the type that llama.cpp demands for the tensor count of a split."""
 
 
-def _write_header(path: Path, metadata: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> None:
+def _write_header(path: Path, metadata: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> None:
     writer = gguf.GGUFWriter(path, arch="")
     writer.kv_data[0].clear()  # the architecture is among our keys, and only the first file of a split has it
     for key, value in metadata.items():
         _add(writer, key, value)
     for tensor in tensors:
         type_id: Any = tensor.type.id  # a plain number, because the package does not know the newest types
-        writer.add_tensor_info(tensor.weight.name, tensor.weight.shape, _UNUSED, tensor.bytes, raw_dtype=type_id)
+        writer.add_tensor_info(tensor.name, tensor.shape, _UNUSED, tensor.bytes, raw_dtype=type_id)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
 
 
-def header_bytes(scratch: Path, metadata: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> int:
+def header_bytes(scratch: Path, metadata: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> int:
     """Where the data section of a file would begin; writes its header to `scratch` to know."""
     _write_header(scratch, metadata, tensors)
     return -(-scratch.stat().st_size // ALIGNMENT) * ALIGNMENT

@@ -1,4 +1,4 @@
-"""Positions of the new tokens, and what follows from them, in ONNX: how far everything that counts tokens has got."""
+"""Token positions in ONNX, and the counts that follow from them."""
 
 from __future__ import annotations
 

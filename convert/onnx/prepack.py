@@ -1,4 +1,4 @@
-"""Weights in the order that this machine's kernels like best, stored beside the plain ones.
+"""Adds prepacked weights to an ONNX folder, in the order of this machine's kernels, so that they can be mapped.
 
 When ONNX Runtime loads a model it copies all weights into that order, in memory of its own: a model that does not fit
 there cannot run at full speed. The copies can lie in the external data instead, and are mapped from there like
@@ -19,6 +19,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from ...errors import BadInput
+from ...files import sync
 from ...progress import Progress
 from ...quant.planning.onnx_plan import ALIGNMENT
 from ...runner.engines import DESCRIPTION_NAME, MODEL_NAME, read_description, runtime
@@ -85,7 +86,7 @@ def _pack(folder: Path, node: NodeProto, weights: Sequence[TensorProto], model: 
                             own[tensor.name].external_data.add(key=entry.key, value=value)
                             size += sum(int(part.split(";")[1]) for part in value.split("|")[1:])
                     file.flush()
-                    os.fsync(file.fileno())
+                    sync(file.fileno())
     return size
 
 
@@ -134,5 +135,5 @@ def _replace(file: Path, content: bytes) -> None:
     with temporary.open("wb") as stream:
         stream.write(content)
         stream.flush()
-        os.fsync(stream.fileno())
+        sync(stream.fileno())
     os.replace(temporary, file)

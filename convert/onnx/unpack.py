@@ -1,4 +1,4 @@
-"""ggml blocks into what ONNX Runtime multiplies with, number for number."""
+"""Unpacks ggml blocks into the codes, scales and zero points of ONNX Runtime, number for number."""
 
 from __future__ import annotations
 

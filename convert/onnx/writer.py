@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ...errors import OutputExists
+from ...files import open_descriptor, read_at, reserve, sync, sync_folder, write_at
 from ...quant.planning.onnx_packing import PACKINGS
 from ...quant.planning.onnx_plan import OnnxPlan, StoredArray
 from ...runner.engines import MODEL_NAME
-from ...sources.storage import write_at
-from ..resume.journal import Journal, synchronize
+from ..resume.journal import Journal
 from ..writer import Writer
 from .unpack import unpack_blocks
 
@@ -80,11 +80,12 @@ class OnnxWriter(Writer):
         descriptor, position = self._descriptors[array.file], array.offset + first_row * array.row_bytes
         if stride > 1:  # the rows between belong to another weight
             size = stride * data.numel()
-            among = torch.frombuffer(bytearray(os.pread(descriptor, size, position)), dtype=torch.uint8)
+            among = torch.empty(size, dtype=torch.uint8)
+            read_at(descriptor, among.numpy().data, position)
             for offset in offsets:
                 among.view(len(data), stride, -1)[:, offset] = data
             data = among
-        write_at(descriptor, data, position)
+        write_at(descriptor, data.contiguous().numpy().data, position)
 
     def _open(self, name: str, size: int) -> None:
         """A data file of its final size, as an earlier run has left it or new."""
@@ -93,9 +94,9 @@ class OnnxWriter(Writer):
             path = self._folder / name
         started = self._complete or (self._journal is not None and self._journal.started(path))
         flags = os.O_RDWR if started else os.O_RDWR | os.O_CREAT | os.O_TRUNC
-        self._descriptors[name] = os.open(path, flags, 0o666)
+        self._descriptors[name] = open_descriptor(path, flags)
         if not started:
-            os.posix_fallocate(self._descriptors[name], 0, size)
+            reserve(self._descriptors[name], size)
             if self._journal:
                 self._journal.start(path)
 
@@ -103,14 +104,15 @@ class OnnxWriter(Writer):
         for name, content in self._contents.items():
             with self._part(name).open("wb") as file:
                 file.write(content)
-                os.fsync(file.fileno())
+                file.flush()
+                sync(file.fileno())
         if not self._complete:
             self._remove_stale()
         self._completed()
         for path in (*self.paths[1:], self.paths[0]):  # the model last
             if self._part(path.name).exists():
                 os.replace(self._part(path.name), path)
-        synchronize(self._folder)
+        sync_folder(self._folder)
 
     def _remove_stale(self) -> None:
         """Whatever model was here goes first, so that its graph never meets other weights."""

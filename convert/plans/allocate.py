@@ -1,4 +1,4 @@
-"""The best plan under a byte budget: measure what each weight's rounding does, solve, compare whole plans, choose."""
+"""Finds the best plan under a byte budget: probe every weight, solve, compare whole plans on held-out text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...archs.graph import Graph
 from ...archs.weights import Weight
 from ...errors import BadInput
 from ...quant.planning.allocation import Damage, Key
-from ...quant.planning.plan import Plan, plan_file
+from ...quant.planning.plan import Form, Plan, plan_file
 from ...quant.planning.recipes import RECIPES
 from ...runner.measure.compare_plans import divergences
 from ...runner.measure.probe import measure_damage, types_of
@@ -59,9 +59,7 @@ def choose_measured_plan(
     budget: Budget,
     probes: Tensor,
     held_out: Tensor,
-    *,
-    padding: bool = True,
-    mtp: bool | None = None,
+    form: Form = Form(),
     memory: int | None = None,
     journal: Journal | None = None,
 ) -> Allocation:
@@ -76,7 +74,7 @@ def choose_measured_plan(
     The largest stock mix within the budget takes part; unless another plan is better than it beyond doubt (one
     standard error of the difference), it wins. Raises BadInput for a budget or a memory that is too small.
     """
-    graph, forms = measuring.model.graph, variants(measuring.model.graph, padding, mtp)
+    graph, forms = measuring.model.graph, variants(measuring.model.graph, form)
     probed = len(types_of(forms, measuring.wants_importance))
     probing, side_by_side = (_calibrated_without(measuring, part) for part in (probes, held_out))
     probing = _with_room(probing, memory, journal, probes, 1 + probed, comparing(1))
@@ -86,7 +84,7 @@ def choose_measured_plan(
         "damage", lambda states: [packed(asdict(measure_damage(replace(probing, states=states), probes, forms)))]
     )
     damage = Damage(**unpacked(found))
-    plans = rivals_within(graph, budget, damage, padding=padding, mtp=mtp, calibrated=measuring.wants_importance)
+    plans = rivals_within(graph, budget, damage, form, measuring.wants_importance)
     measured = cache.get(
         "divergences",
         lambda states: [
@@ -134,16 +132,14 @@ def winner(klds: Mapping[str, Tensor]) -> str:
     return best if float(gain.mean()) > float(gain.std()) / math.sqrt(len(gain)) else stock
 
 
-def rivals_within(
-    graph: Graph, budget: Budget, damage: Damage, *, padding: bool = True, mtp: bool | None = None, calibrated: bool
-) -> dict[str, Plan]:
+def rivals_within(graph: Graph, budget: Budget, damage: Damage, form: Form, calibrated: bool) -> dict[str, Plan]:
     """The plans to compare, by name: from several exponents of the error, role by role, and the stock mix."""
-    solve = partial(plan_for_budget, graph, budget, padding=padding, mtp=mtp, calibrated=calibrated)
+    solve = partial(plan_for_budget, graph, budget, form=form, calibrated=calibrated)
     plans = {f"exponent {x:g}": solve(replace(damage, exponent=x)) for x in _EXPONENTS}
     plans["drawn to roles"] = solve(damage.drawn_to_roles(graph.weights()))
     plans["edges apart"] = solve(damage, together=_by_edge(graph))
     plans[ROLES] = solve(damage, together=_by_role)
-    stock = stock_within(graph, budget.bytes, padding, mtp, calibrated)
+    stock = stock_within(graph, budget.bytes, form, calibrated)
     if stock:
         plans[stock.recipe.name] = stock
     return _distinct(plans)
@@ -163,10 +159,10 @@ def _distinct(plans: dict[str, Plan]) -> dict[str, Plan]:
     return {name: plans[name] for name in unlike.values()}
 
 
-def stock_within(graph: Graph, size: int, padding: bool, mtp: bool | None, calibrated: bool) -> Plan | None:
+def stock_within(graph: Graph, size: int, form: Form, calibrated: bool) -> Plan | None:
     """The largest of llama.cpp's mixes whose data section is within a size; None where none is."""
     recipes = (recipe for recipe in RECIPES.values() if recipe.quantized and not (recipe.native or recipe.ours))
-    plans = (plan_file(graph, recipe, padding, mtp, calibrated) for recipe in recipes)
+    plans = (plan_file(graph, recipe, form, calibrated) for recipe in recipes)
     return max((plan for plan in plans if plan.bytes <= size), key=lambda plan: plan.bytes, default=None)
 
 

@@ -14,87 +14,67 @@ from ...quant.planning.allocation import Damage, Key, plan_within, typical_damag
 from ...quant.planning.file_formats import plan_format
 from ...quant.planning.fit import Machine, MachinePlan, fit
 from ...quant.planning.padding import pad
-from ...quant.planning.plan import Plan, plan_tensors
+from ...quant.planning.plan import Form, Plan, plan_tensors
 from ...quant.planning.plan_file import StoredTypes, plan_like, read_plan_file
 from ...quant.planning.recipes import recipe_named
 from ...sources.gguf import read_gguf
 from ...sources.model import Model
+from ..gguf.metadata import gguf_metadata
 from ..gguf.writer import header_bytes
-from ..pipeline import gguf_metadata
+from ..settings import NO_CALIBRATION, Calibration, Goal
 
 _HEADER_SLACK = 4096  # bytes; the header's names of files and plans are not final when a plan is made
 _HEADER_PER_WORD = 32  # bytes of a header for each word of a vocabulary that is not here
+_UNMEASURED = "`convert` measures the model first, unless --no-measure: `plan --measure` shows what that leads to"
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What a file should be; the first of the fields that is set counts.
-
-    Attributes:
-        plan: a file of `moecast plan -o`.
-        like: a GGUF file whose types to take.
-        size: bytes of the finished file, all parts together.
-        bits_per_weight: average over all weights.
-        quant: a recipe name; where nothing is set, the usual one of the file format.
-        bytes_per_token: with a size, the most that one token may touch.
-    """
-
-    quant: str | None = None
-    size: int | None = None
-    bits_per_weight: float | None = None
-    plan: Path | None = None
-    like: Path | None = None
-    bytes_per_token: float | None = None
-
-    @property
-    def is_recipe(self) -> bool:
-        return not (self.plan or self.like or self.is_budget)
-
-    @property
-    def is_budget(self) -> bool:
-        return not self.plan and not self.like and (self.size is not None or self.bits_per_weight is not None)
-
-
-def feeds_back(asked: bool | None, goal: Goal, calibrated: bool) -> bool:
-    """Whether to round with error feedback: as asked; else where there is calibration text, unless for a recipe."""
-    return calibrated and not goal.is_recipe if asked is None else asked
-
-
-def choose_plan(
+def plan_for(
     model: Model,
     goal: Goal,
+    form: Form = Form(),
+    calibration: Calibration = Calibration(),
     file_format: str = "gguf",
-    padding: bool = True,
-    mtp: bool | None = None,
-    calibrated: bool = False,
 ) -> Plan:
-    """The plan for a model that nothing is known of: a budget is shared out by what is typical of each role.
+    """The plan that a conversion to this goal follows, which `plan`, `--dry-run` and `convert` have in common.
 
-    `calibrated` tells whether weights will be rounded with an importance matrix.
-
-    Raises BadInput for a budget that is too small, or a file that does not belong to this model.
+    Where it would measure the model first (see `measures`), this is what it does without: a budget is shared out by
+    what is typical of each role. Raises BadInput for a budget that is too small, a recipe that is unknown, a file that
+    does not belong to this model, and what the file format cannot hold.
     """
-    if not goal.is_recipe:
-        refuse_mixed_types(file_format)
-    if goal.plan:
-        return plan_like(model.graph, read_plan_file(goal.plan))
-    if goal.like:
-        return plan_like(model.graph, types_of_gguf(goal.like))
-    if goal.is_budget:
-        damage = typical_damage(model.graph)
-        return plan_for_budget(
-            model.graph, budget_of(model, goal), damage, padding=padding, mtp=mtp, calibrated=calibrated
-        )
-    return plan_format(file_format, model.graph, goal.quant, padding, mtp, calibrated)
-
-
-def refuse_mixed_types(file_format: str) -> None:
-    """Raises BadInput for a file format that cannot hold whatever a plan says of each weight."""
+    if goal.is_recipe:
+        return plan_format(file_format, model.graph, goal.recipe, form, calibration.weighs)
     if file_format != "gguf":
         raise BadInput(
             f"--to {file_format}: its experts have one width for all projections of a layer, so that types cannot be "
             "chosen weight by weight; use --quant"
         )
+    if isinstance(goal.plan, Plan):
+        return goal.plan
+    if goal.plan is not None:
+        return plan_like(model.graph, read_plan_file(Path(goal.plan)))
+    if goal.like is not None:
+        return plan_like(model.graph, types_of_gguf(Path(goal.like)))
+    budget, damage = budget_of(model, goal), typical_damage(model.graph)
+    plan = plan_for_budget(model.graph, budget, damage, form, calibration.weighs)
+    return replace(plan, notes=(*plan.notes, _UNMEASURED)) if measures(goal) else plan
+
+
+def measures(goal: Goal) -> bool:
+    """Whether a conversion measures the model first, and so reads all of it more than once."""
+    return goal.is_budget and goal.measure is not False
+
+
+def with_error_feedback(calibration: Calibration, goal: Goal) -> Calibration:
+    """The same, with error feedback decided: as asked, or else where a text runs, unless for a recipe."""
+    if calibration.error_feedback is not None:
+        return calibration
+    return replace(calibration, error_feedback=calibration.runs and not goal.is_recipe)
+
+
+def calibration_for(plan: Plan, goal: Goal, calibration: Calibration) -> Calibration:
+    """What of a calibration is carried out: none where all types are so fine that it would change nothing."""
+    wanted = plan.recipe.wants_importance if goal.is_recipe else plan.wants_importance
+    return calibration if wanted or calibration.imatrix or calibration.save_to else NO_CALIBRATION
 
 
 @dataclass(frozen=True)
@@ -119,9 +99,7 @@ def plan_for_budget(
     graph: Graph,
     budget: Budget,
     damage: Damage,
-    *,
-    padding: bool = True,
-    mtp: bool | None = None,
+    form: Form = Form(),
     calibrated: bool = False,
     together: Key | None = None,
 ) -> Plan:
@@ -132,10 +110,10 @@ def plan_for_budget(
     found: list[tuple[float, Plan]] = []
     refusal: BadInput | None = None
     for one_bit in (False, True) if calibrated else (False,):
-        for form in variants(graph, padding, mtp) if not found else ():
+        for variant in variants(graph, form) if not found else ():
             try:
                 plan = plan_within(
-                    form,
+                    variant,
                     budget.bytes,
                     damage,
                     name=budget.name,
@@ -146,7 +124,7 @@ def plan_for_budget(
             except BadInput as error:
                 refusal = error
                 continue
-            own = {weight.name for weight in replace(form, predictions=()).weights()}
+            own = {weight.name for weight in replace(variant, predictions=()).weights()}
             found.append((sum(damage.of(t.weight, t.type) for t in plan.tensors if t.weight.name in own), plan))
     if not found:
         assert refusal
@@ -177,17 +155,17 @@ def _header_bytes(model: Model) -> int:
     except BadInput:
         return _HEADER_SLACK + _HEADER_PER_WORD * model.graph.vocabulary_size
     with tempfile.TemporaryDirectory() as folder:
-        return header_bytes(Path(folder, "header"), metadata, plan.tensors) + _HEADER_SLACK
+        return header_bytes(Path(folder, "header"), metadata, plan.stored) + _HEADER_SLACK
 
 
-def fit_machine(graph: Graph, machine: Machine, padding: bool, mtp: bool | None) -> MachinePlan:
+def fit_machine(graph: Graph, machine: Machine, form: Form = Form()) -> MachinePlan:
     """The plan for a machine's memory, by what is typical of each role. Raises BadInput when the model cannot fit."""
     damage = typical_damage(graph)
     found: list[MachinePlan] = []
     refusal: BadInput | None = None
-    for form in variants(graph, padding, mtp):
+    for variant in variants(graph, form):
         try:
-            found.append(fit(form, machine, damage))
+            found.append(fit(variant, machine, damage))
         except BadInput as error:
             refusal = error
     if not found:
@@ -197,21 +175,21 @@ def fit_machine(graph: Graph, machine: Machine, padding: bool, mtp: bool | None)
     return replace(best, plan=replace(best.plan, notes=_notes(graph, best.plan, damage)))
 
 
-def variants(graph: Graph, padding: bool, mtp: bool | None) -> list[Graph]:
-    """The forms in which a model may be stored: as it is, and with rows padded so that all types fit them."""
-    if mtp and not graph.predictions:
+def variants(graph: Graph, form: Form = Form()) -> list[Graph]:
+    """The graphs that a file may hold: the model's as it is, and with rows padded so that all types fit them."""
+    if form.mtp and not graph.predictions:
         raise BadInput("--mtp: this model keeps no blocks for multi-token prediction in the same file; leave it out")
-    plain = replace(graph, predictions=()) if mtp is False else graph
-    forms = [plain]
-    padded = pad(plain if mtp else replace(graph, predictions=()), LARGEST_BLOCK)
-    if padding and any(w.shape != p.shape for w, p in zip(padded.weights(), plain.weights(), strict=False)):
-        forms.append(padded)
-    return forms
+    plain = replace(graph, predictions=()) if form.mtp is False else graph
+    graphs = [plain]
+    padded = pad(plain if form.mtp else replace(graph, predictions=()), LARGEST_BLOCK)
+    if form.padding and any(w.shape != p.shape for w, p in zip(padded.weights(), plain.weights(), strict=False)):
+        graphs.append(padded)
+    return graphs
 
 
 def types_of_gguf(path: Path) -> StoredTypes:
     """The types of another file's tensors."""
     _, tensors = read_gguf(path)
     return StoredTypes(
-        str(path), f"like-{path.stem}", {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+        path.as_posix(), f"like-{path.stem}", {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
     )

@@ -6,73 +6,65 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from ...errors import OutputExists
 from ...progress import NoProgress, Progress
-from ...runner.measure.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, dtype_name
+from ...quant.planning.plan import Form
 from ...runner.passes import Measuring
+from ...runner.settings import Compute, dtype_name
+from ...runner.texts import CALIBRATION_TEXT
 from ...sources.imatrix import read_imatrix
 from ...sources.model import Model
 from ..encode import MeasuredImportance
-from ..pipeline import check_error_feedback
 from ..resume.fingerprint import file_identity, measurement_fingerprint, text_identity
 from ..resume.journal import Journal, journal_folder
+from ..settings import Calibration, Goal
 from .allocate import HELD_OUT_CHUNKS, Allocation, choose_measured_plan, probe_chunks, split_tokens
-from .choose import Budget
+from .choose import budget_of, with_error_feedback
 
 
 @contextmanager
 def measured_plan(
     model: Model,
-    budget: Budget,
+    goal: Goal,
     path: Path,
-    *,
-    calibration: Path | None = CALIBRATION_TEXT,
-    imatrix: Path | None = None,
-    context: int = DEFAULT_CONTEXT,
-    padding: bool = True,
-    mtp: bool | None = None,
+    form: Form = Form(),
+    calibration: Calibration = Calibration(),
+    compute: Compute = Compute(),
     overwrite: bool = False,
-    memory: int | None = None,
-    compute_dtype: torch.dtype = torch.float32,
-    error_feedback: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Allocation]:
-    """The best plan within a budget; inside the context, make `path` of it. Other arguments as for `convert`.
+    """The best plan for a goal that is a budget; inside the context, make `path` of it.
 
     Probes and comparisons take parts of the calibration text, of the bundled one where columns are not weighed by any.
     What was measured is kept beside `path` until the context ends well: stopped by whatever means, here or while
     converting, the same call goes on; so it does after what `convert` refuses. Raises BadInput as
     `choose_measured_plan` and `convert` do.
     """
-    check_error_feedback(error_feedback, calibration, imatrix)
-    text = calibration or CALIBRATION_TEXT
-    tokens = chunk_tokens(model.tokenizer, text, context, None)
+    budget, calibration = budget_of(model, goal), with_error_feedback(calibration, goal)
+    text, tokens = calibration.text or CALIBRATION_TEXT, calibration.tokens(model.tokenizer)
     probes, held_out = split_tokens(tokens, probe_chunks(model.graph), HELD_OUT_CHUNKS)
+    imatrix = Path(calibration.imatrix) if calibration.imatrix else None
     identity = measurement_fingerprint(
         model,
         {
             "quant": f"{budget.name} ({budget.bytes} bytes, {budget.bytes_per_token} a token)",
             "importance matrix": file_identity(imatrix) if imatrix else "none",
             "text": text_identity(text, tokens),
-            "calibration": "yes" if calibration and not imatrix else "no",
-            "the type of products": dtype_name(compute_dtype),
-            "error feedback": "yes" if error_feedback else "no",
-            "padding and prediction": f"{padding}, {mtp}",
+            "calibration": "yes" if calibration.runs else "no",
+            "the type of products": dtype_name(compute.dtype),
+            "error feedback": "yes" if calibration.error_feedback else "no",
+            "padding and prediction": f"{form.padding}, {form.mtp}",
         },
     )
-    with Journal(path.with_name(f"{path.name}.plan"), identity, overwrite, keep_on_bad_input=True) as journal:
+    with Journal(path.with_name(f"{path.name}.plan"), identity, overwrite, progress, keep_on_bad_input=True) as journal:
         if path.exists() and not (overwrite or journal_folder(path).exists()):
             raise OutputExists(path)
         measuring = Measuring(
             model,
-            tokens if calibration and not imatrix else None,
+            tokens if calibration.runs else None,
             MeasuredImportance(read_imatrix(imatrix)) if imatrix else None,
             progress or NoProgress(),
-            compute_dtype,
-            error_feedback,
+            compute.dtype,
+            bool(calibration.error_feedback),
         )
-        yield choose_measured_plan(
-            measuring, budget, probes, held_out, padding=padding, mtp=mtp, memory=memory, journal=journal
-        )
+        yield choose_measured_plan(measuring, budget, probes, held_out, form, compute.memory, journal)

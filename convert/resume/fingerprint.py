@@ -1,21 +1,58 @@
-"""What decides the bytes of an output, in words and digests: two runs that agree in all of it make the same file."""
+"""Fingerprints of conversions: all that decides an output's bytes, in words and digests that can be compared."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ... import __version__
+from ...quant.formats import native
 from ...quant.planning.plan import Plan
 from ...sources.model import Model
 
-_PACKAGES = ("archs", "quant", "sources", "runner", "convert")
+# The code that decides bytes. All else may change while a conversion is interrupted: commands, reports, the Hub, and
+# whatever chooses options, types and texts, because the choice itself stands in the fingerprint. A new file in these
+# folders counts until it is listed as neutral.
+_DECIDING = (
+    "archs/*.py",  # which stored tensors a weight is made of, and what is computed with it
+    "sources/*.py",  # where stored tensors lie, and which numbers their bytes are
+    "quant/formats/*.py",
+    "quant/rounding/*.py",
+    "quant/planning/exact.py",
+    "quant/planning/padding.py",
+    "quant/planning/plan.py",  # where a tensor lies in a file
+    "quant/planning/onnx_*.py",
+    "runner/*.py",  # what statistics and importance are computed from, and what is measured of a plan
+    "runner/blocks/*.py",
+    "runner/measure/*.py",
+    "convert/calibrate.py",
+    "convert/encode.py",
+    "convert/onepass.py",
+    "convert/writer.py",
+    "convert/gguf/*.py",
+    "convert/onnx/*.py",
+    "convert/plans/allocate.py",  # what the measurements that are kept mean
+    "convert/resume/states.py",
+)
+_NEUTRAL = (
+    "archs/pretokenizers.py",  # the metadata and the tokens that come of these are in the fingerprint
+    "convert/gguf/tokenizer.py",
+    "sources/control_tokens.py",
+    "sources/tokenizer*.py",
+    "sources/locate.py",
+    "runner/engines.py",
+    "runner/generate.py",
+    "runner/memory.py",
+    "convert/onnx/prepack.py",
+)
 _DIGITS = 12
+_VERSION = "moecast.version"  # a file says which version began it
 
 
 def fingerprint(
@@ -33,18 +70,14 @@ def fingerprint(
         "quant": plan.recipe.name,
         **(others or {}),
         "the list of tensors": digest([types, split_max_bytes, activations]),
-        "the metadata": digest(metadata),
-        "moecast": _program(),
+        "the metadata": digest({key: value for key, value in metadata.items() if key != _VERSION}),
+        "the code that decides bytes": code_digest(),
     }
 
 
 def measurement_fingerprint(model: Model, facts: Mapping[str, str]) -> dict[str, str]:
     """The fingerprint of what is measured of a model; `facts` are all else that changes it."""
-    return {"source": source_identity(model, {}), **facts, "moecast": _program()}
-
-
-def _program() -> str:
-    return f"{__version__} ({code_digest()})"
+    return {"source": source_identity(model, {}), **facts, "the code that decides bytes": code_digest()}
 
 
 def source_identity(model: Model, metadata: Mapping[str, Any]) -> str:
@@ -72,14 +105,22 @@ def text_identity(text: str | Path | None, tokens: Tensor | None) -> str:
     return f"{chunks} chunks of {context} of {Path(text).name} ({digest(tokens.tolist())})"
 
 
-def code_digest() -> str:
-    """What this program's code is, kernels included."""
-    root = Path(__file__).parents[2]
-    sources = (path for package in _PACKAGES for path in (root / package).rglob("*"))
-    total = hashlib.sha256()
-    for path in sorted(path for path in sources if path.suffix in (".py", ".so")):
-        total.update(path.read_bytes())
+@cache
+def code_digest(root: Path = Path(__file__).parents[2]) -> str:
+    """What the code that decides bytes does, kernels included: comments, docstrings and layout do not count."""
+    neutral = {path for pattern in _NEUTRAL for path in root.glob(pattern)}
+    total = hashlib.sha256(native.sources().encode())
+    for path in sorted({path for pattern in _DECIDING for path in root.glob(pattern)} - neutral):
+        code = _WithoutDocstrings().visit(ast.parse(path.read_bytes()))
+        total.update(f"{path.relative_to(root).as_posix()}: {ast.dump(code)}\n".encode())
     return total.hexdigest()[:_DIGITS]
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    """Removes strings that stand alone."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
 
 
 def digest(value: object) -> str:

@@ -1,4 +1,4 @@
-"""What of an output is on disk for good, so that work goes on where it stopped, whatever stopped it.
+"""Write-ahead journal of one output: lists the pieces that are durable on disk, so that an interrupted run resumes.
 
 Beside an output NAME lies the folder `.NAME.journal` with the file `records` and tensors saved on the way. The first
 line of `records` is the fingerprint of what is made; each further line lists keys of what has become durable since.
@@ -7,8 +7,6 @@ Data are synchronized before the line that names them is written, so no line pro
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -22,13 +20,17 @@ import numpy.lib.format as npy
 import torch
 from torch import Tensor
 
+from ... import __version__
 from ...errors import BadInput, Interrupted, OutputExists
+from ...files import bytes_on_disk, lock, open_descriptor, read_at, sync, sync_folder, write_at
+from ...progress import NoProgress, Progress
 
 BATCH_BYTES = 256 << 20  # this much is written before it is made durable
 BATCH_SECONDS = 2.0  # or for this long
 
 Key = tuple[str | int, ...]
 _STARTED = "started"  # first part of the keys that name temporary files
+_VERSION = "version"  # what the record says beside the fingerprint, for people
 
 
 def journal_folder(output: Path) -> Path:
@@ -46,6 +48,7 @@ class Journal:
         output: the file or folder that is made; the journal lies beside it.
         fingerprint: everything that decides its bytes, under names and in values that a user understands.
         overwrite: discard the unfinished work of another fingerprint.
+        progress: is told where the disk cannot keep other processes away.
         keep_on_bad_input: bad input, which may be found late, does not remove what is done either; a complete output
             does.
 
@@ -54,7 +57,12 @@ class Journal:
     """
 
     def __init__(
-        self, output: Path, fingerprint: Mapping[str, str], overwrite: bool = False, keep_on_bad_input: bool = False
+        self,
+        output: Path,
+        fingerprint: Mapping[str, str],
+        overwrite: bool = False,
+        progress: Progress | None = None,
+        keep_on_bad_input: bool = False,
     ) -> None:
         self.folder = journal_folder(output)
         self._output = output
@@ -67,8 +75,9 @@ class Journal:
         self._committed = time.monotonic()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.folder / "records", os.O_RDWR | os.O_CREAT, 0o666)
+            self._descriptor = open_descriptor(self.folder / "records", os.O_RDWR | os.O_CREAT)
             try:
+                self._lock(progress or NoProgress())
                 self._continue(overwrite)
             except BaseException:
                 os.close(self._descriptor)
@@ -109,7 +118,7 @@ class Journal:
         """What the temporary files and everything beside the record take of the disk already."""
         temporary = (self.folder.parent / str(key[1]) for key in self.done(_STARTED))
         files = (*temporary, *(path for path in self.folder.rglob("*") if path.is_file()))
-        return sum(path.stat().st_blocks * 512 for path in files if path.exists())
+        return sum(bytes_on_disk(path) for path in files if path.exists())
 
     def add(self, key: Key, size: int = 0, *descriptors: int) -> None:
         """Record that `key` is done: `size` bytes were written through `descriptors`. Makes batches durable."""
@@ -124,7 +133,7 @@ class Journal:
         """Make everything recorded so far durable. Raises Interrupted when the disk does not take it."""
         try:
             for descriptor in self._unsynchronized:
-                os.fdatasync(descriptor)
+                sync(descriptor)
             self._unsynchronized.clear()
             if self._pending:
                 self._append(self._pending)
@@ -142,8 +151,8 @@ class Journal:
                     npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(array))
                     file.write(np.ascontiguousarray(array).data)  # np.save would not say why a disk refuses
                 file.flush()
-                os.fsync(file.fileno())
-            synchronize(self.folder)
+                sync(file.fileno())
+            sync_folder(self.folder)
         except OSError as error:
             raise self.stopped(error) from None
         self.add(("saved", name))
@@ -151,10 +160,13 @@ class Journal:
 
     def load(self, name: str) -> Iterator[Tensor]:
         """What was saved under a name, one at a time."""
-        with (self.folder / name).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            while file.tell() < size:
-                yield torch.from_numpy(np.load(file, allow_pickle=False))
+        path, position = self.folder / name, 0
+        while position < path.stat().st_size:
+            with path.open("rb") as file:  # for one only, because Windows removes no open file
+                file.seek(position)
+                tensor = torch.from_numpy(np.load(file, allow_pickle=False))
+                position = file.tell()
+            yield tensor
 
     def holds(self, name: str) -> bool:
         """Whether something was saved under a name, completely, and is still there."""
@@ -172,9 +184,9 @@ class Journal:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._done.clear()
         self._length = 0
-        self._append(self._fingerprint)
-        synchronize(self.folder)
-        synchronize(self.folder.parent)
+        self._append(self._fingerprint | {_VERSION: __version__})
+        sync_folder(self.folder)
+        sync_folder(self.folder.parent)
 
     def stopped(self, error: OSError) -> Interrupted:
         """What to raise when the disk does not take what is written."""
@@ -202,27 +214,39 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or not self.keeps(error):
+        finished = error is None or not self.keeps(error)
+        if finished:
             self._remove_temporaries()
             shutil.rmtree(self.folder, ignore_errors=True)
+        remains = finished and self.folder.exists()
         os.close(self._descriptor)
+        if remains:  # the record, which Windows does not remove while it is open
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _lock(self, progress: Progress) -> None:
+        """Keep other processes away. Raises BlockingIOError when one is at work here."""
+        if not lock(self._descriptor):
+            progress.note(f"{self.folder} is on a disk that cannot lock files: start nothing else that writes there")
+        elif not os.fstat(self._descriptor).st_nlink:  # it was just finishing, and has removed the record
+            raise BlockingIOError
 
     def _continue(self, overwrite: bool) -> None:
-        """Lock the record, read it, and begin anew where it is of no use."""
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        """Read the record, and begin anew where it is of no use."""
         found = self._read()
+        version = found.pop(_VERSION, None)
         if found == self._fingerprint:
             return
         if self.continues and not overwrite:
-            raise BadInput(self._difference(found))
+            raise BadInput(self._difference(found, version))
         self.restart()
 
     def _read(self) -> dict[str, str]:
         """The fingerprint of the record; its keys become what is done, up to the first line that is not whole."""
-        size = os.fstat(self._descriptor).st_size
+        content = bytearray(os.fstat(self._descriptor).st_size)
+        read_at(self._descriptor, memoryview(content), 0)
         fingerprint: dict[str, str] = {}
         self._length = 0
-        for number, line in enumerate(os.pread(self._descriptor, size, 0).splitlines(keepends=True)):
+        for number, line in enumerate(content.splitlines(keepends=True)):
             try:
                 value = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
@@ -240,35 +264,26 @@ class Journal:
         """Write one line behind the last whole one, and make it durable."""
         line = json.dumps(value, separators=(",", ":")).encode() + b"\n"
         os.ftruncate(self._descriptor, self._length)
-        if os.pwrite(self._descriptor, line, self._length) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fdatasync(self._descriptor)
+        write_at(self._descriptor, memoryview(line), self._length)
+        sync(self._descriptor)
         self._length += len(line)
 
     def _relative(self, temporary: Path) -> str:
-        return os.path.relpath(temporary, self.folder.parent)
+        return temporary.relative_to(self.folder.parent).as_posix()
 
     def _remove_temporaries(self) -> None:
         for key in self.done(_STARTED):
             self.folder.parent.joinpath(str(key[1])).unlink(missing_ok=True)
 
-    def _difference(self, found: Mapping[str, str]) -> str:
+    def _difference(self, found: Mapping[str, str], version: str | None) -> str:
         names = dict.fromkeys((*self._fingerprint, *found))
         changes = "; ".join(
             f"{name} was {found.get(name)}, is now {self._fingerprint.get(name)}"
             for name in names
             if found.get(name) != self._fingerprint.get(name)
         )
+        other = f" with moecast {version}" if version not in (None, __version__) else ""
         return (
-            f"{self.folder} holds unfinished work of another conversion ({changes}): run that one again to finish it, "
-            "or use --overwrite to begin anew"
+            f"{self.folder} holds unfinished work of another conversion ({changes}): run that one again{other} to "
+            "finish it, or use --overwrite to begin anew"
         )
-
-
-def synchronize(path: Path) -> None:
-    """Make a file durable, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The state of a pass after each layer, kept in the journal, so that no layer but the one in flight runs twice."""
+"""Saves the states of a pass in the journal after each layer, so that only the layer in flight runs twice."""
 
 from __future__ import annotations
 

@@ -1,15 +1,17 @@
-"""Which sources the C++ kernels were built from: setup.py, which runs this file by itself, tells them."""
+"""A digest of the C++ kernels' sources, by which a library built from others is refused; setup.py runs this too."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 
 def digest(folder: Path) -> str | None:
-    """A digest of the sources in `folder`; None where there are none, as beside an installed wheel."""
+    """A digest of the code in `folder`, without comments and layout; None where there is none, as beside a wheel."""
     files = sorted(path for path in folder.glob("*") if path.suffix in (".cpp", ".h"))
     total = hashlib.sha256()
     for path in files:
-        total.update(path.name.encode() + path.read_bytes())
+        code = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
+        total.update(f"{path.name} {' '.join(code.split())}\n".encode())
     return total.hexdigest()[:16] if files else None

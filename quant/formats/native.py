@@ -8,6 +8,7 @@ work to the same bits, several times more slowly. MOECAST_KERNELS in the environ
 from __future__ import annotations
 
 import os
+import sys
 from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,8 @@ from .table import Format, format_named
 
 TORCH: Final = "torch"
 _TYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_LIBRARY: Final = Path(__file__).parents[1] / "_kernels.so"
+_LIBRARY: Final = Path(__file__).parents[1] / f"_kernels.{'dll' if sys.platform == 'win32' else 'so'}"
+_SOURCES: Final = _LIBRARY.with_name("kernels")
 
 
 def available() -> bool:
@@ -49,6 +51,14 @@ def kernel_status() -> str:
         return "torch, because MOECAST_KERNELS says so"
     reason = "this processor runs none of them" if _library() else "install moecast again with a C++ compiler at hand"
     return f"torch; no C++ kernels, which are several times faster: {reason}"
+
+
+def sources() -> str:
+    """A digest of the kernels' code; where torch serves in their place too, because it makes the same bytes."""
+    if found := digest(_SOURCES):
+        return found
+    library = _library()
+    return str(library.kernels_sources().decode()) if library else "none"
 
 
 def path() -> str:
@@ -177,8 +187,7 @@ def _library() -> CDLL | None:
         library = _declared(CDLL(str(_LIBRARY)))
     except (OSError, AttributeError):  # never built, for another system, or from older sources
         return None
-    sources = digest(_LIBRARY.with_name("kernels"))
-    return library if sources in (None, library.kernels_sources().decode()) else None
+    return library if digest(_SOURCES) in (None, library.kernels_sources().decode()) else None
 
 
 def _declared(library: CDLL) -> CDLL:

@@ -1,4 +1,4 @@
-"""Least squares shrinks: the closest point of a coarse grid is shorter than the weights it stands for.
+"""Lengthens what least squares has shortened: the closest point of a coarse grid is shorter than what it stands for.
 
 With q the best approximation of x, q.x = q.q, so every product with a row comes out smaller by the share of x that
 was lost. At 2 bits that is an eighth of the norm, the same way in every layer, and it costs more KL divergence than

@@ -7,6 +7,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 #include "minima.h"
 
@@ -24,6 +28,9 @@ FAMILIES_OF(avx512)
 #ifdef WITH_AVX2
 FAMILIES_OF(avx2)
 #endif
+#ifdef WITH_SCALAR
+FAMILIES_OF(scalar)
+#endif
 FAMILIES_OF(baseline)
 
 const LatticePoints* LATTICES[64];
@@ -36,23 +43,44 @@ struct InstructionSet {
     bool usable;
 };
 
+#if defined(__x86_64__)
+// What processor and system know. By hand, because Clang on Windows has no library behind __builtin_cpu_supports.
+struct Processor {
+    unsigned basic = 0, extended = 0, saved = 0;  // ECX of leaf 1, EBX of leaf 7, registers that the system saves
+
+    Processor() {
+        unsigned a, b, c, d;
+        if (__get_cpuid(1, &a, &b, &c, &d)) basic = c;
+        if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) extended = b;
+        if (has(basic, 1u << 27)) __asm__("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+    }
+    static bool has(unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; }
+    bool sse42() const { return has(basic, 1u << 20); }
+    bool avx2() const { return has(extended, 1u << 5) && has(saved, 0x6); }
+    bool avx512() const { return has(extended, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) && has(saved, 0xe6); }
+};
+#endif
+
 // Best first.
 const std::vector<InstructionSet>& instruction_sets() {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
+    static const Processor processor;
     static const std::vector<InstructionSet> sets = {
 #ifdef WITH_AVX512
-        {"avx512", kernels_avx512::FAMILIES,
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+        {"avx512", kernels_avx512::FAMILIES, processor.avx512()},
 #endif
 #ifdef WITH_AVX2
-        {"avx2", kernels_avx2::FAMILIES, bool(__builtin_cpu_supports("avx2"))},
+        {"avx2", kernels_avx2::FAMILIES, processor.avx2()},
 #endif
-        {"x86-64-v2", kernels_baseline::FAMILIES, bool(__builtin_cpu_supports("sse4.2"))},
+        {"x86-64-v2", kernels_baseline::FAMILIES, processor.sse42()},
+#ifdef WITH_SCALAR
+        {"scalar", kernels_scalar::FAMILIES, true},
+#endif
     };
-#else
+#elif defined(__aarch64__)
     static const std::vector<InstructionSet> sets = {{"neon", kernels_baseline::FAMILIES, true}};
+#else
+    static const std::vector<InstructionSet> sets = {{"scalar", kernels_baseline::FAMILIES, true}};
 #endif
     return sets;
 }
@@ -88,7 +116,11 @@ template <class Work> void share(int64_t blocks, int block_size, int threads, Wo
 
 }  // namespace
 
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
 #define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
 // The digest of the sources all this was built from.
 EXPORT const char* kernels_sources() {

@@ -17,7 +17,7 @@ from statistics import fmean
 from ...archs.graph import Graph
 from ...archs.weights import Role, Weight
 from ..formats.table import LARGEST_BLOCK, Format, format_named
-from .exact import exact_format, source_bits
+from .exact import exact_format
 from .knapsack import Option, solve_knapsack
 from .plan import Plan, PlannedTensor
 from .recipes import GUESSED, LEAST_SENSITIVE, SENSITIVE, UNREPACKED, Recipe
@@ -133,7 +133,7 @@ def allowed_types(weight: Weight, one_bit: bool = False) -> tuple[Format, ...]:
     if not _may_be_quantized(weight):
         return (format_named("F32"),)
     exact = exact_format(weight.source)
-    most = source_bits(weight.source) + _SCALE_BITS
+    most = weight.source.bits + _SCALE_BITS
     names = [*TYPES, *(ONE_BIT_TYPES if one_bit else ()), *((exact.name,) if exact else ())]
     if weight.columns % LARGEST_BLOCK or weight.role is Role.ATTENTION_OUTPUT_DOWN:
         names += TYPES_FOR_SHORT_ROWS

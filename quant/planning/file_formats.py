@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...archs.graph import Graph
 from ...errors import BadInput
 from .onnx_plan import onnx_recipe_named, plan_onnx
-from .plan import Plan, plan_file
+from .plan import Form, Plan, plan_file
 from .recipes import Recipe, recipe_named
 
 DEFAULT_QUANT = {"gguf": "Q4_K_M", "onnx": "Q4_0"}
@@ -19,12 +19,7 @@ def recipe_for(file_format: str, quant: str | None) -> Recipe:
 
 
 def plan_format(
-    file_format: str,
-    graph: Graph,
-    quant: str | None,
-    padding: bool = True,
-    mtp: bool | None = None,
-    calibrated: bool = False,
+    file_format: str, graph: Graph, quant: str | None, form: Form = Form(), calibrated: bool = False
 ) -> Plan:
     """The plan of a file of the format `file_format`; see `plan_file` for the other arguments.
 
@@ -32,7 +27,7 @@ def plan_format(
     """
     recipe = recipe_for(file_format, quant)
     if file_format == "gguf":
-        return plan_file(graph, recipe, padding, mtp, calibrated)
-    if mtp:
+        return plan_file(graph, recipe, form, calibrated)
+    if form.mtp:
         raise BadInput("--mtp: an ONNX model has no place for multi-token prediction; leave the option out")
     return plan_onnx(graph, recipe)

@@ -1,4 +1,4 @@
-"""A plan for the memory of a machine: what every token needs goes to the GPU, the experts to what is left.
+"""Plans for the memory of a machine: what every token needs goes to the GPU, the experts to what is left.
 
 llama.cpp keeps the embedding and, with `--n-cpu-moe N`, the experts of the first N layers in RAM. Besides weights it
 needs the state of a context (KV cache, recurrent states) and room to compute in, both where the layers run.

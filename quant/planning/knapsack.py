@@ -1,4 +1,4 @@
-"""Which option each item takes so that the damage is least within a budget of bytes: a multiple-choice knapsack.
+"""A multiple-choice knapsack: which option each item takes so that the damage is least within a budget of bytes.
 
 Dynamic programming over what is spent beyond the cheapest options, in steps of a fraction of the budget (Kellerer,
 Pferschy & Pisinger 2004, section 11.5). Options are rounded to whole steps, up or down, so that errors cancel; the

@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import sqrt
 
+from ...archs.expressions import Padded
 from ...archs.graph import Branch, Graph, Layer, Norm, Operation, SubLayer, with_weights
-from ...archs.weights import Padded, Weight
+from ...archs.weights import Weight
 
 
 def pad(graph: Graph, multiple: int) -> Graph:

@@ -1,4 +1,4 @@
-"""Which type every tensor of a graph gets, and what that costs, to the byte."""
+"""Plans: the type of every tensor of a graph, and what that costs, to the byte."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from ...archs.expressions import GlobalScales, Nvfp4, Padded, Stack
 from ...archs.graph import Graph
-from ...archs.weights import GlobalScales, Nvfp4, Padded, Role, Stack, Weight, scale_name
+from ...archs.weights import Role, Weight, scale_name
 from ...errors import BadInput
 from ..formats.table import Format, format_named
 from .exact import exact_format
@@ -17,6 +18,41 @@ from .padding import pad
 from .recipes import DOWN_PROJECTIONS, FALLBACKS, LAST_RESORT, Position, Recipe
 
 ALIGNMENT = 32  # bytes; GGUF's default, every tensor starts at a multiple of it
+
+
+@dataclass(frozen=True)
+class Form:
+    """In which form a file holds its model; results do not depend on it.
+
+    Attributes:
+        padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
+        mtp: keep the blocks for multi-token prediction; by default, unless they rule out padding or are a draft of
+            their own, which makes a second file.
+    """
+
+    padding: bool = True
+    mtp: bool | None = None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a GGUF file knows it."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: Format
+
+    @property
+    def row_bytes(self) -> int:
+        return self.type.row_bytes(self.shape[-1])
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape[:-1]) * self.row_bytes
+
+    @property
+    def aligned_bytes(self) -> int:
+        return -(-self.bytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -28,16 +64,16 @@ class PlannedTensor:
     wanted: Format
 
     @property
-    def row_bytes(self) -> int:
-        return self.type.row_bytes(self.weight.columns)
+    def stored(self) -> StoredTensor:
+        return StoredTensor(self.weight.name, self.weight.shape, self.type)
 
     @property
     def bytes(self) -> int:
-        return prod(self.weight.shape[:-1]) * self.row_bytes
+        return self.stored.bytes
 
     @property
     def aligned_bytes(self) -> int:
-        return -(-self.bytes // ALIGNMENT) * ALIGNMENT
+        return self.stored.aligned_bytes
 
 
 @dataclass(frozen=True)
@@ -58,6 +94,11 @@ class Plan:
     def bytes(self) -> int:
         """Size of the data section of a GGUF file; its header comes on top."""
         return sum(tensor.aligned_bytes for tensor in self.tensors)
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The tensors of a GGUF file, in its order."""
+        return tuple(tensor.stored for tensor in self.tensors)
 
     def bytes_of(self, tensor: PlannedTensor) -> int:
         """What one tensor takes."""
@@ -92,32 +133,28 @@ class Plan:
         return tuple(lines)
 
 
-def plan_file(
-    graph: Graph, recipe: Recipe, padding: bool = True, mtp: bool | None = None, calibrated: bool = False
-) -> Plan:
+def plan_file(graph: Graph, recipe: Recipe, form: Form = Form(), calibrated: bool = False) -> Plan:
     """The plan of a file, whose graph may differ from the model's in what the results do not depend on.
 
     Args:
-        padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
-        mtp: keep the blocks for multi-token prediction; by default, unless they rule out padding or are a draft of
-            their own, which is planned by itself.
         calibrated: whether columns will be weighed by importance; llama.cpp's mixes depend on it.
 
-    Raises BadInput when such blocks are demanded and there are none.
+    Raises BadInput when blocks for multi-token prediction are demanded and there are none.
     """
+    mtp = form.mtp
     if mtp and not (graph.predictions or graph.draft):
         raise BadInput("--mtp: this model has no blocks for multi-token prediction; leave the option out")
     notes = list(graph.notes)
     if graph.draft and not mtp:
         notes.append("left out multi-token prediction, which takes a file of its own: --mtp writes it")
     base = format_named(recipe.base)
-    if mtp is None and padding and graph.predictions and not base.fits(graph.hidden_size):
+    if mtp is None and form.padding and graph.predictions and not base.fits(graph.hidden_size):
         notes.append("left out multi-token prediction: its LayerNorm rules out padding the hidden size; --mtp keeps it")
         mtp = False
     if mtp is False:
         graph = replace(graph, predictions=())
     plan = plan_tensors(graph, recipe, calibrated)
-    if padding and (padded := pad(graph, base.block_size)) != graph:
+    if form.padding and (padded := pad(graph, base.block_size)) != graph:
         unpadded, plan = plan, plan_tensors(padded, recipe, calibrated)
         notes.append(_describe_padding(unpadded, plan))
     return replace(plan, notes=tuple(notes))

@@ -11,7 +11,6 @@ slowest dimension first; those of a padded plan are larger than the model's.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from ...archs.graph import Graph
 from ...archs.weights import Role
 from ...errors import BadInput
+from ...files import sync
 from ..formats.table import LARGEST_BLOCK, Format, format_named
 from .allocation import allowed_types, bytes_per_token, plan_with
 from .padding import pad
@@ -58,10 +58,10 @@ def write_plan_file(plan: Plan, path: Path) -> None:
     """Raises BadInput when the file cannot be written; then there is none."""
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(plan_as_json(plan), indent=1) + "\n")
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -76,7 +76,7 @@ def read_plan_file(path: Path) -> StoredTypes:
         if version != VERSION:
             raise BadInput(f"{path}: version is {version!r}, expected {VERSION}: make the plan anew")
         tensors = {t["name"]: (t["type"], tuple(int(size) for size in t["shape"])) for t in content["tensors"]}
-        return StoredTypes(str(path), str(content["name"]), tensors)
+        return StoredTypes(path.as_posix(), str(content["name"]), tensors)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is not a plan of `moecast plan -o`: {type(error).__name__}: {error}") from None
 

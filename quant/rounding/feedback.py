@@ -1,4 +1,4 @@
-"""Rounding with error feedback: each column makes good what the rounding of those before it did to the outputs.
+"""GPTQ (error feedback): rounding in which each column compensates the rounding errors of earlier columns.
 
 Rounding weights one by one to what is nearest ignores that inputs go together. Where they are known to, a weight takes
 up a part of the errors of the weights before it (GPTQ: Frantar et al. 2022). The scales are chosen block by block for

@@ -1,4 +1,4 @@
-"""How the inputs of weights go together: mean products of every two of them, and what rounding makes of those."""
+"""Second moments of inputs (GPTQ's Hessian), per weight and expert, and their Cholesky factor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large each input of each weight typically is, from the tokens that passed: what quantizers weigh columns by."""
+"""Statistics of weights' inputs: the mean square of each column, which quantizers weigh columns by."""
 
 from __future__ import annotations
 

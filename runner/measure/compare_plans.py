@@ -1,4 +1,4 @@
-"""Several plans for one model side by side: the divergence of each from the model, in one pass and without files."""
+"""Compares candidate plans: the divergence of each from its model, side by side in one pass, without files."""
 
 from __future__ import annotations
 

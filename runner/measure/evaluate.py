@@ -14,18 +14,14 @@ from torch import Tensor
 from ...errors import BadInput
 from ...progress import NoProgress, Progress
 from ...sources.model import Model, pieces
-from ...sources.tokenizer import Tokenizer
 from ..activations import Activations
 from ..engines import OnnxModel, open_runnable
+from ..settings import Compute, Evaluation, dtype_name
 from ..stream import Stream, advance, word_logits
+from ..texts import with_bos
 from ..weights import ModelWeights
 from .logits import compare, logit_source, score
 from .scores import Divergence, Scores
-
-DEFAULT_CONTEXT = 512
-_TEXTS = Path(__file__).parents[2] / "examples" / "text"
-EVALUATION_TEXT = _TEXTS / "evaluation.txt"
-CALIBRATION_TEXT = _TEXTS / "diverse.txt"
 
 
 @dataclass(frozen=True)
@@ -76,29 +72,26 @@ class Parity:
 
 def perplexity(
     model: Model | OnnxModel | str | Path,
-    file: str | Path,
-    context: int = DEFAULT_CONTEXT,
-    chunks: int | None = None,
+    evaluation: Evaluation = Evaluation(),
+    compute: Compute = Compute(),
     progress: Progress | None = None,
-    compute_dtype: torch.dtype = torch.float32,
 ) -> Perplexity:
-    """Perplexity of a model on a text file, defined as llama-perplexity does.
+    """Perplexity of a model on a text, defined as llama-perplexity does.
 
-    The text is cut into chunks of `context` tokens, each with an empty cache; the second half of each is scored.
-    Products with weights are computed in `compute_dtype`, except those that route tokens and those of the head, and
-    except by ONNX Runtime, whose models say themselves what they compute in. Raises BadInput for a text shorter than
-    two chunks.
+    Each chunk of the text begins with an empty cache, and its second half is scored. ONNX models say themselves what
+    they compute in. Raises BadInput for a text shorter than two chunks.
     """
     model, progress = _opened(model), progress or NoProgress()
-    tokens = chunk_tokens(model.tokenizer, Path(file), context, chunks)
+    tokens = evaluation.tokens(model.tokenizer)
+    context = evaluation.context
     scores = Scores(labels(tokens))
     inputs = with_bos(tokens, model.tokenizer)
     if isinstance(model, OnnxModel):
         score(logit_source(model, inputs, _scored_positions(context), progress), scores, len(tokens), progress)
     else:
-        _score_stream(Stream(model, inputs, weights=ModelWeights(model, compute_dtype)), scores, progress)
+        _score_stream(Stream(model, inputs, weights=ModelWeights(model, compute.dtype)), scores, progress)
     value, error = _perplexity_of(scores)
-    return Perplexity(value, error, len(scores.labels), context, len(tokens), dtype_name(compute_dtype))
+    return Perplexity(value, error, len(scores.labels), context, len(tokens), dtype_name(compute.dtype))
 
 
 def _score_stream(stream: Stream, scores: Scores, progress: Progress) -> None:
@@ -118,70 +111,40 @@ def _score_stream(stream: Stream, scores: Scores, progress: Progress) -> None:
 def parity(
     reference: Model | OnnxModel | str | Path,
     candidate: Model | OnnxModel | str | Path,
-    file: str | Path,
-    context: int = DEFAULT_CONTEXT,
-    chunks: int | None = None,
+    evaluation: Evaluation = Evaluation(),
+    compute: Compute = Compute(),
     progress: Progress | None = None,
-    compute_dtype: torch.dtype = torch.float32,
 ) -> Parity:
-    """Compare two models on a text file. They advance together, layer by layer, so that neither is ever in memory.
+    """Compare two models on a text. They advance together, layer by layer, so that neither is ever in memory.
 
     A model that ONNX Runtime runs is compared by its logits alone, without errors of layers. Both get the tokens
-    of the reference. `compute_dtype` as for `perplexity`. Raises BadInput when the two do not share a vocabulary.
+    of the reference. Raises BadInput when the two do not share a vocabulary.
     """
     reference, candidate, progress = _opened(reference), _opened(candidate), progress or NoProgress()
-    tokens = chunk_tokens(reference.tokenizer, Path(file), context, chunks)
-    _check_same_vocabulary(reference, candidate, tokens, Path(file), chunks, progress)
+    tokens = evaluation.tokens(reference.tokenizer)
+    _check_same_vocabulary(reference, candidate, tokens, evaluation, progress)
     inputs = [with_bos(tokens, model.tokenizer) for model in (reference, candidate)]
     layer_errors: tuple[float, ...] = ()
     if isinstance(reference, Model) and isinstance(candidate, Model):
         streams = [
-            Stream(model, text, weights=ModelWeights(model, compute_dtype))
+            Stream(model, text, weights=ModelWeights(model, compute.dtype))
             for model, text in zip((reference, candidate), inputs, strict=True)
         ]
         layer_errors = _advance_together(streams[0], streams[1], progress)
         (divergence,) = compare_heads(streams[0], streams[1:], tokens)
     else:
         divergence = Divergence(labels(tokens))
-        positions = _scored_positions(context)
+        positions = _scored_positions(evaluation.context)
         first, second = (
-            logit_source(model, text, positions, progress, compute_dtype)
+            logit_source(model, text, positions, progress, compute.dtype)
             for model, text in zip((reference, candidate), inputs, strict=True)
         )
         compare(first, second, divergence, len(tokens), progress)
-    return summarize(divergence, layer_errors, context, len(tokens), compute_dtype)
-
-
-def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | None) -> Tensor:
-    """The text as int64 [chunks, context]. Raises BadInput when it is too short or the context too small."""
-    if context < 4:
-        raise BadInput(f"--context is {context}, expected at least 4 tokens")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file} cannot be read as UTF-8 text: {error}") from None
-    ids = tokenizer.encode(text.removesuffix("\n"))
-    if len(ids) < 2 * context:
-        raise BadInput(
-            f"{file} holds {len(ids)} tokens, expected at least {2 * context}: use more text or less --context"
-        )
-    count = len(ids) // context if chunks is None else min(chunks, len(ids) // context)
-    if count < 1:
-        raise BadInput(f"--chunks is {chunks}, expected at least 1")
-    return torch.tensor(ids[: count * context], dtype=torch.int64).view(count, context)
+    return summarize(divergence, layer_errors, evaluation.context, len(tokens), compute.dtype)
 
 
 def _opened(model: Model | OnnxModel | str | Path) -> Model | OnnxModel:
     return open_runnable(model) if isinstance(model, str | Path) else model
-
-
-def with_bos(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """llama-perplexity puts the BOS token in place of each chunk's first token, where the model has one."""
-    if not tokenizer.add_bos or tokenizer.bos is None:
-        return tokens
-    tokens = tokens.clone()
-    tokens[:, 0] = tokenizer.bos
-    return tokens
 
 
 def _scored_positions(context: int) -> slice:
@@ -203,8 +166,7 @@ def _check_same_vocabulary(
     reference: Model | OnnxModel,
     candidate: Model | OnnxModel,
     tokens: Tensor,
-    file: Path,
-    chunks: int | None,
+    evaluation: Evaluation,
     progress: Progress,
 ) -> None:
     """The ids must mean the same text to both; that the candidate would have split it otherwise is worth a line."""
@@ -215,9 +177,9 @@ def _check_same_vocabulary(
             f"{candidate.path} has another vocabulary ({sizes[1]} tokens) than {reference.path} ({sizes[0]}): "
             "only models of one vocabulary can be compared"
         )
-    other = chunk_tokens(candidate.tokenizer, file, tokens.shape[1], chunks)
-    if not torch.equal(tokens, other):
-        progress.note(f"{candidate.path.name} would split {file.name} otherwise; both get the reference's tokens")
+    if not torch.equal(tokens, evaluation.tokens(candidate.tokenizer)):
+        name = Path(evaluation.text).name
+        progress.note(f"{candidate.path.name} would split {name} otherwise; both get the reference's tokens")
 
 
 def _advance_together(reference: Stream, candidate: Stream, progress: Progress) -> tuple[float, ...]:
@@ -302,8 +264,3 @@ def summarize(
         chunks=chunks,
         compute_dtype=dtype_name(compute_dtype),
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """bfloat16, of torch.bfloat16"""
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""What each weight's rounding does to the output, for all weights in one pass through the model.
+"""Probes: the KL divergence that rounding one weight causes, for all weights in one pass through the model.
 
 Every weight has a probe: a lane that follows the reference up to the layer of its weight, runs that layer with the one
 weight rounded coarsely, and goes on with the weights as they are. Probes share what is loaded, so that a pass reads

@@ -1,4 +1,4 @@
-"""Weights as a file with certain types would hold them, without the file."""
+"""Weights rounded to planned types in memory, as a file would hold them."""
 
 from __future__ import annotations
 

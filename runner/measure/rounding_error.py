@@ -1,4 +1,4 @@
-"""How far each type would carry the outputs of each weight from what they are."""
+"""The error that each type would cause in the outputs of each weight."""
 
 from __future__ import annotations
 

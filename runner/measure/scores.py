@@ -1,4 +1,4 @@
-"""Next-token statistics without the logits: everything is accumulated block by block over the vocabulary.
+"""Next-token scores without keeping logits: statistics accumulated block by block over the vocabulary.
 
 A 200,064-word vocabulary makes 100 MB of logits for every 128 positions; here a block of words is enough.
 """

@@ -1,4 +1,4 @@
-"""What the Hub's client raises, in one line that says what to do."""
+"""Turns errors of the Hub's client into one line that says what to do."""
 
 from __future__ import annotations
 

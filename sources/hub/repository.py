@@ -32,10 +32,10 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_token_to_send  # type: ignore[attr-defined]
 from huggingface_hub.utils.sha import git_hash
 
-from ...archs.weights import TensorInfo
+from ...archs.expressions import TensorInfo
 from ...errors import BadInput
 from ...progress import Progress
-from ..checkpoint import INDEX_FILE, SINGLE_FILE, read_index
+from ..checkpoint import INDEX_FILE, OUTSIDE, SINGLE_FILE, read_index
 from .errors import explained
 from .transfer import Bar, Meter, retried
 
@@ -46,7 +46,6 @@ COMPANIONS = (
     "tokenizer*.json", "tokenizer.model", "*.tiktoken", "tiktoken.model", "vocab.json", "vocab.txt", "merges.txt",
     "added_tokens.json", "special_tokens_map.json",
 )  # fmt: skip
-OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|[\\:]")  # the last two lead out of a folder on Windows
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,10 @@ class HubSource:
     @property
     def url(self) -> str:
         return f"{self.endpoint}/{self.repository}"
+
+    @property
+    def name(self) -> str:
+        return self.repository.split("/")[-1]
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ class HubCheckpoint:
             elif self._source.revision != self._commit:  # what the revision stands for offline, now that all is here
                 reference = self._storage / "refs" / self._source.revision
                 reference.parent.mkdir(parents=True, exist_ok=True)
-                reference.write_text(self._commit)
+                reference.write_text(self._commit, encoding="utf-8")
 
     def fetch_file(self, file: HubFile, progress: Progress | None = None) -> Path:
         """Fetches one file of `listing`, verified, and returns its path. Raises BadInput."""

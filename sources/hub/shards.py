@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from itertools import groupby
@@ -10,12 +9,14 @@ from pathlib import Path
 
 import torch
 
+from ...archs.expressions import TensorInfo, stored_tensors
 from ...archs.graph import Graph
-from ...archs.weights import TensorInfo, Weight, stored_tensors
+from ...archs.weights import Weight
 from ...errors import BadInput
+from ...files import open_descriptor
 from ...progress import NoProgress
 from ..checkpoint import read_header
-from ..model import Model, open_model
+from ..model import Model
 from ..storage import Storage
 from .repository import HubCheckpoint
 from .transfer import Stopped
@@ -32,12 +33,9 @@ def pass_over(graph: Graph) -> list[list[str]]:
     return [[tensor.name for weight in step for tensor in stored_tensors(weight.source)] for step in steps]
 
 
-def open_on_demand(checkpoint: HubCheckpoint, scratch: int | None, folder: Path) -> Model:
-    """A repository's model whose weights are fetched when they are read. See `ShardStorage`."""
-    tensors = checkpoint.read_headers()
-    model = open_model(checkpoint.folder, tensors)
-    model.storage = ShardStorage(checkpoint, tensors, pass_over(model.graph), scratch, folder)
-    return model
+def fetch_on_demand(model: Model, checkpoint: HubCheckpoint, scratch: int | None, folder: Path) -> None:
+    """The weights of a model that was opened by a repository's headers come when they are read. See `ShardStorage`."""
+    model.storage = ShardStorage(checkpoint, model.tensors, pass_over(model.graph), scratch, folder)
 
 
 class ShardStorage(Storage):
@@ -114,12 +112,12 @@ class ShardStorage(Storage):
     def _open(self, file: str) -> int:
         path = self._cached.get(file, self._checkpoint.folder / file)
         try:
-            return os.open(path, os.O_RDONLY)
+            return open_descriptor(path)
         except FileNotFoundError:  # somebody has emptied the folder
             with self._changed:
                 self._here.discard(file)
                 self._await(file)
-            return os.open(path, os.O_RDONLY)
+            return open_descriptor(path)
 
     def _room_for(self, steps: Sequence[set[str]], scratch: int | None) -> int:
         """Bytes of disk to use for steps that each read certain shards."""

@@ -1,4 +1,4 @@
-"""Patience and progress for downloads: what the Hub's client leaves to its callers."""
+"""Retries and progress of downloads, which the Hub's client leaves to its callers."""
 
 from __future__ import annotations
 

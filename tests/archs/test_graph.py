@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from moecast.archs.expressions import OnePlus, Read, Stack, TensorInfo, Zeros
 from moecast.archs.graph import Graph, Layer, MoE, Operation, graph_as_json, sequential, weights_in, with_weights
-from moecast.archs.weights import OnePlus, Read, Role, Stack, StackKind, TensorInfo, Weight, Zeros, scale_name
+from moecast.archs.weights import Role, StackKind, Weight, scale_name
 from moecast.quant.planning.padding import pad
 from moecast.quant.rounding.statistics import PRIOR, Statistics
 from moecast.runner.memory import RUNNING, working_set

@@ -10,11 +10,11 @@ import pytest
 import real_models
 import real_nemotron
 from moecast.archs.config import Config
+from moecast.archs.expressions import Nvfp4, Scaled, Stack, TensorInfo, stored_tensors
 from moecast.archs.graph import MLP, Attention, Graph, Mamba2, MoE, graph_as_json
 from moecast.archs.nemotron_h import MIXTURE
-from moecast.archs.weights import Nvfp4, Scaled, Stack, TensorInfo, stored_tensors
 from moecast.errors import BadInput
-from moecast.quant.planning.plan import plan_file, plan_tensors
+from moecast.quant.planning.plan import Form, plan_file, plan_tensors
 from moecast.quant.planning.recipes import recipe_named
 from real_nemotron import CONFIGS, ENCODINGS
 
@@ -198,7 +198,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
 )  # fmt: skip
 def test_padded_sizes(quant: str, nano: float, super_: float) -> None:
     for model, gibibytes in (("nano", nano), ("super", super_)):
-        plan = plan_file(real_graph(model), recipe_named(quant), mtp=False)
+        plan = plan_file(real_graph(model), recipe_named(quant), Form(mtp=False))
         assert plan.bytes / GIB == pytest.approx(gibibytes, abs=0.06)
         assert not any("instead of" in problem for problem in plan.problems)
     assert plan_file(real_graph("ultra"), recipe_named(quant)).problems == ()
@@ -210,10 +210,11 @@ def test_padding_and_drafting_of_lightning() -> None:
     dropped = plan_file(graph, recipe_named("IQ2_XXS"))
     assert dropped.graph.predictions == () and dropped.graph.hidden_size == 2816
     assert "left out multi-token prediction" in dropped.problems[0]
-    kept = plan_file(graph, recipe_named("IQ2_XXS"), mtp=True)
+    kept = plan_file(graph, recipe_named("IQ2_XXS"), Form(mtp=True))
     assert kept.graph.predictions and kept.graph.hidden_size == 2688
     assert any("rows of 2688, not a multiple of 256" in problem for problem in kept.problems)
-    for unpadded in (plan_file(graph, recipe_named("IQ2_XXS"), padding=False), plan_file(graph, recipe_named("Q8_0"))):
+    without = plan_file(graph, recipe_named("IQ2_XXS"), Form(padding=False))
+    for unpadded in (without, plan_file(graph, recipe_named("Q8_0"))):
         assert unpadded.graph == graph
 
 

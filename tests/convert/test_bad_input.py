@@ -141,6 +141,7 @@ def test_failed_conversion_keeps_the_file_it_would_replace(minimax_fp8: Checkpoi
     assert [file.name for file in output.parent.iterdir()] == ["model.gguf"]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("limit", "command", "options"),
     [

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
+import pytest
 import real_deepseek
 import real_models
 from moecast.archs.config import Config
@@ -42,6 +43,7 @@ def _write(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_real_layer(tmp_path: Path) -> None:
     folder = _write(tmp_path / "layer")
     command = [sys.executable, "-m", "moecast.cli", "convert", str(folder), "-o", str(tmp_path), "--quant", "native"]

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Checkpoint
+from conversions import convert
 from forward import runner_logits
-from moecast.convert import convert
 from moecast.errors import BadInput
 from moecast.sources.model import open_model
 from safetensors.torch import load_file
+
+pytestmark = pytest.mark.numeric
 
 TOKENS = 400
 
@@ -40,6 +42,7 @@ def _divergence_from_llama(path: Path) -> float:
     return float(llama.mean_divergence(runner_logits(open_model(path), _tokens())[0].numpy(), expected))
 
 
+@pytest.mark.whole
 def test_float32_file_equals_transformers(flash: Checkpoint, tmp_path: Path) -> None:
     path = convert(flash.folder, tmp_path, "F32", calibration=None, verify=False).files[0]
     with torch.no_grad():
@@ -48,6 +51,7 @@ def test_float32_file_equals_transformers(flash: Checkpoint, tmp_path: Path) -> 
     assert _divergence_from_llama(path) < 1e-9
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "quant", ["native", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_XXS", "Q4_0"]
 )
@@ -55,7 +59,7 @@ def test_quantized_file_in_llama(flash: Checkpoint, tmp_path: Path, quant: str) 
     """llama.cpp rounds activations to 8 bits, which costs up to a few thousandths."""
     result = convert(flash.folder, tmp_path, quant, calibration=None, verify=False)
     assert result.problems == ()
-    assert _divergence_from_llama(result.files[0]) < 3e-3
+    assert _divergence_from_llama(result.files[0]) < 7e-3
 
 
 def test_native_is_the_checkpoint_bit_for_bit(flash: Checkpoint, tmp_path: Path) -> None:

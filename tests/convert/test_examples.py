@@ -8,16 +8,21 @@ import checkpoints
 import llama
 import pytest
 import torch
+from conversions import convert
 from forward import runner_logits
-from moecast.convert import convert
 from moecast.runner import parity
-from moecast.runner.measure.evaluate import EVALUATION_TEXT
+from moecast.runner.settings import Evaluation
 from moecast.sources.model import open_model
 
 FOLDERS = sorted(path.parent for path in checkpoints.EXAMPLES.glob("*/config.json"))
+SLOW_BUT_FOR_ONE = [
+    pytest.param(folder, marks=() if folder.name == "minimax-m2-tiny" else pytest.mark.slow, id=folder.name)
+    for folder in FOLDERS
+]
 CONTEXT = 160
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 @pytest.mark.parametrize(("quant", "bound"), [("F32", 1e-5), ("BF16", 1e-3), ("Q8_0", 3e-3), ("Q4_K_M", 5e-3)])
 def test_example_in_llama(folder: Path, tmp_path: Path, quant: str, bound: float) -> None:
@@ -33,6 +38,7 @@ def test_example_in_llama(folder: Path, tmp_path: Path, quant: str, bound: float
     assert llama.mean_divergence(ours, llama.run_isolated(path, ids)) < bound
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_parity_that_convert_prints(folder: Path, tmp_path: Path) -> None:
     """Real text, a trained model: Q4_K_M costs a little, and says so."""
@@ -42,7 +48,8 @@ def test_parity_that_convert_prints(folder: Path, tmp_path: Path) -> None:
     assert abs(result.perplexity_ratio - 1) < 0.03
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@pytest.mark.whole
+@pytest.mark.parametrize("folder", SLOW_BUT_FOR_ONE)
 def test_error_feedback_brings_the_file_closer_to_its_source(folder: Path, tmp_path: Path) -> None:
     """Calibrated on other text of the book that the examples know; what the files hold is what convert compared."""
     text = tmp_path / "calibration.txt"
@@ -53,5 +60,5 @@ def test_error_feedback_brings_the_file_closer_to_its_source(folder: Path, tmp_p
     assert nearest.parity and fed_back.parity
     assert fed_back.bytes == nearest.bytes
     assert fed_back.parity.mean_kld < 0.92 * nearest.parity.mean_kld
-    file = parity(folder, fed_back.files[0], EVALUATION_TEXT, chunks=6)
+    file = parity(folder, fed_back.files[0], Evaluation(chunks=6))
     assert file.mean_kld == pytest.approx(fed_back.parity.mean_kld, rel=1e-3)

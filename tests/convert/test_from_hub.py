@@ -14,9 +14,9 @@ import gguf
 import pytest
 from click.testing import CliRunner
 from conftest import Checkpoint
+from conversions import convert
 from hub_server import Fault, HubServer
 from moecast.cli import main
-from moecast.convert import convert
 
 TOKEN = "hf_SentinelTokenThatNobodyMaySee"
 
@@ -28,6 +28,7 @@ def _moecast(server: HubServer, home: Path, *arguments: str, **variables: str) -
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.whole
 def test_convert_by_hub_id(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     """One shard's connection breaks on the way; the file says which commit it came from; the cache serves the rest."""
     options = ["--quant", "Q8_0", "-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "2", "--json"]
@@ -51,6 +52,7 @@ def test_convert_by_hub_id(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
         assert not any(request.path.endswith(".safetensors") for request in server.log[requests:])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("command", ["inspect", "plan"])
 def test_headers_are_enough(minimax_fp8: Checkpoint, tmp_path: Path, command: str) -> None:
     """Looking at a model fetches kilobytes of each shard, and tells what the whole checkpoint would."""
@@ -66,6 +68,7 @@ def test_headers_are_enough(minimax_fp8: Checkpoint, tmp_path: Path, command: st
         assert sorted(found[key], key=str) == sorted(value, key=str) if key == "tensors" else found[key] == value
 
 
+@pytest.mark.whole
 def test_download(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     with HubServer(minimax_fp8.folder) as server:
         listed = _moecast(server, tmp_path / "home", "download", "hf://tiny/moe", "--dry-run", "--json")
@@ -79,6 +82,7 @@ def test_download(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
             assert (target / file["name"]).read_bytes() == (minimax_fp8.folder / file["name"]).read_bytes()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("command", ["convert", "inspect", "download"])
 def test_gated_repository_says_what_to_do(minimax_fp8: Checkpoint, tmp_path: Path, command: str) -> None:
     with HubServer(minimax_fp8.folder, gated=True, token="hf_TheRightOne") as server:
@@ -89,6 +93,7 @@ def test_gated_repository_says_what_to_do(minimax_fp8: Checkpoint, tmp_path: Pat
         assert TOKEN not in result.stdout + result.stderr
 
 
+@pytest.mark.whole
 def test_token_option_is_used_and_never_shown(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     with HubServer(minimax_fp8.folder, private=True, token=TOKEN) as server:
         arguments = ["download", "tiny/moe", "--token", TOKEN]
@@ -99,6 +104,7 @@ def test_token_option_is_used_and_never_shown(minimax_fp8: Checkpoint, tmp_path:
         assert wrong.returncode == 2 and "does not exist, or is private" in wrong.stderr
 
 
+@pytest.mark.whole
 def test_wrong_bytes_are_refused(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     shard = "model-00000-of-00007.safetensors"
     with HubServer(minimax_fp8.folder) as server:
@@ -115,13 +121,14 @@ def _stream(server: HubServer, tmp_path: Path, *options: str) -> subprocess.Comp
     return _moecast(server, tmp_path / "home", "convert", "tiny/moe", "-o", output, *plain, *options)
 
 
+@pytest.mark.whole
 def test_streamed_conversion(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     """Every shard comes once and goes; the file is that of a conversion from a folder."""
     with HubServer(minimax_fp8.folder) as server:
         result = _stream(server, tmp_path)
         assert result.returncode == 0, result.stderr
         assert re.search(
-            r"Begins: [\d.]+ MB to fetch, at most [\d.]+ MB of it on disk, [\d.]+ MB to write", result.stderr
+            r"Starting: [\d.]+ MB to fetch, at most [\d.]+ MB of it on disk, [\d.]+ MB to write", result.stderr
         )
         shards = [file.name for file in minimax_fp8.folder.glob("*.safetensors")]
         assert [sum(request.range is None for request in server.bodies(shard)) for shard in shards] == [1, 1, 1]
@@ -133,6 +140,7 @@ def test_streamed_conversion(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.gguf").read_bytes() == local.read_bytes()
 
 
+@pytest.mark.slow
 def test_push_between_two_attempts(minimax_fp8: Checkpoint, minimax_odd: Checkpoint, tmp_path: Path) -> None:
     """What was begun from one commit is not finished from another, unless it is told which one it was."""
     shard = "model-00002-of-00007.safetensors"

@@ -86,6 +86,7 @@ def base_peak(tmp_path_factory: pytest.TempPathFactory) -> int:
     return _peak(_write(folder / "base"), folder / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("enlarged", ["num_hidden_layers", "num_local_experts"])
 def test_peak_is_flat(base_peak: int, tmp_path: Path, enlarged: str) -> None:
     """Calibrating, converting and comparing: the peak stays where it was when 144 MiB of weights come on top."""
@@ -94,6 +95,7 @@ def test_peak_is_flat(base_peak: int, tmp_path: Path, enlarged: str) -> None:
     assert peak < base_peak + SLACK
 
 
+@pytest.mark.whole
 def test_long_texts_go_to_disk(tmp_path: Path) -> None:
     """More activations than fit beside the interpreter and torch: the process stays below what it was given."""
     folder = _write(tmp_path / "model", num_hidden_layers=1, intermediate_size=32)
@@ -110,6 +112,7 @@ def test_long_texts_go_to_disk(tmp_path: Path) -> None:
     assert measured["peak_rss_bytes"] < memory
 
 
+@pytest.mark.slow
 def test_measuring_stays_within_memory(tmp_path: Path) -> None:
     """Probes and plans to compare are many lanes; what does not fit goes to disk, and the plan is the same."""
     folder, text = _write(tmp_path / "model", num_hidden_layers=2, intermediate_size=64), tmp_path / "text.txt"

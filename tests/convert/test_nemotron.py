@@ -14,22 +14,25 @@ import nemotron_checkpoints as nemotron
 import numpy as np
 import pytest
 import torch
+from conversions import convert
 from forward import runner_logits
-from moecast.convert import convert
+from moecast.convert.gguf.metadata import gguf_metadata
 from moecast.convert.gguf.writer import GGUFWriter
-from moecast.convert.onepass import PassInputs, run_pass
-from moecast.convert.pipeline import gguf_metadata
+from moecast.convert.onepass import run_pass
 from moecast.errors import BadInput
 from moecast.progress import NoProgress
 from moecast.quant.planning.padding import pad
 from moecast.quant.planning.plan import plan_tensors
 from moecast.quant.planning.recipes import recipe_named
 from moecast.runner import parity
+from moecast.runner.settings import Evaluation
 from moecast.sources.model import Model, open_model
 from moecast.sources.storage import Storage
 from nemotron_checkpoints import DENSE, GROUPED, LATENT, WITH_DENSE_LAYER
 from safetensors.torch import load_file
 from torch import Tensor
+
+pytestmark = pytest.mark.numeric
 
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -116,6 +119,7 @@ def test_metadata(made: Make, tmp_path: Path) -> None:
     assert dense["nemotron_h.feed_forward_length"].contents() == [0, 224, 0, 0, 224]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["full", "groups", "dense"])
 def test_padding_changes_no_result(made: Make, kind: str, tmp_path: Path) -> None:
     """The same weights in float32 with and without padding: llama.cpp and the runner cannot tell them apart."""
@@ -127,12 +131,12 @@ def test_padding_changes_no_result(made: Make, kind: str, tmp_path: Path) -> Non
     )
     assert {t.weight.columns % 256 for t in plan.tensors if t.weight.name.endswith("exps.weight")} <= {0}
     padded = tmp_path / "padded.gguf"
-    with GGUFWriter(padded, gguf_metadata(model, plan, "padded", None, {}, NoProgress()), plan.tensors) as writer:
-        run_pass(model, plan, writer, PassInputs(), NoProgress())
+    with GGUFWriter(padded, gguf_metadata(model, plan, "padded", None, {}, NoProgress()), plan.stored) as writer:
+        run_pass(model, plan, writer)
     assert divergence(padded, model) < 1e-8
     assert llama_perplexity(padded) == pytest.approx(llama_perplexity(plain), rel=1e-5)
-    result = parity(plain, padded, checkpoints.TEXT, context=64, chunks=2)
-    assert result.mean_kld < 1e-8 and max(result.layer_errors) < 1e-5
+    result = parity(plain, padded, Evaluation(checkpoints.TEXT, 64, 2))
+    assert abs(result.mean_kld) < 1e-7 and max(result.layer_errors) < 1e-5
 
 
 def test_no_padding_falls_back_loudly(made: Make, tmp_path: Path) -> None:
@@ -219,6 +223,7 @@ def test_scale_that_is_not_one_is_named(nvfp4: Path, tmp_path: Path, value: int)
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.whole
 def test_drafting_block_is_folded_in(made: Make, tmp_path: Path) -> None:
     """It loads, changes nothing, and comes back from the file as it was."""
     folder = made("latent", drafting=True)
@@ -271,7 +276,7 @@ def test_no_stack_of_experts_is_ever_held(
 
     monkeypatch.setattr(Storage, "read", watched)
     path = convert(nvfp4, tmp_path, quant, calibration=None, context=64, chunks=2, file=checkpoints.TEXT).files[0]
-    parity(nvfp4, path, checkpoints.TEXT, context=64, chunks=2)
+    parity(nvfp4, path, Evaluation(checkpoints.TEXT, 64, 2))
     stacks = {name: size for name, size in largest.items() if name.endswith("_exps.weight")}
     whole = {t.name: t.n_bytes for t in gguf.GGUFReader(next(tmp_path.glob("*.gguf"))).tensors}
     assert len(stacks) == 6 and all(size * 16 == whole[name] for name, size in stacks.items())

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import Checkpoint
-from moecast.convert import convert
+from conversions import convert
 from moecast.convert.calibrate import write_imatrix
+from moecast.convert.settings import Calibration
 from moecast.errors import BadInput
 from moecast.progress import NoProgress
 from moecast.quant import quantize
 from moecast.runner import parity
+from moecast.runner.settings import Evaluation
 from moecast.runner.stream import Stream, advance
 from moecast.runner.weights import ModelWeights
 from moecast.sources.imatrix import read_imatrix
@@ -65,7 +67,7 @@ def _floor(convert_with: object) -> int:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_importance_is_that_of_llama_imatrix(folder: Path, tmp_path: Path) -> None:
     """The recorded files are llama-imatrix's, run on the example as a float32 GGUF and on the same text."""
-    result = write_imatrix(folder, tmp_path / "imatrix.gguf", TEXT, context=CONTEXT, chunks=CHUNKS)
+    result = write_imatrix(folder, tmp_path / "imatrix.gguf", Calibration(TEXT, CONTEXT, CHUNKS))
     assert result.tokens == CONTEXT * CHUNKS and result.unseen_experts == 0
     expected, found = _arrays(DATA / f"{folder.name}.gguf"), _arrays(tmp_path / "imatrix.gguf")
     missing = {name.split(".")[2] for name in expected.keys() - found.keys()}
@@ -82,18 +84,19 @@ def test_importance_is_that_of_llama_imatrix(folder: Path, tmp_path: Path) -> No
             assert np.allclose(found[name].flatten(), sums, rtol=1e-3, atol=0)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_neither_memory_nor_conversion_changes_importance(folder: Path, tmp_path: Path) -> None:
     """To the bit: on disk or in memory, alone or while a file is written; and so is the file."""
     text = {"context": CONTEXT, "overwrite": True}
     alone = tmp_path / "alone.gguf"
-    write_imatrix(folder, alone, TEXT, **text)
+    write_imatrix(folder, alone, Calibration(TEXT, CONTEXT), overwrite=True)
     outputs = []
     for number, memory in enumerate(MEMORIES):
         beside, output = tmp_path / f"beside-{number}.gguf", tmp_path / f"{number}.gguf"
 
         def run(memory: int, output: Path = output, beside: Path = beside) -> object:
-            extra = {"calibration": TEXT, "imatrix_out": beside, "memory": memory, "file": TEXT, "chunks": 2}
+            extra = {"calibration": TEXT, "save_to": beside, "memory": memory, "file": TEXT, "chunks": 2}
             return convert(folder, output, "IQ2_XS", **text, **extra).parity
 
         result = run(_floor(run) if isinstance(memory, str) else memory)
@@ -105,13 +108,14 @@ def test_neither_memory_nor_conversion_changes_importance(folder: Path, tmp_path
     ]  # fmt: skip
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_parity_is_that_of_the_file(folder: Path, tmp_path: Path) -> None:
     """The candidate ran on what was being written, padded rows and native types included."""
     for quant in ("Q3_K_M", "native"):
         text = {"file": TEXT, "context": CONTEXT, "chunks": 2}
         result = convert(folder, tmp_path, quant, calibration=TEXT, **text)
-        found, expected = result.parity, parity(folder, result.files[0], **text)
+        found, expected = result.parity, parity(folder, result.files[0], Evaluation(TEXT, CONTEXT, 2))
         assert found is not None and expected.tokens == found.tokens
         for name in ("perplexity_reference", "perplexity_candidate", "mean_kld", "kld_999", "top1_agreement"):
             assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4, abs=1e-6)
@@ -121,7 +125,7 @@ def test_parity_is_that_of_the_file(folder: Path, tmp_path: Path) -> None:
 def test_bytes_are_weighed_by_what_was_seen(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     """Expert by expert: its own mean squares, drawn towards those of the experts with more tokens."""
     statistics = tmp_path / "imatrix.gguf"
-    text = {"calibration": TEXT, "context": 64, "imatrix_out": statistics, "verify": False}
+    text = {"calibration": TEXT, "context": 64, "save_to": statistics, "verify": False}
     path = convert(minimax_fp8.folder, tmp_path / "out.gguf", "Q4_K_M", **text).files[0]
     model, arrays, stored = open_model(minimax_fp8.folder), _arrays(statistics), _arrays(path)
     for name in ("blk.0.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight"):
@@ -192,7 +196,7 @@ def test_streams_share_what_they_load(minimax: Checkpoint, monkeypatch: pytest.M
 def test_importance_file_instead(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     """The matrix that one conversion wrote serves the next, without its calibration."""
     statistics = tmp_path / "imatrix.gguf"
-    write_imatrix(minimax_fp8.folder, statistics, TEXT, context=64, chunks=4)
+    write_imatrix(minimax_fp8.folder, statistics, Calibration(TEXT, 64, 4))
     path = convert(minimax_fp8.folder, tmp_path / "out.gguf", "Q4_K_M", imatrix=statistics, verify=False).files[0]
     model, name = open_model(minimax_fp8.folder), "blk.0.ffn_up_exps.weight"
     weight = next(weight for weight in model.graph.weights() if weight.name == name)
@@ -203,8 +207,8 @@ def test_importance_file_instead(minimax_fp8: Checkpoint, tmp_path: Path) -> Non
 
 
 def test_options_that_exclude_each_other(minimax: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="--imatrix-out writes what calibration finds"):
-        convert(minimax.folder, tmp_path / "out.gguf", calibration=None, imatrix_out=tmp_path / "imatrix.gguf")
+    with pytest.raises(BadInput, match="--imatrix-out needs calibration text"):
+        convert(minimax.folder, tmp_path / "out.gguf", calibration=None, save_to=tmp_path / "imatrix.gguf")
     with pytest.raises(BadInput, match=r"nowhere\.txt cannot be read"):
         convert(minimax.folder, tmp_path / "out.gguf", calibration=tmp_path / "nowhere.txt")
     assert list(tmp_path.iterdir()) == []

@@ -12,9 +12,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
+from conversions import convert
 from forward import runner_logits
 from moecast.cli import main
-from moecast.convert import convert
 from moecast.quant import quantize
 from moecast.sources.model import open_model
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conversions import convert
 from moecast.archs.weights import Weight
-from moecast.convert import convert
 from moecast.errors import BadInput
 from moecast.progress import NoProgress
-from moecast.runner.measure.evaluate import CALIBRATION_TEXT, Parity
+from moecast.runner.measure.evaluate import Parity
 from moecast.runner.observe import ObservingWeights
+from moecast.runner.texts import CALIBRATION_TEXT
 from moecast.sources.model import open_model
 from torch import Tensor
 
@@ -35,7 +36,10 @@ def converted(folder: Path, text: Path, error_feedback: bool, progress: NoProgre
     return result.files[0], result.parity
 
 
-@pytest.mark.parametrize("error_feedback", [False, True], ids=["nearest", "error feedback"])
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    "error_feedback", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["nearest", "error feedback"]
+)
 def test_starved_experts_are_no_worse_off(
     error_feedback: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,24 +4,20 @@ import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from families import load_minimax_m2, perplexity
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BOOKS = ("Ruth", "Est", "Eccl", "Jonah", "Phi", "Jas", "Hos", "Joel", "Amos", "Mal", "Col", "1Pet", "2Tim", "Ge")
 
 
-def test_the_exported_model_is_the_trained_one(
-    tmp_path: Path,
-    load_minimax_m2: Callable[[Path], PreTrainedModel],
-    perplexity: Callable[[PreTrainedModel, torch.Tensor], float],
-) -> None:
+@pytest.mark.whole
+def test_the_exported_model_is_the_trained_one(tmp_path: Path) -> None:
     """Widths that 128 does not divide: FP8 blocks at the edges are partial."""
     verses = (EXAMPLES / "text/calibration.txt").read_text().split("\n")
     lines = [f"{book}1:{n} {verse}" for i, book in enumerate(BOOKS) for n, verse in enumerate(verses[i::100]) if verse]

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import deepseek_checkpoints
 import pytest
 import torch
-from forward import runner_logits
+from forward import assert_same_logits, random_tokens, relative_error, runner_logits
 from moecast.runner.stream import Cache, Stream
 from moecast.sources.model import Model, open_model
 from torch import Tensor
-from transformers import DeepseekV4ForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV4ForCausalLM
+
+pytestmark = pytest.mark.numeric
 
 TOKENS = 400  # three entries of 128, a hundred of 4 of which the indexer leaves 16
 
@@ -28,23 +33,13 @@ def model(oracle: DeepseekV4ForCausalLM, tmp_path_factory: pytest.TempPathFactor
     return open_model(deepseek_checkpoints.save_deepseek(tmp_path_factory.mktemp("deepseek"), oracle))
 
 
-def _tokens(chunks: int = 2) -> Tensor:
-    return torch.randint(0, 512, (chunks, TOKENS), generator=torch.Generator().manual_seed(0))
-
-
-def _assert_same(logits: Tensor, oracle: DeepseekV4ForCausalLM, tokens: Tensor) -> None:
-    with torch.no_grad():
-        expected = oracle(tokens).logits
-    assert (logits - expected).norm() / expected.norm() < 1e-5
-
-
 def test_logits_equal_transformers(model: Model, oracle: DeepseekV4ForCausalLM) -> None:
-    _assert_same(runner_logits(model, _tokens()), oracle, _tokens())
+    assert_same_logits(model, oracle, random_tokens(2, TOKENS))
 
 
 def test_in_memory_names_give_the_same_logits(oracle: DeepseekV4ForCausalLM, tmp_path: Path) -> None:
     folder = deepseek_checkpoints.save_deepseek(tmp_path / "memory", oracle, in_memory_names=True)
-    _assert_same(runner_logits(open_model(folder), _tokens(1)), oracle, _tokens(1))
+    assert_same_logits(open_model(folder), oracle, random_tokens(1, TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +50,7 @@ def test_encodings_of_the_hub(experts: str, scale: float, tmp_path: Path) -> Non
     oracle = deepseek_checkpoints.save_deepseek_hub(
         tmp_path / "hub", deepseek_checkpoints.deepseek_model(seed=1), experts, scale
     )
-    _assert_same(runner_logits(open_model(tmp_path / "hub"), _tokens(1)), oracle, _tokens(1))
+    assert_same_logits(open_model(tmp_path / "hub"), oracle, random_tokens(1, TOKENS))
 
 
 def _in_pieces(model: Model, tokens: Tensor, cuts: list[int]) -> Iterator[Tensor]:
@@ -74,8 +69,10 @@ def _in_pieces(model: Model, tokens: Tensor, cuts: list[int]) -> Iterator[Tensor
 )
 def test_pieces_equal_the_whole(model: Model, oracle: DeepseekV4ForCausalLM, cuts: list[int]) -> None:
     """Cuts within windows of both ratios, and single steps across the end of one."""
-    tokens = _tokens()[:, : cuts[-1]]
-    _assert_same(torch.cat(list(_in_pieces(model, tokens, cuts)), dim=1), oracle, tokens)
+    tokens = random_tokens(2, TOKENS)[:, : cuts[-1]]
+    with torch.no_grad():
+        expected = oracle(tokens).logits
+    assert relative_error(torch.cat(list(_in_pieces(model, tokens, cuts)), dim=1), expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -87,7 +84,7 @@ def test_pieces_equal_the_whole(model: Model, oracle: DeepseekV4ForCausalLM, cut
 )  # fmt: skip
 def test_every_setting_matters(name: str, change: dict[str, object], model: Model) -> None:
     """The oracle with one setting changed is far from us: the comparison above would notice."""
-    tokens = _tokens(1)
+    tokens = random_tokens(1, TOKENS)
     with torch.no_grad():
         expected = deepseek_checkpoints.deepseek_model(**change)(tokens).logits
-    assert (runner_logits(model, tokens) - expected).norm() / expected.norm() > 1e-3
+    assert relative_error(runner_logits(model, tokens), expected) > 1e-3

@@ -9,35 +9,30 @@ import checkpoints
 import pytest
 import torch
 from conftest import Checkpoint
-from forward import runner_logits
-from moecast.sources.model import Model, open_model
+from forward import assert_same_logits, random_tokens
+from moecast.sources.model import open_model
 
+pytestmark = pytest.mark.numeric
 
-def assert_same_logits(model: Model, oracle: torch.nn.Module, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, model.graph.vocabulary_size, (3, 80), generator=generator)
-    with torch.no_grad():
-        expected = oracle(tokens).logits
-    difference = (runner_logits(model, tokens) - expected).norm() / expected.norm()
-    assert difference < 1e-5
+TOKENS = random_tokens(3, 80, checkpoints.MINIMAX["vocab_size"])
 
 
 @pytest.mark.parametrize("name", ["minimax", "minimax_fp8", "minimax_odd"])
 def test_logits_equal_transformers(name: str, request: pytest.FixtureRequest) -> None:
     checkpoint: Checkpoint = request.getfixturevalue(name)
-    assert_same_logits(open_model(checkpoint.folder), checkpoint.oracle)
+    assert_same_logits(open_model(checkpoint.folder), checkpoint.oracle, TOKENS)
 
 
 def test_in_memory_names_give_the_same_logits(minimax: Checkpoint, tmp_path: Path) -> None:
     """`save_original_format=False` fuses the gate and up projections of all experts."""
     folder = checkpoints.save_minimax(tmp_path / "fused", minimax.oracle, in_memory_names=True)
-    assert_same_logits(open_model(folder), minimax.oracle)
+    assert_same_logits(open_model(folder), minimax.oracle, TOKENS)
 
 
 def test_tied_embeddings(tmp_path: Path) -> None:
     model = checkpoints.minimax_model(tie_word_embeddings=True)
     folder = checkpoints.save_minimax(tmp_path / "tied", model)
-    assert_same_logits(open_model(folder), model)
+    assert_same_logits(open_model(folder), model, TOKENS)
 
 
 def test_bfloat16_checkpoint(tmp_path: Path) -> None:
@@ -48,4 +43,4 @@ def test_bfloat16_checkpoint(tmp_path: Path) -> None:
             if "inv_freq" not in name:
                 tensor.copy_(tensor.bfloat16())
     folder = checkpoints.save_minimax(tmp_path / "bf16", copy.deepcopy(model).bfloat16())
-    assert_same_logits(open_model(folder), model)
+    assert_same_logits(open_model(folder), model, TOKENS)

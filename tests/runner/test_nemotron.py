@@ -9,27 +9,17 @@ import modelopt
 import nemotron_checkpoints as nemotron
 import pytest
 import torch
+from forward import assert_same_logits, random_tokens, relative_error
 from moecast.archs.graph import Mamba2
 from moecast.runner.blocks.context import Context
 from moecast.runner.blocks.mamba import MambaMixer, scan
-from moecast.runner.stream import Stream
 from moecast.runner.weights import ModelWeights
-from moecast.sources.model import Model, open_model
+from moecast.sources.model import open_model
 from nemotron_checkpoints import DENSE, GROUPED, LATENT, WITH_DENSE_LAYER
-from torch import Tensor
-from transformers import NemotronHForCausalLM
 
+pytestmark = pytest.mark.numeric
 
-def assert_same_logits(model: Model, oracle: NemotronHForCausalLM, tokens: int = 80) -> None:
-    ids = torch.randint(0, model.graph.vocabulary_size, (2, tokens), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = oracle(ids).logits
-    stream = Stream(model, ids)
-    for layer in model.graph.layers:
-        stream.advance(layer)
-    states = stream.final_states(slice(None))
-    logits = stream.logits(states).view(expected.shape)
-    assert (logits - expected).norm() / expected.norm() < 1e-5
+TOKENS = random_tokens(2, 80)
 
 
 @pytest.mark.parametrize(
@@ -40,12 +30,12 @@ def assert_same_logits(model: Model, oracle: NemotronHForCausalLM, tokens: int =
 @pytest.mark.parametrize("in_memory_names", [False, True], ids=["Hub names", "in-memory names"])
 def test_logits_equal_transformers(overrides: dict[str, Any], in_memory_names: bool, tmp_path: Path) -> None:
     oracle = nemotron.nemotron_model(**overrides)
-    assert_same_logits(open_model(nemotron.save_nemotron(tmp_path / "m", oracle, in_memory_names)), oracle)
+    assert_same_logits(open_model(nemotron.save_nemotron(tmp_path / "m", oracle, in_memory_names)), oracle, TOKENS)
 
 
 def test_prompt_of_several_scan_chunks(tmp_path: Path) -> None:
     oracle = nemotron.nemotron_model(seed=1)
-    assert_same_logits(open_model(nemotron.save_nemotron(tmp_path / "m", oracle)), oracle, tokens=300)
+    assert_same_logits(open_model(nemotron.save_nemotron(tmp_path / "m", oracle)), oracle, random_tokens(2, 300))
 
 
 def test_old_spelling_and_missing_bias(tmp_path: Path) -> None:
@@ -60,7 +50,7 @@ def test_old_spelling_and_missing_bias(tmp_path: Path) -> None:
         time_step_limit=[0, float("inf")],
     )
     assert "Infinity" in (folder / "config.json").read_text()
-    assert_same_logits(open_model(folder), oracle)
+    assert_same_logits(open_model(folder), oracle, TOKENS)
 
 
 def mixed(module: str) -> modelopt.Encoding | None:
@@ -75,11 +65,13 @@ def mixed(module: str) -> modelopt.Encoding | None:
 @pytest.mark.parametrize("encoding_of", [lambda module: "nvfp4" if "mixer" in module else None, mixed])
 def test_quantized_checkpoints(encoding_of: Any, tmp_path: Path) -> None:
     """The oracle computes with the values that the codes stand for."""
+    from transformers import NemotronHForCausalLM
+
     plain = nemotron.save_nemotron(tmp_path / "plain", nemotron.nemotron_model(seed=3, **LATENT))
     values = modelopt.rewrite(plain, tmp_path / "quantized", encoding_of)
     exact = modelopt.dequantized(plain, tmp_path / "exact", values)
     oracle = NemotronHForCausalLM.from_pretrained(exact, dtype=torch.float32).eval()
-    assert_same_logits(open_model(tmp_path / "quantized"), oracle)
+    assert_same_logits(open_model(tmp_path / "quantized"), oracle, TOKENS)
 
 
 @pytest.mark.parametrize("encoding", ["nvfp4", "nvfp4_compressed", "fp8", "fp8_rows"])
@@ -111,9 +103,9 @@ def test_stepping_equals_chunks(tmp_path: Path) -> None:
         for part in states.split(sizes):
             output, memory = mixer(part, memory, context)
             parts.append(output)
-        assert relative(torch.cat(parts), whole) < 1e-5
-        assert relative(memory.space, last.space) < 1e-5
-        assert relative(memory.convolution, last.convolution) < 1e-5
+        assert relative_error(torch.cat(parts), whole) < 1e-5
+        assert relative_error(memory.space, last.space) < 1e-5
+        assert relative_error(memory.convolution, last.convolution) < 1e-5
         assert memory.space.dtype == torch.float32
 
 
@@ -132,9 +124,5 @@ def test_scan_is_the_recurrence() -> None:
         inputs = (step[t, :, None] * x[t]).double()[..., None] * b[t].repeat_interleave(2, 0).double()[:, None]
         exact = torch.exp(step[t].double() * decay)[:, None, None] * exact + inputs
         expected = (exact @ c[t].repeat_interleave(2, 0).double()[..., None])[..., 0]
-        assert relative(y[t], expected) < 1e-5
-    assert relative(last, exact) < 1e-5
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+        assert relative_error(y[t], expected) < 1e-5
+    assert relative_error(last, exact) < 1e-5

@@ -10,7 +10,7 @@ import checkpoints
 import pytest
 import torch
 from conftest import Checkpoint
-from moecast.archs.weights import BlockScaled, Read, TensorInfo
+from moecast.archs.expressions import BlockScaled, Read, TensorInfo
 from moecast.errors import BadInput
 from moecast.sources.checkpoint import read_config, read_tensors
 from moecast.sources.decode import evaluate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from moecast.archs.weights import Read
+from moecast.archs.expressions import Read
 from moecast.sources.checkpoint import read_tensors
 from moecast.sources.decode import evaluate
 from moecast.sources.storage import Storage

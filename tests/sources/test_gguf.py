@@ -76,7 +76,7 @@ def _read_within_bounds(path: Path) -> None:
     assert peak < MEMORY_BOUND
 
 
-@settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files(valid: Path, tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(valid.read_bytes())

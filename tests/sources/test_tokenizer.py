@@ -12,7 +12,6 @@ from moecast.sources.tokenizer import Tokenizer
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
 
 GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",)
 ADDED = [
@@ -45,6 +44,8 @@ def begin_with(backend: Backend, *tokens: str) -> None:
 
 @pytest.mark.parametrize("template", [True, False])
 def test_ids_are_those_of_transformers(backend: Backend, tmp_path: Path, template: bool) -> None:
+    from transformers import AutoTokenizer
+
     if template:
         begin_with(backend, "<s>")
     folder = vocabularies.save(backend, tmp_path, tokenizer_config=CONFIG)

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import Checkpoint
+from conversions import convert
 from forward import runner_logits
-from moecast.convert import convert
 from moecast.quant import dequantize
 from moecast.runner import parity, perplexity
+from moecast.runner.settings import Evaluation
 from moecast.sources.model import open_model
+
+pytestmark = pytest.mark.numeric
 
 EXACT = ("F32", "BF16", "F16")
 QUANTIZED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_XS", "MXFP4_MOE")
@@ -64,12 +67,13 @@ def test_checkpoint_saved_by_transformers(minimax: Checkpoint, tmp_path: Path) -
     assert llama.mean_divergence(expected, llama.run_isolated(result.files[0], tokens[0].tolist())) < 1e-6
 
 
+@pytest.mark.whole
 def test_same_perplexity_everywhere(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     """transformers on the checkpoint, our runner on the checkpoint and on the file, llama.cpp on the file."""
     path = convert(minimax_fp8.folder, tmp_path, "F32", calibration=None, verify=False).files[0]
     model = open_model(minimax_fp8.folder)
-    ours = perplexity(model, checkpoints.TEXT, context=128, chunks=4)
-    from_file = perplexity(path, checkpoints.TEXT, context=128, chunks=4)
+    ours = perplexity(model, Evaluation(checkpoints.TEXT, 128, 4))
+    from_file = perplexity(path, Evaluation(checkpoints.TEXT, 128, 4))
     with llama.Engine(path, context=128, threads=2) as engine:
         ids = engine.tokenize(checkpoints.TEXT.read_text(encoding="utf-8").removesuffix("\n"), add_special=True)
         theirs, count = llama.perplexity(engine, ids[: 4 * 128], 128)
@@ -90,7 +94,7 @@ def test_parity_equals_logits_of_both_models(minimax_fp8: Checkpoint, tmp_path: 
     """Streaming statistics against the textbook formulas on full float64 logits."""
     path = convert(minimax_fp8.folder, tmp_path, "Q4_K_M", calibration=None, verify=False).files[0]
     reference, candidate = open_model(minimax_fp8.folder), open_model(path)
-    result = parity(reference, candidate, checkpoints.TEXT, context=64, chunks=5)
+    result = parity(reference, candidate, Evaluation(checkpoints.TEXT, 64, 5))
     ids = reference.tokenizer.encode(checkpoints.TEXT.read_text(encoding="utf-8").removesuffix("\n"))
     tokens = torch.tensor(ids[: 5 * 64]).view(5, 64)
     first, second = (runner_logits(m, tokens)[:, 32:63].double().log_softmax(-1) for m in (reference, candidate))
@@ -108,7 +112,7 @@ def test_parity_equals_logits_of_both_models(minimax_fp8: Checkpoint, tmp_path: 
 
 
 def test_parity_of_a_model_with_itself_is_zero(minimax_odd: Checkpoint) -> None:
-    result = parity(minimax_odd.folder, minimax_odd.folder, checkpoints.TEXT, context=64, chunks=2)
+    result = parity(minimax_odd.folder, minimax_odd.folder, Evaluation(checkpoints.TEXT, 64, 2))
     assert result.mean_kld == 0 and result.kld_maximum == 0 and result.top1_agreement == 1
 
 

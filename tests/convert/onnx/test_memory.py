@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import checkpoints
+import pytest
 import torch
 from moecast.convert.onnx.prepack import prepack
 from moecast.progress import NoProgress
@@ -96,6 +97,7 @@ def _own_memory(folder: Path, how: str) -> int:
     return int(run.stdout)
 
 
+@pytest.mark.slow
 def test_wide_layers(tmp_path: Path) -> None:
     source = _write(tmp_path / "wide")
     plan = plan_format("onnx", open_model(source).graph, "Q4_0")

@@ -12,12 +12,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from forward import runner_logits
-from moecast.convert import convert
+from conversions import convert
+from forward import relative_error, runner_logits
 from moecast.runner.engines import OnnxModel, OnnxState
 from moecast.sources.model import open_model
-from onnx_models import Cast, cast, onnx_logits, relative_error
+from onnx_models import Cast, cast, onnx_logits
 from torch import Tensor
+
+pytestmark = pytest.mark.numeric
 
 EXACT = 1e-5
 TOKENS = 400  # DeepSeek: three entries of 128, and a hundred of 4 of which the indexer leaves 16
@@ -87,6 +89,7 @@ def test_quantized_nemotron_is_our_runner(change: dict[str, Any], tmp_path: Path
     assert relative_error(onnx_logits(result.engine(), _tokens(200)), expected) < EXACT
 
 
+@pytest.mark.whole
 def test_deepseek_is_transformers(tmp_path: Path) -> None:
     oracle = deepseek_checkpoints.deepseek_model()
     engine = _in_full(deepseek_checkpoints.save_deepseek(tmp_path / "hf", oracle))
@@ -123,6 +126,7 @@ def test_texts_of_a_batch_are_each_its_own(kind: str, request: pytest.FixtureReq
     assert relative_error(torch.from_numpy(logits), expected) < EXACT
 
 
+@pytest.mark.whole
 def test_equal_scores_choose_the_earliest_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Index heads that never match: all scores are zero, and torch.topk would choose any entries."""
     oracle = deepseek_checkpoints.deepseek_model()

@@ -9,25 +9,27 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
+from conversions import convert
 from moecast.cli import main
-from moecast.convert import convert
 from moecast.convert.plans.allocate import choose_measured_plan, split_tokens, stock_within, winner, without
-from moecast.convert.plans.choose import Budget, Goal, choose_plan
-from moecast.convert.requantize import requantize
+from moecast.convert.plans.choose import Budget, plan_for
+from moecast.convert.requantize import Exceptions, requantize
+from moecast.convert.settings import Goal
 from moecast.errors import BadInput
 from moecast.progress import NoProgress
 from moecast.quant.planning.allocation import typical_damage
-from moecast.quant.planning.plan import plan_file
+from moecast.quant.planning.plan import Form, plan_file
 from moecast.quant.planning.recipes import RECIPES, recipe_named
 from moecast.runner.measure.compare_plans import divergences
-from moecast.runner.measure.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT, chunk_tokens
 from moecast.runner.measure.logits import logit_source
 from moecast.runner.measure.probe import measure_damage
 from moecast.runner.passes import Measuring
+from moecast.runner.texts import CALIBRATION_TEXT, EVALUATION_TEXT, chunk_tokens
 from moecast.sources.model import Model, open_model
 from torch import Tensor
 
 CONTEXT = 64
+UNPADDED = Form(padding=False)
 EXAMPLES = Path(__file__).parents[3] / "examples"
 TEXT = Path(__file__).parents[2] / "data" / "imatrix" / "text.txt"
 
@@ -42,12 +44,14 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+@pytest.mark.whole
 def test_a_probe_is_a_file_with_one_weight_rounded(full: Path, tmp_path: Path) -> None:
     model = open_model(full)
     tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, 3)
     damage = measure_damage(Measuring(model), tokens, [model.graph])
     for name in ("token_embd.weight", "blk.0.attn_v.weight", "blk.1.ffn_down_exps.weight", "output.weight"):
-        file = requantize(full, tmp_path / f"{name}.gguf", "F32", tensor_types=[(f"^{name}$", "IQ2_XXS")]).files[0]
+        types = Exceptions([(f"^{name}$", "IQ2_XXS")])
+        file = requantize(full, tmp_path / f"{name}.gguf", "F32", exceptions=types).files[0]
         expected = typical_divergence(model, open_model(file), tokens)
         assert damage.sensitivity[name] * damage.probe[name] == pytest.approx(expected, rel=1e-3)
         assert damage.errors[name]["Q8_0"] < damage.errors[name]["Q4_K"] < damage.errors[name]["IQ2_XXS"] < 0.3
@@ -65,6 +69,7 @@ def typical_divergence(reference: Model, candidate: Model, tokens: Tensor) -> fl
     return total**2 / (weight * len(tokens) * (CONTEXT // 2 - 1))
 
 
+@pytest.mark.whole
 def test_foreign_text_ranks_weights_nearly_like_text_of_the_kind_a_model_knows() -> None:
     """The example was trained on one book; without weighing positions, dialogues and code give a correlation of 0.5."""
     model = open_model(EXAMPLES / "minimax-m2-tiny")
@@ -76,6 +81,7 @@ def test_foreign_text_ranks_weights_nearly_like_text_of_the_kind_a_model_knows()
     assert float(torch.corrcoef(torch.stack(logarithms))[0, 1]) > 0.85
 
 
+@pytest.mark.whole
 def test_plans_side_by_side_are_the_files_they_describe(minimax: Checkpoint, full: Path, tmp_path: Path) -> None:
     model = open_model(minimax.folder)
     tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, 3)
@@ -88,6 +94,7 @@ def test_plans_side_by_side_are_the_files_they_describe(minimax: Checkpoint, ful
         assert float(divergence.kld.mean()) == pytest.approx(result.parity.mean_kld, rel=1e-3)
 
 
+@pytest.mark.whole
 def test_the_best_plan_is_no_worse_than_stock_at_its_bytes(minimax: Checkpoint) -> None:
     model = open_model(minimax.folder)
     tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, 8)
@@ -107,8 +114,8 @@ def test_stock_is_what_llama_quantize_has(minimax: Checkpoint) -> None:
     """Not one of our own mixes, even where that comes closer to the size."""
     graph = open_model(minimax.folder).graph
     for recipe in (recipe for recipe in RECIPES.values() if recipe.ours):
-        plan = plan_file(graph, recipe, padding=False, mtp=None, calibrated=True)
-        stock = stock_within(graph, plan.bytes, padding=False, mtp=None, calibrated=True)
+        plan = plan_file(graph, recipe, UNPADDED, calibrated=True)
+        stock = stock_within(graph, plan.bytes, UNPADDED, calibrated=True)
         assert stock is not None and not stock.recipe.ours and 0.7 * plan.bytes < stock.bytes <= plan.bytes
 
 
@@ -156,6 +163,7 @@ def test_a_plan_file_and_a_model_file_give_their_types(minimax_fp8: Checkpoint, 
     assert run("plan", minimax_fp8.folder, "--bpw", 4, "--to", "onnx").exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_measured_plan_is_the_one_that_convert_makes(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     """`plan --measure` writes nothing but the plan, and what `convert` measures leads to the same types."""
     file, goal = tmp_path / "plan.json", ("--bpw", 4, "--calibration", TEXT)
@@ -176,7 +184,7 @@ def test_a_measured_plan_is_the_one_that_convert_makes(minimax_fp8: Checkpoint, 
 def test_rows_are_padded_where_that_does_less_damage(minimax_odd: Checkpoint) -> None:
     """Rows of 160 and 96 would grow several times: never here; `plan_within` decides by damage alone."""
     model = open_model(minimax_odd.folder)
-    plan = choose_plan(model, Goal(bits_per_weight=6))
+    plan = plan_for(model, Goal(bits_per_weight=6))
     assert plan.graph.hidden_size == 160
     assert any("not measured" in note for note in plan.notes)
     assert not typical_damage(model.graph).measured

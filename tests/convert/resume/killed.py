@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moecast.convert.pipeline import convert
-from moecast.convert.plans.choose import Goal, budget_of
-from moecast.convert.plans.measured import measured_plan
+from conversions import convert
 from moecast.convert.resume import journal
-from moecast.sources.model import open_model
+from moecast.convert.settings import Goal
 
 CALLS = ("pwrite", "ftruncate", "replace", "unlink", "rmdir", "mkdir")
 SYNCHRONIZING = ("fdatasync", "fsync")
@@ -57,14 +55,8 @@ class Calls:
 
 def make(source: Path, output: Path, size: int | None = None, **options: Any) -> None:
     """A conversion, by a plan for `size` bytes that is measured first."""
-    if size is None:
-        convert(source, output, threads=1, **options)
-        return
-    model = open_model(source)
-    shared = {"context": options["context"], "error_feedback": options.get("error_feedback", False)}
-    text = Path(options["calibration"])
-    with measured_plan(model, budget_of(model, Goal(size=size)), output, calibration=text, **shared) as found:
-        convert(model, output, found.plan, threads=1, **options)
+    goal = options.pop("quant", None) if size is None else Goal(size=size)
+    convert(source, output, goal, threads=1, error_feedback=options.pop("error_feedback", False), **options)
 
 
 def attempt(
@@ -76,7 +68,7 @@ def attempt(
     if child == 0:
         try:
             counter = Calls(*calls)
-            make(source, folder if options.get("target") == "onnx" else folder / "model.gguf", **options)
+            make(source, folder if options.get("file_format") == "onnx" else folder / "model.gguf", **options)
             os.write(writer, str(counter.count).encode())
             os._exit(0)
         except BaseException as error:

@@ -23,12 +23,15 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
+from conversions import convert
+from moecast import __version__
 from moecast.archs.graph import Layer
 from moecast.cli import main
 from moecast.convert.calibrate import write_imatrix
-from moecast.convert.pipeline import Conversion, convert
-from moecast.convert.resume import journal
+from moecast.convert.conversion import Conversion
+from moecast.convert.resume import fingerprint, journal
 from moecast.convert.resume.journal import Journal
+from moecast.convert.settings import Calibration
 from moecast.errors import BadInput, Interrupted
 from moecast.runner.stream import Stream
 from moecast.sources.model import open_model
@@ -65,14 +68,19 @@ def _excerpt(folder: Path) -> Path:
     return path
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("example", "options"),
     [
-        ("minimax-m2-tiny", {"padding": False, "quant": "IQ4_XS", "error_feedback": True} | LANES),
+        slow("minimax-m2-tiny", {"padding": False, "quant": "IQ4_XS", "error_feedback": True} | LANES),
         ("nemotron-3-tiny", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
-        ("a draft", {"mtp": True, "calibration": None, "verify": False}),  # it is a second file
-        ("minimax-m2-tiny", {"target": "onnx"} | LANES),
-        ("nemotron-3-tiny", {"size": 2_000_000} | LANES),
+        slow("a draft", {"mtp": True, "calibration": None, "verify": False}),  # it is a second file
+        slow("minimax-m2-tiny", {"file_format": "onnx"} | LANES),
+        slow("nemotron-3-tiny", {"size": 2_000_000} | LANES),
     ],
 )
 def test_killed_at_random_moments(tmp_path: Path, example: str, options: dict[str, Any]) -> None:
@@ -87,10 +95,12 @@ def test_killed_at_random_moments(tmp_path: Path, example: str, options: dict[st
     if options.get("calibration"):
         options = options | {
             "calibration": str(_excerpt(tmp_path)),
-            "imatrix_out": str(tmp_path / "out" / "imatrix.gguf"),
+            "save_to": str(tmp_path / "out" / "imatrix.gguf"),
         }
     arguments = [str(source), str(tmp_path / "out"), "10", str(seed), json.dumps(options)]
-    result = subprocess.run([sys.executable, str(KILLED), *arguments], capture_output=True, text=True)
+    paths = os.pathsep.join(filter(None, (str(KILLED.parents[2]), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": paths}
+    result = subprocess.run([sys.executable, str(KILLED), *arguments], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["outcomes"] >= 1 and report["wrong"] == []
@@ -151,7 +161,7 @@ def test_interrupted_pass(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: 
     options = LANES | {"calibration": _excerpt(tmp_path), "quant": "Q3_K_M"}
 
     def run(folder: Path) -> Conversion:
-        return convert(minimax_fp8.folder, folder / "m.gguf", imatrix_out=folder / "i.gguf", **options)
+        return convert(minimax_fp8.folder, folder / "m.gguf", save_to=folder / "i.gguf", **options)
 
     undisturbed = run(tmp_path / "undisturbed")
     for pieces in (40, 35):  # ends within the first layer, then within the second
@@ -178,21 +188,21 @@ def test_interrupted_pass(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: 
 
 def test_interrupted_calibration(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`moecast imatrix` alone goes on after the last whole layer too."""
-    text, layers = _excerpt(tmp_path), []
+    text, layers = Calibration(_excerpt(tmp_path), context=64), []
     files = [tmp_path / name / "i.gguf" for name in ("undisturbed", "out")]
     advance = moecast.runner.passes.advance
-    undisturbed = write_imatrix(minimax_fp8.folder, files[0], text, context=64)
+    undisturbed = write_imatrix(minimax_fp8.folder, files[0], text)
     with monkeypatch.context() as patched:
         patched.setattr(moecast.runner.passes, "advance", _after(1, KeyboardInterrupt(), advance))
         with pytest.raises(KeyboardInterrupt):
-            write_imatrix(minimax_fp8.folder, files[1], text, context=64)
+            write_imatrix(minimax_fp8.folder, files[1], text)
     assert _hidden(files[1].parent) == [".i.gguf.journal"]
     monkeypatch.setattr(
         moecast.runner.passes,
         "advance",
         lambda streams, here, done: layers.append(here[0].index) or advance(streams, here, done),
     )
-    continued = write_imatrix(minimax_fp8.folder, files[1], text, context=64)
+    continued = write_imatrix(minimax_fp8.folder, files[1], text)
     assert layers == [layer.index for layer in open_model(minimax_fp8.folder).graph.layers][1:]
     assert (continued.unseen_experts, continued.fewest_tokens) == (
         undisturbed.unseen_experts,
@@ -240,6 +250,24 @@ def test_changed_source_is_refused(minimax_fp8: Checkpoint, tmp_path: Path, monk
     assert result.exit_code == 2 and re.search(r"source was \d+ bytes in \d+ files \(\w+\), is now", result.stderr)
 
 
+def test_another_version_of_the_code(
+    minimax_fp8: Checkpoint, tmp_path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that makes the same bytes goes on; another is refused, and the message says which one was at work."""
+    output = tmp_path / "out" / "model.gguf"
+    _interrupt(minimax_fp8.folder, output, monkeypatch)
+    monkeypatch.setattr(journal, "__version__", "99.0")
+    with monkeypatch.context() as patched:
+        patched.setattr(fingerprint, "code_digest", lambda: "0123456789ab")
+        result = _convert(minimax_fp8.folder, output)
+    assert result.exit_code == 2 and len(_errors(result)) == 1
+    assert re.search(r"the code that decides bytes was \w{12}, is now 0123456789ab", result.stderr)
+    assert f"run that one again with moecast {__version__} to finish it, or use --overwrite" in result.stderr
+    result = _convert(minimax_fp8.folder, output)
+    assert result.exit_code == 0 and "Goes on: " in result.stderr
+    assert output.read_bytes() == expected
+
+
 def test_part_that_is_gone(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The record of a file that was changed is worth nothing: it goes, and the next run begins anew."""
     output = tmp_path / "out" / "model.gguf"
@@ -284,7 +312,7 @@ def test_disk_that_is_too_small(
         patched.setattr(shutil, "disk_usage", free(0))
         result = _convert(minimax_fp8.folder, output)
     assert result.exit_code == 0, result.stderr
-    assert "Goes on: " in result.stderr and output.read_bytes() == expected
+    assert "Resuming: " in result.stderr and output.read_bytes() == expected
 
 
 def test_quantize_continues(minimax: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,6 +376,7 @@ def test_saved_tensors(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.whole
 def test_states_that_find_no_room(tmp_path: Path) -> None:
     """The system itself refuses: no file may grow beyond a page."""
     code = (

@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.formats.lattice_search import Lattice, even_signs
-from synthetic import Floats, heavy_tailed, importance, normal, relative_error
+from synthetic import Floats, edges, heavy_tailed, importance, normal, relative_error
 
 LATTICES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 EVEN_SIGNS = ("IQ2_XXS", "IQ2_XS", "IQ3_XXS")
@@ -62,26 +62,6 @@ def test_no_rows(name: str) -> None:
     data = quantize(np.zeros((0, 256), np.float32), name)
     assert data.shape == (0, format_named(name).row_bytes(256))
     assert dequantize(data, name).shape == (0, 256)
-
-
-def edges() -> dict[str, Floats]:
-    """Rows of two blocks each."""
-    noise = np.random.default_rng(0).standard_normal(512)
-    outlier = 5.0 * (np.arange(512) == 77)
-    rows = {
-        "zero": np.zeros(512),
-        "constant": np.full(512, 0.37),
-        "negative constant": np.full(512, -0.37),
-        "outlier": outlier,
-        "negative outlier": -outlier,
-        "denormal": 1e-40 * noise,
-        "near the smallest float16": 1e-6 * noise,
-        "huge": 1e30 * noise,
-        "largest": np.full(512, np.finfo(np.float32).max),
-        "huge beside tiny": np.where(np.arange(512) < 100, 1e30, 1e-30),
-        "positive": np.abs(noise) + 5,
-    }
-    return {name: row.astype(np.float32) for name, row in rows.items()}
 
 
 @pytest.mark.parametrize("name", (*LATTICES, *OTHERS))

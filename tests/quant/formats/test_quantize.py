@@ -8,7 +8,7 @@ import pytest
 import torch
 from moecast.errors import BadInput
 from moecast.quant import dequantize, format_named, quantize
-from synthetic import Floats, heavy_tailed, importance, normal, relative_error
+from synthetic import Floats, edges, heavy_tailed, importance, normal, relative_error
 
 QUANTIZED = (
     "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"
@@ -65,26 +65,6 @@ def test_no_rows(name: str) -> None:
     data = quantize(np.zeros((0, 256), np.float32), name)
     assert data.shape == (0, format_named(name).row_bytes(256))
     assert dequantize(data, name).shape == (0, 256)
-
-
-def edges() -> dict[str, Floats]:
-    """Rows of two blocks each."""
-    noise = np.random.default_rng(0).standard_normal(512)
-    outlier = 5.0 * (np.arange(512) == 77)
-    rows = {
-        "zero": np.zeros(512),
-        "constant": np.full(512, 0.37),
-        "negative constant": np.full(512, -0.37),
-        "outlier": outlier,
-        "negative outlier": -outlier,
-        "denormal": 1e-40 * noise,
-        "near the smallest float16": 1e-6 * noise,
-        "huge": 1e30 * noise,
-        "largest": np.full(512, np.finfo(np.float32).max),
-        "huge beside tiny": np.where(np.arange(512) < 100, 1e30, 1e-30),
-        "positive": np.abs(noise) + 5,
-    }
-    return {name: row.astype(np.float32) for name, row in rows.items()}
 
 
 @pytest.mark.parametrize("name", (*QUANTIZED, *FLOATS))

@@ -15,6 +15,7 @@ from moecast.archs.weights import Role
 from moecast.errors import BadInput
 from moecast.quant.planning.file_formats import plan_format
 from moecast.quant.planning.onnx_plan import ONNX_RECIPES, SHARD_BYTES, OnnxPlan
+from moecast.quant.planning.plan import Form
 from moecast.sources.model import open_model
 
 GIB = 2**30
@@ -120,4 +121,4 @@ def test_what_onnx_runtime_cannot_hold_is_refused() -> None:
     with pytest.raises(BadInput, match="--quant Q4_K_M has types that ONNX Runtime cannot"):
         plan(graph, "q4_k_m")
     with pytest.raises(BadInput, match="--mtp"):
-        plan_format("onnx", graph, None, mtp=True)
+        plan_format("onnx", graph, None, Form(mtp=True))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ggml
 import pytest
 import torch
-from moecast.archs.weights import Role, Weight, Zeros
+from moecast.archs.expressions import Zeros
+from moecast.archs.weights import Role, Weight
 from moecast.errors import BadInput
 from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.formats import native

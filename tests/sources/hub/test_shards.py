@@ -15,12 +15,12 @@ import pytest
 import torch
 from hub_server import Fault, HubServer
 from huggingface_hub import constants
-from moecast.archs.weights import TensorInfo
+from moecast.archs.expressions import TensorInfo
 from moecast.errors import BadInput, Interrupted
 from moecast.sources.hub import shards
 from moecast.sources.hub import transfer as hub_transfer
 from moecast.sources.hub.repository import HubCheckpoint, HubSource
-from moecast.sources.hub.shards import ShardStorage, open_on_demand, pass_over
+from moecast.sources.hub.shards import ShardStorage, fetch_on_demand, pass_over
 from moecast.sources.model import Model, open_model
 from safetensors.torch import load_file
 
@@ -54,6 +54,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)  # what is lost with a connection
     monkeypatch.setattr(hub_transfer, "ATTEMPTS", 1)
     monkeypatch.setattr(hub_transfer.time, "sleep", lambda seconds: None)
+
+
+def open_on_demand(checkpoint: HubCheckpoint, scratch: int | None, folder: Path) -> Model:
+    model = open_model(checkpoint.folder, checkpoint.read_headers())
+    fetch_on_demand(model, checkpoint, scratch, folder)
+    return model
 
 
 def _checkpoint(server: HubServer) -> HubCheckpoint:

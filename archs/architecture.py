@@ -1,0 +1,36 @@
+"""What an adapter provides: how a family's checkpoints and GGUF files are read, and what llama.cpp must be told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .config import Config
+from .expressions import TensorInfo
+from .graph import Graph
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family of models.
+
+    Attributes:
+        name: `general.architecture` of its GGUF files.
+        model_types: values of `model_type` in config.json that it reads.
+        example: folder of its tiny trained checkpoint in `examples/`.
+        pre_tokenizer: llama.cpp's name of its text splitter (`tokenizer.ggml.pre`).
+        from_checkpoint: config.json and the stored tensors to a graph.
+        from_gguf: GGUF metadata and the stored tensors to a graph.
+        gguf_metadata: the keys that llama.cpp needs to run the graph; int means u32, float f32.
+        draft_metadata: the same for the file of a graph's draft, where such drafts occur.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    example: str
+    pre_tokenizer: str
+    from_checkpoint: Callable[[Config, Sequence[TensorInfo]], Graph]
+    from_gguf: Callable[[Config, Sequence[TensorInfo]], Graph]
+    gguf_metadata: Callable[[Graph], Mapping[str, Any]]
+    draft_metadata: Callable[[Graph], Mapping[str, Any]] | None = None

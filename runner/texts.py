@@ -1,0 +1,44 @@
+"""The texts that calibrate and evaluate, and how they become chunks of tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from ..sources.tokenizer import Tokenizer
+
+DEFAULT_CONTEXT = 512  # tokens
+_TEXTS = Path(__file__).parents[1] / "examples" / "text"
+EVALUATION_TEXT = _TEXTS / "evaluation.txt"
+CALIBRATION_TEXT = _TEXTS / "diverse.txt"
+
+
+def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | None) -> Tensor:
+    """The text as int64 [chunks, context]. Raises BadInput when it is too short or the context too small."""
+    if context < 4:
+        raise BadInput(f"--context is {context}, expected at least 4 tokens")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file} cannot be read as UTF-8 text: {error}") from None
+    ids = tokenizer.encode(text.removesuffix("\n"))
+    if len(ids) < 2 * context:
+        raise BadInput(
+            f"{file} holds {len(ids)} tokens, expected at least {2 * context}: use more text or less --context"
+        )
+    count = len(ids) // context if chunks is None else min(chunks, len(ids) // context)
+    if count < 1:
+        raise BadInput(f"--chunks is {chunks}, expected at least 1")
+    return torch.tensor(ids[: count * context], dtype=torch.int64).view(count, context)
+
+
+def with_bos(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """llama-perplexity puts the BOS token in place of each chunk's first token, where the model has one."""
+    if not tokenizer.add_bos or tokenizer.bos is None:
+        return tokens
+    tokens = tokens.clone()
+    tokens[:, 0] = tokenizer.bos
+    return tokens

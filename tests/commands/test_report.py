@@ -1,0 +1,124 @@
+"""What commands show of a result: tables of a fixed width, the line that serves a file, the same facts as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import checkpoints
+import pytest
+from click.testing import CliRunner, Result
+from moecast.cli import main
+from moecast.commands.console import human_bytes
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _among_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def _run(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def _rows(table: str) -> list[list[str]]:
+    """The cells of a table's rows, its header left out."""
+    lines = (line.strip(" │").split("│") for line in table.splitlines() if line.startswith("│"))
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+INSPECTED = """\
+minimax-m2-tiny
+┌─────────────────────────┬─────────────────────────────────────────────┐
+│ Architecture            │                                  minimax-m2 │
+│ Parameters              │                        4.2 M (1.6 M active) │
+│ Layers                  │                   2: 2 x Attention, 2 x MoE │
+│ Hidden size, vocabulary │                                   256, 1024 │
+│ Stored                  │ F8_E4M3 3.5 MiB, BF16 1.0 MiB, F32 33.0 KiB │
+│ KV cache per token      │                           1.0 KiB (16 bits) │
+└─────────────────────────┴─────────────────────────────────────────────┘
+"""
+
+
+def test_inspect_as_a_table() -> None:
+    shown = _run("inspect", "minimax-m2-tiny").stdout
+    assert "".join(f"{line.rstrip()}\n" for line in shown.splitlines()) == INSPECTED
+
+
+def test_tables_keep_to_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells break into lines, and nothing of them is lost."""
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = _run("inspect", "minimax-m2-tiny").stdout
+    assert max(len(line) for line in shown.splitlines()) <= 60
+    assert "".join(shown.split()).count("33.0") == 1 and len(_rows(shown)) > len(_rows(INSPECTED))
+
+
+def test_plan_tells_layers_in_ranges() -> None:
+    rows = {row[0]: row[1:4] for row in _rows(_run("plan", "nemotron-3-tiny", "--quant", "Q8_0").stdout)}
+    assert rows["embedding"] == ["Q8_0", "", "1"]
+    assert rows["norm"] == ["F32", "0-4", "8"]
+    assert rows["mamba_input"] == ["Q8_0", "0, 2", "2"]
+    assert rows["expert_up"] == ["Q8_0", "1, 4", "2"]
+    assert rows["attention_q"] == ["Q8_0", "3", "1"]
+
+
+@pytest.mark.parametrize("options", [["--quant", "Q4_K_M"], ["--bpw", "4.5"], ["--to", "onnx"]], ids=lambda o: o[0])
+def test_plan_as_json_has_the_facts_of_the_table(options: list[str]) -> None:
+    shown = _run("plan", "minimax-m2-tiny", *options).stdout
+    plan = json.loads(_run("plan", "minimax-m2-tiny", *options, "--json").stdout)
+    assert f"{human_bytes(plan['bytes'])}, {plan['bits_per_weight']:.2f} bits per weight" in shown
+    rows = _rows(shown)
+    assert sum(int(row[3]) for row in rows) == len(plan["tensors"])
+    assert {row[1] for row in rows} == {tensor["type"] for tensor in plan["tensors"]}
+    assert all(f"Note: {problem}" in shown for problem in plan["problems"])
+
+
+def test_fit_tells_how_to_serve_the_file() -> None:
+    """Experts in RAM, the rest on the GPU; without a GPU there is nothing to say about layers."""
+    machine = ["deepseek-v4-tiny", "--fit", "--ram", "8GB", "-c", "4096"]
+    shown = _run("plan", *machine, "--vram", "2GB").stdout
+    assert "llama-server -m MODEL.gguf -c 4096 --jinja --n-gpu-layers 99 --n-cpu-moe 0" in shown
+    fit = json.loads(_run("plan", *machine, "--vram", "2GB", "--json").stdout)
+    assert fit["serve"] in shown
+    assert f"{human_bytes(fit['state_bytes'])}, working memory: about {human_bytes(fit['working_bytes'])}" in shown
+    alone = json.loads(_run("plan", *machine, "--vram", "0", "--json").stdout)
+    assert alone["layers_in_ram"] == 3 and "gpu" not in alone["serve"]
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["CPU", "GPU"])
+def test_convert_tells_how_to_serve_the_file(gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    if gpu:
+        driver = tools / ("nvidia-smi.exe" if os.name == "nt" else "nvidia-smi")
+        driver.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tools))
+    file = tmp_path / "model.gguf"
+    shown = _run("convert", "minimax-m2-tiny", "-o", file, "--quant", "Q8_0", "--no-verify", "--no-calibration").stdout
+    (line,) = [line.strip() for line in shown.splitlines() if "llama-server" in line]
+    assert line.startswith(f"llama-server -m {file} -c 8192 -t {os.cpu_count()} --jinja")
+    assert line.endswith(" --n-gpu-layers 99 --cpu-moe") == gpu
+    assert f"{human_bytes(file.stat().st_size)}, " in shown
+
+
+def test_scores_as_a_table_and_as_json() -> None:
+    """The same numbers, rounded for people."""
+    text = ["-f", checkpoints.TEXT, "-c", "64", "--chunks", "2"]
+    found = json.loads(_run("perplexity", "minimax-m2-tiny", *text, "--json").stdout)
+    rows = dict(_rows(_run("perplexity", "minimax-m2-tiny", *text).stdout))
+    assert rows["Perplexity"].startswith(f"{found['perplexity']:.4f} ± ")
+    assert rows["Tokens scored"] == str(found["tokens"])
+    both = ["minimax-m2-tiny", "minimax-m2-tiny", *text]
+    same = json.loads(_run("parity", *both, "--json").stdout)
+    shown = dict(_rows(_run("parity", *both).stdout))
+    assert same["mean_kld"] == 0 and shown["Mean KL divergence"].startswith("0.000000 ± ")
+    assert same["top1_agreement"] == 1 and shown["Same top token"] == "100.00%"
+    assert shown["Perplexity, result"] == f"{same['perplexity_candidate']:.4f} (+0.00%)"

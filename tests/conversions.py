@@ -1,0 +1,47 @@
+"""Conversions in one line: the settings that tests vary, by short names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from moecast.convert.conversion import Conversion
+from moecast.convert.pipeline import convert as convert_checkpoint
+from moecast.convert.settings import Calibration, Goal, Output
+from moecast.quant.planning.plan import Form, Plan
+from moecast.runner.settings import Compute, Evaluation
+from moecast.runner.texts import CALIBRATION_TEXT, EVALUATION_TEXT
+from moecast.sources.model import Model
+
+
+def convert(
+    source: str | Path | Model,
+    output: str | Path = ".",
+    quant: str | Plan | Goal | None = None,
+    *,
+    calibration: str | Path | None = CALIBRATION_TEXT,
+    verify: bool = True,
+    file: str | Path = EVALUATION_TEXT,
+    context: int = 512,
+    chunks: int | None = 16,
+    padding: bool = True,
+    mtp: bool | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+    threads: int | None = None,
+    memory: int | None = None,
+    progress: Any = None,
+    **others: Any,
+) -> Conversion:
+    """With one context for both texts; other names are those of `Calibration` and `Output`."""
+    calibrating = {name: others.pop(name) for name in [*others] if name in Calibration.__dataclass_fields__}
+    return convert_checkpoint(
+        source,
+        Output(output, **others),
+        Goal(plan=quant) if isinstance(quant, Plan) else quant,
+        form=Form(padding, mtp),
+        calibration=Calibration(calibration, context, **calibrating),
+        evaluation=Evaluation(file, context, chunks) if verify else None,
+        compute=Compute(compute_dtype, threads, memory),
+        progress=progress,
+    )

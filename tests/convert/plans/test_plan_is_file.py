@@ -1,0 +1,137 @@
+"""What `plan` and `--dry-run` show is what `convert` writes with the same options, type for type and byte for byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import moecast.convert.pipeline
+import pytest
+import real_models
+from checkpoints import EXAMPLES, TEXT
+from click.testing import CliRunner
+from moecast.archs import minimax_m2
+from moecast.cli import main
+from moecast.convert.plans.choose import plan_for
+from moecast.convert.settings import NO_CALIBRATION, Calibration, Goal
+from moecast.quant.planning.onnx_plan import ONNX_RECIPES
+from moecast.quant.planning.recipes import RECIPES
+from moecast.sources.model import Model, open_model
+
+FAMILIES = ("minimax-m2-tiny", "nemotron-3-tiny", "deepseek-v4-tiny")
+GGUF_RECIPES = [name for name in RECIPES if name != "Q2_0"]  # a type that gguf-py does not know
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few tokens to calibrate with."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT.read_text(encoding="utf-8")[:400], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversions decide all that they decide, and lay out their files, whose numbers stay zero."""
+    monkeypatch.setattr(moecast.convert.pipeline, "run_pass", lambda *arguments, **named: None)
+
+
+def run(command: str, folder: Path, *options: object) -> dict[str, Any]:
+    result = CliRunner().invoke(main, [command, str(folder), *map(str, options), "--json"])
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def convert(folder: Path, output: Path, *options: object) -> Path:
+    return Path(run("convert", folder, "-o", output, "--overwrite", "--no-verify", "-c", 16, *options)["files"][0])
+
+
+def planned(plan: dict[str, Any]) -> list[tuple[str, str, list[int], int]]:
+    return [(tensor["name"], tensor["type"], tensor["shape"], tensor["bytes"]) for tensor in plan["tensors"]]
+
+
+def stored(file: Path) -> Iterator[tuple[str, str, list[int], int]]:
+    for tensor in gguf.GGUFReader(file).tensors:
+        yield tensor.name, tensor.tensor_type.name, tensor.shape.tolist()[::-1], tensor.n_bytes
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "options", [(), ("--no-calibration",), ("--no-pad",), ("--no-pad", "--no-calibration")], ids=" ".join
+)
+def test_every_recipe(family: str, options: tuple[str, ...], text: Path, tmp_path: Path) -> None:
+    folder = EXAMPLES / family
+    for recipe in GGUF_RECIPES:
+        given = ("--quant", recipe, *options, *(() if "--no-calibration" in options else ("--calibration", text)))
+        plan = planned(run("plan", folder, *given))
+        if not options:
+            assert plan == planned(run("convert", folder, "--dry-run", *given)), recipe
+        assert plan == list(stored(convert(folder, tmp_path / "model.gguf", *given))), recipe
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [(), ("--no-calibration",), ("--no-pad",)], ids=" ".join)
+@pytest.mark.parametrize("budget", [("--bpw", 2), ("--bpw", 4.5), ("--size", "4MB")])
+def test_budgets(family: str, options: tuple[str, ...], budget: tuple[object, ...], text: Path, tmp_path: Path) -> None:
+    """Without measuring; `plan` never measures unless it is told to, and says what `convert` would do."""
+    folder = EXAMPLES / family
+    given = (*budget, *options, *(() if "--no-calibration" in options else ("--calibration", text)))
+    plan = run("plan", folder, "--no-measure", *given)
+    model = open_model(convert(folder, tmp_path / "model.gguf", "--no-measure", *given))
+    assert planned(plan) == [(t.name, t.dtype, list(t.shape), t.length) for t in model.tensors]
+    for shown in (run("plan", folder, *given), run("convert", folder, "--dry-run", *given)):
+        assert planned(shown) == planned(plan)
+        assert {*shown["problems"]} - {*plan["problems"]} == {
+            "`convert` measures the model first, unless --no-measure: `plan --measure` shows what that leads to"
+        }
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recipe", ONNX_RECIPES)
+def test_onnx(family: str, recipe: str, tmp_path: Path) -> None:
+    """An ONNX model does not name types, so its bytes have to do."""
+    given = ("--to", "onnx", "--quant", recipe)
+    plan = run("plan", EXAMPLES / family, *given)
+    model = convert(EXAMPLES / family, tmp_path, *given, "--no-calibration")
+    assert sum(file.stat().st_size for file in model.parent.glob("*.onnx_data")) == plan["bytes"]
+
+
+@pytest.mark.parametrize("recipe", ["IQ3_XXS", "Q4_0"])
+def test_a_file_with_numbers(recipe: str, text: Path, tmp_path: Path) -> None:
+    """Nothing that is computed changes a type."""
+    given = ("--quant", recipe, "--no-pad", "--calibration", text)
+    plan = planned(run("plan", EXAMPLES / "nemotron-3-tiny", *given))
+    assert plan == list(stored(convert(EXAMPLES / "nemotron-3-tiny", tmp_path / "model.gguf", *given)))
+
+
+def test_an_importance_matrix_counts_as_calibration(tmp_path: Path) -> None:
+    given = ("--quant", "IQ3_XXS", "--no-pad")
+    plain, weighed = (run("plan", EXAMPLES / "nemotron-3-tiny", *given, *o) for o in ((), ("--no-calibration",)))
+    found = run("plan", EXAMPLES / "nemotron-3-tiny", *given, "--no-calibration", "--imatrix", tmp_path / "any.gguf")
+    assert planned(found) == planned(plain) != planned(weighed)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "calibrated", "without"),
+    [  # GB of MiniMax M2
+        ("IQ3_XXS", 87.95, 92.58),
+        ("IQ4_XS", 121.87, 123.19),
+        ("IQ4_NL", 128.99, 130.05),
+        ("Q4_0", 129.50, 128.97),
+        ("Q5_0", 158.00, 157.47),
+    ],
+)
+def test_published_model(recipe: str, calibrated: float, without: float) -> None:
+    """The mixes that depend on calibration, by the size of the complete model."""
+    architecture, tensors = minimax_m2.ARCHITECTURE, real_models.minimax_m2()
+    graph = architecture.from_checkpoint(real_models.config("minimax-m2.7"), tensors)
+    model = Model(Path("minimax-m2"), architecture, graph, tensors, {})
+    sizes = [plan_for(model, Goal(recipe), calibration=how).bytes for how in (Calibration(), NO_CALIBRATION)]
+    assert [round(size / 1e9, 2) for size in sizes] == [calibrated, without]
