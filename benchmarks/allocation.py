@@ -30,8 +30,8 @@ from moecast.convert import Calibration, Form, Goal, convert
 from moecast.convert.plans.allocate import (
     HELD_OUT_CHUNKS,
     ROLES,
+    candidates_within,
     probe_chunks,
-    rivals_within,
     split_tokens,
     winner,
     without,
@@ -131,7 +131,7 @@ def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[st
 
 def _rivals(model: Model, stock: Plan, damage: Damage) -> dict[str, Plan]:
     budget = Budget("ours", stock.bytes)
-    return rivals_within(model.graph, budget, damage, Form(padding=False), calibrated=True)
+    return candidates_within(model.graph, budget, damage, Form(padding=False), calibrated=True)
 
 
 def damage_of(damage: Damage, plan: Plan) -> float:

@@ -42,7 +42,7 @@ class MeasuredImportance:
 class Encoder:
     """Encodes pieces of planned tensors and writes each of them once, in whatever order they are asked for.
 
-    `source` are the weights to encode; what a lane of the source has loaded just now is not read again.
+    `source` are the weights to encode; what a stream of the source has loaded just now is not read again.
     """
 
     def __init__(

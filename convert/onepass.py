@@ -1,9 +1,9 @@
 """The one pass over a model's layers: calibration, conversion and proof side by side.
 
-Up to three lanes advance together. Calibration tokens run through the source while the inputs of its weights are
+Up to three streams advance together. Calibration tokens run through the source while the inputs of its weights are
 watched. Evaluation tokens run through the source, and once more through what is written: the candidate's weights are
-encoded at the moment it asks for them, with the importance that calibration has just given. What no lane asked for,
-experts that no token reached for one, is encoded when the lanes are done with it.
+encoded at the moment it asks for them, with the importance that calibration has just given. What no stream asked for,
+experts that no token reached for one, is encoded when the streams are done with it.
 """
 
 from __future__ import annotations

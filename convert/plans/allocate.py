@@ -28,13 +28,13 @@ _EXPONENTS = (1.0, 0.8, 1.25)  # of the error in the damage: how much more low b
 HELD_OUT_CHUNKS = 24  # of text at most
 _PROBE_CHUNKS, _LEAST_PROBE_CHUNKS = 8, 2  # of text that one probe takes
 _ALL_PROBE_CHUNKS = 1024  # that all probes take together, unless that leaves too few to one
-_MOST_PLANS = 7  # that `rivals_within` gives
+_MOST_PLANS = 7  # that `candidates_within` gives
 ROLES = "one type a role"  # the name of that plan
 _EDGE = 8  # the first and last of so many parts of the layers are the edges
 
 
 @dataclass(frozen=True)
-class Rival:
+class PlanResult:
     """A plan that took part: its size, and its mean KL divergence in nats on text that no plan was made from.
 
     Positions count by how probable the model finds what follows, see `Divergence.probability_weighted_kld`.
@@ -51,7 +51,7 @@ class Allocation:
 
     plan: Plan
     damage: Damage
-    candidate_plans: tuple[Rival, ...]
+    candidate_plans: tuple[PlanResult, ...]
 
 
 def choose_measured_plan(
@@ -84,7 +84,7 @@ def choose_measured_plan(
         "damage", lambda states: [packed(asdict(measure_damage(replace(probing, states=states), probes, forms)))]
     )
     damage = Damage(**unpacked(found))
-    plans = rivals_within(graph, budget, damage, form, measuring.wants_importance)
+    plans = candidates_within(graph, budget, damage, form, measuring.wants_importance)
     measured = cache.get(
         "divergences",
         lambda states: [
@@ -95,7 +95,7 @@ def choose_measured_plan(
     klds = dict(zip(plans, measured, strict=True))
     best = winner(klds)
     order = sorted(plans, key=lambda name: (name != best, float(klds[name].mean())))
-    candidate_plans = tuple(Rival(name, plans[name].bytes, float(klds[name].mean())) for name in order)
+    candidate_plans = tuple(PlanResult(name, plans[name].bytes, float(klds[name].mean())) for name in order)
     plan = replace(plans[best], expected_kld=candidate_plans[0].mean_kld)
     return Allocation(replace(plan, notes=(*plan.notes, _verdict(candidate_plans))), damage, candidate_plans)
 
@@ -132,7 +132,7 @@ def winner(klds: Mapping[str, Tensor]) -> str:
     return best if float(gain.mean()) > float(gain.std()) / math.sqrt(len(gain)) else stock
 
 
-def rivals_within(graph: Graph, budget: Budget, damage: Damage, form: Form, calibrated: bool) -> dict[str, Plan]:
+def candidates_within(graph: Graph, budget: Budget, damage: Damage, form: Form, calibrated: bool) -> dict[str, Plan]:
     """The plans to compare, by name: from several exponents of the error, role by role, and the stock mix."""
     solve = partial(plan_for_budget, graph, budget, form=form, calibrated=calibrated)
     plans = {f"exponent {x:g}": solve(replace(damage, exponent=x)) for x in _EXPONENTS}
@@ -180,7 +180,7 @@ def _by_edge(graph: Graph) -> Key:
     return key
 
 
-def _verdict(candidate_plans: tuple[Rival, ...]) -> str:
+def _verdict(candidate_plans: tuple[PlanResult, ...]) -> str:
     winner, *others = candidate_plans
     compared = ", ".join(f"{r.name} {r.mean_kld:.5f} ({r.mean_kld / max(winner.mean_kld, 1e-12):.2f}x)" for r in others)
     kept = "the stock mix stays; " if winner.name in RECIPES else ""

@@ -147,6 +147,9 @@ def plan_file(graph: Graph, recipe: Recipe, form: Form = Form(), calibrated: boo
     notes = list(graph.notes)
     if graph.draft and not mtp:
         notes.append("left out multi-token prediction, which takes a file of its own: --mtp writes it")
+    elif graph.draft:
+        size = plan_tensors(graph.draft, recipe).bytes
+        notes.append(f"multi-token prediction takes a file of its own, of {size / 1e9:.3g} GB more")
     base = format_named(recipe.base)
     if mtp is None and form.padding and graph.predictions and not base.fits(graph.hidden_size):
         notes.append("left out multi-token prediction: its LayerNorm rules out padding the hidden size; --mtp keeps it")

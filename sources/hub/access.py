@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...errors import BadInput
 
@@ -19,7 +19,7 @@ class HubAccess:
     """
 
     revision: str | None = None
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     scratch: int | None = None
     keep_source: bool = False
 

@@ -17,15 +17,20 @@ from conftest import Checkpoint
 from conversions import convert
 from hub_server import Fault, HubServer
 from moecast.cli import main
+from moecast.convert import NO_CALIBRATION, Output
+from moecast.convert import convert as convert_checkpoint
 
 TOKEN = "hf_SentinelTokenThatNobodyMaySee"
 
 
 def _moecast(server: HubServer, home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return _python(server, home, "-m", "moecast.cli", *arguments, **variables)
+
+
+def _python(server: HubServer, home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **variables}
-    command = [sys.executable, "-m", "moecast.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.whole
@@ -138,6 +143,36 @@ def test_streamed_conversion(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     local = tmp_path / "local.gguf"
     convert(minimax_fp8.folder, local, "Q8_0", name="moe", verify=False, provenance=provenance)
     assert (tmp_path / "out" / "model.gguf").read_bytes() == local.read_bytes()
+
+
+@pytest.mark.slow
+def test_python_takes_what_the_command_takes(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
+    """A Hub id and a budget, and shards that come when they are read: the same file."""
+    code = (
+        "import sys; from moecast.convert import NO_CALIBRATION, Goal, convert\n"
+        "goal = Goal(bits_per_weight=4, measure=False)\n"
+        "convert('tiny/moe', sys.argv[1], goal, calibration=NO_CALIBRATION, evaluation=None)"
+    )
+    with HubServer(minimax_fp8.folder) as server:
+        goal = ["--bpw", "4", "--no-measure", "--no-calibration", "--no-verify"]
+        command = _moecast(server, tmp_path / "home", "convert", "tiny/moe", "-o", str(tmp_path / "a.gguf"), *goal)
+        assert command.returncode == 0, command.stderr
+        python = _python(server, tmp_path / "home", "-c", code, str(tmp_path / "b.gguf"))
+        assert python.returncode == 0, python.stderr
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+@pytest.mark.slow
+def test_streamed_onnx(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
+    with HubServer(minimax_fp8.folder) as server:
+        options = ["--to", "onnx", "--no-calibration", "--no-verify"]
+        result = _moecast(server, tmp_path / "home", "convert", "tiny/moe", "-o", str(tmp_path / "out"), *options)
+        assert result.returncode == 0, result.stderr
+    folder, options = tmp_path / "out" / "moe-Q4_0-onnx", Output(tmp_path, "local", file_format="onnx")
+    convert_checkpoint(minimax_fp8.folder, options, calibration=NO_CALIBRATION, evaluation=None)
+    for file in (tmp_path / "local-Q4_0-onnx").iterdir():
+        assert (folder / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.slow

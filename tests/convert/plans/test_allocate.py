@@ -101,7 +101,7 @@ def test_the_best_plan_is_no_worse_than_stock_at_its_bytes(minimax: Checkpoint) 
     stock = plan_file(model.graph, recipe_named("Q3_K_M"), calibrated=True)
     probes, held_out = split_tokens(tokens, 4, 4)
     found = choose_measured_plan(Measuring(model, tokens), Budget("best", stock.bytes), probes, held_out)
-    klds = {rival.name: rival.mean_kld for rival in found.candidate_plans}
+    klds = {result.name: result.mean_kld for result in found.candidate_plans}
     assert found.plan.bytes <= stock.bytes
     assert min(klds.values()) < klds["Q3_K_M"]
     assert found.plan.expected_kld == pytest.approx(min(klds.values()))

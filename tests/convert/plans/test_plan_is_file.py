@@ -77,7 +77,7 @@ def test_every_recipe(family: str, options: tuple[str, ...], text: Path, tmp_pat
 @pytest.mark.usefixtures("nothing_is_computed")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [(), ("--no-calibration",), ("--no-pad",)], ids=" ".join)
-@pytest.mark.parametrize("budget", [("--bpw", 2), ("--bpw", 4.5), ("--size", "4MB")])
+@pytest.mark.parametrize("budget", [("--bpw", 4.5), ("--bpw", 6), ("--size", "4MB")])
 def test_budgets(family: str, options: tuple[str, ...], budget: tuple[object, ...], text: Path, tmp_path: Path) -> None:
     """Without measuring; `plan` never measures unless it is told to, and says what `convert` would do."""
     folder = EXAMPLES / family
@@ -90,6 +90,19 @@ def test_budgets(family: str, options: tuple[str, ...], budget: tuple[object, ..
         assert {*shown["problems"]} - {*plan["problems"]} == {
             "`convert` measures the model first, unless --no-measure: `plan --measure` shows what that leads to"
         }
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_types_below_two_bits(text: Path, tmp_path: Path) -> None:
+    """Only with calibration, says `plan` as `convert` does."""
+    folder, given = EXAMPLES / "minimax-m2-tiny", ("--bpw", 2, "--no-measure")
+    plan = run("plan", folder, *given, "--calibration", text)
+    model = open_model(convert(folder, tmp_path / "model.gguf", *given, "--calibration", text))
+    assert planned(plan) == [(t.name, t.dtype, list(t.shape), t.length) for t in model.tensors]
+    assert any(tensor["type"].startswith("IQ1") for tensor in plan["tensors"])
+    for command in ("plan", "convert"):
+        refused = CliRunner().invoke(main, [command, str(folder), *map(str, given), "--no-calibration"])
+        assert refused.exit_code == 2 and "is too small" in refused.stderr
 
 
 @pytest.mark.usefixtures("nothing_is_computed")
