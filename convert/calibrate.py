@@ -64,7 +64,7 @@ def write_imatrix(
     room = workspace(compute.memory, model.graph, tokens.numel(), calibration.context, path.parent)
     statistics = Statistics()
     unseen, fewest = 0, []
-    facts = {"calibration": text_identity(text, tokens), "the type of products": dtype_name(compute.dtype)}
+    facts = {"calibration": text_identity(text, tokens), "compute dtype": dtype_name(compute.dtype)}
     identity = measurement_fingerprint(model, facts)
     with (
         Journal(path, identity, overwrite, progress) as journal,

@@ -137,7 +137,7 @@ def _identity(work: _Work, evaluation: Evaluation | None) -> dict[str, str]:
         "importance matrix": file_identity(Path(calibration.imatrix)) if calibration.imatrix else "none",
         "calibration": text_identity(calibration.text, inputs.calibration),
         "evaluation": text_identity(evaluation.text if evaluation else None, inputs.evaluation),
-        "the type of products": dtype_name(work.compute.dtype),
+        "compute dtype": dtype_name(work.compute.dtype),
         "error feedback": "yes" if inputs.error_feedback else "no",
     }
     rounded = output.rounded_activations

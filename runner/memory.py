@@ -34,7 +34,7 @@ def workspace(
 
     Args:
         memory: for the whole process; None keeps everything in memory.
-        graph: what runs `tokens` tokens of all lanes, in chunks of `context`.
+        graph: what runs `tokens` tokens of all streams, in chunks of `context`.
         copies: how many forms of a weight are held at once: RUNNING, QUANTIZING, or `comparing` plans.
         folder: where activations go that do not fit.
         error_feedback: whether mean products of inputs are kept, see `quant.moments`.

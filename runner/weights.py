@@ -108,7 +108,7 @@ class CachedWeights(WeightProducts):
 
 
 class ModelWeights(CachedWeights):
-    """The weights of a model as they are stored; lanes of one model share them, so each is decoded once for all."""
+    """The weights of a model as they are stored; streams of one model share them, so each is decoded once for all."""
 
     def __init__(self, model: Model, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(model.graph, str(model.path), compute_dtype)

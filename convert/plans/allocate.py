@@ -114,11 +114,11 @@ def without(calibration: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _with_room(
-    measuring: Measuring, memory: int | None, journal: Journal | None, tokens: Tensor, lanes: int, copies: int
+    measuring: Measuring, memory: int | None, journal: Journal | None, tokens: Tensor, streams: int, copies: int
 ) -> Measuring:
-    """The same with a workspace for so many lanes of `tokens`."""
+    """The same with a workspace for so many streams of `tokens`."""
     calibrating = measuring.calibration.numel() if measuring.calibration is not None else 0
-    total, folder = calibrating + lanes * tokens.numel(), journal.folder.parent if journal else None
+    total, folder = calibrating + streams * tokens.numel(), journal.folder.parent if journal else None
     graph, context = measuring.model.graph, tokens.shape[1]
     room = workspace(memory, graph, total, context, folder, copies, measuring.error_feedback)
     return replace(measuring, workspace=room)
@@ -135,9 +135,9 @@ def winner(klds: Mapping[str, Tensor]) -> str:
 def candidates_within(graph: Graph, budget: Budget, damage: Damage, form: Form, calibrated: bool) -> dict[str, Plan]:
     """The plans to compare, by name: from several exponents of the error, role by role, and the stock mix."""
     solve = partial(plan_for_budget, graph, budget, form=form, calibrated=calibrated)
-    plans = {f"exponent {x:g}": solve(replace(damage, exponent=x)) for x in _EXPONENTS}
-    plans["drawn to roles"] = solve(damage.drawn_to_roles(graph.weights()))
-    plans["edges apart"] = solve(damage, together=_by_edge(graph))
+    plans = {f"error exponent {x:g}": solve(replace(damage, exponent=x)) for x in _EXPONENTS}
+    plans["shrunk to role means"] = solve(damage.shrunk_to_roles(graph.weights()))
+    plans["first and last layers separate"] = solve(damage, together=_by_edge(graph))
     plans[ROLES] = solve(damage, together=_by_role)
     stock = stock_within(graph, budget.bytes, form, calibrated)
     if stock:

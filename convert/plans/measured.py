@@ -51,7 +51,7 @@ def measured_plan(
             "importance matrix": file_identity(imatrix) if imatrix else "none",
             "text": text_identity(text, tokens),
             "calibration": "yes" if calibration.runs else "no",
-            "the type of products": dtype_name(compute.dtype),
+            "compute dtype": dtype_name(compute.dtype),
             "error feedback": "yes" if calibration.error_feedback else "no",
             "padding and prediction": f"{form.padding}, {form.mtp}",
         },

@@ -69,7 +69,7 @@ def fingerprint(
         "source": source_identity(model, metadata),
         "quant": plan.recipe.name,
         **(others or {}),
-        "the list of tensors": digest([types, split_max_bytes, activations]),
+        "tensor list": digest([types, split_max_bytes, activations]),
         "the metadata": digest({key: value for key, value in metadata.items() if key != _VERSION}),
         "the code that decides bytes": code_digest(),
     }

@@ -84,7 +84,7 @@ class Damage:
     probe: Mapping[str, float] = field(default_factory=dict)
     measured: bool = False
 
-    def drawn_to_roles(self, weights: Iterable[Weight]) -> Damage:
+    def shrunk_to_roles(self, weights: Iterable[Weight]) -> Damage:
         """The same with each measured sensitivity half way (of its logarithm) to the mean of its role."""
         roles: dict[Role, list[float]] = {}
         measured = [weight for weight in weights if weight.name in self.probe and self.sensitivity[weight.name] > 0]

@@ -1,4 +1,4 @@
-"""A layer's experts, one after another, each for all lanes before the next is loaded."""
+"""A layer's experts, one after another, each for all streams before the next is loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Mixture:
 
 
 class RoutedTokens:
-    """One lane's tokens [chunks, context] on their way through the experts of a layer.
+    """One stream's tokens [chunks, context] on their way through the experts of a layer.
 
     `route` every chunk, `finish_routing`, `add` what experts answer in any order, take `answer`.
     """
@@ -99,34 +99,34 @@ class RoutedTokens:
         return answer + shared
 
 
-_Piece = tuple[RoutedTokens, Tensor, Tensor]  # tokens of a lane, and the shares of an expert in their answers
+_Piece = tuple[RoutedTokens, Tensor, Tensor]  # tokens of a stream, and the shares of an expert in their answers
 
 
-def run_experts(lanes: Sequence[RoutedTokens], expert_done: Callable[[int], None] | None) -> None:
-    """Run sealed lanes through all experts, those with most tokens of the first lane first; see `stream.advance`."""
-    count = max(lane.operation.experts for lane in lanes)
+def run_experts(streams: Sequence[RoutedTokens], expert_done: Callable[[int], None] | None) -> None:
+    """Run routed streams through all experts, those most tokens of the first stream want first; see `stream.advance`."""
+    count = max(stream.operation.experts for stream in streams)
     tokens = torch.zeros(count, dtype=torch.int64)
-    tokens[: lanes[0].operation.experts] = lanes[0].counts
+    tokens[: streams[0].operation.experts] = streams[0].counts
     alike: dict[tuple[int, int], list[RoutedTokens]] = {}
-    for lane in lanes:
-        alike.setdefault((id(lane.weights), id(lane.operation)), []).append(lane)
+    for stream in streams:
+        alike.setdefault((id(stream.weights), id(stream.operation)), []).append(stream)
     for expert in tokens.argsort(descending=True, stable=True).tolist():
         for group in alike.values():
             if expert < group[0].operation.experts:
                 _run(group, expert)
         if expert_done:
             expert_done(expert)
-        for lane in lanes:
-            lane.weights.release(expert)
+        for stream in streams:
+            stream.weights.release(expert)
 
 
-def _run(lanes: Sequence[RoutedTokens], expert: int) -> None:
+def _run(streams: Sequence[RoutedTokens], expert: int) -> None:
     """PassInputs of the same weights through one expert; few tokens of each are many of all, and multiply faster."""
-    for block in _blocks([(lane, rows, shares) for lane in lanes for rows, shares in lane.pieces(expert)]):
-        output = lanes[0].output(expert, torch.cat([lane.inputs(rows) for lane, rows, _ in block]))
+    for block in _blocks([(stream, rows, shares) for stream in streams for rows, shares in stream.pieces(expert)]):
+        output = streams[0].output(expert, torch.cat([stream.inputs(rows) for stream, rows, _ in block]))
         parts = output.split([len(rows) for _, rows, _ in block])
-        for (lane, rows, shares), part in zip(block, parts, strict=True):
-            lane.add(rows, part * shares[:, None])
+        for (stream, rows, shares), part in zip(block, parts, strict=True):
+            stream.add(rows, part * shares[:, None])
 
 
 def _blocks(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:

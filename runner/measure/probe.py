@@ -1,13 +1,13 @@
 """Probes: the KL divergence that rounding one weight causes, for all weights in one pass through the model.
 
-Every weight has a probe: a lane that follows the reference up to the layer of its weight, runs that layer with the one
-weight rounded coarsely, and goes on with the weights as they are. Probes share what is loaded, so that a pass reads
-the model once. The KL divergence of a probe, divided by the error that caused it, is the weight's sensitivity. Tokens
-that the model expects count for more, as calibration text may be of a kind that it was never trained on, and roots are
-averaged, because which few tokens an error sends to another expert is chance.
+Every weight has a probe: a stream that follows the reference up to the layer of its weight, runs that layer with the
+one weight rounded coarsely, and goes on with the weights as they are. Probes share what is loaded, so that a pass
+reads the model once. The KL divergence of a probe, divided by the error that caused it, is the weight's sensitivity.
+Tokens that the model expects count for more, as calibration text may be of a kind that it was never trained on, and
+roots are averaged, because which few tokens an error sends to another expert is chance.
 
-Probes are coarse on purpose: small errors move tokens to other experts now and then, which costs more for each unit of
-error than it does in a model in which everything is rounded and tokens move anyhow.
+Probes are coarse on purpose: small errors move tokens to other experts now and then, which costs more for each unit
+of error than it does in a model in which everything is rounded and tokens move anyhow.
 """
 
 from __future__ import annotations
@@ -66,56 +66,56 @@ def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph])
             probes.restore_source()
             statistics.clear()
             layer_pass.save(layer.index, packed(errors.squares))
-        progress.advance(1, f"layer {layer.index}: {len(probes.lanes)} of {len(probed)} weights")
+        progress.advance(1, f"layer {layer.index}: {len(probes.streams)} of {len(probed)} weights")
     measuring.end(layer_pass, statistics)
     if graph.head.name in probed:
         errors.note_head(reference)
     probes.fork([graph.head.name])
     measured = errors.relative()
-    divergences = compare_heads(reference, list(probes.lanes.values()), tokens)
+    divergences = compare_heads(reference, list(probes.streams.values()), tokens)
     sensitivity = {
         name: divergence.root_mean_kld / measured[name][probed[name]]
-        for name, divergence in zip(probes.lanes, divergences, strict=True)
+        for name, divergence in zip(probes.streams, divergences, strict=True)
         if measured.get(name, {}).get(probed[name])
     }
     return _damage(graph, sensitivity, measured, probed)
 
 
 class _Probes:
-    """The lanes of the weights so far, by name: each weight rounded in its own layer, and as the source has it later.
+    """The streams of the weights so far, by name: each weight rounded in its own layer, and as the source has it later.
 
-    `types` are those that weights are rounded to; weights that it lacks have no lane.
+    `types` are those that weights are rounded to; weights that it lacks have no stream.
     """
 
     def __init__(
         self, layer_pass: LayerPass, reference: Stream, quantizer: Quantizer, types: Mapping[str, str]
     ) -> None:
-        self.lanes: dict[str, Stream] = {}
+        self.streams: dict[str, Stream] = {}
         self._pass = layer_pass
         self._reference = reference
         self._quantizer = quantizer
         self._types = types
 
     def embed(self, name: str) -> None:
-        """Begin the lane of the embedding."""
+        """Begin the stream of the embedding."""
         if name in self._types:
-            self.lanes[name] = self._pass.begin(name, self._reference.tokens, self._rounded(name))
+            self.streams[name] = self._pass.begin(name, self._reference.tokens, self._rounded(name))
             self.restore_source()
 
     def fork(self, names: Iterable[str]) -> None:
-        """Begin the lanes of weights in the layer that the reference comes to."""
+        """Begin the streams of weights in the layer that the reference comes to."""
         for name in self._probed(names):
-            self.lanes[name] = self._pass.fork(name, self._reference, self._rounded(name))
+            self.streams[name] = self._pass.fork(name, self._reference, self._rounded(name))
 
     def resume(self, names: Iterable[str]) -> None:
-        """Take up the lanes of weights that an earlier run has passed."""
+        """Take up the streams of weights that an earlier run has passed."""
         for name in self._probed(names):
-            self.lanes[name] = self._pass.begin(name, self._reference.tokens, self._quantizer.source)
+            self.streams[name] = self._pass.begin(name, self._reference.tokens, self._quantizer.source)
 
     def restore_source(self) -> None:
-        """The layer is done: from now on all lanes have the source's weights."""
-        for lane in self.lanes.values():
-            lane.weights = self._quantizer.source
+        """The layer is done: from now on all streams have the source's weights."""
+        for stream in self.streams.values():
+            stream.weights = self._quantizer.source
 
     def _probed(self, names: Iterable[str]) -> Iterator[str]:
         return (name for name in names if name in self._types)

@@ -17,7 +17,7 @@ from ..weights import CachedWeights, WeightProducts
 
 
 class Quantizer:
-    """Rounds weights to types and back; what it made is kept until `release`, for all lanes that ask for the same."""
+    """Rounds weights to types and back; what it made is kept until `release`, for all streams that ask for the same."""
 
     def __init__(self, source: CachedWeights, importance: Importance | None) -> None:
         self.source = source

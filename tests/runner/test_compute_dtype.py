@@ -91,7 +91,7 @@ def test_resuming_with_other_products(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         convert(FOLDERS[0], output, "Q2_K", **arguments, progress=Stopping())
-    with pytest.raises(BadInput, match="the type of products"):
+    with pytest.raises(BadInput, match="compute dtype"):
         convert(FOLDERS[0], output, "Q2_K", **arguments, compute_dtype=torch.bfloat16)
     convert(FOLDERS[0], output, "Q2_K", **arguments)
     assert output.exists()
