@@ -103,7 +103,7 @@ _Piece = tuple[RoutedTokens, Tensor, Tensor]  # tokens of a stream, and the shar
 
 
 def run_experts(streams: Sequence[RoutedTokens], expert_done: Callable[[int], None] | None) -> None:
-    """Run routed streams through all experts, those most tokens of the first stream want first; see `stream.advance`."""
+    """Run routed streams through all experts, first those that most tokens of the first want; see `stream.advance`."""
     count = max(stream.operation.experts for stream in streams)
     tokens = torch.zeros(count, dtype=torch.int64)
     tokens[: streams[0].operation.experts] = streams[0].counts
