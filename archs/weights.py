@@ -61,6 +61,7 @@ class Role(Enum):
     MAMBA_SCALAR = "mamba_scalar"
     PREDICTION_INPUT = "prediction_input"
     SCALE = "scale"
+    BIAS = "bias"
 
     @property
     def keep_f32(self) -> bool:
@@ -85,6 +86,7 @@ _KEPT_F32 = (
     Role.MAMBA_CONVOLUTION,
     Role.MAMBA_SCALAR,
     Role.SCALE,
+    Role.BIAS,
 )
 _STACKS = {
     Role.EXPERT_GATE: StackKind.EXPERTS,

@@ -175,9 +175,10 @@ class Stream:
     def _run(self, entered: Entered, place: int, chunk: int, normed: Tensor) -> Tensor:
         """One chunk through one branch of a sublayer."""
         block, index = entered.blocks[place], entered.layer.index
+        source = entered.sublayer.operations[place].shares_state_of
         if isinstance(block, RoutedTokens):
             return block.answer(chunk, normed)
-        shared = {source: states[chunk] for source, states in self.shared.items()}
+        shared = {} if source is None else {source: self.shared[source][chunk]}
         context = Context(self.tokens[chunk], self._positions, index, index in self._readers, shared)
         key = (index, entered.number, place, chunk)
         past = self._cache.states.get(key) if self._cache else None

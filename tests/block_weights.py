@@ -9,6 +9,7 @@ import torch
 from moecast.archs.expressions import Zeros
 from moecast.archs.graph import MLP, Activation, Norm
 from moecast.archs.weights import Role, Weight
+from moecast.runner.blocks.context import Context
 from moecast.runner.weights import WeightProducts
 from torch import Tensor, nn
 
@@ -20,8 +21,9 @@ class BlockWeights(WeightProducts):
         super().__init__(graph=None, label="one block")  # type: ignore[arg-type]
         self._numbers: dict[str, Tensor] = {}
 
-    def add(self, numbers: Tensor, role: Role = Role.DENSE_UP) -> Weight:
-        """A promise of these numbers."""
+    def add(self, numbers: Tensor, role: Role | None = None) -> Weight:
+        """A promise of these numbers; a role that fits their dimensions does where it does not matter."""
+        role = role or (Role.EXPERT_UP if numbers.dim() == 3 else Role.DENSE_UP)
         name, shape = f"blk.0.{len(self._numbers)}", tuple(numbers.shape)
         self._numbers[name] = numbers.detach()
         return Weight(name, role, shape, Zeros(shape))
@@ -51,10 +53,15 @@ def states(tokens: int, size: int, seed: int = 0) -> Tensor:
 def in_pieces(mixer: Callable[..., tuple[Tensor, Any]], inputs: Tensor, sizes: list[int]) -> Tensor:
     """The output of a mixer that is given these numbers of tokens one after another."""
     memory, outputs = mixer.initial_state(), []  # type: ignore[attr-defined]
-    for part in inputs.split(sizes):
-        output, memory = mixer(part, memory)
+    for positions in torch.arange(len(inputs)).split(sizes):
+        output, memory = mixer(inputs[positions], memory, context_of(positions))
         outputs.append(output)
     return torch.cat(outputs)
+
+
+def context_of(positions: Tensor) -> Context:
+    """Of tokens that stand there, for a mixer that does not ask which tokens they are."""
+    return Context(torch.zeros_like(positions), positions)
 
 
 def causal_mask(tokens: int, window: int | None = None) -> Tensor:

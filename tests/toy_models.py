@@ -11,12 +11,12 @@ from moecast.archs.expressions import OnePlus, Read, TensorInfo
 from moecast.archs.graph import MLP, Activation, Attention, Graph, Layer, MoE, Norm, Router, Score, SubLayer
 from moecast.archs.registry import architectures
 from moecast.archs.weights import Role, Weight
-from moecast.convert.onepass import PassInputs, run_pass
+from moecast.convert.onepass import run_pass
 from moecast.convert.onnx.export import open_onnx_writer
-from moecast.progress import NoProgress
 from moecast.quant.planning.onnx_plan import plan_onnx
 from moecast.quant.planning.recipes import recipe_named
 from moecast.runner.engines import OnnxModel
+from moecast.runner.settings import Compute
 from moecast.runner.stream import Cache, Stream
 from moecast.sources.checkpoint import read_tensors
 from moecast.sources.model import Model
@@ -144,9 +144,5 @@ def onnx_of(model: Model, folder: Path) -> OnnxModel:
     folder.mkdir()
     plan = plan_onnx(model.graph, recipe_named("F32"))
     with open_onnx_writer(model, plan, folder, "float32", overwrite=False, verify=True) as writer:
-        run_pass(model, plan, writer, PassInputs(), NoProgress(), threads=1)
+        run_pass(model, plan, writer, compute=Compute(threads=1))
     return OnnxModel(folder, threads=1)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())

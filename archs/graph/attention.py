@@ -34,6 +34,10 @@ class Attention(Operation):
     window: int | None = None
     scale: float | None = None
     keys_of: int | None = None
+    query_bias: Weight | None = None
+    key_bias: Weight | None = None
+    value_bias: Weight | None = None
+    output_bias: Weight | None = None
 
     def __post_init__(self) -> None:
         alone = self.keys_of is None
@@ -53,7 +57,7 @@ class Attention(Operation):
 
     @property
     def writes(self) -> tuple[Weight, ...]:
-        return (self.output,)
+        return (self.output, self.output_bias) if self.output_bias else (self.output,)
 
     @property
     def heads_per_group(self) -> int:

@@ -32,7 +32,7 @@ class Operation:
 
     @property
     def writes(self) -> tuple[Weight, ...]:
-        """The weights whose rows are the hidden size: they give what is added to the residual."""
+        """The weights and biases whose rows are the hidden size: they give what is added to the residual."""
         raise NotImplementedError
 
     @property

@@ -19,9 +19,9 @@ def attention(build: Builder, operation: Attention, states: ir.Value, layer: int
     o = operation
     if not o.key or not o.value:
         raise BadInput("ONNX has no form for attention to keys of another layer yet: use --to gguf")
-    query = _prepared(build, o, states, o.query, o.query_norm, o.heads)
-    key = _prepared(build, o, states, o.key, o.key_norm, o.key_value_heads)
-    value = build.project(states, o.value)
+    query = _prepared(build, o, _projected(build, states, o.query, o.query_bias), o.query_norm, o.heads)
+    key = _prepared(build, o, _projected(build, states, o.key, o.key_bias), o.key_norm, o.key_value_heads)
+    value = _projected(build, states, o.value, o.value_bias)
     last, total = _lengths(build)
     shape = (o.key_value_heads, 0, o.head_size)
     memories = [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
@@ -39,15 +39,18 @@ def attention(build: Builder, operation: Attention, states: ir.Value, layer: int
     )
     for name, state in zip(results, present, strict=True):
         build.remember(name, state)
-    return build.project(mixed, o.output)
+    return _projected(build, mixed, o.output, o.output_bias)
 
 
-def _prepared(
-    build: Builder, operation: Attention, states: ir.Value, weight: Weight, norm: Norm | None, heads: int
-) -> ir.Value:
-    """Queries or keys [batch, sequence, heads * head size], normed and rotated."""
+def _projected(build: Builder, states: ir.Value, weight: Weight, bias: Weight | None) -> ir.Value:
+    """states [..., columns] -> [..., rows]"""
     projected = build.project(states, weight)
-    if norm and norm.weight.columns == weight.shape[0]:
+    return build.op("Add", projected, build.weight(bias)) if bias else projected
+
+
+def _prepared(build: Builder, operation: Attention, projected: ir.Value, norm: Norm | None, heads: int) -> ir.Value:
+    """Queries or keys [batch, sequence, heads * head size], normed and rotated."""
+    if norm and norm.weight.columns == heads * operation.head_size:
         projected = build.norm(projected, norm)
     elif norm:
         apart = build.norm(build.reshape(projected, [0, 0, heads, operation.head_size]), norm)

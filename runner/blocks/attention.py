@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...archs.graph import Attention, Norm, Rope
+from ...archs.weights import Weight
 from ..weights import Weights
 from .common import normalizer, split_heads
 from .context import Context
@@ -41,7 +42,7 @@ class AttentionMixer:
     def __call__(self, states: Tensor, memory: AttentionState, context: Context) -> tuple[Tensor, AttentionState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         o, positions = self._operation, context.positions
-        query = self._prepare_query(self._weights.project(states, o.query), positions)
+        query = self._prepare_query(self._projected(states, o.query, o.query_bias), positions)
         if o.keys_of is None:
             keys, values = self._keys_and_values(states, memory, positions)
             if context.shares:
@@ -54,16 +55,21 @@ class AttentionMixer:
         mixed = functional.scaled_dot_product_attention(
             query[None], keys[None], values[None], attn_mask=visible, scale=o.scale, enable_gqa=True
         )  # [1, heads, tokens, head size]
-        output = self._weights.project(mixed[0].transpose(0, 1).flatten(1), o.output)
+        output = self._projected(mixed[0].transpose(0, 1).flatten(1), o.output, o.output_bias)
         return output, self._remembered(keys, values)
 
     def _keys_and_values(self, states: Tensor, memory: AttentionState, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Those of all tokens seen, the new ones last."""
-        o, project = self._operation, self._weights.project
+        o = self._operation
         assert o.key and o.value
-        key, value = project(states, o.key), project(states, o.value)
+        key = self._projected(states, o.key, o.key_bias)
+        value = self._projected(states, o.value, o.value_bias)
         keys = torch.cat((memory.keys, self._prepare_key(key, positions)), dim=1)
         return keys, torch.cat((memory.values, split_heads(value, o.key_value_heads)), dim=1)
+
+    def _projected(self, states: Tensor, weight: Weight, bias: Weight | None) -> Tensor:
+        projected = self._weights.project(states, weight)
+        return projected + self._weights.load(bias) if bias else projected
 
     def _remembered(self, keys: Tensor, values: Tensor) -> AttentionState:
         """Nothing of another layer's, and of a window what the next token will see."""

@@ -9,9 +9,9 @@ import modelopt
 import nemotron_checkpoints as nemotron
 import pytest
 import torch
+from block_weights import context_of
 from forward import assert_same_logits, random_tokens, relative_error
 from moecast.archs.graph import Mamba2
-from moecast.runner.blocks.context import Context
 from moecast.runner.blocks.mamba import MambaMixer, scan
 from moecast.runner.weights import ModelWeights
 from moecast.sources.model import open_model
@@ -96,7 +96,7 @@ def test_stepping_equals_chunks(tmp_path: Path) -> None:
     operation = next(op for op in model.graph.operations() if isinstance(op, Mamba2))
     mixer = MambaMixer(operation, ModelWeights(model))
     states = torch.randn(300, model.graph.hidden_size, generator=torch.Generator().manual_seed(0))
-    context = Context(torch.zeros(300, dtype=torch.int64), torch.arange(300))  # a state space looks at neither
+    context = context_of(torch.arange(300))  # a state space does not look at it
     whole, last = mixer(states, mixer.initial_state(), context)
     for sizes in ([1] * 300, [200, 1, 1, 98], [3, 297]):
         memory, parts = mixer.initial_state(), []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy_models as toys
-from forward import runner_logits
+from forward import relative_error, runner_logits
 from moecast.archs.graph import Rope, sequential
 from moecast.errors import BadInput
 from moecast.quant.planning.padding import pad
@@ -18,7 +18,7 @@ from moecast.runner.weights import ModelWeights
 from moecast.sources.model import Model
 from torch import Tensor
 from torch.nn import functional
-from toy_models import relative_error, tokens_of
+from toy_models import tokens_of
 
 HIDDEN, HEADS, SIZE, WINDOW, LAYERS, SCALE = 96, 4, 24, 12, 4, 0.3
 SOURCES = (None, None, 0, 1)  # the layer whose keys each layer attends to

@@ -141,7 +141,7 @@ def test_routers_choose_the_same_experts_in_the_same_shares(case: Case) -> None:
 def test_experts_answer_as_those_of_transformers(case: Case) -> None:
     """With what else belongs to the block: latent projections, the shared expert."""
     routed = RoutedTokens(case.operation, case.weights, case.tokens[None], Workspace(), "one block")
-    routed.route(case.inputs)
+    routed.route(case.inputs, case.inputs)
     routed.finish_routing()
     run_experts([routed], None)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from typing import Any
 import nemotron_checkpoints
 import pytest
 import torch
-from block_weights import BlockWeights, in_pieces, modules_of, states
+from block_weights import BlockWeights, context_of, in_pieces, modules_of, states
 from forward import relative_error
 from moecast.archs.graph import Mamba2, Norm
 from moecast.archs.weights import Role
@@ -66,10 +66,11 @@ def test_what_is_remembered_is_what_transformers_remembers(mixer: MambaMixer, mo
 
     inputs, cache = states(TOKENS, module.hidden_size), DynamicCache(config=module.config)
     memory = mixer.initial_state()
-    for part in inputs.split([TOKENS - 1, 1]):
+    for positions in torch.arange(TOKENS).split([TOKENS - 1, 1]):
+        part = inputs[positions]
         with torch.no_grad():
             answer = module(part[None], cache_params=cache)[0]
-        output, memory = mixer(part, memory)
+        output, memory = mixer(part, memory, context_of(positions))
         assert relative_error(output, answer) < 1e-5
         state = cache.get_recurrent_state(module.layer_idx, state_idx=0)
         assert relative_error(memory.space, state[0].float()) < 1e-5

@@ -9,7 +9,7 @@ import onnx_models
 import pytest
 import torch
 import toy_models as toys
-from forward import runner_logits
+from forward import relative_error, runner_logits
 from moecast.archs.graph import Branch, MoE, SubLayer, sequential
 from moecast.archs.weights import Role
 from moecast.errors import BadInput
@@ -17,7 +17,7 @@ from moecast.quant.planning.padding import pad
 from moecast.sources.model import Model
 from torch import Tensor
 from torch.nn import functional
-from toy_models import relative_error, tokens_of
+from toy_models import tokens_of
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
 from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig

@@ -8,12 +8,12 @@ import onnx_models
 import pytest
 import torch
 import toy_models as toys
-from forward import runner_logits
+from forward import relative_error, runner_logits
 from moecast.archs.graph import Branch, Rope, SubLayer
 from moecast.quant.planning.padding import pad
 from moecast.sources.model import Model
 from torch import Tensor
-from toy_models import relative_error, tokens_of
+from toy_models import tokens_of
 from transformers import Cohere2Config, Cohere2ForCausalLM
 
 HIDDEN, LAYERS, WINDOW, CAP = 96, 4, 24, 2.0

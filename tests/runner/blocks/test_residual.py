@@ -9,7 +9,7 @@ import pytest
 import torch
 from block_weights import BlockWeights, modules_of, states
 from forward import relative_error
-from moecast.archs.graph import Activation, HyperConnections, ResidualMix, SubLayer
+from moecast.archs.graph import Activation, HyperConnections, ResidualMix, sequential
 from moecast.archs.weights import Role
 from moecast.runner.blocks.residual import HyperResidual
 from torch import Tensor
@@ -46,7 +46,7 @@ def test_streams_are_read_and_written_as_transformers_does(model: Any, layer: in
     block = model.model.layers[layer]
     module, norm = getattr(block, part), block.input_layernorm
     dense = weights.mlp(modules_of(model, "DeepseekV4MLP")[0], Activation.SWIGLU)
-    sublayer = SubLayer(weights.norm(norm), dense, _mix(weights, module.fn, module.base, module.scale))
+    sublayer = sequential(weights.norm(norm), dense, _mix(weights, module.fn, module.base, module.scale))
     branch = _residual(model, weights).branch(sublayer, _streams(size))
     output = states(TOKENS, size, seed=1)
     with torch.no_grad():

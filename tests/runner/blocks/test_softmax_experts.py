@@ -8,12 +8,12 @@ import onnx_models
 import pytest
 import torch
 import toy_models as toys
-from forward import runner_logits
+from forward import relative_error, runner_logits
 from moecast.archs.graph import Rope, SubLayer, sequential
 from moecast.quant.planning.padding import pad
 from moecast.sources.model import Model
 from torch import Tensor
-from toy_models import relative_error, tokens_of
+from toy_models import tokens_of
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 LAYERS, TOP_K = 2, 3
