@@ -20,7 +20,8 @@ import torch
 from moecast.archs.weights import Role, Weight
 from moecast.quant import dequantize, quantize
 from moecast.quant.rounding import feedback
-from moecast.quant.rounding.moments import SecondMoments, SecondMomentStatistics
+from moecast.quant.rounding.moments import SecondMoments
+from moecast.quant.rounding.statistics import SecondMomentStatistics
 from moecast.runner.observe import ObservingWeights, observe_head
 from moecast.runner.stream import Stream
 from moecast.runner.texts import EVALUATION_TEXT, chunk_tokens, with_bos

@@ -21,8 +21,7 @@ from ..errors import BadInput
 from ..files import peak_rss_bytes
 from ..progress import NoProgress, Progress
 from ..quant.planning.plan import Plan
-from ..quant.rounding.moments import statistics_for
-from ..quant.rounding.statistics import Importance, Statistics
+from ..quant.rounding.statistics import Importance, Statistics, statistics_for
 from ..runner.activations import Workspace
 from ..runner.measure.evaluate import Parity, compare_heads, relative_error, summarize
 from ..runner.observe import ObservingWeights, observe_head

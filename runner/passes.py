@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..archs.graph import Layer
 from ..progress import NoProgress, Progress
-from ..quant.rounding.moments import statistics_for
-from ..quant.rounding.statistics import Importance, Statistics
+from ..quant.rounding.statistics import Importance, Statistics, statistics_for
 from ..sources.model import Model
 from .activations import Workspace
 from .observe import ObservingWeights, observe_head

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import BadInput
-from ..rounding.moments import LEAST_SQUARE
 from . import affine, codebook, lattice, native, symmetric, ternary
 from .lanes import Codec, unit_of
 from .table import Format, format_named
@@ -32,6 +31,7 @@ CODECS: Final[dict[str, Codec]] = {
 }
 FLOATS: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+LEAST_SQUARE: Final = 1e-3  # of the mean: no channel is worthless, however rarely the calibration text stirred it
 CHUNK: Final = {"cpu": 1 << 18}  # values worked on at once: what a core's cache holds
 LARGE_CHUNK: Final = 1 << 24  # on an accelerator, to keep it busy
 

@@ -12,7 +12,8 @@ from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.formats import native
 from moecast.quant.formats.quantize import CODECS
 from moecast.quant.rounding import feedback
-from moecast.quant.rounding.moments import SecondMoments, SecondMomentStatistics
+from moecast.quant.rounding.moments import SecondMoments
+from moecast.quant.rounding.statistics import SecondMomentStatistics
 from torch import Tensor
 
 FORMATS = sorted(name for name, codec in CODECS.items() if codec.grid)
