@@ -76,7 +76,7 @@ def attempt(
     if child == 0:
         try:
             counter = Calls(*calls)
-            make(source, folder if options.get("target") == "onnx" else folder / "model.gguf", **options)
+            make(source, folder if options.get("file_format") == "onnx" else folder / "model.gguf", **options)
             os.write(writer, str(counter.count).encode())
             os._exit(0)
         except BaseException as error:

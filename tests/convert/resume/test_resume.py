@@ -77,7 +77,7 @@ def slow(*values: Any) -> Any:
         slow("minimax-m2-tiny", {"padding": False, "quant": "IQ4_XS", "error_feedback": True} | LANES),
         ("nemotron-3-tiny", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
         slow("a draft", {"mtp": True, "calibration": None, "verify": False}),  # it is a second file
-        slow("minimax-m2-tiny", {"target": "onnx"} | LANES),
+        slow("minimax-m2-tiny", {"file_format": "onnx"} | LANES),
         slow("nemotron-3-tiny", {"size": 2_000_000} | LANES),
     ],
 )
