@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -112,6 +113,26 @@ def test_help_loads_nothing_heavy(code: str) -> None:
     told = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)), file=sys.stderr)"
     result = subprocess.run([sys.executable, "-c", told], check=True, capture_output=True, text=True)
     assert HEAVY & {*json.loads(result.stderr)} == set()
+
+
+def test_what_is_public_is_documented() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for package in ("convert", "quant", "runner"):
+        section = text.partition(f"## `moecast.{package}`")[2].partition("\n## ")[0]
+        named = {name for cell in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)", cell)}
+        assert named == {*importlib.import_module(f"moecast.{package}").__all__}
+
+
+def test_files_that_documents_name_exist() -> None:
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
+    folders = "archs|quant|sources|runner|convert|commands|tests|benchmarks|examples"
+    named = {
+        (document.name, path)
+        for document in documents
+        for path in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", document.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 20
+    assert {(document, path) for document, path in named if not (ROOT / path).exists()} == set()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
