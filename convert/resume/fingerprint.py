@@ -21,6 +21,7 @@ from ...sources.model import Model
 # folders counts until it is listed as neutral.
 _DECIDING = (
     "archs/*.py",  # which stored tensors a weight is made of, and what is computed with it
+    "archs/graph/*.py",
     "sources/*.py",  # where stored tensors lie, and which numbers their bytes are
     "quant/formats/*.py",
     "quant/rounding/*.py",

@@ -8,7 +8,7 @@ import pytest
 from moecast.archs.config import Config
 from moecast.archs.dimensions import Dimensions, constant, of, quantity, written
 from moecast.archs.expressions import Zeros
-from moecast.archs.graph import MLP, Activation, Graph, Layer, Mamba2, Norm, SubLayer
+from moecast.archs.graph import MLP, Activation, Graph, Layer, Mamba2, Norm, sequential
 from moecast.archs.weights import Role, Weight
 from moecast.errors import BadInput
 
@@ -34,7 +34,7 @@ GRAPH = Graph(
     hidden_size=8,
     context_length=64,
     embedding=weight("embedding", 32, 8),
-    layers=(Layer(0, (SubLayer(NORM, OPERATION),)),),
+    layers=(Layer(0, (sequential(NORM, OPERATION),)),),
     final_norm=NORM,
     head=weight("head", 32, 8),
 )

@@ -55,7 +55,7 @@ def test_edits_that_change_no_byte(program: Path, file: str, old: str, new: str)
         ("sources/fp4.py", "def ", "NEW = 1\n\n\ndef "),
         ("runner/blocks/rotary.py", "def ", "NEW = 1\n\n\ndef "),
         ("convert/encode.py", "view(torch.uint8)", "view(torch.int8)"),
-        ("convert/onnx/blocks.py", "def ", "NEW = 1\n\n\ndef "),
+        ("convert/onnx/unpack.py", "def ", "NEW = 1\n\n\ndef "),
     ],
 )
 def test_edits_that_may_change_bytes(program: Path, file: str, old: str, new: str) -> None:
