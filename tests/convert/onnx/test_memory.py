@@ -22,7 +22,7 @@ LIMIT = 2 * 10**9
 
 CONFIG = checkpoints.MINIMAX | {
     "model_type": "minimax_m2", "hidden_size": HIDDEN, "intermediate_size": SIZE, "num_hidden_layers": LAYERS,
-    "num_local_experts": EXPERTS, "num_experts_per_tok": 2,
+    "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "rms_norm_eps": 1e-6, "rope_theta": 5e6,
     "num_attention_heads": HEADS, "num_key_value_heads": KEY_VALUE_HEADS, "head_dim": HEAD, "rotary_dim": 64,
 }  # fmt: skip
 
