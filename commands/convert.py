@@ -119,12 +119,12 @@ def convert(
       moecast convert OWNER/NAME --quant IQ4_XS --scratch 20GB
     """
     from ..convert.pipeline import convert as run
-    from ..convert.pipeline import name_of, output_path
+    from ..convert.pipeline import output_path
     from ..convert.plans.choose import budget_of, choose_plan, feeds_back, refuse_mixed_types
     from ..convert.plans.measured import measured_plan
     from ..runner.measure.evaluate import CALIBRATION_TEXT, EVALUATION_TEXT
     from ..sources.hub.repository import HubCheckpoint
-    from ..sources.locate import locate, locate_on_demand, open_headers
+    from ..sources.locate import locate, locate_on_demand, model_name, open_headers
     from ..sources.model import Model, open_model
     from .console import make_progress
     from .report import show_conversion, show_plan
@@ -152,7 +152,7 @@ def convert(
             allocation = measured_plan(
                 origin,
                 budget,
-                output_path(output, name or name_of(origin), budget.name, file_format),
+                output_path(output, name or model_name(origin), budget.name, file_format),
                 calibration=text,
                 imatrix=imatrix,
                 context=context,

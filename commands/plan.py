@@ -86,12 +86,11 @@ def plan(
       moecast plan OWNER/NAME --to onnx
       moecast plan OWNER/NAME --fit --vram 24GB --ram 96GB --context 32768
     """
-    from ..convert.pipeline import name_of
     from ..convert.plans.choose import budget_of, choose_plan, feeds_back, fit_machine, refuse_mixed_types
     from ..convert.plans.measured import measured_plan
     from ..quant.planning.plan_file import write_plan_file
     from ..runner.measure.evaluate import CALIBRATION_TEXT
-    from ..sources.locate import locate, open_headers
+    from ..sources.locate import locate, model_name, open_headers
     from ..sources.model import open_model
     from .console import make_progress
     from .report import show_fit, show_plan
@@ -111,7 +110,7 @@ def plan(
                 allocation = measured_plan(
                     model,
                     budget_of(model, goal),
-                    output or Path(f"{name_of(model)}.json"),
+                    output or Path(f"{model_name(model)}.json"),
                     calibration=calibration or CALIBRATION_TEXT,
                     imatrix=imatrix,
                     padding=pad,

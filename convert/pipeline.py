@@ -30,6 +30,7 @@ from ..runner.memory import QUANTIZING, RUNNING, peak_rss_bytes, workspace
 from ..sources.hub.repository import HubCheckpoint
 from ..sources.hub.shards import open_on_demand
 from ..sources.imatrix import read_imatrix
+from ..sources.locate import model_name
 from ..sources.model import Model, open_model
 from .encode import MeasuredImportance
 from .gguf.imatrix import ImatrixWriter
@@ -153,7 +154,7 @@ def convert(
     progress = progress or NoProgress()
     recipe = quant.recipe if isinstance(quant, Plan) else recipe_for(file_format, quant)
     weighs = (quant if isinstance(quant, Plan) else recipe).wants_importance
-    name = name or name_of(source)
+    name = name or model_name(source)
     provenance = provenance or (source.provenance if isinstance(source, HubCheckpoint) else {})
     measured = read_imatrix(Path(imatrix)) if imatrix else None
     text = None if measured or not (imatrix_out or weighs) else calibration
@@ -242,15 +243,6 @@ def _refuse(what: str, options: dict[str, object]) -> None:
     for option, value in options.items():
         if value is not None:
             raise BadInput(f"{option} means nothing for {what}; leave it out")
-
-
-def name_of(source: str | Path | HubCheckpoint | Model) -> str:
-    """What a model is called if nobody says otherwise."""
-    if isinstance(source, HubCheckpoint):
-        return source.provenance["repository"].split("/")[-1]
-    if isinstance(source, Model):
-        source = source.path
-    return Path(source).resolve().name
 
 
 def _open(source: str | Path | HubCheckpoint | Model, scratch: int | None, output: Path) -> Model:

@@ -22,7 +22,9 @@ from moecast.errors import BadInput
 from moecast.progress import NoProgress
 from moecast.sources.checkpoint import read_tensors
 from moecast.sources.hub import repository as hub
-from moecast.sources.hub.repository import HubCheckpoint, HubSource, fetch, list_files, parse_source
+from moecast.sources.hub.address import HubSource, parse_source
+from moecast.sources.hub.repository import HubCheckpoint, fetch, list_files
+from moecast.sources.hub.transfer import Watch
 from safetensors.numpy import save_file
 
 SHARDS = ("model-00000-of-00130.safetensors", "model-00001-of-00130.safetensors")  # numbered as badly as MiniMax M2.7
@@ -70,7 +72,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
     """A private cache, nobody logged in, small chunks, and sleeps that are noted instead of slept."""
     waits: list[float] = []
-    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(Watch, "pause", lambda watch, seconds: waits.append(seconds))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     for name, value in {
         "HF_HUB_CACHE": str(tmp_path / "cache"),
@@ -310,7 +312,7 @@ def test_patience_is_renewed_by_progress(server: HubServer, checkpoint: Path) ->
 KILLED = """
 import os, signal
 from huggingface_hub import constants
-from moecast.sources.hub.repository import HubSource, fetch
+from moecast.sources.hub.address import HubSource; from moecast.sources.hub.repository import fetch
 from moecast.progress import NoProgress
 constants.DOWNLOAD_CHUNK_SIZE = {chunk}
 chunks = []
@@ -535,7 +537,7 @@ def test_a_file_too_large_for_plain_http(server: HubServer, monkeypatch: pytest.
 
 # --- environment and secrets --------------------------------------------------------------------------------------
 
-FETCH = f"from moecast.sources.hub.repository import HubSource, fetch; print(fetch(HubSource({REPOSITORY!r})))"
+FETCH = f"from moecast.sources.hub.address import HubSource; from moecast.sources.hub.repository import fetch; print(fetch(HubSource({REPOSITORY!r})))"
 
 
 def test_offline_uses_what_was_fetched_before(server: HubServer, checkpoint: Path, tmp_path: Path) -> None:
@@ -561,7 +563,8 @@ def test_offline_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 LOUD = f"""
 import logging, traceback
 logging.basicConfig(level=logging.DEBUG)
-from moecast.sources.hub.repository import HubCheckpoint, HubSource
+from moecast.sources.hub.address import HubSource
+from moecast.sources.hub.repository import HubCheckpoint
 source = HubSource({REPOSITORY!r})
 for round in range(2):
     try:

@@ -19,7 +19,8 @@ from moecast.archs.weights import TensorInfo
 from moecast.errors import BadInput, Interrupted
 from moecast.sources.hub import shards
 from moecast.sources.hub import transfer as hub_transfer
-from moecast.sources.hub.repository import HubCheckpoint, HubSource
+from moecast.sources.hub.address import HubSource
+from moecast.sources.hub.repository import HubCheckpoint
 from moecast.sources.hub.shards import ShardStorage, open_on_demand, pass_over
 from moecast.sources.model import Model, open_model
 from safetensors.torch import load_file
@@ -53,7 +54,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)  # what is lost with a connection
     monkeypatch.setattr(hub_transfer, "ATTEMPTS", 1)
-    monkeypatch.setattr(hub_transfer.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub_transfer.Watch, "pause", lambda watch, seconds: None)
 
 
 def _checkpoint(server: HubServer) -> HubCheckpoint:
