@@ -143,10 +143,10 @@ def _bounded(response: httpx2.Response, most: int, watch: Watch) -> Generator[by
             since, count = time.monotonic(), 0
 
 
-def _kept(response: httpx2.Response) -> list[tuple[str, str]]:
+def _kept(response: httpx2.Response) -> list[tuple[bytes, bytes]]:
     """Headers that say what went wrong; those that describe the body would be taken at their word."""
-    kept = ("x-error-code", "x-error-message", "retry-after", "ratelimit", "x-request-id")
-    return [(name, value[:1000]) for name, value in response.headers.items() if name.lower() in kept]
+    kept = (b"x-error-code", b"x-error-message", b"retry-after", b"ratelimit", b"x-request-id")
+    return [(name, value[:1000]) for name, value in response.headers.raw if name.lower() in kept]
 
 
 def _origin(address: str) -> tuple[str, str, int | None]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 
 from ...archs.weights import TensorInfo
-from ...errors import Interrupted
+from ...errors import BadInput, Interrupted
 from ..checkpoint import tensor_bytes
 
 _FIRST = 1 << 17  # bytes asked for at once, which hold most headers whole
@@ -15,7 +15,7 @@ _LONGEST = 100_000_000  # what the safetensors library accepts
 
 def read_remote_header(read: Callable[[int, int], bytes], file: str, size: int, origin: str) -> list[TensorInfo]:
     """Every tensor of a file of `size` bytes, of which `read` gives a part. Raises Interrupted for a damaged header."""
-    start = read(0, min(size, _FIRST))
+    start = read(0, min(size, _FIRST)) if size else b""
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or not 2 <= length <= min(size - 8, _LONGEST):
         raise _damaged(file, origin, f"it begins with a header of {length} bytes and has {size} in all")
@@ -25,6 +25,8 @@ def read_remote_header(read: Callable[[int, int], bytes], file: str, size: int, 
         header = json.loads(text)
         header.pop("__metadata__", None)
         tensors = [_tensor(name, entry, file, 8 + length) for name, entry in header.items()]
+    except BadInput:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(file, origin, f"{type(error).__name__}: {str(error)[:100]}") from None
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.length))

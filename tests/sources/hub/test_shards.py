@@ -26,7 +26,6 @@ from moecast.sources.model import Model, open_model
 from safetensors.torch import load_file
 
 SHARDS = 20
-CHUNK = 1 << 14
 NAMES = [f"model-{shard:05d}-of-{SHARDS + 4:05d}.safetensors" for shard in range(SHARDS)]
 ALL = 5_000_000  # bytes: more than all shards
 
@@ -52,7 +51,6 @@ def server(source: Path) -> Iterator[HubServer]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)  # what is lost with a connection
     monkeypatch.setattr(hub_transfer, "ATTEMPTS", 1)
     monkeypatch.setattr(hub_transfer.Watch, "pause", lambda watch, seconds: None)
 
@@ -167,14 +165,14 @@ def test_lost_connection_ends_in_one_line_and_continues(server: HubServer, sourc
     server.forgive()
     with closing(open_on_demand(_checkpoint(server), ALL, folder)) as model:
         _read_all(model, source)
-    assert server.bodies(NAMES[1])[-1].range == f"bytes={100_000 // CHUNK * CHUNK}-"
+    assert server.bodies(NAMES[1])[-1].range == "bytes=100000-"
 
 
 def test_wrong_bytes_are_never_read(server: HubServer, source: Path, tmp_path: Path) -> None:
     """A mirror that serves other bytes of the same length under the same commit."""
     with closing(open_on_demand(_checkpoint(server), ALL, tmp_path / "shards")) as model:
         server.fail(NAMES[3], Fault(content=b"\0" * (source / NAMES[3]).stat().st_size), times=20)
-        with pytest.raises(BadInput, match=f"{NAMES[3]} of .* arrived damaged twice"):
+        with pytest.raises(Interrupted, match=f"{NAMES[3]} of .* arrived damaged twice"):
             _read_all(model, source)
 
 
@@ -190,7 +188,7 @@ def test_false_headers_are_found_out(
     monkeypatch.setattr(HubCheckpoint, "read_headers", moved)
     with (
         closing(open_on_demand(_checkpoint(server), ALL, tmp_path / "shards")) as model,
-        pytest.raises(BadInput, match=r"has another header than the one that .*/tiny/moe sent alone"),
+        pytest.raises(Interrupted, match=r"has another header than the one that .*/tiny/moe sent alone"),
     ):
         model.storage.read(model.tensors[0])
 
