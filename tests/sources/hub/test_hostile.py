@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from hub_checkpoint import INDEX, NEEDED, SENTINEL, SHARDS, names, refusal, same, source
 from hub_server import API, TREE, Fault, HubServer, _Handler
-from moecast.errors import Interrupted
+from moecast.archs.weights import TensorInfo
+from moecast.errors import BadInput, Interrupted
 from moecast.progress import NoProgress
 from moecast.sources.hub import connection, transfer
 from moecast.sources.hub.address import HubSource
 from moecast.sources.hub.connection import Connection
+from moecast.sources.hub.headers import read_remote_header
 from moecast.sources.hub.repository import HubCheckpoint, fetch, list_files
 from moecast.sources.hub.transfer import Watch, in_parallel
 
@@ -171,17 +173,22 @@ def test_headers_of_shards_are_checked(server: HubServer, checkpoint: Path, head
         ("F32", [], [0, 4]), ("F32", "256", [0, 262144]), (7, [256, 256], [0, 262144]), ("F32", [256, 256], [0]),
     ],
 )  # fmt: skip
-def test_shapes_are_what_the_file_has_room_for(
-    server: HubServer, checkpoint: Path, dtype: object, shape: object, offsets: object
-) -> None:
+def test_shapes_are_what_the_file_has_room_for(dtype: object, shape: object, offsets: object) -> None:
     """A shape of 2^80 values is refused before anybody makes room for them."""
-    whole = (checkpoint / SHARDS[0]).read_bytes()
-    entry = {"weight.0": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
-    header = json.dumps(entry).encode().ljust(int.from_bytes(whole[:8], "little"))
-    found = HubCheckpoint(source(server))
-    server.fail(SHARDS[0], Fault(content=whole[:8] + header + whole[8 + len(header) :]))
-    with pytest.raises(ValueError if dtype == "F31" else Interrupted, match=SHARDS[0]):
-        found.read_headers()
+    with pytest.raises(BadInput if dtype == "F31" else Interrupted, match=SHARDS[0]):
+        read_header_of({"weight.0": {"dtype": dtype, "shape": shape, "data_offsets": offsets}})
+
+
+def test_a_sound_header() -> None:
+    entry = {"dtype": "F32", "shape": [256, 256], "data_offsets": [0, 262144]}
+    (tensor,) = read_header_of({"weight.0": entry, "__metadata__": {"format": "pt"}})
+    assert (tensor.name, tensor.dtype, tensor.shape, tensor.length) == ("weight.0", "F32", (256, 256), 262144)
+
+
+def read_header_of(entries: dict[str, object]) -> list[TensorInfo]:
+    header = json.dumps(entries).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(262144)
+    return read_remote_header(lambda start, stop: content[start:stop], SHARDS[0], len(content), "a mirror")
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 100])
