@@ -122,7 +122,7 @@ class HubCheckpoint:
                 shutil.rmtree(self.folder / ".incomplete", ignore_errors=True)
             elif self._source.revision != self._commit:  # what the revision stands for offline, now that all is here
                 self._reference.parent.mkdir(parents=True, exist_ok=True)
-                self._reference.write_text(self._commit)
+                self._reference.write_text(self._commit, encoding="utf-8")
 
     def fetch_file(self, file: HubFile, meter: Meter) -> Path:
         """Fetches one file of `listing`, verified, and returns its path. Raises as `fetch`."""
