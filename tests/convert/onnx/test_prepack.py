@@ -86,8 +86,8 @@ def _placed(folder: Path, **values: str) -> None:
     "place",
     [
         {"location": "../victim"}, {"location": "{}/victim"}, {"location": "a/../../victim"},
-        {"location": "..\\victim"}, {"location": ""}, {"location": "."}, {"location": "absent"}, {"location": "pipe"}, {"offset": "-4096"},
-        {"length": "x"}, {"length": "9" * 30}, {"offset": "0x10"},
+        {"location": "..\\victim"}, {"location": ""}, {"location": "."}, {"location": "absent"}, {"location": "pipe"},
+        {"offset": "-4096"}, {"length": "x"}, {"length": "9" * 30}, {"offset": "0x10"},
     ],
 )  # fmt: skip
 def test_external_data_lie_in_the_folder(
