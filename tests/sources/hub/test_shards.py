@@ -17,7 +17,8 @@ from hub_server import Fault, HubServer
 from huggingface_hub import constants
 from moecast.archs.weights import TensorInfo
 from moecast.errors import BadInput, Interrupted
-from moecast.sources.hub import shards
+from moecast.progress import NoProgress
+from moecast.sources.hub import connection, shards
 from moecast.sources.hub import transfer as hub_transfer
 from moecast.sources.hub.address import HubSource
 from moecast.sources.hub.repository import HubCheckpoint
@@ -213,3 +214,55 @@ def test_full_disk_while_fetching(
         monkeypatch.setattr(shards.HubCheckpoint, "_append", full)
         with pytest.raises(Interrupted, match="the disk is full"):
             model.storage.read(model.tensors[0])
+
+
+@pytest.mark.parametrize("vanish", ["blobs", "links", "all"])
+@pytest.mark.parametrize("scratch", [None, ALL])
+def test_a_cache_that_vanishes(
+    server: HubServer, source: Path, tmp_path: Path, vanish: str, scratch: int | None
+) -> None:
+    """The Hub's cache is emptied during a conversion: what it held is fetched."""
+    checkpoint = _checkpoint(server)
+    checkpoint.fetch_all()
+    with closing(open_on_demand(checkpoint, scratch, tmp_path / "shards")) as model:
+        assert isinstance(model.storage, ShardStorage) and model.storage.bytes_to_fetch == 0
+        storage = tmp_path / "cache" / "models--tiny--moe"
+        if vanish == "all":
+            shutil.rmtree(storage)
+        for path in (storage / "blobs").glob("*") if vanish == "blobs" else checkpoint.folder.glob("*.safetensors"):
+            path.unlink()
+        _read_all(model, source)
+
+
+def test_a_cache_that_vanishes_and_too_little_scratch(server: HubServer, tmp_path: Path) -> None:
+    checkpoint = _checkpoint(server)
+    checkpoint.fetch_all()
+    with closing(open_on_demand(checkpoint, 1000, tmp_path / "shards")) as model:
+        shutil.rmtree(checkpoint.folder)
+        with pytest.raises(Interrupted, match=r"is gone from the Hugging Face cache: --scratch is .* give"):
+            model.storage.read(model.tensors[0])
+
+
+def test_what_stalls_is_given_up(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_transfer, "LONGEST_SILENCE", 0.5)
+    monkeypatch.setattr(connection, "TIMEOUT", 1000.0)
+    with closing(open_on_demand(_checkpoint(server), ALL, tmp_path / "shards")) as model:
+        for name in NAMES:
+            server.fail(name, Fault(stall_after=5000), times=9)
+        with pytest.raises(Interrupted, match="nothing has come from"):
+            model.storage.read(model.tensors[0])
+
+
+def test_long_waits_are_said(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+
+    class Notes(NoProgress):
+        def note(self, line: str) -> None:
+            lines.append(line)
+
+    monkeypatch.setattr(shards, "_SAID_EVERY", 0.05)
+    checkpoint = HubCheckpoint(HubSource("tiny/moe", endpoint=server.endpoint), progress=Notes())
+    with closing(open_on_demand(checkpoint, ALL, tmp_path / "shards")) as model:
+        server.fail(model.tensors[0].file, Fault(before=lambda: time.sleep(1)))
+        model.storage.read(model.tensors[0])
+    assert any(line.startswith(f"Waiting for {model.tensors[0].file}: 0.0 of ") for line in lines)
