@@ -1,6 +1,6 @@
 """Requests to one Hub, bounded in bytes, speed, pages and hosts.
 
-huggingface_hub gives the session, the headers and the errors. Its own requests wait as long as a server asks, keep
+huggingface_hub gives the session and the errors. Its own requests wait as long as a server asks, keep
 whatever it sends, expand what it has compressed, and follow a listing to other hosts, token in hand.
 """
 
@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx2
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import get_session, hf_raise_for_status
 
+from ... import __version__
 from ...errors import Interrupted
 from .transfer import Retries, Watch
 
@@ -27,14 +28,14 @@ _MOST_REDIRECTS = 10
 
 
 class Connection:
-    """Sends requests to `endpoint`, and `token` (False for none) to no other host."""
+    """Sends requests to `endpoint`, and `token` to no other host."""
 
-    def __init__(self, endpoint: str, token: str | bool) -> None:
+    def __init__(self, endpoint: str, token: str | None) -> None:
         self.endpoint = endpoint
         self.retries = Retries(endpoint)
-        # Compressed answers could neither be resumed nor bounded.
-        self._anonymous = build_hf_headers(token=False) | {"Accept-Encoding": "identity"}
-        self._known = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}
+        # Compressed answers could neither be resumed nor bounded. The client's own headers would cost a request.
+        self._anonymous = {"User-Agent": f"moecast/{__version__}", "Accept-Encoding": "identity"}
+        self._known = self._anonymous | ({"Authorization": f"Bearer {token}"} if token else {})
 
     def read_json(self, address: str, watch: Watch) -> Any:
         """The answer to a GET as JSON. Raises Interrupted, JSONDecodeError and what the client raises."""

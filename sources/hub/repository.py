@@ -18,9 +18,10 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx2
-from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock, get_token_to_send  # type: ignore[attr-defined]
@@ -172,8 +173,7 @@ class HubCheckpoint:
         return HubFiles(commit, needed_files(self._source, commit, files, partial(self._fetch, meter)))
 
     def _address(self, file: HubFile) -> str:
-        repository, endpoint = self._source.repository, self._source.endpoint
-        return hf_hub_url(repository, file.name, revision=self._commit, endpoint=endpoint)
+        return f"{self._source.url}/resolve/{self._commit}/{quote(file.name)}"
 
     def _require_space(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -308,15 +308,15 @@ def _storage(source: HubSource) -> Path:
     return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=source.repository, repo_type="model"))
 
 
-def _usable(token: str | None, source: HubSource) -> str | bool:
-    """The token to send, or False for none. A malformed one would be quoted by the HTTP library's error."""
+def _usable(token: str | None, source: HubSource) -> str | None:
+    """The token to send, or None. A malformed one would be quoted by the HTTP library's error."""
     found = (get_token_to_send(token or None) or "").strip()
     if not re.fullmatch(r"[!-~]*", found):
         raise BadInput(
             "the access token (HF_TOKEN, or the one `hf auth login` stored) holds a space, a line break or a character"
             f" outside ASCII: copy it again from {source.endpoint}/settings/tokens"
         )
-    return found or False
+    return found or None
 
 
 def _fetched_before(source: HubSource, folder: Path | None) -> Path:

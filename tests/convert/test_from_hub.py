@@ -184,7 +184,7 @@ def test_what_the_network_stops_is_continued(
         stopped = CliRunner().invoke(main, call)
         assert stopped.exit_code == 2, stopped.output
         assert "checkpoint is damaged" not in stopped.output
-        assert (output.parent / ".model.gguf.part").is_file() and not output.exists()
+        assert (output.parent / ".model.gguf.part").is_file() and not output.exists(), stopped.output
         assert len((output.parent / ".model.gguf.journal" / "records").read_bytes().splitlines()) > 2
         server.forgive()
         continued = CliRunner().invoke(main, call)
