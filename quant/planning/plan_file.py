@@ -20,6 +20,7 @@ from typing import Any
 from ...archs.graph import Graph
 from ...archs.weights import Role
 from ...errors import BadInput
+from ...paths import is_plain_name
 from ..formats.table import Format, format_named
 from .allocation import allowed_types, bytes_per_token, plan_with
 from .padding import pad
@@ -77,7 +78,12 @@ def read_plan_file(path: Path) -> StoredTypes:
         if version != VERSION:
             raise BadInput(f"{path}: version is {version!r}, expected {VERSION}: make the plan anew")
         tensors = {t["name"]: (t["type"], tuple(int(size) for size in t["shape"])) for t in content["tensors"]}
-        return StoredTypes(str(path), str(content["name"]), tensors)
+        name = content["name"]
+        if not is_plain_name(name) or "/" in name:  # a part of the output's name
+            raise BadInput(f"{path}: name is {name!r}, expected plain words")
+        return StoredTypes(str(path), name, tensors)
+    except BadInput:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is not a plan of `moecast plan -o`: {type(error).__name__}: {error}") from None
 
