@@ -66,7 +66,7 @@ def test_own_files_are_no_links(tmp_path: Path) -> None:
     ("value", "expected"),
     [
         ("a" * 40, True), ("0123456789abcdef" * 4, True), ("a" * 39, False), ("a" * 40 + "\n", False),
-        ("A" * 40, False),         ("a" * 63 + "g", False), ("٣" * 40, False), ("", False), (None, False), (b"a" * 40, False),
+        ("A" * 40, False), ("a" * 63 + "g", False), ("٣" * 40, False), ("", False), (None, False), (b"a" * 40, False),
     ],
 )  # fmt: skip
 def test_digests(value: object, expected: bool) -> None:
