@@ -38,10 +38,10 @@ def _counted(monkeypatch: pytest.MonkeyPatch, last: int | None) -> list[int]:
     return count
 
 
-def _text(folder: Path, length: int) -> Path:
-    """The beginning of a text."""
+def _text(folder: Path, length: int, times: int = 1) -> Path:
+    """The beginning of a text, over and over, which reaches few experts."""
     file = folder / f"{length}.txt"
-    file.write_text(checkpoints.TEXT.read_text(encoding="utf-8")[:length], encoding="utf-8")
+    file.write_text(checkpoints.TEXT.read_text(encoding="utf-8")[:length] * times, encoding="utf-8")
     return file
 
 
@@ -57,7 +57,7 @@ def conversion(request: pytest.FixtureRequest, minimax_fp8: Checkpoint, tmp_path
         "alone": {"quant": "Q8_0", "calibration": None, "verify": False},
         "compared": {"quant": "Q8_0", "calibration": None, **SHORT},
         "calibrated": {"quant": "Q4_K_M", "calibration": _text(tmp_path, 1200), **SHORT},
-        "starved": {"quant": "Q4_K_M", "calibration": _text(tmp_path, 12), "verify": False, "context": 2},
+        "starved": {"quant": "Q4_K_M", "calibration": _text(tmp_path, 12, times=6), "verify": False, "context": 4},
     }
     return minimax_fp8.folder, options[request.param]
 
@@ -144,7 +144,7 @@ def test_the_short_text_leaves_experts_out(minimax_fp8: Checkpoint, tmp_path: Pa
         def note(self, line: str) -> None:
             lines.append(line)
 
-    options = {"calibration": _text(tmp_path, 12), "verify": False, "context": 2, "progress": Notes()}
+    options = {"calibration": _text(tmp_path, 12, times=6), "verify": False, "context": 4, "progress": Notes()}
     convert(minimax_fp8.folder, tmp_path / "model.gguf", "Q4_K_M", **options)
     seen = [line for line in lines if "experts seen" in line]
     assert seen and not any("16 of 16 experts seen" in line for line in seen)
