@@ -145,7 +145,7 @@ def external_place(tensor: onnx.TensorProto, origin: Path) -> ExternalPlace:
 def read_onnx(file: Path) -> onnx.ModelProto:
     """A model without its external data. Raises BadInput where that lies elsewhere than in files of its folder."""
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.load(file, load_external_data=False)

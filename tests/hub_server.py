@@ -11,6 +11,7 @@ import hashlib
 import json
 import socket
 import struct
+import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -171,6 +172,10 @@ class HubServer:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+
+    def handle_error(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # clients hang up when they have had enough
+            super().handle_error(request, client_address)
 
     def shutdown_request(self, request: socket.socket | tuple[bytes, socket.socket]) -> None:
         """Closes at once: a polite shutdown would send FIN before the RST that a fault asks for."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx2
-from huggingface_hub.utils import get_session, hf_raise_for_status
+from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from ... import __version__
 from ...errors import Interrupted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import TypeGuard
 
 from ...archs.weights import TensorInfo
 from ...errors import BadInput, Interrupted
@@ -51,7 +52,7 @@ def _tensor(name: str, entry: dict[str, object], file: str, data: int) -> Tensor
     return tensor
 
 
-def _are_sizes(value: object) -> bool:
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
