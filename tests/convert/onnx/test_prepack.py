@@ -95,7 +95,8 @@ def test_external_data_lie_in_the_folder(
 ) -> None:
     folder = Path(shutil.copytree(packed, tmp_path / "model"))
     (tmp_path / "victim").write_bytes(b"precious" * 100_000)
-    os.mkfifo(folder / "pipe")  # whoever opens it waits
+    if hasattr(os, "mkfifo"):  # whoever opens it waits
+        os.mkfifo(folder / "pipe")
     _placed(folder, **{key: value.format(tmp_path) for key, value in place.items()})
     before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     with pytest.raises(BadInput, match=r"model\.onnx"):
