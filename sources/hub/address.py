@@ -45,7 +45,9 @@ def parse_source(text: str) -> Path | HubSource:
     try:
         found = parse_hf_uri(address if "://" in address else f"hf://{address}", constants.ENDPOINT)
     except HfUriError:
-        raise BadInput(f"{text!r} is neither a folder on this machine nor a model on the Hub: {EXPECTED}") from None
+        found = None
+    if found is None or (found.path_in_repo and "://" not in address):  # a path of more than two parts
+        raise BadInput(f"{text!r} is neither a folder on this machine nor a model on the Hub: {EXPECTED}")
     if found.type != "model":
         raise BadInput(f"{text!r} is not a model repository: {EXPECTED}")
     if found.path_in_repo:
