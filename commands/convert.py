@@ -88,7 +88,9 @@ def convert(
     if dry_run and goal.measure:
         raise BadInput("--dry-run does not measure: use `moecast plan --measure`")
     if dry_run:
-        show_plan(plan_for(open_headers(source, access), goal, form, calibration, output.file_format), as_json)
+        with make_progress() as progress:
+            model = open_headers(source, access, progress)
+        show_plan(plan_for(model, goal, form, calibration, output.file_format), as_json)
         return
     if evaluation.chunks is None:
         evaluation = replace(evaluation, chunks=VERIFICATION.chunks)

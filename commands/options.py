@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from ..errors import BadInput
+from ..errors import BadInput, MoecastError
 
 if TYPE_CHECKING:
     from ..convert.settings import Calibration, Goal, Output
@@ -64,7 +64,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except BadInput as error:
+        except MoecastError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:

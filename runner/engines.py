@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,8 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import BadInput
+from ..paths import inside
 from ..sources.model import Model, open_model
 from ..sources.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import onnx
 
 DESCRIPTION_NAME = "moecast.json"
 MODEL_NAME = "model.onnx"
@@ -118,8 +124,54 @@ def read_description(path: Path) -> dict[str, Any]:
     return description
 
 
+@dataclass(frozen=True)
+class ExternalPlace:
+    """Where the data of a tensor lie: a file by its name in the model's folder, and the end in it."""
+
+    file: str
+    end: int
+
+
+def external_place(tensor: onnx.TensorProto, origin: Path) -> ExternalPlace:
+    """What a model says of the place of a tensor. Raises BadInput where that is no place in a file of its folder."""
+    said = {entry.key: entry.value for entry in tensor.external_data}
+    file, numbers = said.get("location", ""), [said.get("offset", "0"), said.get("length", "")]
+    inside(origin.parent, file, f"{origin}: {tensor.name}")
+    if not all(re.fullmatch(r"[0-9]{1,18}", number) for number in numbers):
+        raise BadInput(f"{origin}: {tensor.name} lies at {numbers[0]!r}, {numbers[1]!r} long, expected whole numbers")
+    return ExternalPlace(file, sum(map(int, numbers)))
+
+
+def read_onnx(file: Path) -> onnx.ModelProto:
+    """A model without its external data. Raises BadInput where that lies elsewhere than in files of its folder."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise BadInput(f"{file} cannot be read as an ONNX model: {error}") from None
+    for tensor in _tensors(model.graph):
+        if tensor.external_data:
+            place = file.parent / external_place(tensor, file).file
+            if not place.is_file():
+                raise BadInput(f"{place} is missing or no file, although {file.name} names it")
+    return model
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a graph, also those that are constants of its nodes or lie in graphs within."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
+
+
 def _open_session(file: Path, low_memory: bool, threads: int | None) -> Any:
     engine = runtime()
+    read_onnx(file)
     options = engine.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from ..archs.config import Config
 from ..archs.expressions import TensorInfo
 from ..errors import BadInput
+from ..paths import is_plain_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|[\\:]")  # of a folder; the last two lead out of one on Windows
 
 
 def read_config(folder: Path) -> Config:
@@ -66,7 +65,7 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"{path}: weight_map is missing or empty, expected tensor names and their files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or OUTSIDE.search(file):
+        if not is_plain_name(file):
             raise BadInput(f"{path}: weight_map places {name} in {file!r}, expected a file inside the folder")
     return weight_map
 
@@ -82,7 +81,7 @@ def read_header(path: Path) -> Iterator[TensorInfo]:
             entries = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in shapes.items()]
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path} is truncated or not a safetensors file ({error}): download it again") from None
-    lengths = [_length(dtype, shape, name, path) for name, dtype, shape in entries]
+    lengths = [tensor_bytes(dtype, shape, name, path) for name, dtype, shape in entries]
     offset = path.stat().st_size - sum(lengths)
     for (name, dtype, shape), length in zip(entries, lengths, strict=True):
         yield TensorInfo(name, dtype, shape, str(path), offset, length)
@@ -97,7 +96,8 @@ _DTYPE_BYTES = {
 }  # fmt: skip
 
 
-def _length(dtype: str, shape: tuple[int, ...], name: str, path: Path) -> int:
+def tensor_bytes(dtype: str, shape: tuple[int, ...], name: str, path: str | Path) -> int:
+    """Bytes of a tensor of a safetensors file. Raises BadInput for a dtype that is not known."""
     if dtype not in _DTYPE_BYTES:
         raise BadInput(f"{name} in {path} has dtype {dtype}, expected one of {', '.join(_DTYPE_BYTES)}")
     length = _DTYPE_BYTES[dtype]

@@ -23,6 +23,15 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF does, whatever its name; caches keep files without one."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
 def read_gguf(path: Path) -> tuple[dict[str, Any], tuple[TensorInfo, ...]]:
     """Metadata and tensors of a GGUF file; shapes are slowest dimension first.
 

@@ -19,7 +19,7 @@ from ..errors import BadInput
 from .checkpoint import read_config, read_tensors
 from .decode import evaluate, evaluate_directly
 from .fp4 import repack
-from .gguf import read_gguf
+from .gguf import is_gguf, read_gguf
 from .storage import Storage
 from .tokenizer import Tokenizer
 
@@ -107,7 +107,7 @@ def open_model(path: str | Path, tensors: tuple[TensorInfo, ...] | None = None) 
         architecture = architecture_of(config)
         tensors = read_tensors(path) if tensors is None else tensors
         return Model(path, architecture, architecture.from_checkpoint(config, tensors), tensors, {})
-    if path.suffix != ".gguf" or not path.is_file():
+    if not path.is_file() or not (path.suffix.lower() == ".gguf" or is_gguf(path)):
         raise BadInput(f"{path}: no such model, expected a checkpoint folder or a .gguf file")
     metadata, tensors = read_gguf(path)
     values = Config(metadata, str(path))

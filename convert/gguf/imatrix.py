@@ -11,7 +11,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ...errors import BadInput, Interrupted, OutputExists
+from ...errors import Interrupted, OutputExists
 from ...quant.formats.table import format_named
 from ...quant.planning.plan import StoredTensor
 from ...quant.rounding.statistics import Statistics
@@ -30,7 +30,7 @@ class ImatrixWriter:
         tokens: its ids, [chunks, context].
         overwrite: replace an existing file.
 
-    Raises BadInput when the file exists or cannot be written, Interrupted when the disk is full.
+    Raises OutputExists when the file exists, Interrupted when it cannot be written.
     """
 
     def __init__(self, path: Path, dataset: Path, tokens: Tensor, overwrite: bool = False) -> None:
@@ -48,7 +48,7 @@ class ImatrixWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._data: BinaryIO = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - closed on leaving
         except OSError as error:
-            raise BadInput(f"{path} cannot be written: {error.strerror}; choose another name") from None
+            raise Interrupted(f"{path} cannot be written: {error.strerror}; choose another name") from None
 
     def add(self, statistics: Statistics) -> None:
         """Write down what is known of one layer's weights."""

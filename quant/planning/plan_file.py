@@ -20,6 +20,7 @@ from ...archs.graph import Graph
 from ...archs.weights import Role
 from ...errors import BadInput
 from ...files import sync
+from ...paths import is_plain_name
 from ..formats.table import LARGEST_BLOCK, Format, format_named
 from .allocation import allowed_types, bytes_per_token, plan_with
 from .padding import pad
@@ -76,7 +77,12 @@ def read_plan_file(path: Path) -> StoredTypes:
         if version != VERSION:
             raise BadInput(f"{path}: version is {version!r}, expected {VERSION}: make the plan anew")
         tensors = {t["name"]: (t["type"], tuple(int(size) for size in t["shape"])) for t in content["tensors"]}
-        return StoredTypes(path.as_posix(), str(content["name"]), tensors)
+        name = content["name"]
+        if not is_plain_name(name) or "/" in name:  # a part of the output's name
+            raise BadInput(f"{path}: name is {name!r}, expected plain words")
+        return StoredTypes(path.as_posix(), name, tensors)
+    except BadInput:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is not a plan of `moecast plan -o`: {type(error).__name__}: {error}") from None
 
