@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := archs quant sources runner convert commands
-MODULES := cli errors progress
+MODULES := cli documents errors progress
 
 .PHONY: demo test lint types clean
 

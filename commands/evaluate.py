@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import compute_dtype_option, hub_options, json_option, low_memory_option, text_options
+from .terminal import printable
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +139,7 @@ def run(
     for piece in generate(_open(model, revision, token, low_memory), prompt, tokens, temperature, seed):
         pieces.append(piece)
         if not as_json:
-            click.echo(piece, nl=False)
+            click.echo(printable(piece, keep="\n\t") if sys.stdout.isatty() else piece, nl=False)
     if as_json:
         print_json({"prompt": prompt, "text": "".join(pieces)})
     else:

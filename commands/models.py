@@ -9,6 +9,7 @@ import click
 
 from ..errors import BadInput
 from .options import hub_options, json_option
+from .terminal import printable
 
 
 @click.command()
@@ -64,7 +65,7 @@ def download(
     if as_json:
         print_json({"folder": folder})
     else:
-        click.echo(folder)
+        click.echo(printable(folder))
 
 
 @click.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from ..errors import BadInput
+from .terminal import one_line, save_traceback
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -53,17 +55,23 @@ class FloatType(click.Choice[str]):
 
 
 class Commands(click.Group):
-    """Turns bad input into one line and exit code 2, whatever command it came from."""
+    """Turns whatever a command raises into one line: bad input exits with 2, what nobody foresaw with 3."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit, SystemExit, BrokenPipeError):
+            raise
         except BadInput as error:
-            click.echo(f"Error: {error}", err=True)
+            click.echo(one_line(f"Error: {error}"), err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo("Interrupted: run the same command again, it continues where it stopped.", err=True)
             ctx.exit(130)
+        except BaseException as error:  # the panics of libraries are no Exception
+            what, place = traceback.format_exception_only(error)[-1].strip(), save_traceback(error)
+            click.echo(one_line(f"Unexpected error: {what}; its traceback is in {place}"), err=True)
+            ctx.exit(3)
 
 
 def shared(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

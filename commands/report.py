@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .console import human_bytes, human_count, print_columns, print_json, print_table
+from .terminal import printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,7 +145,7 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     show_problems(result.problems)
     file = result.files[0]
     line = server_line(file) if file.suffix == ".gguf" else f'moecast run {file.parent} -p "Once upon a time"'
-    print(f"Run it with\n\n    {line}\n")
+    print(f"Run it with\n\n    {printable(line)}\n")
 
 
 def show_calibration(result: Calibration, as_json: bool) -> None:
@@ -161,12 +162,17 @@ def show_calibration(result: Calibration, as_json: bool) -> None:
 
 def show_problems(problems: tuple[str, ...]) -> None:
     for problem in problems:
-        print(f"Note: {problem}")
+        print(f"Note: {printable(problem)}")
 
 
 def server_line(path: Path) -> str:
     """The command that serves a file with llama.cpp on this machine: experts stay in RAM, the rest goes to a GPU."""
-    arguments: list[Any] = ["llama-server", "-m", path, "-c", 8192, "-t", os.cpu_count(), "--jinja"]
+    from ..sources.gguf import read_gguf
+    from ..sources.tokenizer_gguf import CHAT_TEMPLATE
+
+    arguments: list[Any] = ["llama-server", "-m", path, "-c", 8192, "-t", os.cpu_count()]
+    if CHAT_TEMPLATE in read_gguf(path)[0]:
+        arguments.append("--jinja")
     if shutil.which("nvidia-smi"):
         arguments += ["--n-gpu-layers", 99, "--cpu-moe"]
     return " ".join(str(argument) for argument in arguments)

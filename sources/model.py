@@ -13,6 +13,7 @@ from ..archs.config import Config
 from ..archs.graph import Graph
 from ..archs.registry import Architecture, architecture_named, architecture_of
 from ..archs.weights import TensorInfo, Weight
+from ..documents import is_file, is_folder
 from ..errors import BadInput
 from .checkpoint import read_config, read_tensors
 from .decode import evaluate, evaluate_directly
@@ -100,12 +101,12 @@ def open_model(path: str | Path, tensors: tuple[TensorInfo, ...] | None = None) 
     Raises BadInput when it is not there, or when anything about it is not as its architecture demands.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         config = read_config(path)
         architecture = architecture_of(config)
         tensors = read_tensors(path) if tensors is None else tensors
         return Model(path, architecture, architecture.from_checkpoint(config, tensors), tensors, {})
-    if path.suffix != ".gguf" or not path.is_file():
+    if path.suffix != ".gguf" or not is_file(path):
         raise BadInput(f"{path}: no such model, expected a checkpoint folder or a .gguf file")
     metadata, tensors = read_gguf(path)
     values = Config(metadata, str(path))

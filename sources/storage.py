@@ -28,7 +28,7 @@ class Storage:
         Rows count over all leading dimensions. Raises BadInput when the file ends early.
         """
         stop = tensor.rows if stop is None else stop
-        row_bytes = tensor.length // tensor.rows
+        row_bytes = tensor.length // max(tensor.rows, 1)
         data = torch.empty((stop - start, row_bytes), dtype=torch.uint8)
         if not read_at(self._descriptor(tensor.file), data, tensor.offset + start * row_bytes):
             raise BadInput(f"{tensor.file} ends inside tensor {tensor.name}: truncated, fetch the file again")

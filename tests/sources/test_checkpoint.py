@@ -110,7 +110,7 @@ def _swap_shards(folder: Path) -> None:
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), r"weight_map is missing or empty"),
         (lambda f: (f / "model.safetensors.index.json").unlink(), r"neither .* is there, expected safetensors"),
         (lambda f: (f / "config.json").unlink(), r"config\.json is missing, expected a Hugging Face checkpoint"),
-        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), r"config\.json is not readable JSON"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), r"config\.json is UTF-16 text; expected UTF-8"),
         (lambda f: checkpoints.edit_config(f, model_type="llama"), r"model_type is 'llama', expected one of"),
         (lambda f: checkpoints.edit_config(f, hidden_size=250), r"gives shape \[512, 256\], expected \[512, 250\]"),
         (_swap_shards, r"tensor .* is missing although model\.safetensors\.index\.json places it there"),
