@@ -74,7 +74,8 @@ def _read_config(config: Config) -> _Dimensions:
     config.expect("rope_scaling", {})
     config.expect("sliding_window")
     layers = config.integer("num_hidden_layers")
-    for layer, kind in enumerate(config.get("attn_type_list") or []):
+    kinds = config.get("attn_type_list") or []
+    for layer, kind in enumerate(kinds if isinstance(kinds, list) else [kinds]):
         if kind != 1:
             raise BadInput(f"{config.origin}: attn_type_list[{layer}] is {kind!r}, expected 1 (full attention)")
     rope = config.section("rope_parameters")

@@ -24,8 +24,9 @@ def one_line(text: object) -> str:
     line = printable(" ".join(str(text).split("\n")))
     if len(line) <= MOST_CHARACTERS:
         return line
-    half = (MOST_CHARACTERS - len(" ... ")) // 2
-    return f"{line[:half]} ... {line[-half:]}"
+    kept = MOST_CHARACTERS - len(" ... ")
+    end = kept // 3  # what to do stands there; what is wrong, and in which file, stands before
+    return f"{line[: kept - end]} ... {line[-end:]}"
 
 
 def save_traceback(error: BaseException) -> str:

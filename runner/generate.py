@@ -70,8 +70,10 @@ def _chooser(temperature: float, seed: int | None) -> Callable[[Tensor], int]:
     generator = torch.Generator()
     if seed is None:
         generator.seed()
-    else:
+    elif 0 <= seed < 2**63:
         generator.manual_seed(seed)
+    else:
+        raise BadInput(f"--seed is {seed}, expected a whole number from 0 to {2**63 - 1}")
 
     def choose(logits: Tensor) -> int:
         if temperature == 0:

@@ -81,10 +81,10 @@ def tokenizer_metadata(
 
 def _losses(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> list[str]:
     """What an engine will not find in the file, a line each."""
-    losses = []
+    losses, others = [], [*tokenizer.chat_templates]
     if CHAT_TEMPLATE not in metadata:
-        others = ", ".join(name for name in tokenizer.chat_templates) or "none at all"
-        losses.append(f"there is no default chat template ({others}): llama.cpp will use one of its own")
+        what = f"no default chat template, only {', '.join(others)}" if others else "no chat template"
+        losses.append(f"the checkpoint has {what}: llama.cpp will use one of its own")
     kept = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
     tokens = metadata["tokenizer.ggml.tokens"]
     if lost := [id for id in _unknown_ends(tokenizer, tokens) if id not in kept]:

@@ -141,11 +141,14 @@ def test_bad_folders(backend: Backend, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"only tokenizer.model: open the folder with transformers"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(BadInput, match=r"tokenizer.json is not readable JSON"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadInput, match=r"tokenizer.json is not a tokenizer file: "):
         Tokenizer.from_folder(tmp_path)
     vocabularies.save(backend, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(BadInput, match=r"tokenizer_config.json must hold a JSON object, not list"):
+    with pytest.raises(BadInput, match=r"tokenizer_config.json holds a JSON list, expected an object"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
     with pytest.raises(BadInput, match=r"tokenizer_config.json sets add_bos_token, but its bos_token is no token"):

@@ -33,7 +33,7 @@ ADDED = [
 ]
 SPECIAL_TEXT = " <think>hm</think><think>]~!b[ a<｜User｜>b<|im_end|>\n<end_of_tool>x[e~["
 FILES = {
-    "tokenizer_config": {"bos_token": "]~!b[", "eos_token": "[e~["},
+    "tokenizer_config": {"bos_token": "]~!b[", "eos_token": "[e~[", "chat_template": "{{ messages }}"},
     "generation_config": {"eos_token_id": [501, 502, 503]},
 }
 MARGIN = 13

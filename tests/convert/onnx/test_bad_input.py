@@ -106,7 +106,7 @@ def _without_description(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(_shortened, r"model\.onnx cannot be loaded: "), (_without_description, r"moecast\.json cannot be read: ")],
+    [(_shortened, r"model\.onnx cannot be loaded: "), (_without_description, r"moecast\.json is missing: only what")],
 )
 def test_damaged_folder(converted: Path, damage: Any, message: str) -> None:
     damage(converted)
