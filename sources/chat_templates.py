@@ -32,7 +32,7 @@ class ChatTemplates:
 
 def read_chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplates:
     """Raises BadInput for a file that cannot be read, and for templates without a name or a text."""
-    places = {TEMPLATE_FILE: _from_files(folder)}
+    places = {"the folder's .jinja files": _from_files(folder)}
     if is_file(folder / _TEMPLATE_JSON):
         places[_TEMPLATE_JSON] = _from_json(read_json(folder / _TEMPLATE_JSON), folder / _TEMPLATE_JSON)
     places["tokenizer_config.json"] = _from_json(tokenizer_config, folder / "tokenizer_config.json")
@@ -41,7 +41,7 @@ def read_chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> Ch
         return ChatTemplates({}, ())
     (first, chosen), *others = filled.items()
     losses = [
-        f"{place} holds further chat templates ({', '.join(lost)}): {first} has the say, they are left out"
+        f"{place} holds further chat templates ({', '.join(lost)}): left out, as {first} decide"
         for place, templates in others
         if (lost := sorted(templates.keys() - chosen.keys()))
     ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from random import Random
 from typing import Any
+
+from gguf_parts import GGUFParts, string
 
 _RAW = (
     "1e999",
@@ -80,8 +82,8 @@ def damaged_bytes(content: bytes, random: Random, reach: int | None = None) -> b
 
 def damaged_gguf(content: bytes, random: Random) -> bytes:
     """A GGUF file with one key's type and value, or one tensor's header, replaced; the rest stays whole."""
-    header = _Header(content)
-    keys, tensors = header.read()
+    parts = GGUFParts.of(content)
+    keys, tensors = parts.keys, parts.tensors
     if random.random() < 0.6:
         at = random.randrange(len(keys))
         name = keys[at][0] if random.random() < 0.9 else random.choice((b"", b"split.count", b"general.alignment"))
@@ -101,15 +103,7 @@ def damaged_gguf(content: bytes, random: Random) -> bytes:
         else:
             offset = random.choice((0, 32, offset + 32, offset - 32 if offset else 7, 2**62, tensors[-1][3]))
         tensors[at] = (name, sizes, kind, offset)
-    out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
-    out += b"".join(_string(key) + value for key, value in keys)
-    for name, sizes, kind, offset in tensors:
-        out += _string(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
-    return out + bytes(-len(out) % 32) + content[header.data_start :]
-
-
-def _string(text: bytes) -> bytes:
-    return struct.pack("<Q", len(text)) + text
+    return parts.to_bytes()
 
 
 def _odd_gguf_value(random: Random) -> bytes:
@@ -122,60 +116,14 @@ def _odd_gguf_value(random: Random) -> bytes:
         lambda: struct.pack("<If", 6, random.choice((0.0, float("nan"), float("inf"), -1.0, 1e30))),
         lambda: struct.pack("<Id", 12, random.choice((1e300, float("nan")))),
         lambda: struct.pack("<I?", 7, random.random() < 0.5),
-        lambda: struct.pack("<I", 8) + _string(random.choice((b"", b"gpt2", b"x\x1b[31m", b"\xff\xfe", b"default"))),
+        lambda: struct.pack("<I", 8) + string(random.choice((b"", b"gpt2", b"x\x1b[31m", b"\xff\xfe", b"default"))),
         lambda: struct.pack("<IIQ", 9, 4, 0),
         lambda: struct.pack("<IIQ3i", 9, 5, 3, 1, -1, 2**31 - 1),
-        lambda: struct.pack("<IIQ", 9, 8, 2) + _string(b"a") + _string(random.choice((b"a", b"b"))),
+        lambda: struct.pack("<IIQ", 9, 8, 2) + string(b"a") + string(random.choice((b"a", b"b"))),
         lambda: struct.pack("<IIQ", 9, 4, random.choice((2**31, 2**62))),
         lambda: struct.pack("<I", random.choice((13, 99, 2**31))),
     ]
     return random.choice(scalars)()
-
-
-class _Header:
-    """The keys (name; type and value as bytes) and tensor headers of a whole GGUF file."""
-
-    _SIZES = (1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8)
-
-    def __init__(self, content: bytes) -> None:
-        self.content, self.position, self.data_start = content, 8, 0
-
-    def read(self) -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, tuple[int, ...], int, int]]]:
-        tensor_count, key_count = self._number("Q"), self._number("Q")
-        keys = [*self._keys(key_count)]
-        tensors = []
-        for _ in range(tensor_count):
-            name = self._text()
-            sizes = tuple(self._number("Q") for _ in range(self._number("I")))
-            tensors.append((name, sizes, self._number("I"), self._number("Q")))
-        self.data_start = -(-self.position // 32) * 32
-        return keys, tensors
-
-    def _keys(self, count: int) -> Iterator[tuple[bytes, bytes]]:
-        for _ in range(count):
-            name, start = self._text(), self.position
-            self._skip(self._number("I"))
-            yield name, self.content[start : self.position]
-
-    def _skip(self, kind: int) -> None:
-        if kind == 8:
-            self._text()
-        elif kind == 9:
-            element, count = self._number("I"), self._number("Q")
-            for _ in range(count):
-                self._skip(element)
-        else:
-            self.position += self._SIZES[kind]
-
-    def _number(self, code: str) -> int:
-        (value,) = struct.unpack_from(f"<{code}", self.content, self.position)
-        self.position += struct.calcsize(code)
-        return int(value)
-
-    def _text(self) -> bytes:
-        size = self._number("Q")
-        self.position += size
-        return self.content[self.position - size : self.position]
 
 
 def _damage_value(value: Any, random: Random, raw: dict[str, str]) -> Any:

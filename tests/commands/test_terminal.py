@@ -94,14 +94,21 @@ def _on_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:
 
 
 @pytest.fixture
-def hostile(minimax: Checkpoint, tmp_path: Path) -> Path:
+def hostile(tmp_path: Path) -> Path:
     """A checkpoint whose folder and tokens look like markup and hold what terminals obey."""
-    folder = checkpoints.copied(minimax.folder, tmp_path / "m[" / "b]\x1b[31mred")
+    folder = tmp_path / "m[" / "b]\x1b[31mred"
+    checkpoints.save_minimax(folder, checkpoints.minimax_model(vocab_size=520))
+    checkpoints.write_tokenizer(folder, 512)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    for text in (MARKUP, "[/INST]", "\x1b]0;title\x07"):
-        tokenizer["added_tokens"].append({"id": 400 + len(tokenizer["added_tokens"]), "content": text, **added})
+    kind = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    added = enumerate((MARKUP, "[/INST]", "\x1b]0;title\x07"), start=512)
+    tokenizer["added_tokens"] += [{"id": id, "content": text, **kind} for id, text in added]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    # Notes name them: ends of texts for which a file has no room, and templates of which none is the default.
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [510, 511, 512, 513, 514]}))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    templates = [{"name": f"{MARKUP}\x1b[31mred", "template": "A"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": templates}))
     return folder
 
 
@@ -117,7 +124,8 @@ def test_markup_and_controls_on_a_terminal(hostile: Path, tmp_path: Path) -> Non
     _expect_harmless(shown)
     options = ("--quant", "Q8_0", "--no-calibration", "-c", "16", "--chunks", "2", "--pre", "gpt-2")
     code, shown = _on_terminal("convert", hostile.name, *options, cwd=hostile.parent)
-    assert code == 0 and r"b]\x1b[31mred-Q8_0.gguf" in shown and "[/INST]" in shown, shown
+    assert code == 0 and r"b]\x1b[31mred-Q8_0.gguf" in shown, shown
+    assert f"'{MARKUP}', '[/INST]'" in shown and f"only {MARKUP}\\x1b[31mred: llama.cpp" in shown
     _expect_harmless(shown)
     code, shown = _on_terminal("inspect", "n[/b]\x1b[31mred.gguf", cwd=tmp_path)
     assert code == 2 and r"n[/b]\x1b[31mred.gguf: no such model" in shown and shown.count("\n") == 1
