@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ def is_file(path: Path) -> bool:
 def is_folder(path: Path) -> bool:
     """Whether a folder is there. Raises BadInput where the system does not say."""
     return _is(path, stat.S_ISDIR)
+
+
+def exists(path: Path) -> bool:
+    """Whether anything is there. Raises BadInput where the system does not say."""
+    return _is(path, bool)
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> BadInput:
@@ -97,9 +103,9 @@ def parse_json(content: bytes, origin: str) -> Any:
     return value
 
 
-def _is(path: Path, kind: Any) -> bool:
+def _is(path: Path, kind: Callable[[int], bool]) -> bool:
     try:
-        return bool(kind(path.stat().st_mode))
+        return kind(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:

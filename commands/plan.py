@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..documents import exists
 from ..errors import BadInput, OutputExists
 from .options import (
     Size,
@@ -100,7 +101,7 @@ def plan(
         raise BadInput("--ram and --vram describe a machine to fit: add --fit")
     if measure and (fit or not goal.is_budget):
         raise BadInput("--measure finds the best plan for a budget: add --size or --bpw, and leave out --fit")
-    if output and output.exists() and not overwrite:
+    if output and exists(output) and not overwrite:
         raise OutputExists(output)
     with ExitStack() as stack:
         if measure:

@@ -41,7 +41,7 @@ def read_chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> Ch
         return ChatTemplates({}, ())
     (first, chosen), *others = filled.items()
     losses = [
-        f"{place} holds further chat templates ({', '.join(lost)}): left out, as {first} decide"
+        f"{place} holds further chat templates ({', '.join(lost)}): left out, as transformers does beside {first}"
         for place, templates in others
         if (lost := sorted(templates.keys() - chosen.keys()))
     ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...archs.weights import Role, Weight, Zeros
+from ...documents import exists
 from ...errors import BadInput, Interrupted, OutputExists
 from ...quant.formats.table import format_named
 from ...quant.planning.plan import PlannedTensor
@@ -35,7 +36,7 @@ class ImatrixWriter:
     """
 
     def __init__(self, path: Path, dataset: Path, tokens: Tensor, overwrite: bool = False) -> None:
-        if path.exists() and not overwrite:
+        if exists(path) and not overwrite:
             raise OutputExists(path)
         self.path = path
         self._metadata = {

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto, helper
 
 from ...errors import BadInput
@@ -36,7 +37,10 @@ def prepack(folder: Path, progress: Progress) -> int:
     Raises BadInput for another kind of folder, without ONNX Runtime, and when the folder cannot be written.
     """
     description = read_description(folder)
-    model = onnx.load(folder / MODEL_NAME, load_external_data=False)
+    try:
+        model = onnx.load(folder / MODEL_NAME, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise BadInput(f"{folder / MODEL_NAME} cannot be read: {error}; convert the model again") from None
     stored = {tensor.name: tensor for tensor in model.graph.initializer if tensor.external_data}
     packing = (node for node in model.graph.node if node.op_type in _PACKING_OPERATORS)
     nodes = [node for node in packing if stored.keys() & {*node.input}]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...documents import exists
 from ...errors import OutputExists
 from ...progress import NoProgress, Progress
 from ...runner.measure.evaluate import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens, dtype_name
@@ -63,7 +64,7 @@ def measured_plan(
         },
     )
     with Journal(path.with_name(f"{path.name}.plan"), identity, overwrite, keep_on_bad_input=True) as journal:
-        if path.exists() and not (overwrite or journal_folder(path).exists()):
+        if exists(path) and not (overwrite or journal_folder(path).exists()):
             raise OutputExists(path)
         measuring = Measuring(
             model,

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -250,7 +251,8 @@ class Journal:
 
     def _remove_temporaries(self) -> None:
         for key in self.done(_STARTED):
-            self.folder.parent.joinpath(str(key[1])).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.parent.joinpath(str(key[1])).unlink(missing_ok=True)
 
     def _difference(self, found: Mapping[str, str]) -> str:
         names = dict.fromkeys((*self._fingerprint, *found))

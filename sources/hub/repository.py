@@ -33,6 +33,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_token_to_s
 from huggingface_hub.utils.sha import git_hash
 
 from ...archs.weights import TensorInfo
+from ...documents import is_file, is_folder
 from ...errors import BadInput
 from ...progress import Progress
 from ..checkpoint import INDEX_FILE, SINGLE_FILE, read_index
@@ -95,12 +96,12 @@ class HubFiles:
 def parse_source(text: str) -> Path | HubSource:
     """A folder that exists, or else a Hub id, hf:// address or URL. Raises BadInput for anything else."""
     folder = Path(os.path.expanduser(text))
-    if text and folder.is_dir():
+    if text and is_folder(folder):
         return folder
     expected = "expected a checkpoint folder, owner/name, hf://owner/name[@revision] or the URL of a Hub repository"
     if re.match(r"\w+://[^/]*@[^/]+/", text):
         raise BadInput(f"the URL holds a user name or token: leave it out and set HF_TOKEN; {expected}")
-    if folder.is_file():
+    if is_file(folder):
         raise BadInput(f"{text} is a file: {expected}")
     try:
         address = parse_hf_uri(text if "://" in text else f"hf://{text}", constants.ENDPOINT)
