@@ -30,7 +30,10 @@ class Size(click.ParamType[int]):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", value.strip(), re.IGNORECASE)
         if not match:
             self.fail(f"{value!r} is not a size, expected for example 40GB or 36GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+        size = float(match[1]) * _UNITS[(match[2] or "").upper()]
+        if size >= 2**63:
+            self.fail(f"{value!r} is more than any disk or memory has", param, ctx)
+        return int(size)
 
 
 class TypeOverride(click.ParamType[tuple[str, str]]):

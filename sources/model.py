@@ -72,7 +72,12 @@ class Model:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises BadInput when the model has none."""
-        return Tokenizer.from_gguf(self.metadata) if self.metadata else Tokenizer.from_folder(self.path)
+        if not self.metadata:
+            return Tokenizer.from_folder(self.path)
+        try:
+            return Tokenizer.from_gguf(self.metadata)
+        except BadInput as error:
+            raise BadInput(f"{self.path}: {error}") from None
 
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A weight's numbers in float32: one expert of a stack, some rows, or all of it. See `decode.evaluate`."""

@@ -43,6 +43,8 @@ class Tokenizer:
     """Every id that ends generation, `eos` among them."""
     chat_templates: Mapping[str, str] = field(repr=False)
     """Jinja sources by name; `chat_template` is the one named "default"."""
+    origin: str = field(default="the tokenizer", compare=False)
+    """Where it was read, for messages."""
     losses: tuple[str, ...] = ()
     """What the files hold and this tokenizer does not, a line each."""
 

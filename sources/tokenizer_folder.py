@@ -50,6 +50,7 @@ def read_tokenizer_folder(path: str | os.PathLike[str]) -> Tokenizer:
         add_bos=add_bos,
         end_of_generation=frozenset([*files.generation_ends(backend), *([] if eos is None else [eos])]),
         chat_templates=files.chat_templates.sources,
+        origin=str(path),
         losses=files.chat_templates.losses,
     )
 
@@ -71,6 +72,9 @@ def _parse(path: Path) -> tuple[Mapping[str, Any], tokenizers.Tokenizer]:
     """What the file says, and the tokenizer that the library makes of it."""
     content = read_bytes(path)
     parsed = parse_json(content, str(path))
+    model = parsed.get("model") if isinstance(parsed, dict) else None
+    if isinstance(model, dict) and model.get("continuing_subword_prefix"):  # the library would print what it trips over
+        raise BadInput(f"{path} sets continuing_subword_prefix, which no byte-level BPE has: is it this model's?")
     with refused(f"{path} is not a tokenizer file"):
         return parsed, tokenizers.Tokenizer.from_str(content.decode("utf-8-sig"))
 

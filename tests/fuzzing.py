@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from moecast.errors import BadInput
+from moecast.errors import BadInput, Interrupted
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FAMILIES = sorted(path.name for path in EXAMPLES.glob("*-tiny"))
@@ -62,7 +62,7 @@ def refuses_or_reads(action: Callable[[], object]) -> bool:
     with bounded():
         try:
             action()
-        except BadInput as error:
+        except (BadInput, Interrupted) as error:
             assert str(error).strip()
             return False
     return True

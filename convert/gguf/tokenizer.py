@@ -68,11 +68,14 @@ def tokenizer_metadata(
 
     Raises BadInput when the tokenizer cannot be written to GGUF, or when the keys do not reproduce its ids.
     """
-    name, contradiction = choose_pre(pre, architecture_pre, json.loads(tokenizer.backend.to_str()))
-    metadata = vocabulary_metadata(tokenizer, vocabulary_size, name)
-    check = self_check(tokenizer, metadata)
-    if check.error:
-        raise BadInput(check.error)
+    try:
+        name, contradiction = choose_pre(pre, architecture_pre, json.loads(tokenizer.backend.to_str()))
+        metadata = vocabulary_metadata(tokenizer, vocabulary_size, name)
+        check = self_check(tokenizer, metadata)
+        if check.error:
+            raise BadInput(check.error)
+    except BadInput as error:
+        raise BadInput(f"{tokenizer.origin}: {error}") from None
     for line in (contradiction, check.warning, *tokenizer.losses, *_losses(tokenizer, metadata)):
         if line:
             progress.note(line)
