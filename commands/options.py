@@ -133,7 +133,9 @@ error_feedback_option = click.option(
     default=None,
     help="Let each weight make good the rounding of others (GPTQ); slower.  [default: unless --quant]",
 )
-threads_option = click.option("--threads", type=int, help="Threads to quantize with, all cores by default.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 4096), help="Threads to quantize with, all cores by default."
+)
 
 
 def goal_options(command: Command) -> Command:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -33,7 +34,7 @@ def generate(
     ids = tokenizer.encode(prompt, parse_special=True)
     if not ids:
         raise BadInput("--prompt is empty, expected some text")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise BadInput(f"--temperature is {temperature}, expected 0 or more")
     return _text(_tokens(engine_of(model), ids, _chooser(temperature, seed)), tokenizer, most)
 

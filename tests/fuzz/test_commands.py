@@ -25,6 +25,7 @@ VALUES = (
     "../x", "a/b/c", "\x1b[31m", "é", "日本", "4GB", "0B", "1KB", "10MB", "1e9GB", "Q4_K_M", "q8_0", "COPY", "a=Q4_K",
     "[=Q4_K", "(.*)*x=F32", "model.gguf", "cpu", "cuda", "main", "[/INST]", "%s", "{}", "\udcff",
 )  # fmt: skip
+_QUICKLY = ["--no-verify", "--no-calibration", "--no-pad", "--quant", "Q4_0"]
 SOURCES = ("inspect", "plan", "convert", "imatrix", "perplexity", "run")
 
 
@@ -33,7 +34,7 @@ def options(samples: Samples, folder: Path, random: Random) -> Result:
     text = str(folder.parent / "short.txt")
     Path(text).write_text("In the beginning was the word, and all words came from it.\n" * 5)
     arguments = {
-        "convert": [str(samples.checkpoint), *random.choice((["--dry-run"], ["--no-verify", "--no-calibration"]))],
+        "convert": [str(samples.checkpoint), *random.choice((["--dry-run"], _QUICKLY))],
         "imatrix": [str(samples.checkpoint), "-o", "imatrix.gguf", "--calibration", text, "-c", "16"],
         "perplexity": [str(samples.checkpoint), "-f", text, "-c", "16"],
         "parity": [str(samples.checkpoint), str(samples.gguf), "-f", text, "-c", "16"],
@@ -48,7 +49,7 @@ def options(samples: Samples, folder: Path, random: Random) -> Result:
     given = [option for option in command.params if isinstance(option, click.Option)]
     for option in random.sample(given, min(len(given), random.choice((1, 1, 2, 3)))):
         spelled = random.choice((*option.opts, *option.secondary_opts))
-        if option.name not in ("revision", "token"):  # these are for the Hub
+        if option.name not in ("revision", "token", "tokens"):  # for the Hub, and for whoever wants many words
             arguments += [spelled] if option.is_flag else [spelled, random.choice(VALUES)]
     return _invoke(name, *arguments)
 
@@ -60,8 +61,7 @@ def damaged_checkpoint(samples: Samples, folder: Path, random: Random) -> Result
     copy = linked(source, folder.with_name(f"{folder.name}-source"), chosen.name)
     damage = damaged_json if chosen.suffix == ".json" else damaged_bytes
     (copy / chosen.name).write_bytes(damage(chosen.read_bytes(), random))
-    kept = ("--no-calibration", "--no-verify", "--no-pad", "--quant", random.choice(("Q4_0", "BF16")))
-    result = _invoke("convert", str(copy), "-o", "out.gguf", *kept)
+    result = _invoke("convert", str(copy), "-o", "out.gguf", *_QUICKLY)
     if result.exit_code == 0:
         tensors = {tensor.name for tensor in read_gguf(folder / "out.gguf")[1]}
         assert "token_embd.weight" in tensors
