@@ -30,12 +30,15 @@ class ChatTemplates:
     losses: tuple[str, ...]
 
 
-def read_chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplates:
-    """Raises BadInput for a file that cannot be read, and for templates without a name or a text."""
+def read_chat_templates(folder: Path, in_config: Any) -> ChatTemplates:
+    """The templates of a folder whose tokenizer_config.json holds `in_config`, None where it holds none.
+
+    Raises BadInput for a file that cannot be read, and for templates without a name or a text.
+    """
     places = {"the folder's .jinja files": _from_files(folder)}
     if is_file(folder / _TEMPLATE_JSON):
-        places[_TEMPLATE_JSON] = _from_json(read_json(folder / _TEMPLATE_JSON), folder / _TEMPLATE_JSON)
-    places["tokenizer_config.json"] = _from_json(tokenizer_config, folder / "tokenizer_config.json")
+        places[_TEMPLATE_JSON] = _from_json(read_json(folder / _TEMPLATE_JSON).get(_KEY), folder / _TEMPLATE_JSON)
+    places["tokenizer_config.json"] = _from_json(in_config, folder / "tokenizer_config.json")
     filled = {place: templates for place, templates in places.items() if templates}
     if not filled:
         return ChatTemplates({}, ())
@@ -58,8 +61,7 @@ def _from_files(folder: Path) -> dict[str, str]:
     return templates | {file.stem: read_text(file) for file in further if file.suffix == ".jinja" and is_file(file)}
 
 
-def _from_json(values: Mapping[str, Any], origin: Path) -> dict[str, str]:
-    stored = values.get(_KEY)
+def _from_json(stored: Any, origin: Path) -> dict[str, str]:
     if stored is None:
         return {}
     if isinstance(stored, str):

@@ -115,10 +115,18 @@ class _Files:
 
     @classmethod
     def read(cls, folder: Path) -> _Files:
-        names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
-        values = [read_json(folder / name) if is_file(folder / name) else {} for name in names]
-        configs = (Config(value, str(folder / name)) for name, value in zip(names, values, strict=True))
-        return cls(*configs, chat_templates=read_chat_templates(folder, values[0]))
+        def values(name: str) -> Config:
+            path = folder / name
+            return Config(read_json(path) if is_file(path) else {}, str(path))
+
+        tokenizer_config = values("tokenizer_config.json")
+        return cls(
+            tokenizer_config=tokenizer_config,
+            special_tokens_map=values("special_tokens_map.json"),
+            generation_config=values("generation_config.json"),
+            config=values("config.json"),
+            chat_templates=read_chat_templates(folder, tokenizer_config.get("chat_template")),
+        )
 
     def token_id(self, name: str, backend: tokenizers.Tokenizer) -> int | None:
         """The id of the bos, eos, unk or pad token: the first file that names a token of the vocabulary."""

@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto, helper
 
 from ...errors import BadInput
@@ -39,7 +38,7 @@ def prepack(folder: Path, progress: Progress) -> int:
     description = read_description(folder)
     try:
         model = onnx.load(folder / MODEL_NAME, load_external_data=False)
-    except (OSError, DecodeError) as error:
+    except Exception as error:  # the library's own are not exported
         raise BadInput(f"{folder / MODEL_NAME} cannot be read: {error}; convert the model again") from None
     stored = {tensor.name: tensor for tensor in model.graph.initializer if tensor.external_data}
     packing = (node for node in model.graph.node if node.op_type in _PACKING_OPERATORS)
