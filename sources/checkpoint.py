@@ -63,6 +63,10 @@ def _fits(file: str) -> bool:
     return 0 < len(file.encode()) <= MOST_NAME_BYTES and file.isprintable()
 
 
+def _is_utf8(path: Path) -> bool:
+    return str(path).encode(errors="replace").decode() == str(path)
+
+
 def read_header(path: Path) -> Iterator[TensorInfo]:
     """Every tensor of a file. Raises BadInput for one that is truncated or malformed.
 
@@ -78,6 +82,8 @@ def read_header(path: Path) -> Iterator[TensorInfo]:
     except OSError as error:
         raise unreadable(path, error) from None
     except SafetensorError as error:
+        if not _is_utf8(path):
+            raise BadInput(f"{path}: its name is not UTF-8, and safetensors opens no such file: rename it") from None
         raise BadInput(f"{path} is truncated or not a safetensors file ({error}): download it again") from None
     lengths = [_length(dtype, shape, name, path) for name, dtype, shape in entries]
     offset = size - sum(lengths)

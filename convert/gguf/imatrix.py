@@ -36,6 +36,8 @@ class ImatrixWriter:
     """
 
     def __init__(self, path: Path, dataset: Path, tokens: Tensor, overwrite: bool = False) -> None:
+        if not path.name:
+            raise BadInput(f"the importance matrix is to go to {str(path)!r}, expected the name of a file")
         if exists(path) and not overwrite:
             raise OutputExists(path)
         self.path = path

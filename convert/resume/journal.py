@@ -33,7 +33,9 @@ _STARTED = "started"  # first part of the keys that name temporary files
 
 
 def journal_folder(output: Path) -> Path:
-    """Where the journal of an output lies."""
+    """Where the journal of an output lies. Raises BadInput for an output that is no name of a file."""
+    if not output.name:
+        raise BadInput(f"--output is {str(output)!r}, expected the name of a file")
     return output.with_name(f".{output.name}.journal")
 
 

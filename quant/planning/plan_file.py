@@ -60,6 +60,8 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
 def write_plan_file(plan: Plan, path: Path) -> None:
     """Raises BadInput when the file cannot be written; then there is none."""
+    if not path.name:
+        raise BadInput(f"--output is {str(path)!r}, expected the name of a file")
     temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("w", encoding="utf-8") as file:
