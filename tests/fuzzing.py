@@ -26,6 +26,7 @@ class Samples:
 
     checkpoint: Path
     gguf: Path
+    families: tuple[Path, ...]
     split: Path
     plan: Path
     imatrix: tuple[Path, Path]

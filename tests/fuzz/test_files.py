@@ -129,7 +129,7 @@ def gguf_bytes(samples: Samples, folder: Path, random: Random) -> None:
 
 def gguf_values(samples: Samples, folder: Path, random: Random) -> None:
     path = folder / "model.gguf"
-    path.write_bytes(damaged_gguf(samples.gguf.read_bytes(), random))
+    path.write_bytes(damaged_gguf(random.choice(samples.families).read_bytes(), random))
     _open_gguf(path)
 
 
