@@ -29,6 +29,7 @@ from .options import (
     text_options,
     threads_option,
 )
+from .terminal import printable
 
 if TYPE_CHECKING:
     from ..convert.settings import Calibration, Goal, Output
@@ -221,7 +222,7 @@ def prepack(folder: Path, as_json: bool) -> None:
     if as_json:
         print_json({"folder": folder, "bytes": size})
     else:
-        click.echo(f"{folder}: {human_bytes(size)} added")
+        click.echo(f"{printable(folder)}: {human_bytes(size)} added")
 
 
 @click.command()

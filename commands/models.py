@@ -10,6 +10,7 @@ import click
 
 from ..errors import BadInput
 from .options import hub_options, json_option
+from .terminal import printable
 
 if TYPE_CHECKING:
     from ..sources.hub.access import HubAccess
@@ -70,7 +71,7 @@ def download(repository: str, output: Path | None, dry_run: bool, access: HubAcc
     if as_json:
         print_json({"folder": folder})
     else:
-        click.echo(folder)
+        click.echo(printable(folder))
 
 
 @click.command()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..documents import exists
 from ..errors import BadInput, OutputExists
 from .options import (
     Size,
@@ -104,7 +105,7 @@ def plan(
 
     if machine and goal != Goal():
         raise BadInput("--fit finds the size by itself: leave out --quant, --size, --bpw, --plan and --like")
-    if output and output.exists() and not overwrite:
+    if output and exists(output) and not overwrite:
         raise OutputExists(output)
     with ExitStack() as stack:
         if goal.measure:

@@ -28,8 +28,8 @@ MODULES = [file for folder in FOLDERS for file in folder.glob("*.py") if file.na
 PROMISED = {
     "click", "gguf", "google.protobuf.message", "httpx2", "huggingface_hub", "huggingface_hub.errors", "numpy",
     "numpy.lib.format", "numpy.typing", "onnx", "onnx.helper", "onnx_ir", "onnxruntime", "rich.console",
-    "rich.progress", "rich.table", "safetensors", "tokenizers", "tokenizers.decoders", "tokenizers.models",
-    "tokenizers.pre_tokenizers", "torch", "torch.nn.functional",
+    "rich.progress", "rich.table", "rich.text", "safetensors", "tokenizers", "tokenizers.decoders",
+    "tokenizers.models", "tokenizers.pre_tokenizers", "torch", "torch.nn.functional",
 }  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ...errors import Interrupted, OutputExists
+from ...documents import exists
+from ...errors import BadInput, Interrupted, OutputExists
 from ...quant.formats.table import format_named
 from ...quant.planning.plan import StoredTensor
 from ...quant.rounding.statistics import Statistics
@@ -34,7 +35,9 @@ class ImatrixWriter:
     """
 
     def __init__(self, path: Path, dataset: Path, tokens: Tensor, overwrite: bool = False) -> None:
-        if path.exists() and not overwrite:
+        if not path.name:
+            raise BadInput(f"the importance matrix is to go to {str(path)!r}, expected the name of a file")
+        if exists(path) and not overwrite:
             raise OutputExists(path)
         self.path = path
         self._metadata = {

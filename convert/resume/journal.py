@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePath
 from types import TracebackType
 
@@ -49,7 +50,9 @@ def _is_part(name: object) -> bool:
 
 
 def journal_folder(output: Path) -> Path:
-    """Where the journal of an output lies."""
+    """Where the journal of an output lies. Raises BadInput for an output that is no name of a file."""
+    if not output.name:
+        raise BadInput(f"--output is {str(output)!r}, expected the name of a file")
     return output.with_name(f".{output.name}.journal")
 
 
@@ -287,7 +290,8 @@ class Journal:
 
     def _remove_temporaries(self) -> None:
         for key in self.done(_STARTED):
-            self.folder.parent.joinpath(str(key[1])).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.parent.joinpath(str(key[1])).unlink(missing_ok=True)
 
     def _difference(self, found: Mapping[str, str], version: str | None) -> str:
         names = dict.fromkeys((*self._fingerprint, *found))
