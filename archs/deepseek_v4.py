@@ -74,7 +74,7 @@ def _read_ratios(config: Config, layers: int) -> tuple[int, ...]:
     if not isinstance(values, list) or len(values) < layers:
         raise BadInput(f"{config.origin}: {key} is {values!r}, expected one entry for each of {layers} layers")
     for layer, value in enumerate(values[:layers]):
-        if value not in known:
+        if value not in list(known):  # a list can be asked for anything, a dictionary only for what it could hold
             wanted = ", ".join(str(choice) for choice in known)
             raise BadInput(f"{config.origin}: {key}[{layer}] is {value!r}, expected one of {wanted}")
     rates = config.section("compress_rates")
@@ -136,7 +136,7 @@ def _one_number(metadata: Config, key: str) -> float:
     values = metadata.get(key)
     if not isinstance(values, list):
         return metadata.number(key)
-    if len(set(values)) != 1:
+    if len(set(values)) != 1 or isinstance(values[0], str):
         raise BadInput(f"{metadata.origin}: {key} is {values!r}, expected the same number for all layers")
     return float(values[0])
 

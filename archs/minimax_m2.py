@@ -95,7 +95,8 @@ def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
 
 def _read_config(config: Config) -> _Dimensions:
     expect_all(config, _IMPLEMENTED)
-    for layer, kind in enumerate(config.get("attn_type_list") or []):
+    kinds = config.get("attn_type_list") or []
+    for layer, kind in enumerate(kinds if isinstance(kinds, list) else [kinds]):
         if kind != 1:
             raise BadInput(f"{config.origin}: attn_type_list[{layer}] is {kind!r}, expected 1 (full attention)")
     rope = config.section("rope_parameters")

@@ -12,6 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from .terminal import printable
 
 _PLAIN_INTERVAL = 5.0  # seconds between lines when nobody watches a terminal
 
@@ -27,19 +30,24 @@ def _text(value: object) -> str:
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Two columns: what, and its value."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=literal(title), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(literal, row))
     Console().print(table)
 
 
 def print_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*header, title=title, title_justify="left")
+    table = Table(*header, title=literal(title), title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(literal, row))
     Console().print(table)
+
+
+def literal(text: object) -> Text:
+    """Text that rich shows as it reads: brackets are no markup."""
+    return Text(printable(text))
 
 
 def human_bytes(count: float) -> str:
@@ -65,11 +73,11 @@ class TerminalProgress:
 
     def __init__(self) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
         )
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
         self._task: TaskID | None = None
@@ -84,14 +92,14 @@ class TerminalProgress:
     def begin(self, task: str, total: int, unit: str) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(task, total=total, detail="")
+        self._task = self._progress.add_task(printable(task), total=total, detail="")
 
     def advance(self, amount: int, detail: str = "") -> None:
         if self._task is not None:
-            self._progress.update(self._task, advance=amount, detail=detail)
+            self._progress.update(self._task, advance=amount, detail=printable(detail))
 
     def note(self, line: str) -> None:
-        self._progress.console.print(line, highlight=False)
+        self._progress.console.print(literal(line))
 
 
 class PlainProgress:
@@ -116,7 +124,7 @@ class PlainProgress:
 
     def note(self, line: str) -> None:
         self._printed = time.monotonic()
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def make_progress() -> TerminalProgress | PlainProgress:

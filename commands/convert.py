@@ -29,6 +29,7 @@ from .options import (
     text_options,
     threads_option,
 )
+from .terminal import printable
 
 if TYPE_CHECKING:
     from ..convert.settings import Calibration, Goal, Output
@@ -88,7 +89,9 @@ def convert(
     if dry_run and goal.measure:
         raise BadInput("--dry-run does not measure: use `moecast plan --measure`")
     if dry_run:
-        show_plan(plan_for(open_headers(source, access), goal, form, calibration, output.file_format), as_json)
+        with make_progress() as progress:
+            model = open_headers(source, access, progress)
+        show_plan(plan_for(model, goal, form, calibration, output.file_format), as_json)
         return
     if evaluation.chunks is None:
         evaluation = replace(evaluation, chunks=VERIFICATION.chunks)
@@ -219,7 +222,7 @@ def prepack(folder: Path, as_json: bool) -> None:
     if as_json:
         print_json({"folder": folder, "bytes": size})
     else:
-        click.echo(f"{folder}: {human_bytes(size)} added")
+        click.echo(f"{printable(folder)}: {human_bytes(size)} added")
 
 
 @click.command()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import dtype_option, hub_options, json_option, low_memory_option, max_kld_option, text_options
+from .terminal import printable
 
 if TYPE_CHECKING:
     from ..runner.engines import OnnxModel
@@ -130,7 +131,7 @@ def run(
     for piece in generate(_open(model, access, low_memory), prompt, tokens, temperature, seed):
         pieces.append(piece)
         if not as_json:
-            click.echo(piece, nl=False)
+            click.echo(printable(piece, keep="\n\t") if sys.stdout.isatty() else piece, nl=False)
     if as_json:
         print_json({"prompt": prompt, "text": "".join(pieces)})
     else:

@@ -10,6 +10,7 @@ import click
 
 from ..errors import BadInput
 from .options import hub_options, json_option
+from .terminal import printable
 
 if TYPE_CHECKING:
     from ..sources.hub.access import HubAccess
@@ -28,9 +29,12 @@ def inspect(source: str, access: HubAccess, as_json: bool) -> None:
       moecast inspect model.gguf --json
     """
     from ..sources.locate import open_headers
+    from .console import make_progress
     from .report import show_model
 
-    show_model(open_headers(source, access), as_json)
+    with make_progress() as progress:
+        model = open_headers(source, access, progress)
+    show_model(model, as_json)
 
 
 @click.command()
@@ -47,7 +51,8 @@ def download(repository: str, output: Path | None, dry_run: bool, access: HubAcc
       moecast download OWNER/NAME
       moecast download OWNER/NAME --revision main -o NAME/ --dry-run
     """
-    from ..sources.hub.repository import HubSource, fetch, list_files, parse_source
+    from ..sources.hub.address import HubSource, parse_source
+    from ..sources.hub.repository import fetch, list_files
     from .console import human_bytes, make_progress, print_columns, print_json
 
     source = parse_source(repository)
@@ -66,7 +71,7 @@ def download(repository: str, output: Path | None, dry_run: bool, access: HubAcc
     if as_json:
         print_json({"folder": folder})
     else:
-        click.echo(folder)
+        click.echo(printable(folder))
 
 
 @click.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from ..errors import BadInput
+from ..errors import BadInput, MoecastError
+from .terminal import one_line, save_traceback
 
 if TYPE_CHECKING:
     from ..convert.settings import Calibration, Goal, Output
@@ -34,7 +36,10 @@ class Size(click.ParamType[int]):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", value.strip(), re.IGNORECASE)
         if not match:
             self.fail(f"{value!r} is not a size, expected for example 40GB or 36GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+        size = float(match[1]) * _UNITS[(match[2] or "").upper()]
+        if size >= 2**63:
+            self.fail(f"{value!r} is more than any disk or memory has", param, ctx)
+        return int(size)
 
 
 class TypeOverride(click.ParamType[tuple[str, str]]):
@@ -59,17 +64,23 @@ class FloatType(click.Choice[str]):
 
 
 class Commands(click.Group):
-    """Turns bad input into one line and exit code 2, whatever command it came from."""
+    """Turns whatever a command raises into one line: bad input exits with 2, what nobody foresaw with 3."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except BadInput as error:
-            click.echo(f"Error: {error}", err=True)
+        except (click.ClickException, click.Abort, click.exceptions.Exit, SystemExit, BrokenPipeError):
+            raise
+        except MoecastError as error:
+            click.echo(one_line(f"Error: {error}"), err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo("Interrupted: run the same command again, it continues where it stopped.", err=True)
             ctx.exit(130)
+        except BaseException as error:  # the panics of libraries are no Exception
+            what, place = traceback.format_exception_only(error)[-1].strip(), save_traceback(error)
+            click.echo(one_line(f"Unexpected error: {what}; its traceback is in {place}"), err=True)
+            ctx.exit(3)
 
 
 def shared(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -254,7 +265,9 @@ output_options = grouped(
     overwrite_option,
 )
 
-_THREADS_OPTION = click.option("--threads", type=int, help="Threads to quantize with, all cores by default.")
+_THREADS_OPTION = click.option(
+    "--threads", type=click.IntRange(1, 4096), help="Threads to quantize with, all cores by default."
+)
 _DTYPE_OPTION = click.option(
     "--compute-dtype",
     "dtype",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..documents import exists
 from ..errors import BadInput, OutputExists
 from .options import (
     Size,
@@ -104,14 +105,10 @@ def plan(
 
     if machine and goal != Goal():
         raise BadInput("--fit finds the size by itself: leave out --quant, --size, --bpw, --plan and --like")
-    if output and output.exists() and not overwrite:
+    if output and exists(output) and not overwrite:
         raise OutputExists(output)
     with ExitStack() as stack:
-        if machine:
-            found = fit_machine(open_headers(source, access).graph, machine, form)
-            chosen = found.plan
-            show_fit(found, as_json)
-        elif goal.measure:
+        if goal.measure:
             with make_progress() as progress:
                 opened = open_source(source, access, True, progress)
                 plan_for(opened.model, goal, form, calibration, file_format)  # refuses what cannot be
@@ -120,7 +117,14 @@ def plan(
                 chosen = stack.enter_context(measured).plan
             show_plan(chosen, as_json)
         else:
-            chosen = plan_for(open_headers(source, access), goal, form, calibration, file_format)
-            show_plan(chosen, as_json)
+            with make_progress() as progress:
+                model = open_headers(source, access, progress)
+            if machine:
+                found = fit_machine(model.graph, machine, form)
+                chosen = found.plan
+                show_fit(found, as_json)
+            else:
+                chosen = plan_for(model, goal, form, calibration, file_format)
+                show_plan(chosen, as_json)
         if output:
             write_plan_file(chosen, output)

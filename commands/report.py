@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .console import human_bytes, human_count, print_columns, print_json, print_table
+from .terminal import printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,7 +105,7 @@ def show_fit(fit: MachinePlan, as_json: bool) -> None:
 
 def _serve(fit: MachinePlan) -> str:
     experts = (*_GPU, "--n-cpu-moe", fit.layers_in_ram) if fit.machine.vram else ()
-    return server_line("MODEL.gguf", fit.machine.context, *experts)
+    return server_line("MODEL.gguf", fit.machine.context, "--jinja", *experts)
 
 
 def _ranges(layers: list[int]) -> str:
@@ -146,10 +147,10 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     file = result.files[0]
     if file.suffix == ".gguf":
         experts = (*_GPU, "--cpu-moe") if shutil.which("nvidia-smi") else ()
-        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *experts)
+        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *_chat_option(file), *experts)
     else:
         line = f'moecast run {file.parent} -p "Once upon a time"'
-    print(f"Run it with\n\n    {line}\n")
+    print(f"Run it with\n\n    {printable(line)}\n")
 
 
 def show_calibration(result: MeasuredMatrix, as_json: bool) -> None:
@@ -166,12 +167,20 @@ def show_calibration(result: MeasuredMatrix, as_json: bool) -> None:
 
 def show_problems(problems: tuple[str, ...]) -> None:
     for problem in problems:
-        print(f"Note: {problem}")
+        print(f"Note: {printable(problem)}")
 
 
 def server_line(model: str | Path, context: int, *options: object) -> str:
     """The command that serves a file with llama.cpp."""
-    return " ".join(map(str, ("llama-server", "-m", model, "-c", context, *options, "--jinja")))
+    return " ".join(map(str, ("llama-server", "-m", model, "-c", context, *options)))
+
+
+def _chat_option(file: Path) -> tuple[str, ...]:
+    """What lets llama.cpp use the chat template of a file, if there is one."""
+    from ..sources.gguf import read_gguf
+    from ..sources.tokenizer_gguf import CHAT_TEMPLATE
+
+    return ("--jinja",) if CHAT_TEMPLATE in read_gguf(file)[0] else ()
 
 
 def _parity_rows(result: Parity) -> list[tuple[str, str]]:

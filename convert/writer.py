@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -105,7 +106,8 @@ class Writer(ABC):
         self._close()
         if not kept:
             for path in self._temporary:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # what went wrong is worth more than why a leftover stays
+                    path.unlink(missing_ok=True)
 
     def _failure(self, error: OSError) -> Interrupted:
         return Interrupted(f"{self._shown} cannot be written: {error.strerror}; free space or choose another --output")

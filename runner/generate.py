@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -33,7 +34,7 @@ def generate(
     ids = tokenizer.encode(prompt, parse_special=True)
     if not ids:
         raise BadInput("--prompt is empty, expected some text")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise BadInput(f"--temperature is {temperature}, expected 0 or more")
     return _text(_tokens(engine_of(model), ids, _chooser(temperature, seed)), tokenizer, most)
 
@@ -70,8 +71,10 @@ def _chooser(temperature: float, seed: int | None) -> Callable[[Tensor], int]:
     generator = torch.Generator()
     if seed is None:
         generator.seed()
-    else:
+    elif 0 <= seed < 2**63:
         generator.manual_seed(seed)
+    else:
+        raise BadInput(f"--seed is {seed}, expected a whole number from 0 to {2**63 - 1}")
 
     def choose(logits: Tensor) -> int:
         if temperature == 0:

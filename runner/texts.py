@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..documents import read_text
 from ..errors import BadInput
 from ..sources.tokenizer import Tokenizer
 
@@ -20,11 +21,7 @@ def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | N
     """The text as int64 [chunks, context]. Raises BadInput when it is too short or the context too small."""
     if context < 4:
         raise BadInput(f"--context is {context}, expected at least 4 tokens")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file} cannot be read as UTF-8 text: {error}") from None
-    ids = tokenizer.encode(text.removesuffix("\n"))
+    ids = tokenizer.encode(read_text(file).removesuffix("\n"))
     if len(ids) < 2 * context:
         raise BadInput(
             f"{file} holds {len(ids)} tokens, expected at least {2 * context}: use more text or less --context"

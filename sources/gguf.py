@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..archs.expressions import TensorInfo
+from ..documents import is_file, refuse_pointer, unreadable
 from ..errors import BadInput
-from ..quant.formats.table import format_with_id
+from ..quant.formats.table import Format, format_with_id
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -21,6 +22,19 @@ SPLIT_NAME = "{prefix}-{number:05d}-of-{count:05d}.gguf"
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MOST_SPLITS = 100_000
+_MOST_ALIGNMENT = 1 << 20
+_MOST_HEADER_BYTES = 256 << 20
+_MOST_VALUES = 4_000_000  # of all arrays together, so that they take less than a gigabyte
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF does, whatever its name; caches keep files without one."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], tuple[TensorInfo, ...]]:
@@ -30,31 +44,55 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], tuple[TensorInfo, ...]]:
     truncated, corrupt or of an unknown version.
     """
     metadata, tensors = _read_file(path)
-    count = metadata.get("split.count", 1)
-    if not isinstance(count, int) or not 1 <= count <= 99999:
-        raise BadInput(f"{path}: split.count is {count!r}, expected the number of files")
+    count = _split_number(metadata, "split.count", 1, path)
     if count > 1:
-        prefix = path.name.removesuffix(SPLIT_NAME.format(prefix="", number=1, count=count))
-        if prefix == path.name:
-            first = SPLIT_NAME.format(prefix="NAME", number=1, count=count)
-            raise BadInput(f"{path} is one of {count} splits, expected the first of them, named {first}")
-        for number in range(2, count + 1):
-            part = path.with_name(SPLIT_NAME.format(prefix=prefix, number=number, count=count))
-            if not part.is_file():
-                raise BadInput(f"{part} is missing, expected {count} splits beside {path.name}")
-            tensors += _read_file(part)[1]
+        for number, part in enumerate(_further_parts(path, count), 1):
+            others, further = _read_file(part)
+            _expect_split(others, part, {"split.no": number, "split.count": count})
+            tensors += further
+        _expect_split(metadata, path, {"split.no": 0, "split.tensors.count": len(tensors)})
     names = {tensor.name for tensor in tensors}
     if len(names) != len(tensors):
         raise BadInput(f"{path}: a tensor name appears twice, the file is corrupt")
     return metadata, tuple(tensors)
 
 
+def _further_parts(path: Path, count: int) -> list[Path]:
+    """The files beside the first of a split."""
+    prefix = path.name.removesuffix(SPLIT_NAME.format(prefix="", number=1, count=count))
+    if prefix == path.name:
+        first = SPLIT_NAME.format(prefix="NAME", number=1, count=count)
+        raise BadInput(f"{path} is one of {count} splits, expected the first of them, named {first}")
+    names = (SPLIT_NAME.format(prefix=prefix, number=number, count=count) for number in range(2, count + 1))
+    parts = [path.with_name(name) for name in names]
+    for part in parts:
+        if not is_file(part):
+            raise BadInput(f"{part} is missing, expected {count} splits beside {path.name}")
+    return parts
+
+
+def _split_number(metadata: Mapping[str, Any], key: str, default: int, path: Path) -> int:
+    """A number that says how a file is split; `split.count` 0 is what llama.cpp writes when it merges parts."""
+    value = metadata.get(key, default)
+    if type(value) is not int or not 0 <= value < _MOST_SPLITS:
+        raise BadInput(f"{path}: {key} is {value!r}, expected a whole number below {_MOST_SPLITS}")
+    return value
+
+
+def _expect_split(metadata: Mapping[str, Any], path: Path, expected: Mapping[str, int]) -> None:
+    for key, value in expected.items():
+        if metadata.get(key, value) != value:
+            raise BadInput(f"{path}: {key} is {metadata[key]!r}, expected {value}: its parts are not of one split")
+
+
 def _read_file(path: Path) -> tuple[dict[str, Any], list[TensorInfo]]:
     try:
         with path.open("rb") as file:
             return _Header(file, path).read()
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise unreadable(path, error) from None
 
 
 class _Header:
@@ -63,17 +101,22 @@ class _Header:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file = file
         self.path = path
-        self.left = path.stat().st_size
+        self.size = path.stat().st_size
+        self.left = min(self.size, _MOST_HEADER_BYTES)
+        self.values_left = _MOST_VALUES
 
     def read(self) -> tuple[dict[str, Any], list[TensorInfo]]:
+        beginning = self.file.read(64)
+        self.file.seek(0)
+        refuse_pointer(self.path, beginning)
         if self.take(4) != MAGIC:
             raise BadInput(f"{self.path} is not a GGUF file, expected it to begin with {MAGIC.decode()}")
         version = self.scalar("I")
         if version not in (2, 3):
             raise BadInput(f"{self.path} is GGUF version {version}, expected 2 or 3 (little endian)")
         tensor_count, value_count = self.scalar("Q"), self.scalar("Q")
-        self.check_count(tensor_count, 24)
-        self.check_count(value_count, 13)
+        self.check_values(tensor_count, 24)
+        self.check_values(value_count, 13)
         metadata = self.metadata(value_count)
         tensors = [self.tensor_header() for _ in range(tensor_count)]
         return metadata, self.place(tensors, metadata)
@@ -96,11 +139,11 @@ class _Header:
             raise self.corrupt(f"metadata key {key} has value type {kind}")
         element, count = self.scalar("I"), self.scalar("Q")
         if element == _STRING:
-            self.check_count(count, 8)
+            self.check_values(count, 8)
             return [self.string() for _ in range(count)]
         if element not in _SCALARS:
             raise self.corrupt(f"metadata key {key} is an array of value type {element}")
-        self.check_count(count, struct.calcsize(_SCALARS[element]))
+        self.check_values(count, struct.calcsize(_SCALARS[element]))
         return list(
             struct.unpack(f"<{count}{_SCALARS[element]}", self.take(count * struct.calcsize(_SCALARS[element])))
         )
@@ -119,18 +162,28 @@ class _Header:
         self, headers: list[tuple[str, tuple[int, ...], int, int]], metadata: Mapping[str, Any]
     ) -> list[TensorInfo]:
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+        if type(alignment) is not int or not 0 < alignment <= _MOST_ALIGNMENT or alignment & (alignment - 1):
             raise BadInput(f"{self.path}: general.alignment is {alignment!r}, expected a power of two")
         data_start = -(-self.file.tell() // alignment) * alignment
-        size = self.path.stat().st_size
-        tensors = []
+        tensors, expected = [], 0
         for name, shape, type_id, offset in headers:
-            stored = format_with_id(type_id)
-            length = prod(shape[:-1]) * stored.row_bytes(shape[-1] if shape else 1)
-            if offset % alignment or data_start + offset + length > size:
-                raise self.corrupt(f"tensor {name} lies outside the file or out of line")
+            stored, columns = self.format(name, type_id), shape[-1] if shape else 1
+            if not stored.fits(columns):
+                raise self.corrupt(f"tensor {name} has rows of {columns} values, which {stored.name} cannot store")
+            length = prod(shape[:-1]) * stored.row_bytes(columns)
+            if offset != expected:  # as llama.cpp demands: one behind the other, each from a multiple on
+                raise self.corrupt(f"tensor {name} lies at {offset}, expected {expected}")
+            if data_start + offset + length > self.size:
+                raise self.corrupt(f"tensor {name} lies outside the file")
+            expected += -(-length // alignment) * alignment
             tensors.append(TensorInfo(name, stored.name, shape, str(self.path), data_start + offset, length))
         return tensors
+
+    def format(self, name: str, type_id: int) -> Format:
+        try:
+            return format_with_id(type_id)
+        except BadInput as error:
+            raise BadInput(f"{self.path}: tensor {name}: {error}") from None
 
     def scalar(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(code)))[0]
@@ -153,7 +206,14 @@ class _Header:
 
     def check_count(self, count: int, least_bytes: int) -> None:
         if count * least_bytes > self.left:
-            raise self.corrupt("it ends inside the header")
+            large = self.left < self.size - self.file.tell()
+            raise self.corrupt("its header is unreasonably large" if large else "it ends inside the header")
+
+    def check_values(self, count: int, least_bytes: int) -> None:
+        self.check_count(count, least_bytes)
+        self.values_left -= count
+        if self.values_left < 0:
+            raise self.corrupt(f"it has more than {_MOST_VALUES} values in its header")
 
     def corrupt(self, what: str) -> BadInput:
         return BadInput(f"{self.path} is truncated or corrupt: {what}; make or download it again")

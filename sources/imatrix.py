@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from ..documents import refuse_pointer, unreadable
 from ..errors import BadInput
 from .gguf import MAGIC, read_gguf
 from .storage import Storage
@@ -51,10 +54,11 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     """Read either form. Raises BadInput when the file is neither, is cut off, or holds values that are not finite."""
     try:
         with path.open("rb") as file:
-            is_gguf = file.read(4) == MAGIC
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}") from None
-    matrix = _read_gguf_form(path) if is_gguf else _read_legacy(path)
+            beginning = file.read(64)
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+    refuse_pointer(path, beginning)
+    matrix = _read_gguf_form(path) if beginning.startswith(MAGIC) else _read_legacy(path)
     for name, means in matrix.means.items():
         if not torch.isfinite(means).all() or (means < 0).any():
             raise BadInput(f"{path}: {name} holds values that are negative or not finite: measure it again")
@@ -65,11 +69,10 @@ def _read_gguf_form(path: Path) -> ImportanceMatrix:
     metadata, tensors = read_gguf(path)
     if metadata.get("general.type") != "imatrix":
         raise BadInput(f"{path}: general.type is {metadata.get('general.type')!r}, expected 'imatrix'")
-    storage = Storage()
-    values = {
-        tensor.name: storage.read(tensor).view(torch.float32) for tensor in tensors if tensor.dtype == "F32"
-    }  # [matrices, columns]
-    storage.close()
+    with closing(Storage()) as storage:
+        values = {
+            tensor.name: storage.read(tensor).view(torch.float32) for tensor in tensors if tensor.dtype == "F32"
+        }  # [matrices, columns]
     means = {}
     for name, counts in values.items():
         weight = name.removesuffix(".counts")
@@ -78,36 +81,64 @@ def _read_gguf_form(path: Path) -> ImportanceMatrix:
         sums = values[f"{weight}.in_sum2"]
         if counts.numel() != sums.shape[0]:
             raise BadInput(f"{path}: {weight} has {counts.numel()} counts for {sums.shape[0]} matrices: it is corrupt")
+        if not torch.isfinite(counts).all() or (counts < 0).any():
+            raise BadInput(f"{path}: {name} holds counts that are negative or not finite: measure it again")
         means[weight] = (sums / counts.view(-1, 1).clamp(min=1)).flatten()
     if not means:
         raise BadInput(f"{path} holds no statistics, expected tensors named *.in_sum2 and *.counts")
     datasets = metadata.get("imatrix.datasets", [])
-    return ImportanceMatrix(path.as_posix(), tuple(datasets), int(metadata.get("imatrix.chunk_count", 0)), means)
+    if not isinstance(datasets, list) or not all(isinstance(name, str) for name in datasets):
+        raise BadInput(f"{path}: imatrix.datasets is {datasets!r}, expected names")
+    chunks = metadata.get("imatrix.chunk_count", 0)
+    if type(chunks) is not int or chunks < 0:
+        raise BadInput(f"{path}: imatrix.chunk_count is {chunks!r}, expected a number of chunks")
+    return ImportanceMatrix(path.as_posix(), tuple(datasets), chunks, means)
 
 
 def _read_legacy(path: Path) -> ImportanceMatrix:
     """i32 entries; each: i32 length, name, i32 calls, i32 values, f32[values] = mean * calls; then chunks, dataset."""
-    data = path.read_bytes()
-    position = 0
+    try:
+        with path.open("rb") as file:
+            return _LegacyReader(file, path).read()
+    except OSError as error:
+        raise unreadable(path, error) from None
 
-    def take(count: int) -> bytes:
-        nonlocal position
-        if not 0 <= count <= len(data) - position:
-            raise BadInput(f"{path} is neither an imatrix GGUF nor a whole imatrix.dat: make or download it again")
-        position += count
-        return data[position - count : position]
 
-    def integer() -> int:
-        return int(struct.unpack("<i", take(4))[0])
+class _LegacyReader:
+    """Reads the older form front to back; every length is checked against what is left of the file."""
 
-    def text() -> str:
-        return take(integer()).decode("utf-8", errors="replace")
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file = file
+        self.path = path
+        self.left = path.stat().st_size
 
-    means = {}
-    for _ in range(integer()):
-        name, calls = text(), integer()
-        values = torch.frombuffer(bytearray(take(4 * integer())), dtype=torch.float32)
-        means[name] = values / max(calls, 1)
-    has_trailer = position < len(data)
-    chunks = integer() if has_trailer else 0
-    return ImportanceMatrix(path.as_posix(), (text(),) if has_trailer else (), chunks, means)
+    def read(self) -> ImportanceMatrix:
+        means: dict[str, Tensor] = {}
+        for _ in range(self.integer()):
+            name, calls, count = self.text(), self.integer(), self.integer()
+            if name in means or calls < 0 or count < 1:
+                raise BadInput(f"{self.path}: {name!r} is there twice, or has {calls} calls or {count} values: corrupt")
+            means[name] = torch.frombuffer(bytearray(self.take(4 * count)), dtype=torch.float32) / max(calls, 1)
+        if not means:
+            raise self.corrupt()
+        has_trailer = self.left > 0
+        chunks = self.integer() if has_trailer else 0
+        return ImportanceMatrix(self.path.as_posix(), (self.text(),) if has_trailer else (), chunks, means)
+
+    def integer(self) -> int:
+        return int(struct.unpack("<i", self.take(4))[0])
+
+    def text(self) -> str:
+        return self.take(self.integer()).decode("utf-8", errors="replace")
+
+    def take(self, count: int) -> bytes:
+        if not 0 <= count <= self.left:
+            raise self.corrupt()
+        self.left -= count
+        data = self.file.read(count)
+        if len(data) != count:
+            raise self.corrupt()
+        return data
+
+    def corrupt(self) -> BadInput:
+        return BadInput(f"{self.path} is neither an imatrix GGUF nor a whole imatrix.dat: make or download it again")

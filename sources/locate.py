@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..progress import Progress
+from ..errors import BadInput
+from ..paths import inside, is_hexadecimal
+from ..progress import NoProgress, Progress
+from .gguf import is_gguf
 from .hub.access import HubAccess
-from .hub.repository import HubCheckpoint, HubSource, fetch, is_offline, parse_source
+from .hub.address import HubSource, is_there, parse_source
+from .hub.repository import HubCheckpoint, fetch, is_offline
 from .hub.shards import fetch_on_demand
 from .model import Model, open_model
+
+_CACHED = re.compile(r"models--(?:[^/\\]+--)?([^/\\]+)")  # what the Hub's cache calls the folder of a repository
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,10 @@ class Source:
 def locate(source: str, access: HubAccess, progress: Progress) -> tuple[Path, dict[str, str]]:
     """Where the model lies on this machine, fetched if need be, and what is known of where it came from.
 
-    Raises BadInput for a source that is nothing of the kind, and for whatever goes wrong on the way from the Hub.
+    Raises BadInput for a source that is nothing of the kind, and Interrupted for what goes wrong on the way from the
+    Hub.
     """
-    parsed = _parsed(source)
+    parsed = _parsed(source, access.revision)
     if not isinstance(parsed, HubSource):
         return parsed, {}
     folder = fetch(parsed, access.revision, access.token, progress)
@@ -49,35 +58,78 @@ def open_source(source: str | Path | Model, access: HubAccess, whole: bool, prog
     Args:
         whole: everything has to be on this machine; otherwise shards of a Hub repository may come when they are read.
 
-    Raises BadInput as `locate`.
+    Raises as `locate`.
     """
     if isinstance(source, Model):
-        return Source(source, _name_of(source.path))
+        return Source(source, model_name(source))
     if isinstance(source, Path):
-        return Source(open_model(source), _name_of(source))
-    parsed = _parsed(source)
-    if isinstance(parsed, HubSource) and not (whole or is_offline()):
-        checkpoint = HubCheckpoint(parsed, access.revision, access.token)
-        return Source(_open_headers(checkpoint), parsed.name, checkpoint.provenance, checkpoint)
+        return Source(open_model(source), model_name(source))
+    checkpoint = None if whole else _on_demand(source, access, progress)
+    if checkpoint:
+        model = _open_headers(checkpoint)
+        return Source(model, model_name(model), checkpoint.provenance, checkpoint)
     path, provenance = locate(source, access, progress)
-    return Source(open_model(path), parsed.name if isinstance(parsed, HubSource) else _name_of(path), provenance)
+    return Source(open_model(path), model_name(path), provenance)
 
 
-def open_headers(source: str, access: HubAccess = HubAccess()) -> Model:
-    """The model without its weights: of a Hub repository only the headers are read. Raises BadInput as `locate`."""
-    parsed = _parsed(source)
-    if not isinstance(parsed, HubSource):
-        return open_model(parsed)
-    return _open_headers(HubCheckpoint(parsed, access.revision, access.token))
+def open_headers(source: str, access: HubAccess = HubAccess(), progress: Progress | None = None) -> Model:
+    """The model without its weights: of a Hub repository only the headers are read. Raises as `locate`."""
+    progress = progress or NoProgress()
+    checkpoint = _on_demand(source, access, progress)
+    return _open_headers(checkpoint) if checkpoint else open_model(locate(source, access, progress)[0])
+
+
+def model_name(source: str | Path | Model) -> str:
+    """What a model is called if nobody says otherwise: as its repository, or the folder that a user has named."""
+    path = Path(os.path.abspath(source.path if isinstance(source, Model) else source))
+    if path.parent.name == "snapshots" and (cached := _CACHED.fullmatch(path.parent.parent.name)):
+        return cached[1]
+    cached = _CACHED.fullmatch(path.name)
+    return cached[1] if cached else path.name
+
+
+def _on_demand(source: str, access: HubAccess, progress: Progress) -> HubCheckpoint | None:
+    """The repository whose weights may come when they are read; None for what is on this machine, or has to be."""
+    parsed = _parsed(source, access.revision)
+    if not isinstance(parsed, HubSource) or is_offline():
+        return None
+    return HubCheckpoint(parsed, access.revision, access.token, progress=progress)
 
 
 def _open_headers(checkpoint: HubCheckpoint) -> Model:
     return open_model(checkpoint.folder, checkpoint.read_headers())
 
 
-def _parsed(source: str) -> Path | HubSource:
-    return Path(source) if source.endswith((".gguf", ".onnx")) and "://" not in source else parse_source(source)
+def _parsed(source: str, revision: str | None) -> Path | HubSource:
+    path = Path(os.path.expanduser(source))
+    if "://" not in source and is_there(path.is_file):
+        _refuse_part(path)
+        if is_gguf(path) or path.suffix == ".onnx":
+            return path
+        if is_there((path.parent / "config.json").is_file):
+            raise BadInput(f"{source} is one file of a checkpoint, and a model is all of them: give {path.parent}")
+    elif "://" not in source and path.suffix.lower() in (".gguf", ".onnx"):
+        return path  # whoever opens it says that it is not there
+    found = parse_source(source)
+    return _snapshot(found, revision) if isinstance(found, Path) else found
 
 
-def _name_of(path: Path) -> str:
-    return path.resolve().name
+def _refuse_part(path: Path) -> None:
+    if path.suffix.lower() in (".part", ".incomplete", ".crdownload", ".download", ".tmp"):
+        raise BadInput(f"{path} is a file that something has not finished: wait until it has, or fetch it again")
+
+
+def _snapshot(folder: Path, revision: str | None) -> Path:
+    """The folder itself; of a repository's folder in the Hub's cache the snapshot that a revision stands for."""
+    if not _CACHED.fullmatch(Path(os.path.abspath(folder)).name) or not (folder / "snapshots").is_dir():
+        return folder
+    commit, reference = revision or "main", inside(folder / "refs", revision or "main", "--revision")
+    if reference.is_file():
+        commit = reference.read_text(encoding="utf-8", errors="replace").strip()
+    if not is_hexadecimal(commit, 40) or not (folder / "snapshots" / commit).is_dir():
+        held = ", ".join(sorted(path.name for path in (folder / "snapshots").iterdir()))[:200]
+        raise BadInput(
+            f"{folder} holds nothing of revision {revision or 'main'}, but {held or 'no snapshot'}: give one of these "
+            "with --revision"
+        )
+    return folder / "snapshots" / commit

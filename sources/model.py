@@ -15,11 +15,12 @@ from ..archs.expressions import TensorInfo
 from ..archs.graph import Graph
 from ..archs.registry import architecture_named, architecture_of
 from ..archs.weights import Weight
+from ..documents import is_file, is_folder
 from ..errors import BadInput
 from .checkpoint import read_config, read_tensors
 from .decode import evaluate, evaluate_directly
 from .fp4 import repack
-from .gguf import read_gguf
+from .gguf import is_gguf, read_gguf
 from .storage import Storage
 from .tokenizer import Tokenizer
 
@@ -73,7 +74,12 @@ class Model:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises BadInput when the model has none."""
-        return Tokenizer.from_gguf(self.metadata) if self.metadata else Tokenizer.from_folder(self.path)
+        if not self.metadata:
+            return Tokenizer.from_folder(self.path)
+        try:
+            return Tokenizer.from_gguf(self.metadata)
+        except BadInput as error:
+            raise BadInput(f"{self.path}: {error}") from None
 
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A weight's numbers in float32: one expert of a stack, some rows, or all of it. See `decode.evaluate`."""
@@ -102,12 +108,12 @@ def open_model(path: str | Path, tensors: tuple[TensorInfo, ...] | None = None) 
     Raises BadInput when it is not there, or when anything about it is not as its architecture demands.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         config = read_config(path)
         architecture = architecture_of(config)
         tensors = read_tensors(path) if tensors is None else tensors
         return Model(path, architecture, architecture.from_checkpoint(config, tensors), tensors, {})
-    if path.suffix != ".gguf" or not path.is_file():
+    if not is_file(path) or not (path.suffix.lower() == ".gguf" or is_gguf(path)):
         raise BadInput(f"{path}: no such model, expected a checkpoint folder or a .gguf file")
     metadata, tensors = read_gguf(path)
     values = Config(metadata, str(path))

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import torch
 
 from ..archs.expressions import TensorInfo
-from ..errors import BadInput
+from ..errors import BadInput, Interrupted
 from ..files import open_descriptor, read_at
 
 _OPEN_FILES = 32
@@ -26,12 +26,19 @@ class Storage:
     def read(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Stored bytes of rows `start` to `stop` (all by default), as uint8 [rows, bytes per row].
 
-        Rows count over all leading dimensions. Raises BadInput when the file ends early.
+        Rows count over all leading dimensions. Raises BadInput when the file ends early, Interrupted when the system
+        does not give it.
         """
         stop = tensor.rows if stop is None else stop
-        row_bytes = tensor.length // tensor.rows
+        row_bytes = tensor.length // max(tensor.rows, 1)
         data = torch.empty((stop - start, row_bytes), dtype=torch.uint8)
-        if not read_at(self._descriptor(tensor.file), data.numpy().data, tensor.offset + start * row_bytes):
+        try:
+            whole = read_at(self._descriptor(tensor.file), data.numpy().data, tensor.offset + start * row_bytes)
+        except OSError as error:
+            raise Interrupted(
+                f"{tensor.file} cannot be read: {error.strerror}; tensor {tensor.name} lies there"
+            ) from None
+        if not whole:
             raise BadInput(f"{tensor.file} ends inside tensor {tensor.name}: truncated, fetch the file again")
         return data
 

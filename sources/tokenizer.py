@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import tokenizers
+
+from ..errors import BadInput
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises into BadInput: bare Exception, and panics, which are not even that."""
+    try:
+        yield
+    except (KeyboardInterrupt, BadInput):
+        raise
+    except BaseException as error:
+        raise BadInput(f"{what}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,10 @@ class Tokenizer:
     """Every id that ends generation, `eos` among them."""
     chat_templates: Mapping[str, str] = field(repr=False)
     """Jinja sources by name; `chat_template` is the one named "default"."""
+    origin: str = field(default="the tokenizer", compare=False)
+    """Where it was read, for messages."""
+    losses: tuple[str, ...] = ()
+    """What the files hold and this tokenizer does not, a line each."""
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:

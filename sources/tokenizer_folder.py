@@ -6,7 +6,6 @@ generation_config.json, and config.json only fills gaps: re-exported checkpoints
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +14,12 @@ from typing import Any
 
 import tokenizers
 
+from ..archs.config import Config
+from ..documents import is_file, parse_json, read_bytes, read_json
 from ..errors import BadInput
+from .chat_templates import ChatTemplates, read_chat_templates
 from .control_tokens import looks_like_control
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, refused
 
 _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json")
 
@@ -25,20 +27,17 @@ _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.jso
 def read_tokenizer_folder(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a checkpoint folder. Raises BadInput when there is no usable tokenizer.json."""
     folder = Path(path)
-    text = _tokenizer_json(folder)
-    try:
-        backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise BadInput(f"{folder / 'tokenizer.json'} is not a tokenizer file: {error}") from error
+    path = _find_tokenizer_json(folder)
+    parsed, backend = _parse(path)
     _mark_control_tokens(backend)
     backend.no_truncation()
     backend.no_padding()
     files = _Files.read(folder)
     vocabulary_size = max(backend.get_vocab().values(), default=-1) + 1
-    prefix = _template_prefix(json.loads(text), folder)
+    prefix = _template_prefix(parsed, path)
     bos = prefix[0] if prefix else files.token_id("bos", backend)
     eos = files.token_id("eos", backend)
-    add_bos = bool(prefix) if prefix is not None else bool(files.tokenizer_config.get("add_bos_token", False))
+    add_bos = bool(prefix) if prefix is not None else files.tokenizer_config.flag("add_bos_token", default=False)
     if add_bos and bos is None:
         raise BadInput(f"{folder / 'tokenizer_config.json'} sets add_bos_token, but its bos_token is no token")
     return Tokenizer(
@@ -50,21 +49,34 @@ def read_tokenizer_folder(path: str | os.PathLike[str]) -> Tokenizer:
         padding=files.token_id("pad", backend),
         add_bos=add_bos,
         end_of_generation=frozenset([*files.generation_ends(backend), *([] if eos is None else [eos])]),
-        chat_templates=files.chat_templates,
+        chat_templates=files.chat_templates.sources,
+        origin=str(path),
+        losses=files.chat_templates.losses,
     )
 
 
-def _tokenizer_json(folder: Path) -> str:
+def _find_tokenizer_json(folder: Path) -> Path:
     file = folder / "tokenizer.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    other = next((name for name in _OTHER_FORMATS if (folder / name).is_file()), None)
+    if is_file(file):
+        return file
+    other = next((name for name in _OTHER_FORMATS if is_file(folder / name)), None)
     remedy = (
         f"only {other}: open the folder with transformers.AutoTokenizer and save_pretrained() it once"
         if other
         else "copy tokenizer.json and tokenizer_config.json there from the model's repository"
     )
     raise BadInput(f"{folder} has no tokenizer.json, {remedy}")
+
+
+def _parse(path: Path) -> tuple[Mapping[str, Any], tokenizers.Tokenizer]:
+    """What the file says, and the tokenizer that the library makes of it."""
+    content = read_bytes(path)
+    parsed = parse_json(content, str(path))
+    model = parsed.get("model") if isinstance(parsed, dict) else None
+    if isinstance(model, dict) and model.get("continuing_subword_prefix"):  # the library would print what it trips over
+        raise BadInput(f"{path} sets continuing_subword_prefix, which no byte-level BPE has: is it this model's?")
+    with refused(f"{path} is not a tokenizer file"):
+        return parsed, tokenizers.Tokenizer.from_str(content.decode("utf-8-sig"))
 
 
 def _mark_control_tokens(backend: tokenizers.Tokenizer) -> None:
@@ -75,7 +87,7 @@ def _mark_control_tokens(backend: tokenizers.Tokenizer) -> None:
             backend.add_special_tokens([token])
 
 
-def _template_prefix(tokenizer_json: Mapping[str, Any], folder: Path) -> list[int] | None:
+def _template_prefix(tokenizer_json: Mapping[str, Any], path: Path) -> list[int] | None:
     """The ids that tokenizer.json's template puts before a text; None when it has no template."""
     processor = tokenizer_json.get("post_processor") or {}
     for step in processor.get("processors", [processor]):
@@ -86,7 +98,7 @@ def _template_prefix(tokenizer_json: Mapping[str, Any], folder: Path) -> list[in
                     break
                 ids += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
             if len(ids) > 1:
-                raise BadInput(f"{folder / 'tokenizer.json'} puts {len(ids)} tokens before a text; at most 1 works")
+                raise BadInput(f"{path} puts {len(ids)} tokens before a text; at most 1 works")
             return ids
     return None
 
@@ -95,21 +107,25 @@ def _template_prefix(tokenizer_json: Mapping[str, Any], folder: Path) -> list[in
 class _Files:
     """The small JSON files beside tokenizer.json; an absent file is empty."""
 
-    tokenizer_config: dict[str, Any]
-    special_tokens_map: dict[str, Any]
-    generation_config: dict[str, Any]
-    config: dict[str, Any]
-    chat_templates: dict[str, str]
+    tokenizer_config: Config
+    special_tokens_map: Config
+    generation_config: Config
+    config: Config
+    chat_templates: ChatTemplates
 
     @classmethod
     def read(cls, folder: Path) -> _Files:
-        tokenizer_config = _read_json(folder / "tokenizer_config.json")
+        def values(name: str) -> Config:
+            path = folder / name
+            return Config(read_json(path) if is_file(path) else {}, str(path))
+
+        tokenizer_config = values("tokenizer_config.json")
         return cls(
             tokenizer_config=tokenizer_config,
-            special_tokens_map=_read_json(folder / "special_tokens_map.json"),
-            generation_config=_read_json(folder / "generation_config.json"),
-            config=_read_json(folder / "config.json"),
-            chat_templates=_chat_templates(folder, tokenizer_config),
+            special_tokens_map=values("special_tokens_map.json"),
+            generation_config=values("generation_config.json"),
+            config=values("config.json"),
+            chat_templates=read_chat_templates(folder, tokenizer_config.get("chat_template")),
         )
 
     def token_id(self, name: str, backend: tokenizers.Tokenizer) -> int | None:
@@ -130,26 +146,4 @@ class _Files:
 
 def _known_ids(value: object, backend: tokenizers.Tokenizer) -> list[int]:
     values = value if isinstance(value, list) else [value]
-    return [id for id in values if isinstance(id, int) and id >= 0 and backend.id_to_token(id) is not None]
-
-
-def _chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        return {"default": jinja.read_text(encoding="utf-8")}
-    template = _read_json(folder / "chat_template.json").get("chat_template") or tokenizer_config.get("chat_template")
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}
-    return {"default": template} if isinstance(template, str) else {}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{file} must hold a JSON object, not {type(content).__name__}")
-    return content
+    return [id for id in values if type(id) is int and 0 <= id < 2**32 and backend.id_to_token(id) is not None]

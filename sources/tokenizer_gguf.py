@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
+from ..archs.config import Config
 from ..archs.pretokenizers import PRE_TOKENIZERS, PreTokenizer, find_pre_tokenizer
 from ..errors import BadInput
 from .control_tokens import END_OF_GENERATION_TEXTS, looks_like_control
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, refused
+
+T = TypeVar("T", int, str)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """The values of `tokenizer.ggml.token_type`."""
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
+_KINDS = {int: "whole numbers", str: "strings"}
 
 
 def read_tokenizer_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -26,9 +30,10 @@ def read_tokenizer_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     split = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in row.splits]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend = build_backend(metadata, pre_tokenizers.Sequence([*split, byte_level]), row.ignore_merges)
+    values = Config(metadata, "the file's metadata")
     size = len(metadata["tokenizer.ggml.tokens"])
-    ids = {name: _token_id(metadata, name, size) for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
-    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", row.add_bos))
+    ids = {name: _token_id(values, name, size) for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
+    add_bos = values.flag("tokenizer.ggml.add_bos_token", default=row.add_bos)
     if add_bos and ids["bos"] is None:
         raise BadInput("tokenizer.ggml.bos_token_id is missing, yet texts begin with BOS; convert the model again")
     ends = frozenset(id for name in ("eos", "eot", "eom") if (id := ids[name]) is not None)
@@ -41,7 +46,7 @@ def read_tokenizer_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
         padding=ids["padding"],
         add_bos=add_bos,
         end_of_generation=ends | _ends_by_text(backend),
-        chat_templates=_chat_templates(metadata),
+        chat_templates=_chat_templates(values, metadata),
     )
 
 
@@ -49,8 +54,8 @@ def build_backend(
     metadata: Mapping[str, Any], pre_tokenizer: pre_tokenizers.PreTokenizer, ignore_merges: bool
 ) -> tokenizers.Tokenizer:
     """A `tokenizers` object with the vocabulary and merges of GGUF metadata and the given splitter."""
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    types: list[int] = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    tokens = _list(metadata, "tokenizer.ggml.tokens", str)
+    types = _list(metadata, "tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise BadInput(f"tokenizer.ggml.token_type has {len(types)} entries, expected {len(tokens)} as in tokens")
     if repeated := [text for text, count in Counter(tokens).items() if count > 1]:
@@ -59,11 +64,9 @@ def build_backend(
     used = [
         (id, text, kind) for id, (text, kind) in enumerate(zip(tokens, types, strict=True)) if text and kind != UNUSED
     ]
-    merges = [_split_merge(merge) for merge in metadata["tokenizer.ggml.merges"]]
-    try:
+    merges = [_split_merge(merge) for merge in _list(metadata, "tokenizer.ggml.merges", str)]
+    with refused("tokenizer.ggml.merges does not fit tokenizer.ggml.tokens"):
         model = models.BPE({text: id for id, text, _ in used}, merges, ignore_merges=ignore_merges)
-    except Exception as error:  # the library raises bare Exception
-        raise BadInput(f"tokenizer.ggml.merges does not fit tokenizer.ggml.tokens: {error}") from error
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
@@ -98,9 +101,21 @@ def _pre_tokenizer_of(metadata: Mapping[str, Any]) -> PreTokenizer:
     return row
 
 
-def _token_id(metadata: Mapping[str, Any], name: str, size: int) -> int | None:
-    id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-    return int(id) if id is not None and int(id) < size else None
+def _list(metadata: Mapping[str, Any], key: str, kind: type[T]) -> list[T]:
+    """An array of one kind of values; empty where the key is missing."""
+    values = metadata.get(key, [])
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise BadInput(f"{key} is no array of {_KINDS[kind]}: convert the model again")
+    return values
+
+
+def _token_id(values: Config, name: str, size: int) -> int | None:
+    """The id that a key names; those outside the vocabulary mean, as in llama.cpp, that there is none."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    id = values.get(key)
+    if id is not None and type(id) is not int:
+        raise BadInput(f"{key} is {id!r}, expected a whole number: convert the model again")
+    return id if id is not None and 0 <= id < size else None
 
 
 def _ends_by_text(backend: tokenizers.Tokenizer) -> frozenset[int]:
@@ -108,7 +123,7 @@ def _ends_by_text(backend: tokenizers.Tokenizer) -> frozenset[int]:
     return frozenset(id for id, token in added.items() if token.content in END_OF_GENERATION_TEXTS)
 
 
-def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+def _chat_templates(values: Config, keys: Iterable[str]) -> dict[str, str]:
     prefix = f"{CHAT_TEMPLATE}."
-    named = {key.removeprefix(prefix): str(text) for key, text in metadata.items() if key.startswith(prefix)}
-    return named | ({"default": str(metadata[CHAT_TEMPLATE])} if CHAT_TEMPLATE in metadata else {})
+    named = {key.removeprefix(prefix): values.text(key) for key in keys if key.startswith(prefix)}
+    return named | ({"default": values.text(CHAT_TEMPLATE)} if CHAT_TEMPLATE in values else {})

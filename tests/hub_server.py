@@ -11,6 +11,7 @@ import hashlib
 import json
 import socket
 import struct
+import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -24,18 +25,21 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from huggingface_hub.utils.sha import git_hash
 
 API = "api"
-_CHUNK = 1 << 16
+TREE = "api/tree"
+_CHUNK = 1 << 14
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one answer: a status, or damage to the body of a file."""
+    """What goes wrong with one answer: a status, headers, or damage to the body."""
 
     status: int | None = None
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)  # beside the others, or instead of them
     drop_after: int | None = None  # bytes of the body after which the connection closes
     reset: bool = False  # close with RST instead of FIN
-    content: bytes | None = None  # served instead of the file
+    stall_after: int | None = None  # bytes of the body after which nothing comes any more
+    drip: float | None = None  # seconds between two bytes
+    content: bytes | None = None  # served instead of the file, or of an API call's answer
     before: Callable[[], object] | None = None  # runs before the answer
 
 
@@ -66,7 +70,8 @@ class HubServer:
     """Serves `folder` as the repository `repository`; `with HubServer(folder) as server: server.endpoint`.
 
     `token` is the only one with access to a `gated` or `private` repository. `lfs` are the patterns of large files.
-    `fail(name, fault, times)` queues faults for the next GETs of a file, or of API calls when the name is `API`.
+    `fail(name, fault, times)` queues faults for the next GETs of a file, or of API calls when the name is `API`, of one
+    kind of them when it is `TREE`.
     `push(folder)` makes a new commit on `main`; earlier commits stay. `log` holds every request.
     """
 
@@ -85,6 +90,7 @@ class HubServer:
         self.branches: dict[str, str] = {}
         self._lfs = lfs
         self._commits: dict[str, dict[str, _File]] = {}
+        self.closing = threading.Event()
         self._faults: defaultdict[str, deque[Fault]] = defaultdict(deque)
         self._http = _Server(("127.0.0.1", 0), _handler(self))
         self.push(folder)
@@ -107,6 +113,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closing.set()
         self._http.shutdown()
         self._http.server_close()
 
@@ -152,6 +159,11 @@ class HubServer:
             and request.status != 302
         ]
 
+    def listing(self, revision: str) -> list[dict[str, object]]:
+        """What a tree call answers for a commit."""
+        found = self.tree(revision)
+        return [_listing(name, file) for name, file in found[1].items()] if found else []
+
     def tree(self, revision: str) -> tuple[str, dict[str, _File]] | None:
         """The commit a branch or commit hash stands for, and its files."""
         commit = self.branches.get(revision, revision)
@@ -160,6 +172,10 @@ class HubServer:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+
+    def handle_error(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # clients hang up when they have had enough
+            super().handle_error(request, client_address)
 
     def shutdown_request(self, request: socket.socket | tuple[bytes, socket.socket]) -> None:
         """Closes at once: a polite shutdown would send FIN before the RST that a fault asks for."""
@@ -222,11 +238,15 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _api(self, call: str, revision: str) -> None:
-        fault = self.hub.next_fault(API)
+        fault = self.hub.next_fault(f"{API}/{call}")
+        fault = self.hub.next_fault(API) if fault == Fault() else fault
         if fault.before:
             fault.before()
         if fault.status:
             self._error(fault.status, None, "made to fail", fault.headers)
+        elif fault.content is not None:
+            self._head(200, {"Content-Type": "application/json"} | fault.headers, len(fault.content))
+            self._body(fault.content, fault)
         elif self._allowed(reading_files=False):
             found = self.hub.tree(revision)
             if found is None:
@@ -237,7 +257,7 @@ class _Handler(BaseHTTPRequestHandler):
                 names = [{"rfilename": name} for name in files]
                 self._json({"id": self.hub.repository, "sha": commit, "tags": [], "siblings": names})
             elif call == "tree":
-                self._json([_listing(name, file) for name, file in files.items()])
+                self._json(self.hub.listing(revision), fault.headers)
             else:  # paths-info
                 body = self.rfile.read(int(self.headers["Content-Length"])).decode()
                 paths = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
@@ -277,24 +297,30 @@ class _Handler(BaseHTTPRequestHandler):
                 self._error(416, None, "Range not satisfiable", {"Content-Range": f"bytes */{len(content)}"})
                 return
             headers = headers | {"Content-Range": f"bytes {start}-{end - 1}/{len(content)}"}
-        self._head(status, headers, end - start)
+        self._head(status, headers | fault.headers, end - start)
         if self.command == "GET":
             self._body(content[start:end], fault)
 
     def _body(self, content: bytes, fault: Fault) -> None:
-        allowed = len(content) if fault.drop_after is None else fault.drop_after
-        for start in range(0, min(allowed, len(content)), _CHUNK):
-            chunk = content[start : min(start + _CHUNK, allowed)]
+        ends = [length for length in (fault.drop_after, fault.stall_after, len(content)) if length is not None]
+        step = 1 if fault.drip else _CHUNK
+        for start in range(0, min(ends), step):
+            chunk = content[start : min(start + step, *ends)]
             self.request_log.sent += len(chunk)
             self.wfile.write(chunk)
+            if fault.drip and self.hub.closing.wait(fault.drip):
+                break
+        if fault.stall_after is not None:
+            self.hub.closing.wait()
+            self.close_connection = True
         if fault.drop_after is not None:
             if fault.reset:  # SO_LINGER of zero seconds turns the close into a reset
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
 
-    def _json(self, value: object) -> None:
+    def _json(self, value: object, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(value).encode()
-        self._head(200, {"Content-Type": "application/json"}, len(body))
+        self._head(200, {"Content-Type": "application/json"} | (headers or {}), len(body))
         self.wfile.write(body)
 
     def _error(self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> None:

@@ -13,8 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import llama_library
 import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
 from moecast.quant.formats.lattice import LATTICES
 from setuptools import find_packages
 
@@ -24,10 +26,10 @@ MODULES = [file for folder in FOLDERS for file in folder.glob("*.py") if file.na
 
 # Modules whose documentation promises every name in them that has no underscore in front.
 PROMISED = {
-    "click", "gguf", "httpx2", "huggingface_hub", "huggingface_hub.errors", "numpy", "numpy.lib.format",
-    "numpy.typing", "onnx", "onnx.helper", "onnx_ir", "onnxruntime", "rich.console", "rich.progress", "rich.table",
-    "safetensors", "tokenizers", "tokenizers.decoders", "tokenizers.models", "tokenizers.pre_tokenizers", "torch",
-    "torch.nn.functional",
+    "click", "gguf", "google.protobuf.message", "httpx2", "huggingface_hub", "huggingface_hub.errors", "numpy",
+    "numpy.lib.format", "numpy.typing", "onnx", "onnx.helper", "onnx_ir", "onnxruntime", "rich.console",
+    "rich.progress", "rich.table", "rich.text", "safetensors", "tokenizers", "tokenizers.decoders",
+    "tokenizers.models", "tokenizers.pre_tokenizers", "torch", "torch.nn.functional",
 }  # fmt: skip
 
 
@@ -58,14 +60,13 @@ def has_lattices(quants: Any) -> bool:
     return True
 
 
-def says_when_to_repeat(parse: Any) -> bool:
-    limit = parse({"ratelimit": '"api";r=0;t=55'})
-    return limit.remaining == 0 and limit.reset_in_seconds == 55 and parse({}) is None
-
-
-def describes_files(kind: Any) -> bool:
-    file = kind(path="name", size=7, oid="blob", lfs={"size": 7, "oid": "checksum", "pointerSize": 1})
-    return (file.path, file.size, file.blob_id, file.lfs.sha256) == ("name", 7, "blob", "checksum")
+def knows_errors(check: Any) -> bool:
+    """An answer without its body is enough to tell what is wrong."""
+    request = httpx2.Request("GET", "https://huggingface.co/api/models/owner/name")
+    check(httpx2.Response(200, request=request))
+    with pytest.raises(RepositoryNotFoundError):
+        check(httpx2.Response(404, headers={"X-Error-Code": "RepoNotFound"}, request=request))
+    return True
 
 
 def keeps_keys_by_file(writer: Any) -> bool:
@@ -75,6 +76,7 @@ def keeps_keys_by_file(writer: Any) -> bool:
 
 
 HUB = "sources/hub/repository.py"
+CONNECTION = "sources/hub/connection.py"
 RELIANCES = (
     Reliance("click.ParamType", "commands/options.py", lambda kind: kind[int]),
     Reliance("click.Choice", "commands/options.py", lambda kind: kind[str]),
@@ -86,32 +88,28 @@ RELIANCES = (
     Reliance("gguf.quants._type_traits", "tests/quant/formats/test_dequantize.py", lambda traits: len(traits) > 20),
     Reliance("gguf.constants.GGML_QUANT_SIZES", "tests/quant/formats/test_formats.py", lambda sizes: len(sizes) > 20),
     Reliance(
-        "huggingface_hub.constants", HUB, has("DEFAULT_REVISION", "ENDPOINT", "HF_HUB_CACHE", "MAX_HTTP_DOWNLOAD_SIZE")
+        "huggingface_hub.constants",
+        HUB,
+        has(
+            "DEFAULT_REVISION",
+            "ENDPOINT",
+            "HF_HUB_CACHE",
+            "HF_HUB_DISABLE_SYMLINKS",
+            "HF_URL_HOSTS",
+            "MAX_HTTP_DOWNLOAD_SIZE",
+        ),
     ),
     Reliance("huggingface_hub.constants.is_offline_mode", HUB, lambda function: function() in (True, False)),
-    Reliance(
-        "huggingface_hub.file_download.http_get",
-        HUB,
-        takes("https://", None, resume_size=0, headers={}, expected_size=0, tqdm_class=None),
-    ),
     Reliance(
         "huggingface_hub.file_download.repo_folder_name",
         HUB,
         lambda function: function(repo_id="owner/name", repo_type="model") == "models--owner--name",
     ),
-    Reliance("huggingface_hub.hf_api.RepoFile", HUB, describes_files),
-    Reliance("huggingface_hub.HfApi.parse_safetensors_file_metadata", HUB, takes(None, "id", "file", revision="")),
     Reliance("huggingface_hub.HfApi.resolve_revision", HUB, takes(None, "id", revision="", local_files_only=True)),
-    Reliance("huggingface_hub.utils.WeakFileLock", HUB, takes("file.lock")),
-    Reliance("huggingface_hub.utils.build_hf_headers", HUB, lambda f: "authorization" not in f(token=False)),
+    Reliance("huggingface_hub.utils.WeakFileLock", HUB, takes("file.lock", timeout=1.0)),
     Reliance("huggingface_hub.utils.get_token_to_send", HUB, lambda function: function("token") == "token"),
-    Reliance(
-        "huggingface_hub.utils.sha.git_hash",
-        HUB,
-        lambda function: function(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391",  # git hash-object /dev/null
-    ),
-    Reliance("huggingface_hub.utils.parse_ratelimit_headers", "sources/hub/transfer.py", says_when_to_repeat),
-    Reliance("huggingface_hub.utils.tqdm.silent_tqdm", "sources/hub/transfer.py", has("update", "__enter__")),
+    Reliance("huggingface_hub.utils.get_session", CONNECTION, lambda function: has("stream")(function())),
+    Reliance("huggingface_hub.utils.hf_raise_for_status", CONNECTION, knows_errors),
     Reliance("importlinter.cli.lint_imports", "tests/test_contracts.py", takes(config_filename="", no_cache=True)),
     Reliance(
         "onnxruntime.capi.onnxruntime_pybind11_state",

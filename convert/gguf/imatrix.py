@@ -11,6 +11,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from ...documents import exists
 from ...errors import BadInput, Interrupted, OutputExists
 from ...quant.formats.table import format_named
 from ...quant.planning.plan import StoredTensor
@@ -30,11 +31,13 @@ class ImatrixWriter:
         tokens: its ids, [chunks, context].
         overwrite: replace an existing file.
 
-    Raises BadInput when the file exists or cannot be written, Interrupted when the disk is full.
+    Raises OutputExists when the file exists, Interrupted when it cannot be written.
     """
 
     def __init__(self, path: Path, dataset: Path, tokens: Tensor, overwrite: bool = False) -> None:
-        if path.exists() and not overwrite:
+        if not path.name:
+            raise BadInput(f"the importance matrix is to go to {str(path)!r}, expected the name of a file")
+        if exists(path) and not overwrite:
             raise OutputExists(path)
         self.path = path
         self._metadata = {
@@ -48,7 +51,7 @@ class ImatrixWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._data: BinaryIO = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - closed on leaving
         except OSError as error:
-            raise BadInput(f"{path} cannot be written: {error.strerror}; choose another name") from None
+            raise Interrupted(f"{path} cannot be written: {error.strerror}; choose another name") from None
 
     def add(self, statistics: Statistics) -> None:
         """Write down what is known of one layer's weights."""

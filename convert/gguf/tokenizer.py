@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -13,6 +14,7 @@ import tokenizers
 from ...archs.pretokenizers import choose_pre, pre_tokenizer_steps
 from ...errors import BadInput
 from ...progress import Progress
+from ...sources.chat_templates import DEFAULT
 from ...sources.control_tokens import END_OF_GENERATION_TEXTS
 from ...sources.tokenizer import Tokenizer
 from ...sources.tokenizer_gguf import CHAT_TEMPLATE, CONTROL, NORMAL, UNUSED, USER_DEFINED, build_backend
@@ -66,15 +68,32 @@ def tokenizer_metadata(
 
     Raises BadInput when the tokenizer cannot be written to GGUF, or when the keys do not reproduce its ids.
     """
-    name, contradiction = choose_pre(pre, architecture_pre, json.loads(tokenizer.backend.to_str()))
-    metadata = vocabulary_metadata(tokenizer, vocabulary_size, name)
-    check = self_check(tokenizer, metadata)
-    if check.error:
-        raise BadInput(check.error)
-    for line in (contradiction, check.warning):
+    try:
+        name, contradiction = choose_pre(pre, architecture_pre, json.loads(tokenizer.backend.to_str()))
+        metadata = vocabulary_metadata(tokenizer, vocabulary_size, name)
+        check = self_check(tokenizer, metadata)
+        if check.error:
+            raise BadInput(check.error)
+    except BadInput as error:
+        raise BadInput(f"{tokenizer.origin}: {error}") from None
+    for line in (contradiction, check.warning, *tokenizer.losses, *_losses(tokenizer, metadata)):
         if line:
             progress.note(line)
     return metadata
+
+
+def _losses(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> list[str]:
+    """What an engine will not find in the file, a line each."""
+    losses, others = [], [*tokenizer.chat_templates]
+    if CHAT_TEMPLATE not in metadata:
+        what = f"no default chat template, only {', '.join(others)}" if others else "no chat template"
+        losses.append(f"the checkpoint has {what}: llama.cpp will use one of its own")
+    kept = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    tokens = metadata["tokenizer.ggml.tokens"]
+    if lost := [id for id in _unknown_ends(tokenizer, tokens) if id not in kept]:
+        names = ", ".join(repr(tokens[id]) for id in lost)
+        losses.append(f"{names} will not end a text: GGUF has room for three ids that do")
+    return losses
 
 
 def vocabulary_metadata(tokenizer: Tokenizer, vocabulary_size: int, pre: str) -> dict[str, Any]:
@@ -96,10 +115,8 @@ def vocabulary_metadata(tokenizer: Tokenizer, vocabulary_size: int, pre: str) ->
             "set eos_token in tokenizer_config.json"
         )
     tokens, types = _token_list(tokenizer.backend, vocabulary_size)
-    further_ends = sorted(tokenizer.end_of_generation - {tokenizer.eos})
-    unknown_ends = [id for id in further_ends if tokens[id] not in END_OF_GENERATION_TEXTS]
     ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unknown": tokenizer.unknown, "padding": tokenizer.padding}
-    ids |= dict(zip(("eot", "eom"), unknown_ends, strict=False))
+    ids |= dict(zip(("eot", "eom"), _unknown_ends(tokenizer, tokens), strict=False))
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
@@ -111,6 +128,12 @@ def vocabulary_metadata(tokenizer: Tokenizer, vocabulary_size: int, pre: str) ->
         "tokenizer.ggml.add_eos_token": False,
         **_chat_template_keys(tokenizer.chat_templates),
     }
+
+
+def _unknown_ends(tokenizer: Tokenizer, tokens: Sequence[str]) -> list[int]:
+    """Ids beside EOS that end generation and that llama.cpp does not know by their text."""
+    further = sorted(tokenizer.end_of_generation - {tokenizer.eos})
+    return [id for id in further if tokens[id] not in END_OF_GENERATION_TEXTS]
 
 
 def self_check(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> SelfCheck:
@@ -201,8 +224,13 @@ def _merges(merges: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _chat_template_keys(templates: Mapping[str, str]) -> dict[str, Any]:
-    named = {name: text for name, text in templates.items() if name != "default"}
-    keys: dict[str, Any] = {CHAT_TEMPLATE: templates["default"]} if "default" in templates else {}
+    """As gguf-py writes them: in names, everything but letters and digits of ASCII becomes "_"."""
+    named: dict[str, str] = {}
+    for name, text in templates.items():
+        key = re.sub(r"[^A-Za-z0-9]", "_", name)
+        if named.setdefault(key, text) != text:
+            raise BadInput(f"two chat templates would both be called {key!r} in the file: rename {name!r}")
+    keys: dict[str, Any] = {CHAT_TEMPLATE: named.pop(DEFAULT)} if DEFAULT in named else {}
     if named:
         keys["tokenizer.chat_templates"] = list(named)
     return keys | {f"{CHAT_TEMPLATE}.{name}": text for name, text in named.items()}

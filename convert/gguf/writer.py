@@ -192,6 +192,11 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         case float():
             writer.add_float32(key, value)
         case str():
-            writer.add_string(key, value)
+            writer.add_string(key, _utf8(value))
         case _:
-            writer.add_array(key, value)
+            writer.add_array(key, [_utf8(part) if isinstance(part, str) else part for part in value])
+
+
+def _utf8(text: str) -> str:
+    """Text as a file can hold it: names of files may have bytes that are no UTF-8."""
+    return text.encode(errors="replace").decode()

@@ -4,89 +4,109 @@ When ONNX Runtime loads a model it copies all weights into that order, in memory
 there cannot run at full speed. The copies can lie in the external data instead, and are mapped from there like
 everything else. They are made node by node, in sessions of one node, which write what they would have kept. Another
 processor or another version of ONNX Runtime finds that they are not what it would have made, and makes its own.
+
+The copies lie behind the weights in the same files. The model names them only once they are all there, and forgets them
+before they are cut off, so that it can be loaded after whatever stops this.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from ...errors import BadInput
+from ...errors import BadInput, Interrupted
 from ...files import sync
+from ...paths import inside, own_file
 from ...progress import Progress
 from ...quant.planning.onnx_plan import ALIGNMENT
-from ...runner.engines import DESCRIPTION_NAME, MODEL_NAME, read_description, runtime
+from ...runner.engines import DESCRIPTION_NAME, MODEL_NAME, external_place, read_description, read_onnx, runtime
 
 _PACKING_OPERATORS = ("QMoE", "MatMulNBits", "FusedMatMul")
 _ENTRY = "prepacked_"  # beginning of the keys of external data that name packed copies
 _COPIED = "packed.bin"
+_TEMPORARY = ".packing"
 _PIECE = 1 << 24  # bytes
 
 
 def prepack(folder: Path, progress: Progress) -> int:
     """Add packed copies to a folder that `convert --to onnx` wrote; those of an earlier run are replaced.
 
-    Returns the size of the copies in bytes. The model can be used until the end, and afterwards gives the same results.
-    Raises BadInput for another kind of folder, without ONNX Runtime, and when the folder cannot be written.
+    Returns the size of the copies in bytes. The model gives the same results before, meanwhile and afterwards. Raises
+    BadInput for another kind of folder, or one whose model names other places than the folder's own files, and without
+    ONNX Runtime; Interrupted when the folder cannot be written.
     """
     description = read_description(folder)
-    model = onnx.load(folder / MODEL_NAME, load_external_data=False)
+    model = read_onnx(folder / MODEL_NAME)
     stored = {tensor.name: tensor for tensor in model.graph.initializer if tensor.external_data}
     packing = (node for node in model.graph.node if node.op_type in _PACKING_OPERATORS)
     nodes = [node for node in packing if stored.keys() & {*node.input}]
+    ends = _ends(folder, [*stored.values()])
     size = 0
     progress.begin("Packing", len(nodes), "weights")
     try:
-        _cut(folder, [*stored.values()])
+        shutil.rmtree(folder / _TEMPORARY, ignore_errors=True)  # what a killed run has left
+        if description.get("prepacked"):
+            _describe(folder, description, prepacked=False)
+        _forget_copies([*stored.values()])
+        _replace(folder / MODEL_NAME, model.SerializeToString())
+        for file, end in ends.items():
+            os.truncate(file, end)
         for node in nodes:
             weights = [stored[name] for name in node.input if name in stored]
             size += _pack(folder, node, weights, model)
             progress.advance(1, node.name)
+        _describe(folder, description, prepacked=True)
         _replace(folder / MODEL_NAME, model.SerializeToString())
-        _replace(folder / DESCRIPTION_NAME, json.dumps(description | {"prepacked": True}, indent=2).encode())
     except OSError as error:
-        raise BadInput(f"{folder} cannot be written: {error.strerror}; free space and run it again") from None
+        raise Interrupted(f"{folder} cannot be written: {error.strerror}; free space and run it again") from None
     return size
 
 
-def _cut(folder: Path, tensors: Sequence[TensorProto]) -> None:
-    """Forget the copies of an earlier run, which begin where the plain weights of a file end."""
-    ends: dict[str, int] = {}
+def _ends(folder: Path, tensors: Sequence[TensorProto]) -> dict[Path, int]:
+    """Where the plain weights of each file end, and copies of an earlier run begin."""
+    ends: dict[Path, int] = {}
     for tensor in tensors:
-        places = {entry.key: entry.value for entry in tensor.external_data}
+        place = external_place(tensor, folder / MODEL_NAME)
+        file = own_file(folder, place.file, f"{folder / MODEL_NAME}: {tensor.name}")
+        if place.end > file.stat().st_size:
+            raise BadInput(f"{folder / MODEL_NAME}: {tensor.name} ends at byte {place.end} of {file}, beyond its end")
+        ends[file] = max(ends.get(file, 0), -(-place.end // ALIGNMENT) * ALIGNMENT)
+    return {file: min(end, file.stat().st_size) for file, end in ends.items()}
+
+
+def _forget_copies(tensors: Sequence[TensorProto]) -> None:
+    for tensor in tensors:
         kept = [entry for entry in tensor.external_data if not entry.key.startswith(_ENTRY)]
         del tensor.external_data[:]
         tensor.external_data.extend(kept)
-        end = int(places["offset"]) + int(places["length"])
-        ends[places["location"]] = max(ends.get(places["location"], 0), -(-end // ALIGNMENT) * ALIGNMENT)
-    for name, end in ends.items():
-        os.truncate(folder / name, end)
 
 
 def _pack(folder: Path, node: NodeProto, weights: Sequence[TensorProto], model: onnx.ModelProto) -> int:
     """Append the copies of one node's weights to their files and name them in the tensors; their size."""
     size = 0
     own = {weight.name: weight for weight in weights}
-    with TemporaryDirectory(dir=folder, prefix=".packing-") as temporary:
-        packed = _packed_by_runtime(folder, node, weights, model, Path(temporary))
-        with (Path(temporary) / _COPIED).open("rb") as copies:
-            for tensor in packed.graph.initializer:
-                location = next(entry.value for entry in own[tensor.name].external_data if entry.key == "location")
-                with (folder / location).open("ab") as file:
-                    for entry in tensor.external_data:
-                        if entry.key.startswith(_ENTRY):
-                            value = "|".join(_moved(entry.value, copies, file))
-                            own[tensor.name].external_data.add(key=entry.key, value=value)
-                            size += sum(int(part.split(";")[1]) for part in value.split("|")[1:])
-                    file.flush()
-                    sync(file.fileno())
+    temporary = folder / _TEMPORARY
+    temporary.mkdir()
+    packed = _packed_by_runtime(folder, node, weights, model, temporary)
+    with (temporary / _COPIED).open("rb") as copies:
+        for tensor in packed.graph.initializer:
+            place = external_place(own[tensor.name], folder / MODEL_NAME)
+            with inside(folder, place.file, folder / MODEL_NAME).open("ab") as file:
+                for entry in tensor.external_data:
+                    if entry.key.startswith(_ENTRY):
+                        value = "|".join(_moved(entry.value, copies, file))
+                        own[tensor.name].external_data.add(key=entry.key, value=value)
+                        size += sum(int(part.split(";")[1]) for part in value.split("|")[1:])
+                file.flush()
+                sync(file.fileno())
+    shutil.rmtree(temporary)
     return size
 
 
@@ -126,8 +146,14 @@ def _moved(value: str, source: BinaryIO, target: BinaryIO) -> Iterator[str]:
         left = int(length)
         while left:
             piece = source.read(min(left, _PIECE))
+            if not piece:
+                raise BadInput(f"ONNX Runtime has written less of {key} than it says: try another version of it")
             target.write(piece)
             left -= len(piece)
+
+
+def _describe(folder: Path, description: dict[str, Any], prepacked: bool) -> None:
+    _replace(folder / DESCRIPTION_NAME, json.dumps(description | {"prepacked": prepacked}, indent=2).encode())
 
 
 def _replace(file: Path, content: bytes) -> None:

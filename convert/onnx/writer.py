@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -125,5 +126,6 @@ class OnnxWriter(Writer):
 
     def _discard(self, error: BaseException) -> None:
         super()._discard(error)
-        if not any(self._folder.iterdir()):
-            self._folder.rmdir()
+        with suppress(OSError):
+            if not any(self._folder.iterdir()):
+                self._folder.rmdir()

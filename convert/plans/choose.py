@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 from ...archs.graph import Graph
@@ -13,6 +15,7 @@ from ...quant.formats.table import LARGEST_BLOCK
 from ...quant.planning.allocation import Damage, Key, plan_within, typical_damage
 from ...quant.planning.file_formats import plan_format
 from ...quant.planning.fit import Machine, MachinePlan, fit
+from ...quant.planning.knapsack import BudgetTooSmall
 from ...quant.planning.padding import pad
 from ...quant.planning.plan import Form, Plan, plan_tensors
 from ...quant.planning.plan_file import StoredTypes, plan_like, read_plan_file
@@ -23,6 +26,7 @@ from ..gguf.metadata import gguf_metadata
 from ..gguf.writer import header_bytes
 from ..settings import NO_CALIBRATION, Calibration, Goal
 
+_MOST_BITS = 64
 _HEADER_SLACK = 4096  # bytes; the header's names of files and plans are not final when a plan is made
 _HEADER_PER_WORD = 32  # bytes of a header for each word of a vocabulary that is not here
 _UNMEASURED = "`convert` measures the model first, unless --no-measure: `plan --measure` shows what that leads to"
@@ -79,20 +83,38 @@ def calibration_for(plan: Plan, goal: Goal, calibration: Calibration) -> Calibra
 
 @dataclass(frozen=True)
 class Budget:
-    """What a plan may take: bytes of the data section, bytes that one token touches; and what to call the plan."""
+    """What a plan may take: bytes of the data section, bytes that one token touches; and what to call the plan.
+
+    `in_words` says bytes of the data section as the user counts them, rounded up.
+    """
 
     name: str
     bytes: int
     bytes_per_token: float | None = None
+    in_words: Callable[[int], str] = "{} bytes".format
 
 
 def budget_of(model: Model, goal: Goal) -> Budget:
     """What the header leaves of a size, or so many bits for each weight of the model."""
     if goal.size is not None:
-        return Budget(f"{goal.size / 1e9:.3g}GB", goal.size - _header_bytes(model), goal.bytes_per_token)
+        header = _header_bytes(model)
+        return Budget(
+            f"{goal.size / 1e9:.3g}GB",
+            goal.size - header,
+            goal.bytes_per_token,
+            lambda size: f"--size {ceil((size + header) / 1e4) / 100:.2f}MB",
+        )
     assert goal.bits_per_weight is not None
-    size = int(goal.bits_per_weight * model.graph.parameters() / 8)
-    return Budget(f"{goal.bits_per_weight:.2f}bpw", size, goal.bytes_per_token)
+    if not 0 <= goal.bits_per_weight <= _MOST_BITS:
+        raise BadInput(f"--bpw is {goal.bits_per_weight}, expected bits for each weight, at most {_MOST_BITS}")
+    weights = model.graph.parameters()
+    size = int(goal.bits_per_weight * weights / 8)
+    return Budget(
+        f"{goal.bits_per_weight:.2f}bpw",
+        size,
+        goal.bytes_per_token,
+        lambda size: f"--bpw {ceil(size * 800 / weights) / 100:.2f}",
+    )
 
 
 def plan_for_budget(
@@ -108,7 +130,7 @@ def plan_for_budget(
     Types of less than two bits are used with `calibrated` only, and only where nothing else fits.
     """
     found: list[tuple[float, Plan]] = []
-    refusal: BadInput | None = None
+    refusals: list[BadInput] = []
     for one_bit in (False, True) if calibrated else (False,):
         for variant in variants(graph, form) if not found else ():
             try:
@@ -122,15 +144,22 @@ def plan_for_budget(
                     active_budget=budget.bytes_per_token,
                 )
             except BadInput as error:
-                refusal = error
+                refusals.append(error)
                 continue
             own = {weight.name for weight in replace(variant, predictions=()).weights()}
             found.append((sum(damage.of(t.weight, t.type) for t in plan.tensors if t.weight.name in own), plan))
     if not found:
-        assert refusal
-        raise refusal
+        raise _least_of(refusals, budget)
     best = min(found, key=lambda pair: pair[0])[1]
     return replace(best, notes=_notes(graph, best, damage))
+
+
+def _least_of(refusals: Sequence[BadInput], budget: Budget) -> BadInput:
+    """Of what was refused, what would come closest."""
+    sizes = [refusal.least for refusal in refusals if isinstance(refusal, BudgetTooSmall)]
+    if not sizes:
+        return refusals[-1]
+    return BadInput(f"{budget.name} is too little for this model: ask for at least {budget.in_words(min(sizes))}")
 
 
 def _notes(graph: Graph, plan: Plan, damage: Damage) -> tuple[str, ...]:

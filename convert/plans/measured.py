@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...documents import exists
 from ...errors import OutputExists
 from ...progress import NoProgress, Progress
 from ...quant.planning.plan import Form
@@ -57,7 +58,7 @@ def measured_plan(
         },
     )
     with Journal(path.with_name(f"{path.name}.plan"), identity, overwrite, progress, keep_on_bad_input=True) as journal:
-        if path.exists() and not (overwrite or journal_folder(path).exists()):
+        if exists(path) and not (overwrite or journal_folder(path).exists()):
             raise OutputExists(path)
         measuring = Measuring(
             model,

@@ -12,7 +12,8 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePath
 from types import TracebackType
 
 import numpy as np
@@ -33,8 +34,25 @@ _STARTED = "started"  # first part of the keys that name temporary files
 _VERSION = "version"  # what the record says beside the fingerprint, for people
 
 
+def _is_sound(key: object) -> bool:
+    """Whether a record can be trusted with what follows from it: files that were started are removed by their names."""
+    if not isinstance(key, list) or not all(isinstance(part, str | int) for part in key) or not key:
+        return False
+    return key[0] != _STARTED or (len(key) == 3 and _is_part(key[1]) and isinstance(key[2], int))
+
+
+def _is_part(name: object) -> bool:
+    """Whether a record names a file in the making beside the journal; outputs may be called what the system allows."""
+    if not isinstance(name, str):
+        return False
+    path = PurePath(name)
+    return not path.anchor and ".." not in path.parts and path.name.startswith(".") and path.name.endswith(".part")
+
+
 def journal_folder(output: Path) -> Path:
-    """Where the journal of an output lies."""
+    """Where the journal of an output lies. Raises BadInput for an output that is no name of a file."""
+    if not output.name:
+        raise BadInput(f"--output is {str(output)!r}, expected the name of a file")
     return output.with_name(f".{output.name}.journal")
 
 
@@ -197,8 +215,7 @@ class Journal:
 
     def keeps(self, error: BaseException) -> bool:
         """Whether the same command can go on after this error; if so, everything done is recorded."""
-        lasting = BadInput if self._precious else Interrupted
-        refused = isinstance(error, BadInput) and (isinstance(error, OutputExists) or not isinstance(error, lasting))
+        refused = isinstance(error, OutputExists) or (isinstance(error, BadInput) and not self._precious)
         if refused or not self.continues:
             return False
         try:
@@ -251,7 +268,7 @@ class Journal:
                 value = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
                 value = None
-            if number and isinstance(value, list):
+            if number and isinstance(value, list) and all(_is_sound(key) for key in value):
                 self._done.update(tuple(key) for key in value)
             elif not number and isinstance(value, dict):
                 fingerprint = value
@@ -273,7 +290,8 @@ class Journal:
 
     def _remove_temporaries(self) -> None:
         for key in self.done(_STARTED):
-            self.folder.parent.joinpath(str(key[1])).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.parent.joinpath(str(key[1])).unlink(missing_ok=True)
 
     def _difference(self, found: Mapping[str, str], version: str | None) -> str:
         names = dict.fromkeys((*self._fingerprint, *found))

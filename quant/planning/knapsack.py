@@ -35,6 +35,14 @@ class Option:
     active_bytes: float = 0.0
 
 
+class BudgetTooSmall(BadInput):
+    """Even the smallest types that are known take more than a budget; `least` is what they take, in bytes."""
+
+    def __init__(self, budget: int, least: int) -> None:
+        super().__init__(f"a budget of {budget} bytes is too small: the smallest known types take {least}")
+        self.least = least
+
+
 Items = Sequence[Sequence[Option]]
 
 
@@ -44,11 +52,11 @@ def solve_knapsack(items: Items, budget: int, active_budget: float | None = None
     Args:
         active_budget: most bytes that one token may touch, which is what bounds the speed of decoding.
 
-    Raises BadInput when even the cheapest options are beyond a budget.
+    Raises BadInput when even the cheapest options are beyond a budget, BudgetTooSmall where it is the first one.
     """
     least = sum(min(option.bytes for option in options) for options in items)
     if least > budget:
-        raise BadInput(f"a budget of {budget} bytes is too small: the smallest known types take {least}")
+        raise BudgetTooSmall(budget, least)
     chosen = _cheapest(items, budget, 0.0, _STEPS)
     if active_budget is None or _active(items, chosen) <= active_budget:
         return chosen

@@ -11,15 +11,19 @@ slowest dimension first; those of a padded plan are larger than the model's.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...archs.config import Config
 from ...archs.graph import Graph
 from ...archs.weights import Role
+from ...documents import read_json
 from ...errors import BadInput
 from ...files import sync
+from ...paths import is_plain_name
 from ..formats.table import LARGEST_BLOCK, Format, format_named
 from .allocation import allowed_types, bytes_per_token, plan_with
 from .padding import pad
@@ -56,6 +60,8 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
 def write_plan_file(plan: Plan, path: Path) -> None:
     """Raises BadInput when the file cannot be written; then there is none."""
+    if not path.name:
+        raise BadInput(f"--output is {str(path)!r}, expected the name of a file")
     temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -64,21 +70,37 @@ def write_plan_file(plan: Plan, path: Path) -> None:
             sync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise BadInput(f"{path} cannot be written: {error.strerror}") from None
 
 
 def read_plan_file(path: Path) -> StoredTypes:
     """Raises BadInput when the file cannot be read, is no plan, or of a version that is not known."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content["version"]
-        if version != VERSION:
-            raise BadInput(f"{path}: version is {version!r}, expected {VERSION}: make the plan anew")
-        tensors = {t["name"]: (t["type"], tuple(int(size) for size in t["shape"])) for t in content["tensors"]}
-        return StoredTypes(path.as_posix(), str(content["name"]), tensors)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is not a plan of `moecast plan -o`: {type(error).__name__}: {error}") from None
+    content = Config(read_json(path), str(path))
+    version = content.get("version")
+    if version != VERSION:
+        raise BadInput(f"{path}: version is {version!r}, expected {VERSION}: is it a plan of `moecast plan -o`?")
+    name = content.text("name")
+    if not is_plain_name(name) or "/" in name:  # a part of the output's name
+        raise BadInput(f"{path}: name is {name!r}, expected plain words")
+    return StoredTypes(path.as_posix(), name, dict(_entries(content, path)))
+
+
+def _entries(content: Config, path: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    """Name, type and shape of every tensor."""
+    entries, seen = content.get("tensors"), set()
+    if not isinstance(entries, list) or not entries:
+        raise BadInput(f"{path}: tensors is {entries!r}, expected a list of tensors")
+    for number, values in enumerate(entries):
+        entry = Config(values if isinstance(values, Mapping) else {}, f"{path}: tensors[{number}]")
+        name, shape = entry.text("name"), entry.get("shape")
+        if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
+            raise BadInput(f"{entry.origin}: shape is {shape!r}, expected whole numbers, slowest dimension first")
+        if name in seen:
+            raise BadInput(f"{path}: {name} is there twice: remove one of them")
+        seen.add(name)
+        yield name, (entry.text("type"), tuple(shape))
 
 
 def plan_like(graph: Graph, stored: StoredTypes) -> Plan:
@@ -109,4 +131,7 @@ def _type_of(name: str, shape: tuple[int, ...], stored: StoredTypes) -> Format:
     type, planned = stored.tensors[name]
     if planned != shape:
         raise BadInput(f"{stored.origin}: {name} has shape {list(planned)}, expected {list(shape)}: another model's?")
-    return format_named(type)
+    try:
+        return format_named(type)
+    except BadInput as error:
+        raise BadInput(f"{stored.origin}: {name}: {error}") from None

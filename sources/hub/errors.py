@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from ...errors import Interrupted
 
 if TYPE_CHECKING:
-    from .repository import HubSource
+    from .address import HubSource
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def explained(source: HubSource) -> Iterator[None]:
     """Turns what the client raises into Interrupted: nothing is wrong with what was fetched before."""
     try:
         yield
-    except (httpx2.HTTPError, OSError, RevisionResolutionError, json.JSONDecodeError) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, RevisionResolutionError, json.JSONDecodeError) as error:
         raise Interrupted(_explanation(error, source)) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -12,18 +13,19 @@ import torch
 from ...archs.expressions import TensorInfo, stored_tensors
 from ...archs.graph import Graph
 from ...archs.weights import Weight
-from ...errors import BadInput
+from ...errors import BadInput, Interrupted
 from ...files import open_descriptor
-from ...progress import NoProgress
 from ..checkpoint import read_header
 from ..model import Model
 from ..storage import Storage
 from .repository import HubCheckpoint
-from .transfer import Stopped
+from .transfer import Meter, Watch
 
 _FETCHERS = 2  # shards that arrive at the same time
 _NEVER = 1 << 62
-_PATIENCE = 1.0  # seconds that closing waits for a thread, which may be waiting for the network
+_LOOK = 0.2  # seconds between two looks at whether a shard has come
+_SAID_EVERY = 30.0  # seconds of waiting for a shard between two lines about it
+_PATIENCE = 0.5  # seconds that closing waits for threads, which may be waiting for the network
 
 
 def pass_over(graph: Graph) -> list[list[str]]:
@@ -53,7 +55,7 @@ class ShardStorage(Storage):
         scratch: bytes; by default twice what the largest step needs.
         folder: where the shards lie. It is made when the first one comes; what an interrupted run left is used.
 
-    Raises BadInput when the shards of one step alone are larger than `scratch`.
+    Raises BadInput when the shards of one step alone are larger than `scratch`; reading raises Interrupted.
     """
 
     def __init__(
@@ -76,11 +78,13 @@ class ShardStorage(Storage):
         for number, names in enumerate(steps):
             for name in dict.fromkeys((*names, *(shard_of[name] for name in names))):
                 self._uses.setdefault(name, []).append(number)
-        self._scratch = self._room_for([{shard_of[name] for name in names} for names in steps], scratch)
+        self._limit = scratch
+        self._steps = [{shard_of[name] for name in names} for names in steps]
+        self._scratch = self._room_for(self._steps, scratch)
         self._position = -1
         self._wanted: list[str] = []  # nearest use first; together they fit
         self._here: set[str] = set()
-        self._coming: set[str] = set()
+        self._coming: dict[str, Meter] = {}
         self._failed: dict[str, BaseException] = {}
         self._changed = threading.Condition()
         self._closed = False
@@ -104,20 +108,32 @@ class ShardStorage(Storage):
     def close(self) -> None:
         with self._changed:
             self._closed = True
+            for meter in self._coming.values():
+                meter.stopped.set()
             self._changed.notify_all()
+        end = time.monotonic() + _PATIENCE
         for thread in self._threads:
-            thread.join(_PATIENCE)
+            thread.join(max(0, end - time.monotonic()))
         super().close()
 
     def _open(self, file: str) -> int:
-        path = self._cached.get(file, self._checkpoint.folder / file)
         try:
-            return open_descriptor(path)
-        except FileNotFoundError:  # somebody has emptied the folder
+            return open_descriptor(self._cached.get(file, self._checkpoint.folder / file))
+        except FileNotFoundError:  # somebody has emptied the folder, or the Hub's cache
             with self._changed:
                 self._here.discard(file)
+                if self._cached.pop(file, None):
+                    self._make_room_for(file)
+                self._choose(file)
                 self._await(file)
-            return open_descriptor(path)
+            return open_descriptor(self._checkpoint.folder / file)
+
+    def _make_room_for(self, vanished: str) -> None:
+        """What the cache does not hold any more has to be fetched like all else."""
+        try:
+            self._scratch = self._room_for(self._steps, self._limit)
+        except BadInput as error:
+            raise Interrupted(f"{vanished} is gone from the Hugging Face cache: {error}") from None
 
     def _room_for(self, steps: Sequence[set[str]], scratch: int | None) -> int:
         """Bytes of disk to use for steps that each read certain shards."""
@@ -141,12 +157,21 @@ class ShardStorage(Storage):
                 self._await(tensor.file)
 
     def _await(self, shard: str) -> None:
+        """Wait for a shard that is chosen. Raises what went wrong with it, and Interrupted when nothing moves."""
         self._failed.pop(shard, None)  # that was earlier, when nobody waited
         self._changed.notify_all()
+        said, watch = time.monotonic(), Watch()
         while shard not in self._here:
             if shard in self._failed:
                 raise self._failed.pop(shard)
-            self._changed.wait()
+            for meter in self._coming.values():  # others make room when they are done
+                watch.follow(meter)
+            watch.require_life(self._checkpoint.url)
+            if time.monotonic() - said > _SAID_EVERY:
+                said = time.monotonic()
+                here, size = self._checkpoint.bytes_here(self._files[shard]), self._files[shard].bytes
+                self._checkpoint.notes.note(f"Waiting for {shard}: {here / 1e6:.1f} of {size / 1e6:.1f} MB are here")
+            self._changed.wait(_LOOK)
 
     def _choose(self, first: str) -> None:
         """Decide what to have on disk from here on: `first`, then what is used next, as far as it fits."""
@@ -154,10 +179,10 @@ class ShardStorage(Storage):
         room, self._wanted = self._scratch, []
         for shard in dict.fromkeys((first, *coming)):
             room -= self._files[shard].bytes
-            if room < 0 or (shard != first and self._next_use(shard) == _NEVER):
+            if shard != first and (room < 0 or self._next_use(shard) == _NEVER):
                 break
             self._wanted.append(shard)
-        for shard in self._files.keys() - self._cached.keys() - self._coming - set(self._wanted):
+        for shard in self._files.keys() - self._cached.keys() - self._coming.keys() - set(self._wanted):
             self._drop(shard)
         if not self._threads:
             self._threads = [threading.Thread(target=self._fetch_ahead, daemon=True) for _ in range(_FETCHERS)]
@@ -178,24 +203,32 @@ class ShardStorage(Storage):
         while (shard := self._take()) is not None:
             error: BaseException | None = None
             try:
-                self._check(shard, self._checkpoint.fetch_file(self._files[shard], _Stopper(self)))
+                self._check(shard, self._checkpoint.fetch_file(self._files[shard], self._coming[shard]))
             except BaseException as raised:  # the reader's business, in whose thread it can be raised
                 error = raised
             with self._changed:
-                self._coming.discard(shard)
+                del self._coming[shard]
+                if error is None and shard not in self._wanted:
+                    error = self._removed(shard)
+                elif error is None:
+                    self._here.add(shard)
                 if error is not None:
                     self._failed[shard] = error
-                elif shard in self._wanted:
-                    self._here.add(shard)
-                else:
-                    self._checkpoint.remove_file(self._files[shard])
                 self._changed.notify_all()
+
+    def _removed(self, shard: str) -> OSError | None:
+        """Takes away a shard that nobody wants any more; what goes wrong with that is the reader's business too."""
+        try:
+            self._checkpoint.remove_file(self._files[shard])
+        except OSError as error:
+            return error
+        return None
 
     def _check(self, shard: str, path: Path) -> None:
         """The shard is what its checksum says; were tensors read from where a false header had put them?"""
         found = {(tensor.name, tensor.dtype, tensor.shape, tensor.offset) for tensor in read_header(path)}
         if found != self._promised[shard]:
-            raise BadInput(
+            raise Interrupted(
                 f"{shard} has another header than the one that {self._checkpoint.url} sent alone: "
                 "a proxy or mirror may be at fault, try again later or without it"
             )
@@ -205,22 +238,11 @@ class ShardStorage(Storage):
         with self._changed:
             while not self._closed:
                 for shard in self._wanted:
-                    if shard not in self._here | self._coming | self._failed.keys():
-                        taken = sum(self._files[name].bytes for name in self._here | self._coming)
-                        if taken + self._files[shard].bytes > self._scratch:
+                    if shard not in self._here | self._coming.keys() | self._failed.keys():
+                        taken = sum(self._files[name].bytes for name in self._here | self._coming.keys())
+                        if taken and taken + self._files[shard].bytes > self._scratch:
                             break
-                        self._coming.add(shard)
+                        self._coming[shard] = Meter(None, 0, self._checkpoint.notes)
                         return shard
                 self._changed.wait()
             return None
-
-
-class _Stopper(NoProgress):
-    """Ends a download when nobody wants it any more."""
-
-    def __init__(self, storage: ShardStorage) -> None:
-        self._storage = storage
-
-    def advance(self, amount: int, detail: str = "") -> None:
-        if self._storage._closed:
-            raise Stopped

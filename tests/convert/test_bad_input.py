@@ -170,6 +170,18 @@ def test_output_folder_that_cannot_be_made(minimax: Checkpoint, tmp_path: Path) 
     assert result.exit_code == 2 and "cannot be made" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "command", [["imatrix", "-o", "", "-c", "16"], ["plan", "-o", ""], ["convert", "--imatrix-out", "", "-o", "a.gguf"]]
+)
+def test_output_without_a_name(
+    minimax: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, [command[0], str(minimax.folder), *command[1:], "--overwrite"])
+    assert result.exit_code == 2 and "expected the name of a file" in result.stderr, result.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_corrupt_gguf_as_input(tmp_path: Path) -> None:
     file = tmp_path / "broken.gguf"
     file.write_bytes(b"GGUF" + b"\xff" * 100)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import checkpoints
@@ -16,9 +19,11 @@ from click.testing import CliRunner
 from conftest import Checkpoint
 from conversions import convert
 from hub_server import Fault, HubServer
+from huggingface_hub import constants
 from moecast.cli import main
 from moecast.convert import NO_CALIBRATION, Output
 from moecast.convert import convert as convert_checkpoint
+from moecast.sources.hub import transfer
 
 TOKEN = "hf_SentinelTokenThatNobodyMaySee"
 
@@ -201,3 +206,61 @@ def test_push_between_two_attempts(minimax_fp8: Checkpoint, minimax_odd: Checkpo
 def test_scratch_and_keep_source_exclude_each_other(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["convert", "tiny/moe", "--scratch", "20GB", "--keep-source"])
     assert result.exit_code == 2 and "leave one of them out" in result.stderr
+
+
+@pytest.mark.parametrize("options", [["--no-verify", "--no-calibration"], []], ids=["alone", "compared"])
+@pytest.mark.parametrize("fault", [Fault(status=503), Fault(content=b"\0" * 300_000)], ids=["lost", "damaged"])
+def test_what_the_network_stops_is_continued(
+    minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault, options: list[str]
+) -> None:
+    """Whoever asks for the shard, a stream or the encoder: what was made is kept, and nothing is called damaged."""
+    shard = "model-00002-of-00007.safetensors"
+    monkeypatch.setattr(transfer, "ATTEMPTS", 0)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    output = tmp_path / "out" / "model.gguf"
+    with HubServer(minimax_fp8.folder) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        server.fail(shard, Fault())  # the header, then
+        server.fail(shard, fault, times=99)
+        plain = ["--quant", "Q8_0", "-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "2", *options]
+        call = ["convert", "tiny/moe", "-o", str(output), *plain]
+        stopped = CliRunner().invoke(main, call)
+        assert stopped.exit_code == 2, stopped.output
+        assert "checkpoint is damaged" not in stopped.output
+        assert (output.parent / ".model.gguf.part").is_file() and not output.exists(), stopped.output
+        assert len((output.parent / ".model.gguf.journal" / "records").read_bytes().splitlines()) > 2
+        server.forgive()
+        continued = CliRunner().invoke(main, call)
+        assert continued.exit_code == 0, continued.output
+        provenance = {"repository": "tiny/moe", "revision": server.commit}
+    local = tmp_path / "local.gguf"
+    convert(minimax_fp8.folder, local, "Q8_0", name="moe", verify=False, provenance=provenance)
+    assert output.read_bytes() == local.read_bytes()
+    assert [file.name for file in output.parent.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize("command", ["download", "inspect", "convert"])
+def test_an_interrupt_ends_a_stalled_transfer_at_once(minimax_fp8: Checkpoint, tmp_path: Path, command: str) -> None:
+    """Nothing comes any more and no timeout is near; the keyboard ends it all the same."""
+    shard = "model-00001-of-00007.safetensors"
+    stalled = threading.Event()
+    with HubServer(minimax_fp8.folder) as server:
+        server.fail(shard, Fault(before=stalled.set, stall_after=100), times=9)
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        call = [sys.executable, "-c", UNHURRIED, command, "tiny/moe"]
+        with subprocess.Popen(call, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+            assert stalled.wait(100)
+            time.sleep(0.5)  # until it waits
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+        assert "Interrupted: run the same command again" in errors
+
+
+UNHURRIED = """
+from moecast.sources.hub import connection
+connection.TIMEOUT = 1000.0
+from moecast.cli import main
+main()
+"""

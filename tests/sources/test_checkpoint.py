@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import Checkpoint
 from moecast.archs.expressions import BlockScaled, Read, TensorInfo
-from moecast.errors import BadInput
+from moecast.errors import BadInput, Interrupted
 from moecast.sources.checkpoint import read_config, read_tensors
 from moecast.sources.decode import evaluate
 from moecast.sources.model import open_model
@@ -104,13 +105,16 @@ def _swap_shards(folder: Path) -> None:
         (_remove_shard, r"00001-of-.*\.safetensors is missing although model\.safetensors\.index\.json names it"),
         (lambda f: _point_outside(f, "../../etc/passwd"), r"places model\.norm\.weight in '../../etc/passwd'"),
         (lambda f: _point_outside(f, "/etc/passwd"), r"places model\.norm\.weight in '/etc/passwd'"),
+        (lambda f: _point_outside(f, "C:model.safetensors"), r"places model\.norm\.weight in 'C:model\.safetensors'"),
+        (lambda f: _point_outside(f, "nul.safetensors"), r"expected a file inside the folder"),
+        (lambda f: _point_outside(f, "..\\x.safetensors"), r"expected a file inside the folder"),
         (lambda f: _point_outside(f, ""), r"places model\.norm\.weight in ''"),
         (lambda f: (f / "model.safetensors.index.json").write_text("{"), r"index\.json is not readable JSON"),
         (lambda f: (f / "model.safetensors.index.json").write_text("[]"), r"holds a JSON list, expected an object"),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), r"weight_map is missing or empty"),
         (lambda f: (f / "model.safetensors.index.json").unlink(), r"neither .* is there, expected safetensors"),
         (lambda f: (f / "config.json").unlink(), r"config\.json is missing, expected a Hugging Face checkpoint"),
-        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), r"config\.json is not readable JSON"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), r"config\.json is UTF-16 text; expected UTF-8"),
         (lambda f: checkpoints.edit_config(f, model_type="llama"), r"model_type is 'llama', expected one of"),
         (lambda f: checkpoints.edit_config(f, hidden_size=250), r"gives shape \[512, 256\], expected \[512, 250\]"),
         (_swap_shards, r"tensor .* is missing although model\.safetensors\.index\.json places it there"),
@@ -133,6 +137,51 @@ def test_file_that_shrinks_while_it_is_read(minimax: Checkpoint, tmp_path: Path)
     with pytest.raises(BadInput, match=r"ends inside tensor .*truncated"):
         for weight in model.graph.weights():
             model.load(weight, 0 if weight.experts else None)
+
+
+def test_file_that_the_system_does_not_give(
+    minimax: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was done is kept: the disk or the network may come back."""
+    folder = checkpoints.copied(minimax.folder, tmp_path / "copy")
+    model = open_model(folder)
+    (folder / "model.safetensors").rename(tmp_path / "away")
+    with pytest.raises(Interrupted, match=r"model\.safetensors cannot be read: No such file or directory; tensor"):
+        model.load(model.graph.final_norm.weight)
+    (tmp_path / "away").rename(folder / "model.safetensors")
+
+    def failing(*arguments: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(Interrupted, match=r"model\.safetensors cannot be read: Input/output error; tensor"):
+        model.load(model.graph.final_norm.weight)
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "é" * 200, "a\0b", "a\nb.safetensors", "\x1b[31m"])
+def test_names_that_no_system_takes(minimax_fp8: Checkpoint, tmp_path: Path, name: str) -> None:
+    """The index is at fault, not a file of that name."""
+    folder = checkpoints.copied(minimax_fp8.folder, tmp_path / "copy")
+    _point_outside(folder, name)
+    with pytest.raises(BadInput, match=r"index\.json: weight_map places model\.norm\.weight in '.*', expected a file"):
+        read_tensors(folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
+def test_folder_whose_name_is_no_utf8(minimax: Checkpoint, tmp_path: Path) -> None:
+    folder = checkpoints.copied(minimax.folder, tmp_path / os.fsdecode(b"m\xff"))
+    with pytest.raises(
+        BadInput, match=r"model\.safetensors: its name is not UTF-8, and safetensors opens no such file"
+    ):
+        open_model(folder)
+
+
+def test_shard_that_git_lfs_did_not_fetch(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
+    folder = checkpoints.copied(minimax_fp8.folder, tmp_path / "copy")
+    shard = _shards(folder)[0]
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(BadInput, match=rf"{shard.name} is a Git LFS pointer, not the file itself: run `git lfs pull`"):
+        open_model(folder)
 
 
 def test_bare_infinity_in_config(minimax: Checkpoint, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_parts import GGUFParts, i32, string
 from moecast.errors import BadInput
 from moecast.sources.imatrix import read_imatrix
 
@@ -82,3 +83,55 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     file.write_bytes(struct.pack("<i", 1) + entry)
     with pytest.raises(BadInput, match=r"blk\.0\.attn_q\.weight holds values that are negative or not finite"):
         read_imatrix(file)
+
+
+def _entry(name: bytes = b"blk.0.attn_q.weight", calls: int = 1, values: tuple[float, ...] = (1.0, 2.0)) -> bytes:
+    return struct.pack(f"<i{len(name)}sii{len(values)}f", len(name), name, calls, len(values), *values)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (struct.pack("<i", 0), "neither an imatrix GGUF nor a whole imatrix.dat"),
+        (struct.pack("<i", -1) + _entry(), "neither an imatrix GGUF nor a whole imatrix.dat"),
+        (struct.pack("<i", 2**31 - 1) + _entry(), "neither an imatrix GGUF nor a whole imatrix.dat"),
+        (struct.pack("<i", 2) + _entry() * 2, r"'blk\.0\.attn_q\.weight' is there twice"),
+        (struct.pack("<i", 1) + _entry(calls=-5), "has -5 calls"),
+        (struct.pack("<i", 1) + _entry(values=()), "0 values"),
+        (struct.pack("<i", 1) + _entry(values=(-1.0,)), "negative or not finite"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+    ],
+)
+def test_damaged_older_form(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "im.dat"
+    file.write_bytes(content)
+    with pytest.raises(BadInput, match=message) as error:
+        read_imatrix(file)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "stored", "message"),
+    [
+        ("imatrix.datasets", i32(7), r"imatrix\.datasets is 7, expected names"),
+        ("imatrix.chunk_count", i32(-1), r"imatrix\.chunk_count is -1, expected a number of chunks"),
+        ("imatrix.chunk_count", struct.pack("<I", 8) + string(b"x"), r"imatrix\.chunk_count is 'x', expected a number"),
+    ],
+)
+def test_keys_of_other_types(tmp_path: Path, key: str, stored: bytes, message: str) -> None:
+    parts = GGUFParts.of((DATA / "im.gguf").read_bytes())
+    parts.set(key, stored)
+    file = tmp_path / "im.gguf"
+    file.write_bytes(parts.to_bytes())
+    with pytest.raises(BadInput, match=message):
+        read_imatrix(file)
+
+
+def test_counts_that_are_no_counts(tmp_path: Path) -> None:
+    parts = GGUFParts.of((DATA / "im.gguf").read_bytes())
+    offset = next(offset for name, _, _, offset in parts.tensors if name.endswith(b".counts"))
+    for count in (float("nan"), float("inf"), -1.0):
+        parts.data = parts.data[:offset] + struct.pack("<f", count) + parts.data[offset + 4 :]
+        (tmp_path / "im.gguf").write_bytes(parts.to_bytes())
+        with pytest.raises(BadInput, match="holds counts that are negative or not finite"):
+            read_imatrix(tmp_path / "im.gguf")

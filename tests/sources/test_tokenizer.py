@@ -142,11 +142,14 @@ def test_bad_folders(backend: Backend, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"only tokenizer.model: open the folder with transformers"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(BadInput, match=r"tokenizer.json is not readable JSON"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadInput, match=r"tokenizer.json is not a tokenizer file: "):
         Tokenizer.from_folder(tmp_path)
     vocabularies.save(backend, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(BadInput, match=r"tokenizer_config.json must hold a JSON object, not list"):
+    with pytest.raises(BadInput, match=r"tokenizer_config.json holds a JSON list, expected an object"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
     with pytest.raises(BadInput, match=r"tokenizer_config.json sets add_bos_token, but its bos_token is no token"):
@@ -183,3 +186,94 @@ def test_gguf_defaults_are_those_of_llama() -> None:
     assert (tokenizer.bos, tokenizer.eos, tokenizer.end_of_generation) == (None, None, {3})
     llama3 = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.bos_token_id": 3})
     assert llama3.encode("ab") == [3, 2]
+
+
+def _files(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+LIST = [{"name": "default", "template": "config"}, {"name": "rag v1.2", "template": "rag"}]
+JINJA = {"chat_template.jinja": "jinja"}
+FURTHER = {"additional_chat_templates/tool_use.jinja": "tools", "additional_chat_templates/README.md": "no"}
+
+
+@pytest.mark.parametrize("stored", [None, "one", [], LIST, LIST[1:], {"default": "a", "tool_use": "b"}])
+@pytest.mark.parametrize(
+    "files", [{}, {"chat_template.jinja": "jinja"}, FURTHER, FURTHER | {"chat_template.jinja": "j"}]
+)
+def test_chat_templates_are_those_of_transformers(
+    backend: Backend, tmp_path: Path, stored: object, files: dict[str, str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    vocabularies.save(backend, tmp_path, tokenizer_config=CONFIG | ({"chat_template": stored} if stored else {}))
+    _files(tmp_path, files)
+    theirs = AutoTokenizer.from_pretrained(tmp_path).chat_template
+    expected = {"default": theirs} if isinstance(theirs, str) else theirs or {}
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.chat_templates == expected
+    pairs = {entry["name"] for entry in stored} if isinstance(stored, list) else stored
+    lost = {"default"} if pairs == "one" else {*(pairs or ())}
+    assert bool(tokenizer.losses) == bool(lost - expected.keys())
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ([{"name": "default"}], r"tokenizer_config\.json: chat_template holds \{'name': 'default'\}, expected text"),
+        ([{"name": "", "template": "a"}], r"chat_template holds \{'name': '', "),
+        ([{"name": "a", "template": None}], r"chat_template holds"),
+        (["a"], r"chat_template holds 'a', expected text, or a list"),
+        ({"default": ["a"]}, r"chat_template holds \{'name': 'default', 'template': \['a'\]\}"),
+        (7, r"chat_template holds 7, expected text"),
+        ([*LIST, LIST[0] | {"template": "other"}], r"chat_template names 'default' twice, with different templates"),
+    ],
+)
+def test_bad_chat_templates(backend: Backend, tmp_path: Path, stored: object, message: str) -> None:
+    vocabularies.save(backend, tmp_path, tokenizer_config=CONFIG | {"chat_template": stored})
+    with pytest.raises(BadInput, match=message):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_how_templates_are_saved(backend: Backend, tmp_path: Path) -> None:
+    vocabularies.save(backend, tmp_path, tokenizer_config=CONFIG | {"chat_template": "config"})
+    (tmp_path / "chat_template.jinja").write_bytes("\ufeffgröße\r\n".encode())
+    assert Tokenizer.from_folder(tmp_path).chat_template == "größe\n"
+    (tmp_path / "chat_template.jinja").write_text(" \n")
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.chat_templates == {} and tokenizer.losses == ("the chat template 'default' is empty",)
+    for content in ("größe".encode("latin-1"), "größe".encode("utf-16")):
+        (tmp_path / "chat_template.jinja").write_bytes(content)
+        with pytest.raises(BadInput, match=r"chat_template\.jinja is (UTF-16|not UTF-8) text"):
+            Tokenizer.from_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.jinja").mkdir()
+    assert Tokenizer.from_folder(tmp_path).chat_template == "config"
+
+
+def test_files_with_a_byte_order_mark(backend: Backend, tmp_path: Path) -> None:
+    vocabularies.save(backend, tmp_path, tokenizer_config=CONFIG)
+    expected = Tokenizer.from_folder(tmp_path)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert Tokenizer.from_folder(tmp_path) == expected
+    assert Tokenizer.from_folder(tmp_path).encode(TEXT) == expected.encode(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": "abc"}, r"tokenizer\.ggml\.tokens is no array of strings"),
+        ({"tokens": ["a", 1]}, r"tokenizer\.ggml\.tokens is no array of strings"),
+        ({"merges": [1]}, r"tokenizer\.ggml\.merges is no array of strings"),
+        ({"token_type": [1.0, 1.0, 1.0]}, r"tokenizer\.ggml\.token_type is no array of whole numbers"),
+        ({"bos_token_id": 1.5}, r"tokenizer\.ggml\.bos_token_id is 1\.5, expected a whole number"),
+        ({"add_bos_token": 1}, r"tokenizer\.ggml\.add_bos_token is 1, expected true or false"),
+    ],
+)
+def test_metadata_of_other_types(change: dict[str, Any], message: str) -> None:
+    values = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "ab"], "merges": ["a b"]} | change
+    with pytest.raises(BadInput, match=message):
+        Tokenizer.from_gguf({f"tokenizer.ggml.{key}": value for key, value in values.items()})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import vocabularies
 from hypothesis import HealthCheck, given, settings
@@ -33,7 +34,7 @@ ADDED = [
 ]
 SPECIAL_TEXT = " <think>hm</think><think>]~!b[ a<｜User｜>b<|im_end|>\n<end_of_tool>x[e~["
 FILES = {
-    "tokenizer_config": {"bos_token": "]~!b[", "eos_token": "[e~["},
+    "tokenizer_config": {"bos_token": "]~!b[", "eos_token": "[e~[", "chat_template": "{{ messages }}"},
     "generation_config": {"eos_token_id": [501, 502, 503]},
 }
 MARGIN = 13
@@ -272,3 +273,42 @@ def test_every_row_with_a_splitter_is_tried() -> None:
         for name in ("minimax-m2", "pixtral", "joyai-llm", "llama-bpe", "tekken", "qwen2", "gpt-2")
     }
     assert tried == {row for row in PRE_TOKENIZERS if row.sources}
+
+
+def test_names_of_chat_templates_are_those_of_gguf_py(tmp_path: Path) -> None:
+    templates = {"default": "a", "tool.use v2": "b", "größe": "c"}
+    source = replace(minimax(tmp_path), chat_templates=templates)
+    writer = gguf.GGUFWriter(None, "test")
+    writer.add_chat_template([{"name": name, "template": text} for name, text in templates.items()])
+    expected = {key: field.value for key, field in writer.kv_data[0].items() if "chat" in key}
+    found = {key: value for key, value in vocabulary_metadata(source, 600, "minimax-m2").items() if "chat" in key}
+    for keys in (expected, found):
+        keys["tokenizer.chat_templates"] = sorted(keys["tokenizer.chat_templates"])  # gguf-py's has no order
+    assert found == expected
+    with pytest.raises(BadInput, match="two chat templates would both be called 'tool_use' in the file"):
+        vocabulary_metadata(replace(source, chat_templates={"tool.use": "a", "tool use": "b"}), 600, "minimax-m2")
+
+
+@pytest.mark.parametrize(
+    ("change", "notes"),
+    [
+        ({}, []),
+        ({"chat_templates": {}}, ["the checkpoint has no chat template: llama.cpp will use one of its own"]),
+        (
+            {"chat_templates": {"tool_use": "a"}},
+            ["the checkpoint has no default chat template, only tool_use: llama.cpp will use one of its own"],
+        ),
+        ({"end_of_generation": frozenset({501, 502, 503, 504})}, []),
+        (
+            {"end_of_generation": frozenset({501, 502, 503, 504, 505, 506})},
+            ["'</think>', '<｜User｜>' will not end a text: GGUF has room for three ids that do"],
+        ),
+        ({"losses": ("x is left out",)}, ["x is left out"]),
+    ],
+)
+def test_losses_are_said(tmp_path: Path, change: dict[str, Any], notes: list[str]) -> None:
+    """EOS (501) has a place of its own, and <|im_end|> (502) needs none: llama.cpp knows its text."""
+    heard = Notes()
+    source = replace(minimax(tmp_path), **change)
+    tokenizer_metadata(source, 600, None, "minimax-m2", heard)
+    assert heard.lines == notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import checkpoints
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
 from moecast.archs.graph import Branch, Operation, SubLayer
@@ -18,7 +20,7 @@ from moecast.convert.onnx.model import build_model
 from moecast.errors import BadInput
 from moecast.quant.planning.onnx_plan import plan_onnx
 from moecast.quant.planning.recipes import recipe_named
-from moecast.runner.engines import OnnxModel, open_runnable
+from moecast.runner.engines import OnnxModel, open_runnable, read_description
 from moecast.sources.model import open_model
 from onnxruntime.capi import onnxruntime_pybind11_state
 from safetensors.torch import load_file, save_file
@@ -134,7 +136,7 @@ def _without_description(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(_shortened, r"model\.onnx cannot be loaded: "), (_without_description, r"moecast\.json cannot be read: ")],
+    [(_shortened, r"model\.onnx cannot be loaded: "), (_without_description, r"moecast\.json is missing: only what")],
 )
 def test_damaged_folder(converted: Path, damage: Any, message: str) -> None:
     damage(converted)
@@ -146,3 +148,64 @@ def test_nothing_to_continue(converted: Path) -> None:
     _assert_refused(CliRunner().invoke(main, ["run", str(converted), "-p", ""]), "--prompt is empty")
     colder = CliRunner().invoke(main, ["run", str(converted), "-p", "And", "--temperature", "-1"])
     _assert_refused(colder, "--temperature is -1.0, expected 0 or more")
+
+
+STATE = {"input": "past.0", "output": "present.0", "shape": [1, 2], "fill": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"operators": "Add"}, r"operators is 'Add', expected a list of names"),
+        ({"operators": [1]}, r"operators is \[1\], expected a list of names"),
+        ({"vocabulary_size": 0}, r"vocabulary_size is 0, expected a positive whole number"),
+        ({"vocabulary_size": 2**40}, r"vocabulary_size is 1099511627776, expected at most 16777216"),
+        ({"vocabulary_size": 10**30}, r"vocabulary_size is 1e\+30, expected a whole number"),
+        ({"prepacked": "yes"}, r"prepacked is 'yes', expected true or false"),
+        ({"states": None}, r"states is None, expected a list"),
+        ({"states": [7]}, r"a state: input is missing, expected text"),
+        ({"states": [STATE | {"output": 1}]}, r"a state: output is 1, expected text"),
+        ({"states": [STATE | {"fill": float("nan")}]}, r"begins as nan, expected a tensor"),
+        (
+            {"states": [STATE | {"shape": [2**40]}]},
+            r"shape is \[1099511627776\], expected whole numbers up to 16777216",
+        ),
+        ({"states": [STATE | {"shape": [-1]}]}, r"shape is \[-1\], expected whole numbers"),
+        ({"states": [STATE | {"shape": [2**20, 2**20]}]}, r"the states have 1099511627776 values, expected at most"),
+        ({"states": [STATE | {"shape": [2**24]}] * 9}, r"the states have 150994944 values, expected at most"),
+        ({"states": [STATE | {"shape": [1] * 9}]}, r"it has 9 dimensions"),
+    ],
+)
+def test_descriptions_that_do_not_add_up(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """Nothing is allocated by what a description says before all of it is known to be reasonable."""
+    description = {"operators": ["Add"], "vocabulary_size": 512, "states": [STATE]}
+    file = tmp_path / "moecast.json"
+    file.write_text(json.dumps(description))
+    assert read_description(tmp_path)["states"] == [STATE]
+    file.write_text(json.dumps(description | change))
+    with pytest.raises(BadInput, match=message) as error:
+        read_description(tmp_path)
+    assert str(file) in str(error.value)
+
+
+def test_description_of_another_model(converted: Path) -> None:
+    file = converted / "moecast.json"
+    description = json.loads(file.read_text())
+    file.write_text(json.dumps(description | {"states": description["states"][1:]}))
+    with pytest.raises(BadInput, match=r"moecast\.json describes another model\.onnx: past_key_values\.0\.key"):
+        OnnxModel(converted)
+    file.write_text(json.dumps(description | {"vocabulary_size": 500}))
+    model = OnnxModel(converted)
+    with pytest.raises(BadInput, match=r"model\.onnx gives 512 logits, expected 500"):
+        model.advance(torch.tensor([1, 2]), model.initial_state())
+    grown = [state | {"shape": [*state["shape"], 3]} for state in description["states"]]
+    file.write_text(json.dumps(description | {"states": grown}))
+    model = OnnxModel(converted)
+    with pytest.raises(BadInput, match=r"model\.onnx cannot be run: "):
+        model.advance(torch.tensor([1, 2]), model.initial_state())
+
+
+def test_prepacking_a_damaged_model(converted: Path) -> None:
+    (converted / "model.onnx").write_bytes(b"\xff" * 100)
+    result = CliRunner().invoke(main, ["prepack", str(converted)])
+    _assert_refused(result, "model.onnx cannot be read: ")

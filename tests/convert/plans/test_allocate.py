@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,23 @@ def test_rows_are_padded_where_that_does_less_damage(minimax_odd: Checkpoint) ->
     assert plan.graph.hidden_size == 160
     assert any("not measured" in note for note in plan.notes)
     assert not typical_damage(model.graph).measured
+
+
+@pytest.mark.parametrize(
+    ("option", "little", "pattern"),
+    [
+        ("--bpw", "1", r"1\.00bpw is too little for this model: ask for at least --bpw (\d+\.\d\d)$"),
+        ("--bpw", "0", r"0\.00bpw is too little for this model: ask for at least --bpw (\d+\.\d\d)$"),
+        ("--size", "1MB", r"0\.001GB is too little for this model: ask for at least --size (\d+\.\d\dMB)$"),
+    ],
+)
+def test_a_budget_that_is_too_small_is_answered_in_its_unit(
+    minimax: Checkpoint, option: str, little: str, pattern: str
+) -> None:
+    result = CliRunner().invoke(main, ["plan", str(minimax.folder), option, little])
+    found = re.search(pattern, result.stderr.strip())
+    assert result.exit_code == 2 and found, result.stderr
+    assert CliRunner().invoke(main, ["plan", str(minimax.folder), option, found[1]]).exit_code == 0
+    amount, unit = re.fullmatch(r"([\d.]+)(\w*)", found[1]).groups()  # type: ignore[union-attr]
+    less = f"{float(amount) - 0.02:.2f}{unit}"
+    assert CliRunner().invoke(main, ["plan", str(minimax.folder), option, less]).exit_code == 2

@@ -115,7 +115,7 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="version is 2"):
         read_plan_file(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text("[]")
-    with pytest.raises(BadInput, match="not a plan"):
+    with pytest.raises(BadInput, match="holds a JSON list, expected an object"):
         read_plan_file(tmp_path / "plan.json")
 
 

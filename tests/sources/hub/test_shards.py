@@ -17,15 +17,16 @@ from hub_server import Fault, HubServer
 from huggingface_hub import constants
 from moecast.archs.expressions import TensorInfo
 from moecast.errors import BadInput, Interrupted
-from moecast.sources.hub import shards
+from moecast.progress import NoProgress
+from moecast.sources.hub import connection, shards
 from moecast.sources.hub import transfer as hub_transfer
-from moecast.sources.hub.repository import HubCheckpoint, HubSource
+from moecast.sources.hub.address import HubSource
+from moecast.sources.hub.repository import HubCheckpoint
 from moecast.sources.hub.shards import ShardStorage, fetch_on_demand, pass_over
 from moecast.sources.model import Model, open_model
 from safetensors.torch import load_file
 
 SHARDS = 20
-CHUNK = 1 << 14
 NAMES = [f"model-{shard:05d}-of-{SHARDS + 4:05d}.safetensors" for shard in range(SHARDS)]
 ALL = 5_000_000  # bytes: more than all shards
 
@@ -51,9 +52,8 @@ def server(source: Path) -> Iterator[HubServer]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)  # what is lost with a connection
     monkeypatch.setattr(hub_transfer, "ATTEMPTS", 1)
-    monkeypatch.setattr(hub_transfer.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub_transfer.Watch, "pause", lambda watch, seconds: None)
 
 
 def open_on_demand(checkpoint: HubCheckpoint, scratch: int | None, folder: Path) -> Model:
@@ -172,14 +172,14 @@ def test_lost_connection_ends_in_one_line_and_continues(server: HubServer, sourc
     server.forgive()
     with closing(open_on_demand(_checkpoint(server), ALL, folder)) as model:
         _read_all(model, source)
-    assert server.bodies(NAMES[1])[-1].range == f"bytes={100_000 // CHUNK * CHUNK}-"
+    assert server.bodies(NAMES[1])[-1].range == "bytes=100000-"
 
 
 def test_wrong_bytes_are_never_read(server: HubServer, source: Path, tmp_path: Path) -> None:
     """A mirror that serves other bytes of the same length under the same commit."""
     with closing(open_on_demand(_checkpoint(server), ALL, tmp_path / "shards")) as model:
         server.fail(NAMES[3], Fault(content=b"\0" * (source / NAMES[3]).stat().st_size), times=20)
-        with pytest.raises(BadInput, match=f"{NAMES[3]} of .* arrived damaged twice"):
+        with pytest.raises(Interrupted, match=f"{NAMES[3]} of .* arrived damaged twice"):
             _read_all(model, source)
 
 
@@ -195,7 +195,7 @@ def test_false_headers_are_found_out(
     monkeypatch.setattr(HubCheckpoint, "read_headers", moved)
     with (
         closing(open_on_demand(_checkpoint(server), ALL, tmp_path / "shards")) as model,
-        pytest.raises(BadInput, match=r"has another header than the one that .*/tiny/moe sent alone"),
+        pytest.raises(Interrupted, match=r"has another header than the one that .*/tiny/moe sent alone"),
     ):
         model.storage.read(model.tensors[0])
 
@@ -220,3 +220,55 @@ def test_full_disk_while_fetching(
         monkeypatch.setattr(shards.HubCheckpoint, "_append", full)
         with pytest.raises(Interrupted, match="the disk is full"):
             model.storage.read(model.tensors[0])
+
+
+@pytest.mark.parametrize("vanish", ["blobs", "links", "all"])
+@pytest.mark.parametrize("scratch", [None, ALL])
+def test_a_cache_that_vanishes(
+    server: HubServer, source: Path, tmp_path: Path, vanish: str, scratch: int | None
+) -> None:
+    """The Hub's cache is emptied during a conversion: what it held is fetched."""
+    checkpoint = _checkpoint(server)
+    checkpoint.fetch_all()
+    with closing(open_on_demand(checkpoint, scratch, tmp_path / "shards")) as model:
+        assert isinstance(model.storage, ShardStorage) and model.storage.bytes_to_fetch == 0
+        storage = tmp_path / "cache" / "models--tiny--moe"
+        if vanish == "all":
+            shutil.rmtree(storage)
+        for path in (storage / "blobs").glob("*") if vanish == "blobs" else checkpoint.folder.glob("*.safetensors"):
+            path.unlink()
+        _read_all(model, source)
+
+
+def test_a_cache_that_vanishes_and_too_little_scratch(server: HubServer, tmp_path: Path) -> None:
+    checkpoint = _checkpoint(server)
+    checkpoint.fetch_all()
+    with closing(open_on_demand(checkpoint, 1000, tmp_path / "shards")) as model:
+        shutil.rmtree(checkpoint.folder)
+        with pytest.raises(Interrupted, match=r"is gone from the Hugging Face cache: --scratch is .* give"):
+            model.storage.read(model.tensors[0])
+
+
+def test_what_stalls_is_given_up(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_transfer, "LONGEST_SILENCE", 0.5)
+    monkeypatch.setattr(connection, "TIMEOUT", 1000.0)
+    with closing(open_on_demand(_checkpoint(server), ALL, tmp_path / "shards")) as model:
+        for name in NAMES:
+            server.fail(name, Fault(stall_after=5000), times=9)
+        with pytest.raises(Interrupted, match="nothing has come from"):
+            model.storage.read(model.tensors[0])
+
+
+def test_long_waits_are_said(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+
+    class Notes(NoProgress):
+        def note(self, line: str) -> None:
+            lines.append(line)
+
+    monkeypatch.setattr(shards, "_SAID_EVERY", 0.05)
+    checkpoint = HubCheckpoint(HubSource("tiny/moe", endpoint=server.endpoint), progress=Notes())
+    with closing(open_on_demand(checkpoint, ALL, tmp_path / "shards")) as model:
+        server.fail(model.tensors[0].file, Fault(before=lambda: time.sleep(1)))
+        model.storage.read(model.tensors[0])
+    assert any(line.startswith(f"Waiting for {model.tensors[0].file}: 0.0 of ") for line in lines)
