@@ -21,6 +21,7 @@ from ..errors import BadInput
 from ..paths import inside
 from ..sources.model import Model, open_model
 from ..sources.tokenizer import Tokenizer
+from ..sources.tokenizer_folder import read_tokenizer_folder
 
 if TYPE_CHECKING:
     import onnx
@@ -66,7 +67,7 @@ class OnnxModel:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises BadInput when the folder has none."""
-        return Tokenizer.from_folder(self.path)
+        return read_tokenizer_folder(self.path)
 
     def initial_state(self) -> OnnxState:
         """The state before the first token of a text."""

@@ -23,6 +23,8 @@ from .fp4 import repack
 from .gguf import is_gguf, read_gguf
 from .storage import Storage
 from .tokenizer import Tokenizer
+from .tokenizer_folder import read_tokenizer_folder
+from .tokenizer_gguf import read_tokenizer_metadata
 
 PIECE_ROWS = 1024  # of a matrix that is taken through memory
 
@@ -75,9 +77,9 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """Raises BadInput when the model has none."""
         if not self.metadata:
-            return Tokenizer.from_folder(self.path)
+            return read_tokenizer_folder(self.path)
         try:
-            return Tokenizer.from_gguf(self.metadata)
+            return read_tokenizer_metadata(self.metadata)
         except BadInput as error:
             raise BadInput(f"{self.path}: {error}") from None
 

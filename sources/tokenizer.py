@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,23 +46,6 @@ class Tokenizer:
     """Where it was read, for messages."""
     losses: tuple[str, ...] = ()
     """What the files hold and this tokenizer does not, a line each."""
-
-    @classmethod
-    def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Reads the tokenizer files of a checkpoint folder. Raises BadInput when there is no usable tokenizer.json."""
-        from .tokenizer_folder import read_tokenizer_folder
-
-        return read_tokenizer_folder(path)
-
-    @classmethod
-    def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:
-        """Rebuilds the byte-level BPE tokenizer that llama.cpp builds from the same `tokenizer.*` keys.
-
-        Raises BadInput for another kind of tokenizer, an unknown `tokenizer.ggml.pre`, or inconsistent lists.
-        """
-        from .tokenizer_gguf import read_tokenizer_metadata
-
-        return read_tokenizer_metadata(metadata)
 
     @property
     def chat_template(self) -> str | None:

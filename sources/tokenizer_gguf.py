@@ -25,7 +25,10 @@ _KINDS = {int: "whole numbers", str: "strings"}
 
 
 def read_tokenizer_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that llama.cpp builds from these keys (the contract of Tokenizer.from_gguf)."""
+    """The byte-level BPE tokenizer that llama.cpp builds from these keys.
+
+    Raises BadInput for another kind of tokenizer, an unknown `tokenizer.ggml.pre`, or inconsistent lists.
+    """
     row = _pre_tokenizer_of(metadata)
     split = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in row.splits]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

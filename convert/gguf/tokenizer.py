@@ -17,7 +17,15 @@ from ...progress import Progress
 from ...sources.chat_templates import DEFAULT
 from ...sources.control_tokens import END_OF_GENERATION_TEXTS
 from ...sources.tokenizer import Tokenizer
-from ...sources.tokenizer_gguf import CHAT_TEMPLATE, CONTROL, NORMAL, UNUSED, USER_DEFINED, build_backend
+from ...sources.tokenizer_gguf import (
+    CHAT_TEMPLATE,
+    CONTROL,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    build_backend,
+    read_tokenizer_metadata,
+)
 
 PROBE = {
     "English": "It's the cat's; we'll say I'm THERE, you've gone, they'RE late, he'd DON'T 'twas rock'n'roll.",
@@ -148,7 +156,7 @@ def self_check(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> SelfCheck:
     if error:
         return SelfCheck(f"the GGUF tokenizer would give other ids than tokenizer.json: {error}", None)
     try:
-        engine = Tokenizer.from_gguf(metadata).backend
+        engine = read_tokenizer_metadata(metadata).backend
     except BadInput as unknown:
         return SelfCheck(None, f"the split of llama.cpp's '{pre}' cannot be checked: {unknown}")
     added = tokenizer.backend.get_added_tokens_decoder().values()

@@ -26,7 +26,7 @@ from moecast.sources.gguf import read_gguf
 from moecast.sources.imatrix import read_imatrix
 from moecast.sources.model import open_model
 from moecast.sources.storage import Storage
-from moecast.sources.tokenizer import Tokenizer
+from moecast.sources.tokenizer_folder import read_tokenizer_folder
 from mutations import damaged_bytes, damaged_gguf, damaged_json, re_encoded
 
 FEW, MANY = 15, 400
@@ -87,7 +87,7 @@ def tokenizer_files(samples: Samples, folder: Path, random: Random) -> None:
     if random.random() < 0.1:
         (copy / "special_tokens_map.json").write_bytes(damaged_json(b'{"bos_token": {"content": "a"}}', random))
     _damage(copy / random.choice(names), damaged_json, random)
-    tokenizer = Tokenizer.from_folder(copy)
+    tokenizer = read_tokenizer_folder(copy)
     ids = tokenizer.encode("It's a <think> [e~[ 日本 1234\n")
     tokenizer.decode(ids)
     metadata = tokenizer_metadata(tokenizer, 1024, None, "minimax-m2", NoProgress())
@@ -109,7 +109,7 @@ def chat_templates(samples: Samples, folder: Path, random: Random) -> None:
     if random.random() < 0.3:
         (copy / "additional_chat_templates").mkdir()
         (copy / "additional_chat_templates" / "tool.jinja").write_bytes(re_encoded("{{ a }}", random))
-    tokenizer = Tokenizer.from_folder(copy)
+    tokenizer = read_tokenizer_folder(copy)
     assert all(isinstance(text, str) and text for text in tokenizer.chat_templates.values())
     tokenizer_metadata(tokenizer, 1024, None, "minimax-m2", NoProgress())
 
@@ -191,7 +191,7 @@ def onnx_folder(samples: Samples, folder: Path, random: Random) -> None:
 def text(samples: Samples, folder: Path, random: Random) -> None:
     path = folder / "text.txt"
     path.write_bytes(re_encoded("".join(chr(random.randrange(1, 0xD800)) for _ in range(400)), random))
-    chunk_tokens(Tokenizer.from_folder(samples.checkpoint), path, 16, 2)
+    chunk_tokens(read_tokenizer_folder(samples.checkpoint), path, 16, 2)
 
 
 KINDS: dict[Attempt, float] = {

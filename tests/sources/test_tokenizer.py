@@ -1,4 +1,4 @@
-"""Tokenizer.from_folder against transformers on the same files; Tokenizer.from_gguf's refusals."""
+"""Tokenizers of checkpoint folders against transformers on the same files; refusals of GGUF metadata."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import vocabularies
 from moecast.errors import BadInput
-from moecast.sources.tokenizer import Tokenizer
+from moecast.sources.tokenizer_folder import read_tokenizer_folder
+from moecast.sources.tokenizer_gguf import read_tokenizer_metadata
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
@@ -49,7 +50,7 @@ def test_ids_are_those_of_transformers(backend: Backend, tmp_path: Path, templat
     if template:
         begin_with(backend, "<s>")
     folder = vocabularies.save(backend, tmp_path, tokenizer_config=CONFIG)
-    ours, theirs = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
+    ours, theirs = read_tokenizer_folder(folder), AutoTokenizer.from_pretrained(folder)
     assert (ours.bos, ours.eos) == (theirs.bos_token_id, theirs.eos_token_id)
     assert (ours.unknown, ours.padding) == (theirs.unk_token_id, theirs.pad_token_id)
     assert ours.vocabulary_size == len(theirs) == 505
@@ -63,7 +64,7 @@ def test_ids_are_those_of_transformers(backend: Backend, tmp_path: Path, templat
 
 
 def test_only_special_text_stays_text(backend: Backend, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_folder(vocabularies.save(backend, tmp_path))
+    tokenizer = read_tokenizer_folder(vocabularies.save(backend, tmp_path))
     ids = tokenizer.encode(TEXT)
     assert backend.token_to_id("<think>") in ids
     assert not {backend.token_to_id(text) for text in ("<s>", "</s>", "<|im_end|>")} & set(ids)
@@ -73,7 +74,7 @@ def test_only_special_text_stays_text(backend: Backend, tmp_path: Path) -> None:
 def test_unmarked_control_tokens_are_recognized_by_their_text(tmp_path: Path) -> None:
     added = [AddedToken(text, special=False) for text in ("<｜User｜>", "<|im_end|>", "<tool>")]
     backend = vocabularies.train(GPT2, added=added)
-    tokenizer = Tokenizer.from_folder(vocabularies.save(backend, tmp_path))
+    tokenizer = read_tokenizer_folder(vocabularies.save(backend, tmp_path))
     special = {token.content: token.special for token in tokenizer.backend.get_added_tokens_decoder().values()}
     assert special == {"<｜User｜>": True, "<|im_end|>": True, "<tool>": False}
     assert tokenizer.encode("<tool><｜User｜>")[0] == backend.token_to_id("<tool>")
@@ -83,22 +84,22 @@ def test_unmarked_control_tokens_are_recognized_by_their_text(tmp_path: Path) ->
 def test_saved_truncation_and_padding_are_off(backend: Backend, tmp_path: Path) -> None:
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
-    tokenizer = Tokenizer.from_folder(vocabularies.save(backend, tmp_path))
+    tokenizer = read_tokenizer_folder(vocabularies.save(backend, tmp_path))
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
 
 def test_template_wins_over_add_bos_token(backend: Backend, tmp_path: Path) -> None:
     begin_with(backend, "<s>")
     vocabularies.save(backend, tmp_path / "yes", tokenizer_config=CONFIG | {"add_bos_token": False})
-    assert Tokenizer.from_folder(tmp_path / "yes").encode("a")[0] == backend.token_to_id("<s>")
+    assert read_tokenizer_folder(tmp_path / "yes").encode("a")[0] == backend.token_to_id("<s>")
     begin_with(backend)
     vocabularies.save(backend, tmp_path / "no", tokenizer_config=CONFIG | {"add_bos_token": True})
-    assert not Tokenizer.from_folder(tmp_path / "no").add_bos
+    assert not read_tokenizer_folder(tmp_path / "no").add_bos
 
 
 def test_add_bos_token_counts_without_a_template(backend: Backend, tmp_path: Path) -> None:
     vocabularies.save(backend, tmp_path, tokenizer_config=CONFIG | {"add_bos_token": True})
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = read_tokenizer_folder(tmp_path)
     assert tokenizer.encode("a") == [tokenizer.bos, *tokenizer.encode("a", add_special=False)]
 
 
@@ -112,7 +113,7 @@ def test_config_only_fills_gaps(backend: Backend, tmp_path: Path) -> None:
         generation_config={"bos_token_id": 500, "eos_token_id": [501, 504], "pad_token_id": 9999},
         config={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
     )
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = read_tokenizer_folder(tmp_path)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.unknown, tokenizer.padding) == (500, 501, 502, 3)
     assert tokenizer.end_of_generation == {501, 504}
 
@@ -130,34 +131,34 @@ def test_chat_template(backend: Backend, tmp_path: Path, files: dict[str, str], 
     vocabularies.save(backend, tmp_path, tokenizer_config=CONFIG | {"chat_template": templates})
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = read_tokenizer_folder(tmp_path)
     assert tokenizer.chat_templates == expected
     assert tokenizer.chat_template == expected["default"]
 
 
 def test_bad_folders(backend: Backend, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"has no tokenizer.json, copy tokenizer.json and tokenizer_config.json there"):
-        Tokenizer.from_folder(tmp_path)
+        read_tokenizer_folder(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(BadInput, match=r"only tokenizer.model: open the folder with transformers"):
-        Tokenizer.from_folder(tmp_path)
+        read_tokenizer_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(BadInput, match=r"tokenizer.json is not readable JSON"):
-        Tokenizer.from_folder(tmp_path)
+        read_tokenizer_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadInput, match=r"tokenizer.json is not a tokenizer file: "):
-        Tokenizer.from_folder(tmp_path)
+        read_tokenizer_folder(tmp_path)
     vocabularies.save(backend, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(BadInput, match=r"tokenizer_config.json holds a JSON list, expected an object"):
-        Tokenizer.from_folder(tmp_path)
+        read_tokenizer_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
     with pytest.raises(BadInput, match=r"tokenizer_config.json sets add_bos_token, but its bos_token is no token"):
-        Tokenizer.from_folder(tmp_path)
+        read_tokenizer_folder(tmp_path)
     begin_with(backend, "<s>", "<think>")
     vocabularies.save(backend, tmp_path)
     with pytest.raises(BadInput, match=r"puts 2 tokens before a text; at most 1 works"):
-        Tokenizer.from_folder(tmp_path)
+        read_tokenizer_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -175,16 +176,16 @@ def test_bad_folders(backend: Backend, tmp_path: Path) -> None:
 def test_bad_metadata(change: dict[str, Any], message: str) -> None:
     values = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "ab"], "merges": ["a b"]} | change
     with pytest.raises(BadInput, match=message):
-        Tokenizer.from_gguf({f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None})
+        read_tokenizer_metadata({f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None})
 
 
 def test_gguf_defaults_are_those_of_llama() -> None:
     values = {"model": "gpt2", "tokens": ["a", "b", "ab", "</s>"], "token_type": [1, 1, 1, 3], "merges": ["a b"]}
     metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-    tokenizer = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.eos_token_id": 99})
+    tokenizer = read_tokenizer_metadata(metadata | {"tokenizer.ggml.eos_token_id": 99})
     assert tokenizer.encode("abb") == [2, 1]
     assert (tokenizer.bos, tokenizer.eos, tokenizer.end_of_generation) == (None, None, {3})
-    llama3 = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.bos_token_id": 3})
+    llama3 = read_tokenizer_metadata(metadata | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.bos_token_id": 3})
     assert llama3.encode("ab") == [3, 2]
 
 
@@ -212,7 +213,7 @@ def test_chat_templates_are_those_of_transformers(
     _files(tmp_path, files)
     theirs = AutoTokenizer.from_pretrained(tmp_path).chat_template
     expected = {"default": theirs} if isinstance(theirs, str) else theirs or {}
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = read_tokenizer_folder(tmp_path)
     assert tokenizer.chat_templates == expected
     pairs = {entry["name"] for entry in stored} if isinstance(stored, list) else stored
     lost = {"default"} if pairs == "one" else {*(pairs or ())}
@@ -234,32 +235,32 @@ def test_chat_templates_are_those_of_transformers(
 def test_bad_chat_templates(backend: Backend, tmp_path: Path, stored: object, message: str) -> None:
     vocabularies.save(backend, tmp_path, tokenizer_config=CONFIG | {"chat_template": stored})
     with pytest.raises(BadInput, match=message):
-        Tokenizer.from_folder(tmp_path)
+        read_tokenizer_folder(tmp_path)
 
 
 def test_how_templates_are_saved(backend: Backend, tmp_path: Path) -> None:
     vocabularies.save(backend, tmp_path, tokenizer_config=CONFIG | {"chat_template": "config"})
     (tmp_path / "chat_template.jinja").write_bytes("\ufeffgröße\r\n".encode())
-    assert Tokenizer.from_folder(tmp_path).chat_template == "größe\n"
+    assert read_tokenizer_folder(tmp_path).chat_template == "größe\n"
     (tmp_path / "chat_template.jinja").write_text(" \n")
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = read_tokenizer_folder(tmp_path)
     assert tokenizer.chat_templates == {} and tokenizer.losses == ("the chat template 'default' is empty",)
     for content in ("größe".encode("latin-1"), "größe".encode("utf-16")):
         (tmp_path / "chat_template.jinja").write_bytes(content)
         with pytest.raises(BadInput, match=r"chat_template\.jinja is (UTF-16|not UTF-8) text"):
-            Tokenizer.from_folder(tmp_path)
+            read_tokenizer_folder(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "chat_template.jinja").mkdir()
-    assert Tokenizer.from_folder(tmp_path).chat_template == "config"
+    assert read_tokenizer_folder(tmp_path).chat_template == "config"
 
 
 def test_files_with_a_byte_order_mark(backend: Backend, tmp_path: Path) -> None:
     vocabularies.save(backend, tmp_path, tokenizer_config=CONFIG)
-    expected = Tokenizer.from_folder(tmp_path)
+    expected = read_tokenizer_folder(tmp_path)
     for file in tmp_path.iterdir():
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    assert Tokenizer.from_folder(tmp_path) == expected
-    assert Tokenizer.from_folder(tmp_path).encode(TEXT) == expected.encode(TEXT)
+    assert read_tokenizer_folder(tmp_path) == expected
+    assert read_tokenizer_folder(tmp_path).encode(TEXT) == expected.encode(TEXT)
 
 
 @pytest.mark.parametrize(
@@ -276,4 +277,4 @@ def test_files_with_a_byte_order_mark(backend: Backend, tmp_path: Path) -> None:
 def test_metadata_of_other_types(change: dict[str, Any], message: str) -> None:
     values = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "ab"], "merges": ["a b"]} | change
     with pytest.raises(BadInput, match=message):
-        Tokenizer.from_gguf({f"tokenizer.ggml.{key}": value for key, value in values.items()})
+        read_tokenizer_metadata({f"tokenizer.ggml.{key}": value for key, value in values.items()})

@@ -19,6 +19,8 @@ from moecast.convert.gguf.tokenizer import PROBE, SelfCheck, self_check, tokeniz
 from moecast.errors import BadInput
 from moecast.progress import NoProgress
 from moecast.sources.tokenizer import Tokenizer
+from moecast.sources.tokenizer_folder import read_tokenizer_folder
+from moecast.sources.tokenizer_gguf import read_tokenizer_metadata
 from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
@@ -63,7 +65,7 @@ def trained(pre: str, folder: Path, source: int = 0, **options: Any) -> Tokenize
     if row.add_bos:
         special = [("]~!b[", backend.token_to_id("]~!b["))]
         backend.post_processor = TemplateProcessing(single="]~!b[ $A", special_tokens=special)
-    return Tokenizer.from_folder(vocabularies.save(backend, folder, **FILES))
+    return read_tokenizer_folder(vocabularies.save(backend, folder, **FILES))
 
 
 @pytest.fixture(scope="module", params=["minimax-m2", "pixtral", "joyai-llm", "llama-bpe", "tekken", "qwen2", "gpt-2"])
@@ -79,7 +81,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_three_tokenizers_agree_on_the_probe(case: Case) -> None:
-    rebuilt = Tokenizer.from_gguf(case.metadata)
+    rebuilt = read_tokenizer_metadata(case.metadata)
     for text in (*PROBE.values(), *vocabularies.LINES, SPECIAL_TEXT, ""):
         for parse_special in (False, True):
             ids = case.source.encode(text, parse_special=parse_special)
@@ -96,7 +98,7 @@ def test_three_tokenizers_agree_on_the_probe(case: Case) -> None:
 )
 def test_three_tokenizers_agree_on_any_text(case: Case, text: str) -> None:
     """The file's ids are llama.cpp's; they are the source's too where llama.cpp splits by the source's expressions."""
-    ids = Tokenizer.from_gguf(case.metadata).encode(text)
+    ids = read_tokenizer_metadata(case.metadata).encode(text)
     assert case.engine.tokenize(text, add_special=True) == ids
     row = find_pre_tokenizer(case.metadata["tokenizer.ggml.pre"])
     assert row is not None
@@ -105,7 +107,7 @@ def test_three_tokenizers_agree_on_any_text(case: Case, text: str) -> None:
 
 
 def test_what_the_file_says(case: Case) -> None:
-    rebuilt = Tokenizer.from_gguf(case.metadata)
+    rebuilt = read_tokenizer_metadata(case.metadata)
     source = case.source
     assert (
         (rebuilt.bos, rebuilt.eos, rebuilt.add_bos)
@@ -126,7 +128,7 @@ def test_what_the_file_says(case: Case) -> None:
 
 def test_the_example_model(tmp_path: Path) -> None:
     root = Path(__file__).parents[3] / "examples"
-    source = Tokenizer.from_folder(root / "minimax-m2-tiny")
+    source = read_tokenizer_folder(root / "minimax-m2-tiny")
     notes = Notes()
     metadata = tokenizer_metadata(source, source.vocabulary_size, None, "minimax-m2", notes)
     assert notes.lines == []
@@ -134,7 +136,7 @@ def test_the_example_model(tmp_path: Path) -> None:
     assert {source.backend.id_to_token(id) for id in source.end_of_generation} == {"[e~["}
     text = (root / "text" / "evaluation.txt").read_text(encoding="utf-8")
     ids = source.encode(text)
-    assert Tokenizer.from_gguf(metadata).encode(text) == ids
+    assert read_tokenizer_metadata(metadata).encode(text) == ids
     with Engine(vocabularies.write_vocabulary(tmp_path / "v.gguf", metadata), vocab_only=True) as engine:
         assert engine.tokenize(text, add_special=True) == ids
 
@@ -157,7 +159,7 @@ def test_splits_that_llama_does_not_know_are_reported(tmp_path: Path) -> None:
     )
     with Engine(vocabularies.write_vocabulary(tmp_path / "v.gguf", metadata), vocab_only=True) as engine:
         ids = engine.tokenize(PROBE["Hindi"], add_special=True)
-    assert Tokenizer.from_gguf(metadata).encode(PROBE["Hindi"]) == ids != source.encode(PROBE["Hindi"])
+    assert read_tokenizer_metadata(metadata).encode(PROBE["Hindi"]) == ids != source.encode(PROBE["Hindi"])
 
 
 def test_a_contradicting_name_is_reported_twice(tmp_path: Path) -> None:
@@ -197,7 +199,7 @@ def test_wrong_metadata_is_an_error(tmp_path: Path) -> None:
 def test_stripping_tokens_are_reported(tmp_path: Path) -> None:
     """llama.cpp has no `lstrip`: the space before such a token becomes a token of its own."""
     backend = vocabularies.train(find_pre_tokenizer("gpt-2").sources[0], added=[AddedToken("<x>", lstrip=True)])  # type: ignore[union-attr]
-    source = replace(Tokenizer.from_folder(vocabularies.save(backend, tmp_path)), eos=0)
+    source = replace(read_tokenizer_folder(vocabularies.save(backend, tmp_path)), eos=0)
     check = self_check(source, vocabulary_metadata(source, 600, "gpt-2"))
     assert check.error is None
     assert (
@@ -214,7 +216,7 @@ def test_holes_and_clashing_fillers(tmp_path: Path) -> None:
     vocabulary |= {"[PAD602]": 600, "[PAD603]": 601, "[[PAD603]]": 604}
     saved["added_tokens"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
-    source = replace(Tokenizer.from_folder(tmp_path), bos=None, eos=0)
+    source = replace(read_tokenizer_folder(tmp_path), bos=None, eos=0)
     metadata = vocabulary_metadata(source, 606, "minimax-m2")
     assert metadata["tokenizer.ggml.tokens"][last + 1] == f"[PAD{last + 1}]"
     assert metadata["tokenizer.ggml.tokens"][600:] == [
@@ -231,7 +233,7 @@ def test_merges_that_cannot_happen_are_left_out(tmp_path: Path) -> None:
     saved["model"]["vocab"] |= {" ": 600, " a": 601}
     saved["model"]["merges"].insert(0, [" ", "a"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
-    spaced = Tokenizer.from_folder(tmp_path)
+    spaced = read_tokenizer_folder(tmp_path)
     metadata = vocabulary_metadata(spaced, 602, "minimax-m2")
     assert metadata["tokenizer.ggml.merges"] == vocabulary_metadata(source, 602, "minimax-m2")["tokenizer.ggml.merges"]
     assert self_check(spaced, metadata) == SelfCheck(None, None)
@@ -243,7 +245,7 @@ def test_chat_templates(tmp_path: Path) -> None:
     assert metadata["tokenizer.chat_template"] == "{{ a }}"
     assert metadata["tokenizer.chat_templates"] == ["tool_use"]
     assert metadata["tokenizer.chat_template.tool_use"] == "{{ b }}"
-    assert Tokenizer.from_gguf(metadata).chat_templates == source.chat_templates
+    assert read_tokenizer_metadata(metadata).chat_templates == source.chat_templates
 
 
 def test_refusals(tmp_path: Path) -> None:
