@@ -121,10 +121,10 @@ def test_source_that_is_not_there(tmp_path: Path, source: str) -> None:
 
 def test_existing_output_is_kept(minimax: Checkpoint, tmp_path: Path) -> None:
     output = tmp_path / "model.gguf"
-    output.write_text("keep_on_bad_input")
+    output.write_text("precious")
     result = _convert(minimax.folder, output, "--quant", "Q8_0")
     assert result.exit_code == 2 and "model.gguf exists: use --overwrite" in result.stderr
-    assert output.read_text() == "keep_on_bad_input"
+    assert output.read_text() == "precious"
     result = _convert(minimax.folder, output, "--quant", "Q8_0", "--overwrite")
     assert result.exit_code == 0 and output.read_bytes()[:4] == b"GGUF"
     assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
@@ -135,9 +135,9 @@ def test_failed_conversion_keeps_the_file_it_would_replace(minimax_fp8: Checkpoi
     _edit_tensor(folder, f"{EXPERT}_scale_inv", _poison(float("nan")))
     output = tmp_path / "out" / "model.gguf"
     output.parent.mkdir()
-    output.write_text("keep_on_bad_input")
+    output.write_text("precious")
     assert _convert(folder, output, "--overwrite").exit_code == 2
-    assert output.read_text() == "keep_on_bad_input"
+    assert output.read_text() == "precious"
     assert [file.name for file in output.parent.iterdir()] == ["model.gguf"]
 
 
