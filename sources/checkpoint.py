@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; bare Infinity is accepted, as some published configurations hold it."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not readable JSON ({error}): fetch it again") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path} holds a JSON {type(value).__name__}, expected an object")

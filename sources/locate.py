@@ -54,25 +54,26 @@ def open_source(source: str | Path | Model, access: HubAccess, whole: bool, prog
     if isinstance(source, Model):
         return Source(source, _name_of(source.path))
     if isinstance(source, Path):
-        return Source(open_model(source), _name_of(source))
+        return Source(open_model(source, ignored=access.ignore_config), _name_of(source))
     parsed = _parsed(source)
     if isinstance(parsed, HubSource) and not (whole or is_offline()):
         checkpoint = HubCheckpoint(parsed, access.revision, access.token)
-        return Source(_open_headers(checkpoint), parsed.name, checkpoint.provenance, checkpoint)
+        return Source(_open_headers(checkpoint, access), parsed.name, checkpoint.provenance, checkpoint)
     path, provenance = locate(source, access, progress)
-    return Source(open_model(path), parsed.name if isinstance(parsed, HubSource) else _name_of(path), provenance)
+    name = parsed.name if isinstance(parsed, HubSource) else _name_of(path)
+    return Source(open_model(path, ignored=access.ignore_config), name, provenance)
 
 
 def open_headers(source: str, access: HubAccess = HubAccess()) -> Model:
     """The model without its weights: of a Hub repository only the headers are read. Raises BadInput as `locate`."""
     parsed = _parsed(source)
     if not isinstance(parsed, HubSource):
-        return open_model(parsed)
-    return _open_headers(HubCheckpoint(parsed, access.revision, access.token))
+        return open_model(parsed, ignored=access.ignore_config)
+    return _open_headers(HubCheckpoint(parsed, access.revision, access.token), access)
 
 
-def _open_headers(checkpoint: HubCheckpoint) -> Model:
-    return open_model(checkpoint.folder, checkpoint.read_headers())
+def _open_headers(checkpoint: HubCheckpoint, access: HubAccess) -> Model:
+    return open_model(checkpoint.folder, checkpoint.read_headers(), access.ignore_config)
 
 
 def _parsed(source: str) -> Path | HubSource:
