@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ class Architecture:
         from_gguf: GGUF metadata and the stored tensors to a graph.
         gguf_metadata: the keys that llama.cpp needs to run the graph; int means u32, float f32.
         draft_metadata: the same for the file of a graph's draft, where such drafts occur.
+        harmless: keys of config.json that change no number in this family, see `archs/harmless.py`.
+        harmless_metadata: the same of GGUF metadata, without the architecture's name.
     """
 
     name: str
@@ -34,3 +36,5 @@ class Architecture:
     from_gguf: Callable[[Config, Sequence[TensorInfo]], Graph]
     gguf_metadata: Callable[[Graph], Mapping[str, Any]]
     draft_metadata: Callable[[Graph], Mapping[str, Any]] | None = None
+    harmless: Collection[str] = ()
+    harmless_metadata: Collection[str] = ()

@@ -6,6 +6,7 @@ field, the value and the file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -13,6 +14,9 @@ from ..errors import BadInput
 
 T = TypeVar("T", int, float, bool, str)
 _REQUIRED: Any = object()
+_LARGEST_U32 = 2**32 - 1
+_SMALLEST_F32, _LARGEST_F32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+_NOTHING: tuple[Any, ...] = (None, {}, [], {"type": "default"}, {"rope_type": "default"})
 
 
 class Config:
@@ -32,6 +36,10 @@ class Config:
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
 
+    def keys(self) -> tuple[str, ...]:
+        """Those that have a value."""
+        return tuple(key for key, value in self._values.items() if value is not None)
+
     def get(self, key: str) -> Any:
         """The raw value, None when the key is missing."""
         self._asked.add(key)
@@ -47,29 +55,44 @@ class Config:
         return self._sections[key]
 
     def unread(self) -> tuple[str, ...]:
-        """The keys with a value that nobody asked for, those of nested objects as `outer.inner`."""
+        """The keys with a value that nobody asked for, those of nested objects as `outer.inner`.
+
+        Values that mean "nothing", such as null or a scaling of the default type, count as absent.
+        """
         known = self._asked | self._sections.keys()
-        own = (key for key, value in self._values.items() if value is not None and key not in known)
+        own = (key for key, value in self._values.items() if value not in _NOTHING and key not in known)
         nested = (f"{key}.{inner}" for key, section in self._sections.items() for inner in section.unread())
         return (*own, *nested)
+
+    def find(self, key: str) -> Any:
+        """The raw value of a key as `unread` names it."""
+        for section in self._sections:
+            if key not in self._values and key.startswith(f"{section}."):
+                return self._sections[section].find(key.removeprefix(f"{section}."))
+        return self._values.get(key)
 
     def integer(self, *keys: str, default: int = _REQUIRED) -> int:
         """A positive whole number under the first of `keys` that is present; also 0, where that is the default."""
         value = self._typed(int, keys, default)
-        if value < (0 if default == 0 else 1):
-            raise BadInput(f"{self.origin}: {self._present(keys)} is {value}, expected a positive whole number")
+        if not (0 if default == 0 else 1) <= value <= _LARGEST_U32:
+            raise self._wrong(keys, value, f"a positive whole number up to {_LARGEST_U32}")
         return value
 
     def integers(self, key: str, count: int) -> tuple[int, ...]:
         """`count` whole numbers from zero up, stored as a list or, all being equal, as one number."""
         value = self.get(key)
         values = value if isinstance(value, list) else [value] * count
-        if len(values) != count or not all(type(number) is int and number >= 0 for number in values):
+        if len(values) != count or not all(type(number) is int and 0 <= number <= _LARGEST_U32 for number in values):
             raise BadInput(f"{self.origin}: {key} is {value!r}, expected {count} whole numbers, one for each layer")
         return tuple(values)
 
     def number(self, *keys: str, default: float = _REQUIRED) -> float:
-        return self._typed(float, keys, default)
+        """A positive number that float32 holds, under the first of `keys` that is present; also 0, where that is the
+        default."""
+        value = self._typed(float, keys, default)
+        if not (_SMALLEST_F32 <= value <= _LARGEST_F32 or (default == 0 and value == 0)):
+            raise self._wrong(keys, value, f"a positive number from {_SMALLEST_F32:.2g} to {_LARGEST_F32:.2g}")
+        return value
 
     def flag(self, *keys: str, default: bool = _REQUIRED) -> bool:
         return self._typed(bool, keys, default)
@@ -84,6 +107,9 @@ class Config:
             wanted = " or ".join(repr(choice) for choice in allowed)
             raise BadInput(f"{self.origin}: {key} is {value!r}, expected {wanted}: this variant is not supported")
 
+    def _wrong(self, keys: tuple[str, ...], value: object, expected: str) -> BadInput:
+        return BadInput(f"{self.origin}: {self._present(keys)} is {str(value)[:60]}, expected {expected}")
+
     def _present(self, keys: tuple[str, ...]) -> str | None:
         return next((key for key in keys if key in self), None)
 
@@ -96,7 +122,7 @@ class Config:
             return default
         value = self._values[key]
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) <= _LARGEST_F32 else math.inf
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise BadInput(f"{self.origin}: {key} is {value!r}, expected {_KINDS[kind]}")
         return value

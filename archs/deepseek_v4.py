@@ -11,8 +11,9 @@ from ..errors import BadInput
 from .architecture import Architecture
 from .catalogue import Catalogue
 from .config import Config
-from .deepseek_v4_blocks import NAME, OVERLAPPING, STREAMS, YARN_FAST, YARN_SLOW, Family, build, build_draft, check
+from .deepseek_v4_blocks import NAME, OVERLAPPING, STREAMS, Family, build, build_draft, check
 from .deepseek_v4_names import NAMES, draft_source
+from .deepseek_v4_ropes import read_ropes
 from .expressions import TensorInfo
 from .graph import Graph
 from .shared import CheckpointSource, expect_all, gguf_source, open_gguf, scale_block
@@ -28,7 +29,15 @@ _IMPLEMENTED: Mapping[str, Sequence[object]] = {
     "mlp_bias": [False],
     "tie_word_embeddings": [False],
     "hc_mult": [STREAMS],
+    "rope_interleave": [True],
+    "compress_rate_csa": [RATIOS["compressed_sparse_attention"]],
+    "compress_rate_hca": [RATIOS["heavily_compressed_attention"]],
 }
+# What the rotary embedding leaves of a head, and the settings of drafts that no engine runs.
+_HARMLESS = (
+    *("qk_nope_head_dim", "qk_head_dim", "v_head_dim"),
+    *("dspark_block_size", "dspark_markov_rank", "dspark_noise_token_id", "dspark_target_layer_ids"),
+)
 
 
 def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
@@ -53,14 +62,11 @@ def _draft_blocks(tensors: Sequence[TensorInfo]) -> int:
 def _read_config(config: Config) -> Family:
     expect_all(config, _IMPLEMENTED)
     layers = config.integer("num_hidden_layers")
-    ropes = config.section("rope_parameters")
-    main, compressed = ropes.section("main"), ropes.section("compress")
-    main.expect("rope_type", "default")
-    partial = main.number("partial_rotary_factor", default=config.number("partial_rotary_factor", default=0.0))
-    given: dict[str, Any] = {"rotary_size": round(config.integer("head_dim") * partial)} if partial else {}
-    given |= _read_yarn(compressed if "rope_theta" in compressed else config.section("rope_scaling"))
     dimensions = Family.from_config(
-        config, ratios=_read_ratios(config, layers), hash_layers=_read_hash_layers(config, layers), **given
+        config,
+        ratios=_read_ratios(config, layers),
+        hash_layers=_read_hash_layers(config, layers),
+        **read_ropes(config),
     )
     check(dimensions, config.origin)
     return dimensions
@@ -68,7 +74,7 @@ def _read_config(config: Config) -> Family:
 
 def _read_ratios(config: Config, layers: int) -> tuple[int, ...]:
     """From `compress_ratios`, which may go on with the draft blocks', or from transformers' `layer_types`."""
-    key = "compress_ratios" if "compress_ratios" in config else "layer_types"
+    key = "layer_types" if "layer_types" in config else "compress_ratios"
     values = config.get(key)
     known: dict[Any, int] = RATIOS if key == "layer_types" else {ratio: ratio for ratio in RATIOS.values()}
     if not isinstance(values, list) or len(values) < layers:
@@ -98,19 +104,6 @@ def _read_hash_layers(config: Config, layers: int) -> int:
             f"others, {layers} in all"
         )
     return count
-
-
-def _read_yarn(scaling: Config) -> dict[str, Any]:
-    kind = scaling.text("rope_type", "type", default="default")
-    if kind == "default":
-        return {}
-    if kind != "yarn":
-        raise BadInput(f"{scaling.origin}: rope type is {kind!r}, expected 'yarn' or 'default'")
-    scaling.expect("beta_fast", YARN_FAST)
-    scaling.expect("beta_slow", YARN_SLOW)
-    scaling.expect("attention_factor", 1.0)
-    original = scaling.integer("original_max_position_embeddings")
-    return {"scaling": kind, "yarn_factor": scaling.number("factor"), "yarn_context": original}
 
 
 def _from_gguf(metadata: Config, tensors: Sequence[TensorInfo]) -> Graph:
@@ -162,4 +155,6 @@ ARCHITECTURE = Architecture(
     from_gguf=_from_gguf,
     gguf_metadata=Family.metadata,
     draft_metadata=_draft_metadata,
+    harmless=_HARMLESS,
+    harmless_metadata=("vocab_size", "nextn_predict_layers"),
 )

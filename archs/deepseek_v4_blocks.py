@@ -99,9 +99,8 @@ class Family(Dimensions):
         from_graph=lambda graph: [op.compressor.ratio if op.compressor else 0 for op in _attentions(graph)],
     )
     compressed_rope_base: float = quantity(
-        ("rope_parameters.compress.rope_theta", "compress_rope_theta"),
-        "attention.compress_rope_freq_base",
-        lambda graph: _compressed_rope(graph).base,
+        gguf="attention.compress_rope_freq_base",
+        from_graph=lambda graph: _compressed_rope(graph).base,
         default=160000.0,
     )
     index_heads: int = quantity("index_n_heads", "attention.indexer.head_count", lambda graph: _indexer(graph).heads)
@@ -109,11 +108,10 @@ class Family(Dimensions):
         "index_head_dim", "attention.indexer.key_length", lambda graph: _indexer(graph).head_size
     )
     index_top_k: int = quantity("index_topk", "attention.indexer.top_k", lambda graph: _indexer(graph).top_k)
-    rotary_size: int = quantity("qk_rope_head_dim", "rope.dimension_count", lambda graph: _compressed_rope(graph).size)
+    rotary_size: int = quantity(gguf="rope.dimension_count", from_graph=lambda graph: _compressed_rope(graph).size)
     rope_base: float = quantity(
-        ("rope_parameters.main.rope_theta", "rope_theta"),
-        "rope.freq_base",
-        lambda graph: next((op.rope.base for op in _attentions(graph) if not op.compressor), 10000.0),
+        gguf="rope.freq_base",
+        from_graph=lambda graph: next((op.rope.base for op in _attentions(graph) if not op.compressor), 10000.0),
         default=10000.0,
     )
     experts: int = quantity(("n_routed_experts", "num_local_experts"), "expert_count", _moe(lambda moe: moe.experts))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar, get_type_hints
 
+from ..errors import BadInput
 from .config import Config
 from .graph import Attention, Graph, Operation, Rope
 
@@ -142,8 +143,19 @@ class Dimensions:
 def _from_config(config: Config, kind: type, names: _Names) -> Any:
     places = [_place(config, key) for key in names.config]
     present = [(section, key) for section, key in places if section.get(key) is not None]
+    _check_agreement(config, [key for section, key in present if section is config])
     section, keys = (present[0][0], present[0][1:]) if present else (config, names.config)
     return _read(section, kind, keys, names.default)
+
+
+def _check_agreement(config: Config, spellings: list[str]) -> None:
+    """Raises BadInput where a file gives one quantity two values, so that nobody can say which one is meant."""
+    for key in spellings[1:]:
+        if config.get(key) != config.get(spellings[0]):
+            raise BadInput(
+                f"{config.origin}: {spellings[0]} is {config.get(spellings[0])!r}, but {key}, another name of it, is "
+                f"{config.get(key)!r}: leave one of them out"
+            )
 
 
 def _place(config: Config, key: str) -> tuple[Config, str]:

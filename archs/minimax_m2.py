@@ -26,11 +26,13 @@ from .shared import (
     expect_all,
     gguf_source,
     open_gguf,
+    rope_section,
     scale_block,
 )
 from .weights import Role
 
 NAME = "minimax-m2"
+_ROPE_BASE = 5e6  # what transformers takes where a configuration says none
 GGUF_SIGMOID = 2  # llama.cpp's expert_gating_func; without it a file loads and then aborts at the first token
 
 
@@ -49,9 +51,7 @@ class _Dimensions(Dimensions):
         "rms_norm_eps", "attention.layer_norm_rms_epsilon", lambda graph: graph.final_norm.epsilon
     )
     rotary_size: int = quantity("rotary_dim", "rope.dimension_count", of_rope(lambda rope: rope.size))
-    rope_base: float = quantity(
-        ("rope_theta", "rope_parameters.rope_theta"), "rope.freq_base", of_rope(lambda rope: rope.base)
-    )
+    rope_base: float = quantity("rope_theta", "rope.freq_base", of_rope(lambda rope: rope.base))
     experts: int = quantity(("num_local_experts", "num_experts"), "expert_count", of(MoE, lambda moe: moe.experts))
     top_k: int = quantity("num_experts_per_tok", "expert_used_count", of(MoE, lambda moe: moe.router.top_k))
     width: int = written("expert_feed_forward_length", of(MoE, lambda moe: moe.expert_size))
@@ -65,9 +65,10 @@ _IMPLEMENTED: Mapping[str, Sequence[object]] = {
     "qk_norm_type": ["per_layer"],
     "use_routing_bias": [True],
     "shared_intermediate_size": [0],
-    "rope_scaling": [{}],
     "sliding_window": [],
 }
+_HARMLESS = ("mlp_intermediate_size",)  # the width of dense layers, which no release has
+_HARMLESS_METADATA = ("vocab_size",)  # the embedding says it
 _NAMES = Names(
     layers=("model.layers.{}.",),
     whole=WHOLE_NAMES,
@@ -99,11 +100,17 @@ def _read_config(config: Config) -> _Dimensions:
     for layer, kind in enumerate(kinds if isinstance(kinds, list) else [kinds]):
         if kind != 1:
             raise BadInput(f"{config.origin}: attn_type_list[{layer}] is {kind!r}, expected 1 (full attention)")
-    rope = config.section("rope_parameters")
+    rope = rope_section(config)
     rope.expect("rope_type", "default")
-    partial = rope.number("partial_rotary_factor", default=config.number("partial_rotary_factor", default=1.0))
-    rotary_size = config.integer("rotary_dim", default=int(config.integer("head_dim") * partial))
-    dimensions = _Dimensions.from_config(config, rotary_size=rotary_size)
+    rope.expect("type", "default")
+    head_size, base = config.integer("head_dim"), config.number("rope_theta", default=_ROPE_BASE)
+    whole = config.integer("rotary_dim", default=head_size)
+    partial = config.number("partial_rotary_factor", default=whole / head_size)
+    dimensions = _Dimensions.from_config(
+        config,
+        rotary_size=int(head_size * rope.number("partial_rotary_factor", default=partial)),
+        rope_base=rope.number("rope_theta", default=base),
+    )
     _check(dimensions, config.origin)
     return dimensions
 
@@ -153,4 +160,6 @@ ARCHITECTURE = Architecture(
     from_checkpoint=_from_checkpoint,
     from_gguf=_from_gguf,
     gguf_metadata=_Dimensions.metadata,
+    harmless=_HARMLESS,
+    harmless_metadata=_HARMLESS_METADATA,
 )

@@ -25,8 +25,9 @@ from .nemotron_h_blocks import (
     build,
     check,
 )
-from .shared import CheckpointSource, Experts, Names, Source, expect_all, gguf_source, open_gguf
+from .shared import CheckpointSource, Experts, Names, Source, expect_all, gguf_source, open_gguf, scale_block
 
+_NO_LIMIT: Sequence[object] = [[0.0, float("inf")], [0.0, 1e308], [0.0, {"__float__": "Infinity"}]]
 _IMPLEMENTED: Mapping[str, Sequence[object]] = {
     "mlp_hidden_act": ["relu2"],
     "mamba_hidden_act": ["silu"],
@@ -37,8 +38,23 @@ _IMPLEMENTED: Mapping[str, Sequence[object]] = {
     "mlp_bias": [False],
     "use_bias": [False],
     "mamba_proj_bias": [False],
-    "time_step_limit": [[0.0, float("inf")], [0.0, 1e308], [0.0, {"__float__": "Infinity"}]],  # no limit
+    "time_step_limit": _NO_LIMIT,
+    "mamba_dt_limit": _NO_LIMIT,
 }
+# There are no positions; inner widths and what is biased follow from the tensors and other keys.
+_HARMLESS = (
+    *("rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor"),
+    *("expand", "mamba_expand", "use_conv_bias", "mamba_conv_bias"),
+    "intermediate_size",  # of dense layers; read where there are any
+    *("moe_intermediate_size", "moe_shared_expert_intermediate_size", "n_routed_experts", "num_experts_per_tok"),
+    *("moe_latent_size", "n_group", "topk_group", "routed_scaling_factor"),  # as are those of experts
+)
+_HARMLESS_METADATA = (
+    *("vocab_size", "rope.freq_base", "rope.dimension_count", "rope.scaling.finetuned", "rope.scaling.type"),
+    *("expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count", "moe_latent_size"),
+    *("expert_feed_forward_length", "expert_shared_feed_forward_length", "expert_shared_count"),
+    *("expert_weights_norm", "expert_weights_scale"),
+)
 
 # Three spellings of the layer list: these letters, NVIDIA's words, transformers' words.
 _KINDS = {
@@ -117,7 +133,7 @@ _IN_SECOND_LAYER = ("ffn_", "exp_probs_b.", "post_attention_norm.", "nextn.share
 
 
 def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
-    catalogue = Catalogue(tensors, config.origin)
+    catalogue = Catalogue(tensors, config.origin, scale_block(config))
     dimensions = _read_config(config, drafts="mtp.layers.0.eh_proj.weight" in catalogue)
     tied = config.flag("tie_word_embeddings", default=False)
     graph = build(dimensions, _checkpoint_source(catalogue, len(dimensions.kinds), tied))
@@ -146,10 +162,16 @@ def _read_config(config: Config, drafts: bool) -> Family:
 
 
 def _layer_kinds(config: Config, *keys: str) -> str:
-    """The list of layers under the first of `keys` that is present, as one letter a layer."""
-    key = next((key for key in keys if key in config), None)
-    if key is None:
+    """The list of layers, which all of `keys` that are present spell alike, as one letter a layer."""
+    lists = {key: _letters(config, key) for key in keys if key in config}
+    if not lists:
         raise BadInput(f"{config.origin}: {' or '.join(keys)} is missing, expected the kinds of all layers")
+    if len({*lists.values()}) > 1:
+        raise BadInput(f"{config.origin}: {' and '.join(lists)} list other layers: leave one of them out")
+    return next(iter(lists.values()))
+
+
+def _letters(config: Config, key: str) -> str:
     value = config.get(key)
     unknown = [kind for kind in value if kind not in _KINDS] if isinstance(value, str | list) else [value]
     if unknown or not value:
@@ -214,5 +236,7 @@ MIXTURE = Architecture(
     from_checkpoint=_from_checkpoint,
     from_gguf=_from_gguf,
     gguf_metadata=_gguf_metadata,
+    harmless=_HARMLESS,
+    harmless_metadata=_HARMLESS_METADATA,
 )
 DENSE = replace(MIXTURE, name=DENSE_NAME, model_types=())  # as a checkpoint it has the same model_type

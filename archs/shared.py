@@ -55,6 +55,15 @@ def expect_all(config: Config, allowed: Mapping[str, Sequence[object]]) -> None:
         config.expect(key, *values)
 
 
+def rope_section(config: Config) -> Config:
+    """The settings of rotary embeddings: `rope_scaling` where it holds any, as in transformers, else `rope_parameters`.
+
+    What stands in such a section counts before what stands beside it.
+    """
+    old = config.section("rope_scaling")
+    return old if old.keys() else config.section("rope_parameters")
+
+
 def scale_block(config: Config) -> tuple[int, int]:
     """Rows and columns that share a scale in a checkpoint's FP8 matrices."""
     quantization = config.section("quantization_config")

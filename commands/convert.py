@@ -17,7 +17,6 @@ from .options import (
     compute_options,
     form_options,
     goal_options,
-    hub_options,
     imatrix_option,
     json_option,
     max_kld_option,
@@ -25,7 +24,8 @@ from .options import (
     measuring_options,
     output_options,
     overwrite_option,
-    streaming_hub_options,
+    source_options,
+    streaming_source_options,
     text_options,
     threads_option,
 )
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 @max_kld_option
 @text_options
 @compute_options
-@streaming_hub_options
+@streaming_source_options
 @json_option
 def convert(
     source: str,
@@ -172,7 +172,7 @@ def quantize(
 @calibration_text_options
 @overwrite_option
 @measuring_options
-@hub_options
+@source_options
 @json_option
 def imatrix(
     model: str,
@@ -192,12 +192,14 @@ def imatrix(
     """
     from ..convert.calibrate import write_imatrix
     from ..sources.locate import locate
+    from ..sources.model import open_model
     from .console import make_progress
     from .report import show_calibration
 
     with make_progress() as progress:
         folder, _ = locate(model, access, progress)
-        result = write_imatrix(folder, output, calibration, compute, overwrite, progress)
+        opened = open_model(folder, ignored=access.ignore_config)
+        result = write_imatrix(opened, output, calibration, compute, overwrite, progress)
     show_calibration(result, as_json)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import dtype_option, hub_options, json_option, low_memory_option, max_kld_option, text_options
+from .options import dtype_option, json_option, low_memory_option, max_kld_option, source_options, text_options
 from .terminal import printable
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @text_options
 @dtype_option
 @low_memory_option
-@hub_options
+@source_options
 @json_option
 def perplexity(
     model: str,
@@ -58,7 +58,7 @@ def perplexity(
 @max_kld_option
 @dtype_option
 @low_memory_option
-@hub_options
+@source_options
 @json_option
 def parity(
     reference: str,
@@ -103,7 +103,7 @@ def exit_if_worse(result: Parity | None, max_kld: float | None) -> None:
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the most probable token every time.")
 @click.option("--seed", type=int, help="For the same random choices again.")
 @low_memory_option
-@hub_options
+@source_options
 @json_option
 def run(
     model: str,
@@ -144,4 +144,4 @@ def _open(source: str, access: HubAccess, low_memory: bool) -> Model | OnnxModel
     from .console import make_progress
 
     with make_progress() as progress:
-        return open_runnable(locate(source, access, progress)[0], low_memory)
+        return open_runnable(locate(source, access, progress)[0], low_memory, access.ignore_config)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import BadInput
-from .options import hub_options, json_option
+from .options import hub_options, json_option, source_options
 from .terminal import printable
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("source")
-@hub_options
+@source_options
 @json_option
 def inspect(source: str, access: HubAccess, as_json: bool) -> None:
     """Show what a model is made of: blocks, parameters, dtypes, memory per token.

@@ -171,13 +171,21 @@ _HUB_OPTIONS = (
     click.option("--revision", help="Branch, tag or commit of a Hub repository."),
     click.option("--token", envvar="HF_TOKEN", help="Hub access token; by default the one `hf auth login` stored."),
 )
+_IGNORE_OPTION = click.option(
+    "--ignore-config",
+    multiple=True,
+    metavar="KEY",
+    help="A key of the configuration that moecast does not know and that changes no number; may be repeated.",
+)
 hub_options = grouped("access", _access, *_HUB_OPTIONS)
-streaming_hub_options = grouped(
+source_options = grouped("access", _access, *_HUB_OPTIONS, _IGNORE_OPTION)
+streaming_source_options = grouped(
     "access",
     _access,
     click.option("--scratch", type=Size(), help="Most disk for shards from the Hub; by default, that of two layers."),
     click.option("--keep-source", is_flag=True, help="Download everything from the Hub first, and keep it."),
     *_HUB_OPTIONS,
+    _IGNORE_OPTION,
 )
 
 _CHUNK_OPTIONS = (

@@ -15,11 +15,11 @@ from .options import (
     file_format_option,
     form_options,
     grouped,
-    hub_options,
     json_option,
     measured_goal_options,
     measuring_options,
     overwrite_option,
+    source_options,
     weighing_options,
 )
 
@@ -67,7 +67,7 @@ machine_options = grouped(
 @measuring_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan to a file for --plan.")
 @overwrite_option
-@hub_options
+@source_options
 @json_option
 def plan(
     source: str,

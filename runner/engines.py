@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,12 +96,12 @@ class OnnxModel:
         return torch.from_numpy(logits[0]), following | {"tokens": np.asarray(seen + count)}
 
 
-def open_runnable(path: str | Path, low_memory: bool = False) -> Model | OnnxModel:
+def open_runnable(path: str | Path, low_memory: bool = False, ignored: Collection[str] = ()) -> Model | OnnxModel:
     """A checkpoint folder, a GGUF file or an ONNX folder. Raises BadInput as `open_model` and `OnnxModel` do."""
     path = Path(path)
     if path.name == MODEL_NAME:
         path = path.parent
-    return OnnxModel(path, low_memory) if is_file(path / MODEL_NAME) else open_model(path)
+    return OnnxModel(path, low_memory) if is_file(path / MODEL_NAME) else open_model(path, ignored=ignored)
 
 
 def check_operators(operators: Iterable[str]) -> None:

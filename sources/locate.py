@@ -63,20 +63,22 @@ def open_source(source: str | Path | Model, access: HubAccess, whole: bool, prog
     if isinstance(source, Model):
         return Source(source, model_name(source))
     if isinstance(source, Path):
-        return Source(open_model(source), model_name(source))
+        return Source(open_model(source, ignored=access.ignore_config), model_name(source))
     checkpoint = None if whole else _on_demand(source, access, progress)
     if checkpoint:
-        model = _open_headers(checkpoint)
+        model = _open_headers(checkpoint, access)
         return Source(model, model_name(model), checkpoint.provenance, checkpoint)
     path, provenance = locate(source, access, progress)
-    return Source(open_model(path), model_name(path), provenance)
+    return Source(open_model(path, ignored=access.ignore_config), model_name(path), provenance)
 
 
 def open_headers(source: str, access: HubAccess = HubAccess(), progress: Progress | None = None) -> Model:
     """The model without its weights: of a Hub repository only the headers are read. Raises as `locate`."""
     progress = progress or NoProgress()
     checkpoint = _on_demand(source, access, progress)
-    return _open_headers(checkpoint) if checkpoint else open_model(locate(source, access, progress)[0])
+    if checkpoint:
+        return _open_headers(checkpoint, access)
+    return open_model(locate(source, access, progress)[0], ignored=access.ignore_config)
 
 
 def model_name(source: str | Path | Model) -> str:
@@ -96,8 +98,8 @@ def _on_demand(source: str, access: HubAccess, progress: Progress) -> HubCheckpo
     return HubCheckpoint(parsed, access.revision, access.token, progress=progress)
 
 
-def _open_headers(checkpoint: HubCheckpoint) -> Model:
-    return open_model(checkpoint.folder, checkpoint.read_headers())
+def _open_headers(checkpoint: HubCheckpoint, access: HubAccess) -> Model:
+    return open_model(checkpoint.folder, checkpoint.read_headers(), access.ignore_config)
 
 
 def _parsed(source: str, revision: str | None) -> Path | HubSource:

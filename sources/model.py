@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ..archs.architecture import Architecture
 from ..archs.config import Config
 from ..archs.expressions import TensorInfo
 from ..archs.graph import Graph
+from ..archs.harmless import check_repeated, refuse_unread, refuse_unread_metadata
 from ..archs.registry import architecture_named, architecture_of
 from ..archs.weights import Weight
 from ..documents import is_file, is_folder
@@ -101,11 +102,12 @@ class Model:
         self.storage.close()
 
 
-def open_model(path: str | Path, tensors: tuple[TensorInfo, ...] | None = None) -> Model:
+def open_model(path: str | Path, tensors: tuple[TensorInfo, ...] | None = None, ignored: Collection[str] = ()) -> Model:
     """Open a checkpoint folder or a GGUF file (the first one of a split) that is on this machine.
 
     Args:
         tensors: what the checkpoint holds, where only its configuration is here; then weights cannot be loaded.
+        ignored: keys of the configuration that are taken to change nothing.
 
     Raises BadInput when it is not there, or when anything about it is not as its architecture demands.
     """
@@ -114,10 +116,15 @@ def open_model(path: str | Path, tensors: tuple[TensorInfo, ...] | None = None) 
         config = read_config(path)
         architecture = architecture_of(config)
         tensors = read_tensors(path) if tensors is None else tensors
-        return Model(path, architecture, architecture.from_checkpoint(config, tensors), tensors, {})
+        graph = architecture.from_checkpoint(config, tensors)
+        refuse_unread(config, architecture.name, architecture.harmless, ignored)
+        return Model(path, architecture, graph, tensors, {})
     if not is_file(path) or not (path.suffix.lower() == ".gguf" or is_gguf(path)):
         raise BadInput(f"{path}: no such model, expected a checkpoint folder or a .gguf file")
     metadata, tensors = read_gguf(path)
     values = Config(metadata, str(path))
     architecture = architecture_named(values.text("general.architecture"), str(path))
-    return Model(path, architecture, architecture.from_gguf(values, tensors), tensors, metadata)
+    graph = architecture.from_gguf(values, tensors)
+    check_repeated(values, architecture.gguf_metadata(graph))
+    refuse_unread_metadata(values, architecture.name, architecture.harmless_metadata, ignored)
+    return Model(path, architecture, graph, tensors, metadata)
