@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ def perplexity(
     with make_progress() as progress:
         result = run(opened, evaluation, compute, progress)
     show_perplexity(str(opened.path), result, as_json)
+    _exit_if([*result.problems])
 
 
 @click.command()
@@ -89,9 +91,28 @@ def parity(
 
 
 def exit_if_worse(result: Parity | None, max_kld: float | None) -> None:
-    """Exit with 1 when a result is worse than the user accepts."""
-    if result and max_kld is not None and not result.mean_kld <= max_kld:
-        click.echo(f"Failed: mean KL divergence {result.mean_kld:.6f} is above {max_kld}", err=True)
+    """Exit with 1 when a result is no number, or worse than the user accepts."""
+    if result is None:
+        return
+    if not result.is_finite:
+        _exit_if([*result.problems])
+    if max_kld is None:
+        return
+    failures = []
+    if not result.mean_kld <= max_kld:
+        failures.append(f"mean KL divergence {result.mean_kld:.6f} is above {max_kld}")
+    if result.tokenization is None:
+        failures.append("the file's text splitter is none that moecast can run, so its token ids are not proved")
+    elif result.tokenization.first:
+        failures.append(f"token ids differ on {result.tokenization}")
+    _exit_if(failures)
+
+
+def _exit_if(failures: Sequence[str]) -> None:
+    """Exit with 1 when there are any, a line each."""
+    for failure in failures:
+        click.echo(f"Failed: {failure}", err=True)
+    if failures:
         sys.exit(1)
 
 

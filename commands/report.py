@@ -120,7 +120,7 @@ def _ranges(layers: list[int]) -> str:
 
 def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:
     if as_json:
-        print_json(asdict(result))
+        print_json({**asdict(result), "problems": result.problems})
         return
     value = f"{result.perplexity:.4f} ± {result.error:.4f}"
     print_table(title, [("Perplexity", value), *_scoring_rows(result)])
@@ -128,9 +128,10 @@ def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:
 
 def show_parity(title: str, result: Parity, as_json: bool) -> None:
     if as_json:
-        print_json(asdict(result))
-    else:
-        print_table(title, _parity_rows(result))
+        print_json({**asdict(result), "problems": result.problems})
+        return
+    print_table(title, _parity_rows(result))
+    show_problems(result.problems)
 
 
 def show_conversion(result: Conversion, as_json: bool) -> None:
@@ -181,6 +182,7 @@ def _parity_rows(result: Parity) -> list[tuple[str, str]]:
         ("Mean KL divergence", f"{result.mean_kld:.6f} ± {result.mean_kld_error:.6f}"),
         ("KL divergence, 99.9 %", f"{result.kld_999:.6f}"),
         ("Same top token", f"{result.top1_agreement:.2%}"),
+        ("Token ids that differ", "not checked" if result.tokenization is None else str(result.tokenization)),
         ("Δp of the right token", f"{result.mean_delta_p:+.3%} mean, {result.rms_delta_p:.3%} RMS"),
         *_scoring_rows(result),
     ]

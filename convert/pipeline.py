@@ -8,21 +8,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..archs.pretokenizers import find_pre_tokenizer
 from ..errors import BadInput
 from ..progress import NoProgress, Progress
 from ..quant.planning.onnx_plan import OnnxPlan
 from ..quant.planning.plan import Form, Plan, plan_tensors
 from ..runner.measure.evaluate import Parity
+from ..runner.measure.tokenization import Tokenization, compare_tokenizers
 from ..runner.memory import QUANTIZING, RUNNING, workspace
 from ..runner.settings import Compute, Evaluation, dtype_name
+from ..runner.texts import read_text
 from ..sources.hub.access import HubAccess
 from ..sources.imatrix import read_imatrix
 from ..sources.locate import Source, open_source
 from ..sources.model import Model
+from ..sources.tokenizer import Tokenizer
 from .conversion import Conversion
 from .encode import MeasuredImportance
 from .gguf.imatrix import ImatrixWriter
 from .gguf.metadata import gguf_metadata, source_metadata
+from .gguf.tokenizer import tokenizer_problems
 from .gguf.writer import GGUFWriter
 from .onepass import PassInputs, run_pass
 from .onnx.export import open_onnx_writer
@@ -84,9 +89,30 @@ def convert(
         inputs = _inputs(model, calibration, evaluation)
         work = _Work(model, plan, path, output, metadata, calibration, inputs, compute)
         files, parity = _carry_out(work, _identity(work, evaluation), bool(form.mtp), progress)
+        if parity and evaluation:
+            parity = replace(parity, tokenization=_tokenization(work, evaluation))
     made = Conversion.of(files, plan, started, parity)
-    rounded = parity is not None and output.rounded_activations == "int8"
-    return replace(made, problems=(*made.problems, _ROUNDED_ACTIVATIONS)) if rounded else made
+    return replace(made, problems=(*made.problems, *_problems(work, parity)))
+
+
+def _tokenization(work: _Work, evaluation: Evaluation) -> Tokenization | None:
+    """How the file's tokenizer does on the evaluation text; an ONNX folder has the source's own."""
+    candidate = reference = work.model.tokenizer
+    if work.output.file_format == "gguf":
+        if find_pre_tokenizer(work.metadata["tokenizer.ggml.pre"]) is None:
+            return None
+        candidate = Tokenizer.from_gguf(work.metadata)
+    return compare_tokenizers(reference, candidate, read_text(Path(evaluation.text)))
+
+
+def _problems(work: _Work, parity: Parity | None) -> list[str]:
+    """What the result does not do as its source does, apart from what its plan says."""
+    problems = [] if parity is None else [*parity.problems]
+    if work.output.file_format == "gguf":
+        problems += tokenizer_problems(work.model.tokenizer, work.metadata)
+    elif parity is not None and work.output.rounded_activations == "int8":
+        problems.append(_ROUNDED_ACTIVATIONS)
+    return problems
 
 
 def _open(source: str | Path | Model, access: HubAccess, goal: Goal, progress: Progress) -> Source:

@@ -20,11 +20,7 @@ def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | N
     """The text as int64 [chunks, context]. Raises BadInput when it is too short or the context too small."""
     if context < 4:
         raise BadInput(f"--context is {context}, expected at least 4 tokens")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file} cannot be read as UTF-8 text: {error}") from None
-    ids = tokenizer.encode(text.removesuffix("\n"))
+    ids = tokenizer.encode(read_text(file))
     if len(ids) < 2 * context:
         raise BadInput(
             f"{file} holds {len(ids)} tokens, expected at least {2 * context}: use more text or less --context"
@@ -33,6 +29,14 @@ def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | N
     if count < 1:
         raise BadInput(f"--chunks is {chunks}, expected at least 1")
     return torch.tensor(ids[: count * context], dtype=torch.int64).view(count, context)
+
+
+def read_text(file: Path) -> str:
+    """What models read of a text file. Raises BadInput for one that is no UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file} cannot be read as UTF-8 text: {error}") from None
 
 
 def with_bos(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
