@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import dtype_option, hub_options, json_option, low_memory_option, max_kld_option, text_options
+from .options import Number, dtype_option, hub_options, json_option, low_memory_option, max_kld_option, text_options
 
 if TYPE_CHECKING:
     from ..runner.engines import OnnxModel
@@ -119,9 +119,13 @@ def _exit_if(failures: Sequence[str]) -> None:
 @click.command()
 @click.argument("model")
 @click.option("-p", "--prompt", required=True, help="Text to continue, control tokens included.")
-@click.option("-n", "--tokens", default=128, show_default=True, help="Write at most this many tokens.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most probable token every time.")
-@click.option("--seed", type=int, help="For the same random choices again.")
+@click.option(
+    "-n", "--tokens", type=click.IntRange(1), default=128, show_default=True, help="Write at most this many tokens."
+)
+@click.option(
+    "--temperature", type=Number(), default=0.0, show_default=True, help="0 takes the most probable token every time."
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="For the same random choices again.")
 @low_memory_option
 @hub_options
 @json_option

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..sources.model import Model
 
 _CONTEXT = 8192  # tokens that a server is told to keep where nobody says how many
+_TEMPLATE = "--jinja"  # llama-server's option to use the file's chat template
 _GPU = ("--n-gpu-layers", 99)  # llama-server's options for all layers on a GPU, but for the experts that others exclude
 
 
@@ -104,7 +105,7 @@ def show_fit(fit: MachinePlan, as_json: bool) -> None:
 
 def _serve(fit: MachinePlan) -> str:
     experts = (*_GPU, "--n-cpu-moe", fit.layers_in_ram) if fit.machine.vram else ()
-    return server_line("MODEL.gguf", fit.machine.context, *experts)
+    return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *experts)
 
 
 def _ranges(layers: list[int]) -> str:
@@ -135,6 +136,9 @@ def show_parity(title: str, result: Parity, as_json: bool) -> None:
 
 
 def show_conversion(result: Conversion, as_json: bool) -> None:
+    from ..sources.gguf import read_gguf
+    from ..sources.tokenizer_gguf import CHAT_TEMPLATE
+
     if as_json:
         print_json(asdict(result))
         return
@@ -147,7 +151,8 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     file = result.files[0]
     if file.suffix == ".gguf":
         experts = (*_GPU, "--cpu-moe") if shutil.which("nvidia-smi") else ()
-        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *experts)
+        template = (_TEMPLATE,) if CHAT_TEMPLATE in read_gguf(file)[0] else ()
+        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *template, *experts)
     else:
         line = f'moecast run {file.parent} -p "Once upon a time"'
     print(f"Run it with\n\n    {line}\n")
@@ -172,7 +177,7 @@ def show_problems(problems: tuple[str, ...]) -> None:
 
 def server_line(model: str | Path, context: int, *options: object) -> str:
     """The command that serves a file with llama.cpp."""
-    return " ".join(map(str, ("llama-server", "-m", model, "-c", context, *options, "--jinja")))
+    return " ".join(map(str, ("llama-server", "-m", model, "-c", context, *options)))
 
 
 def _parity_rows(result: Parity) -> list[tuple[str, str]]:

@@ -79,8 +79,22 @@ def _share_of_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> float
 
 def tokenizer_problems(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """What a file with these keys, which `tokenizer_metadata` gave, will not do as its source does: a line each."""
-    problems = [_splitting_problem(tokenizer, metadata)]
-    return tuple(problem for problem in problems if problem)
+    splitting = _splitting_problem(tokenizer, metadata)
+    return (*([splitting] if splitting else []), *_losses(tokenizer, metadata))
+
+
+def _losses(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> list[str]:
+    """What an engine will not find in the file, a line each."""
+    losses = []
+    if CHAT_TEMPLATE not in metadata:
+        others = f" but {', '.join(tokenizer.chat_templates)}" if tokenizer.chat_templates else ""
+        losses.append(f"the checkpoint has no chat template{others}: llama.cpp will use one of its own")
+    kept = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    tokens = metadata["tokenizer.ggml.tokens"]
+    if lost := [id for id in _unknown_ends(tokenizer, tokens) if id not in kept]:
+        names = ", ".join(repr(tokens[id]) for id in lost)
+        losses.append(f"{names} will not end a text: GGUF has room for three ids that do")
+    return losses
 
 
 def vocabulary_metadata(tokenizer: Tokenizer, vocabulary_size: int, pre: str) -> dict[str, Any]:
@@ -102,10 +116,8 @@ def vocabulary_metadata(tokenizer: Tokenizer, vocabulary_size: int, pre: str) ->
             "set eos_token in tokenizer_config.json"
         )
     tokens, types = _token_list(tokenizer.backend, vocabulary_size)
-    further_ends = sorted(tokenizer.end_of_generation - {tokenizer.eos})
-    unknown_ends = [id for id in further_ends if tokens[id] not in END_OF_GENERATION_TEXTS]
     ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unknown": tokenizer.unknown, "padding": tokenizer.padding}
-    ids |= dict(zip(("eot", "eom"), unknown_ends, strict=False))
+    ids |= dict(zip(("eot", "eom"), _unknown_ends(tokenizer, tokens), strict=False))
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
@@ -117,6 +129,12 @@ def vocabulary_metadata(tokenizer: Tokenizer, vocabulary_size: int, pre: str) ->
         "tokenizer.ggml.add_eos_token": False,
         **_chat_template_keys(tokenizer.chat_templates),
     }
+
+
+def _unknown_ends(tokenizer: Tokenizer, tokens: Sequence[str]) -> list[int]:
+    """Ids beside EOS that end generation and that llama.cpp does not know by their text."""
+    further = sorted(tokenizer.end_of_generation - {tokenizer.eos})
+    return [id for id in further if tokens[id] not in END_OF_GENERATION_TEXTS]
 
 
 def vocabulary_error(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> str | None:
