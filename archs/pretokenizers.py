@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from ..errors import BadInput
@@ -110,17 +111,37 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
 )
 
 
+OTHER_NAMES = (
+    *("afmoe", "a.x-4.0", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "codeshell", "command-r"),
+    *("dbrx", "deepseek-coder", "deepseek-llm", "exaone", "exaone-moe", "f2llmv2", "falcon", "gemma4", "glm4", "glm5"),
+    *("gpt3-finnish", "granite-docling", "granite-embed-multi-311m", "granite-embed-multi-97m", "grok-2", "jais-2"),
+    *("jina-de", "jina-es", "jina-v1-en", "jina-v2-code", "jina-v2-de", "jina-v2-es", "jina-v5-nano", "kimi-k2"),
+    *("kormo", "laguna", "llada-moe", "mellum2", "minerva-7b", "minicpm5", "mmbert", "poro-chat", "qwen35", "refact"),
+    *("roberta-bpe", "sarvam-moe", "seed-coder", "smaug-bpe", "smollm", "starcoder", "superbpe", "tiny_aya"),
+    *("trillion", "ufakzeka", "viking", "youtu"),
+)
+"""Names that llama.cpp knows too, of splitters that the table lacks: what they do to a text cannot be checked."""
+
+
 def find_pre_tokenizer(name: str) -> PreTokenizer | None:
     """The row that carries this `tokenizer.ggml.pre` name, or None."""
     return next((row for row in PRE_TOKENIZERS if name in row.names), None)
 
 
-def recognize(tokenizer_json: Mapping[str, Any]) -> PreTokenizer | None:
-    """The row whose splitter and merge rule tokenizer.json (parsed) has, or None when the table lacks it."""
+def check_known(name: str) -> None:
+    """Raises BadInput with the nearest names for one that llama.cpp would refuse to load."""
+    known = [*(name for row in PRE_TOKENIZERS for name in row.names), *OTHER_NAMES]
+    if name not in known:
+        close = get_close_matches(name, known) or [row.names[0] for row in PRE_TOKENIZERS]
+        raise BadInput(f"--pre is {name!r}, which llama.cpp does not know: did you mean {' or '.join(close)}?")
+
+
+def spelled_alike(tokenizer_json: Mapping[str, Any]) -> list[PreTokenizer]:
+    """The rows that have the splitter of tokenizer.json (parsed), and its merge rule where one of them has it."""
     splitter = splitter_of(tokenizer_json)
     ignore_merges = bool(tokenizer_json["model"].get("ignore_merges", False))
     rows = [row for row in PRE_TOKENIZERS if splitter in row.sources]
-    return next((row for row in rows if row.ignore_merges == ignore_merges), rows[0] if rows else None)
+    return [row for row in rows if row.ignore_merges == ignore_merges] or rows
 
 
 def splitter_of(tokenizer_json: Mapping[str, Any]) -> tuple[str, ...]:
@@ -149,28 +170,3 @@ def _expression(step: Mapping[str, Any]) -> str:
     if step["type"] == "Split" and kept and "Regex" in step["pattern"]:
         return str(step["pattern"]["Regex"]).replace("\r", r"\r").replace("\n", r"\n")
     return f"<{step['type']}>"
-
-
-def choose_pre(
-    explicit: str | None, architecture_default: str | None, tokenizer_json: Mapping[str, Any]
-) -> tuple[str, str | None]:
-    """The `tokenizer.ggml.pre` name to write, and a warning line when tokenizer.json contradicts it.
-
-    The explicit choice wins, then the architecture's name, then what tokenizer.json's splitter says (parsed
-    tokenizer.json). Raises BadInput only when none of the three gives a name.
-    """
-    recognized = recognize(tokenizer_json)
-    name = explicit or architecture_default or (recognized.names[0] if recognized else None)
-    if name is None:
-        known = ", ".join(row.names[0] for row in PRE_TOKENIZERS)
-        raise BadInput(
-            f"tokenizer.json splits text with {splitter_of(tokenizer_json)!r}, which has no llama.cpp name here; "
-            f"name the pre-tokenizer explicitly (one of {known}, or another that llama.cpp knows)"
-        )
-    row = find_pre_tokenizer(name)
-    if row is None:
-        return name, f"pre-tokenizer '{name}' is not in moecast's table: its token ids cannot be checked"
-    if splitter_of(tokenizer_json) in row.sources:
-        return name, None
-    finding = f"as llama.cpp's '{recognized.names[0]}' does" if recognized else "in a way of its own"
-    return name, f"tokenizer.json splits text {finding}, but the file will say '{name}': token ids may differ"

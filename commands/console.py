@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,16 @@ _PLAIN_INTERVAL = 5.0  # seconds between lines when nobody watches a terminal
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    print(json.dumps(value, indent=2, default=_text))
+    print(json.dumps(_finite(value), indent=2, default=_text, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for the numbers that JSON has no form for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _text(value: object) -> str:

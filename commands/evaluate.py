@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
-from .options import dtype_option, json_option, low_memory_option, max_kld_option, source_options, text_options
+from .options import Number, dtype_option, json_option, low_memory_option, max_kld_option, source_options, text_options
 from .terminal import printable
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def perplexity(
     with make_progress() as progress:
         result = run(opened, evaluation, compute, progress)
     show_perplexity(str(opened.path), result, as_json)
+    _exit_if([*result.problems])
 
 
 @click.command()
@@ -90,18 +92,41 @@ def parity(
 
 
 def exit_if_worse(result: Parity | None, max_kld: float | None) -> None:
-    """Exit with 1 when a result is worse than the user accepts."""
-    if result and max_kld is not None and not result.mean_kld <= max_kld:
-        click.echo(f"Failed: mean KL divergence {result.mean_kld:.6f} is above {max_kld}", err=True)
+    """Exit with 1 when a result is no number, or worse than the user accepts."""
+    if result is None:
+        return
+    if not result.is_finite:
+        _exit_if([*result.problems])
+    if max_kld is None:
+        return
+    failures = []
+    if not result.mean_kld <= max_kld:
+        failures.append(f"mean KL divergence {result.mean_kld:.6f} is above {max_kld}")
+    if result.tokenization is None:
+        failures.append("the file's text splitter is none that moecast can run, so its token ids are not proved")
+    elif result.tokenization.first:
+        failures.append(f"token ids differ on {result.tokenization}")
+    _exit_if(failures)
+
+
+def _exit_if(failures: Sequence[str]) -> None:
+    """Exit with 1 when there are any, a line each."""
+    for failure in failures:
+        click.echo(f"Failed: {failure}", err=True)
+    if failures:
         sys.exit(1)
 
 
 @click.command()
 @click.argument("model")
 @click.option("-p", "--prompt", required=True, help="Text to continue, control tokens included.")
-@click.option("-n", "--tokens", default=128, show_default=True, help="Write at most this many tokens.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most probable token every time.")
-@click.option("--seed", type=int, help="For the same random choices again.")
+@click.option(
+    "-n", "--tokens", type=click.IntRange(1), default=128, show_default=True, help="Write at most this many tokens."
+)
+@click.option(
+    "--temperature", type=Number(), default=0.0, show_default=True, help="0 takes the most probable token every time."
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="For the same random choices again.")
 @low_memory_option
 @source_options
 @json_option

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import traceback
 from collections.abc import Callable
@@ -40,6 +41,19 @@ class Size(click.ParamType[int]):
         if size >= 2**63:
             self.fail(f"{value!r} is more than any disk or memory has", param, ctx)
         return int(size)
+
+
+class Number(click.FloatRange):
+    """A finite number of at least zero."""
+
+    def __init__(self, min_open: bool = False) -> None:
+        super().__init__(min=0, min_open=min_open)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
 class TypeOverride(click.ParamType[tuple[str, str]]):
@@ -165,7 +179,9 @@ file_format_option = click.option(
     "--to", "file_format", type=click.Choice(["gguf", "onnx"]), default="gguf", show_default=True, help="File format."
 )
 low_memory_option = click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file; much slower.")
-max_kld_option = click.option("--max-kld", type=float, help="Exit with 1 when the mean KL divergence is above this.")
+max_kld_option = click.option(
+    "--max-kld", type=Number(), help="Exit with 1 when the mean KL divergence is above this, or token ids differ."
+)
 
 _HUB_OPTIONS = (
     click.option("--revision", help="Branch, tag or commit of a Hub repository."),
@@ -189,8 +205,8 @@ streaming_source_options = grouped(
 )
 
 _CHUNK_OPTIONS = (
-    click.option("-c", "--context", default=512, show_default=True, help="Tokens in a chunk."),
-    click.option("--chunks", type=int, help="Use at most this many chunks of the text."),
+    click.option("-c", "--context", type=click.IntRange(4), default=512, show_default=True, help="Tokens in a chunk."),
+    click.option("--chunks", type=click.IntRange(1), help="Use at most this many chunks of the text."),
 )
 text_options = grouped(
     "evaluation",
@@ -209,7 +225,9 @@ form_options = grouped(
 _GOAL_OPTIONS = (
     click.option("--quant", "recipe", help="Recipe, as llama-quantize names it.  [default: Q4_K_M, for ONNX Q4_0]"),
     click.option("--size", type=Size(), help="Best plan for a file of this size, for example 96GB."),
-    click.option("--bpw", "bits_per_weight", type=float, help="Best plan for so many bits for each weight."),
+    click.option(
+        "--bpw", "bits_per_weight", type=Number(min_open=True), help="Best plan for so many bits for each weight."
+    ),
     click.option("--bytes-per-token", type=Size(), help="With --size or --bpw: most that a token may touch."),
     click.option("--plan", type=click.Path(path_type=Path), help="Types from a file of `moecast plan -o`."),
     click.option("--like", type=click.Path(path_type=Path), help="Types from another GGUF file."),
@@ -248,7 +266,12 @@ calibration_options = grouped(
     click.option(
         "--imatrix-out", "save_to", type=click.Path(path_type=Path), help="Write what calibration found as GGUF."
     ),
-    click.option("--min-expert-tokens", default=0, help="Stop where an expert saw fewer calibration tokens than this."),
+    click.option(
+        "--min-expert-tokens",
+        type=click.IntRange(0),
+        default=0,
+        help="Stop where an expert saw fewer calibration tokens than this.",
+    ),
 )
 
 output_options = grouped(

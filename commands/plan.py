@@ -31,18 +31,22 @@ if TYPE_CHECKING:
     from ..sources.hub.access import HubAccess
 
 
-def _machine(fit: bool, ram: int | None, vram: int | None, context: int) -> Machine | None:
+_CONTEXT = 32768  # tokens
+
+
+def _machine(fit: bool, ram: int | None, vram: int | None, context: int | None) -> Machine | None:
     """This machine, or the one that the options describe; None where types do not follow from one."""
     from ..quant.planning.fit import Machine
     from .doctor import examine
 
     if not fit:
-        if ram is not None or vram is not None:
-            raise BadInput("--ram and --vram describe a machine to fit: add --fit")
+        if not ram is vram is context is None:
+            raise BadInput("--ram, --vram and --context describe a machine to fit: add --fit")
         return None
     facts = examine(Path.cwd())
     gpus = sum(int(gpu["bytes"]) for gpu in facts["gpus"])
-    return Machine(int(facts["memory_bytes"]) if ram is None else ram, gpus if vram is None else vram, context)
+    memory = int(facts["memory_bytes"]) if ram is None else ram
+    return Machine(memory, gpus if vram is None else vram, context or _CONTEXT)
 
 
 machine_options = grouped(
@@ -52,7 +56,10 @@ machine_options = grouped(
     click.option("--ram", type=Size(), help="With --fit: a machine with so much RAM instead."),
     click.option("--vram", type=Size(), help="With --fit: a GPU with so much memory instead, 0 for none."),
     click.option(
-        "-c", "--context", default=32768, show_default=True, help="With --fit: tokens whose state must fit too."
+        "-c",
+        "--context",
+        type=click.IntRange(1),
+        help=f"With --fit: tokens whose state must fit too.  [default: {_CONTEXT}]",
     ),
 )
 
@@ -99,12 +106,17 @@ def plan(
     from ..convert.plans.measured import measured_plan
     from ..convert.settings import Goal
     from ..quant.planning.plan_file import write_plan_file
+    from ..runner.settings import Compute
     from ..sources.locate import open_headers, open_source
     from .console import make_progress
     from .report import show_fit, show_plan
 
     if machine and goal != Goal():
         raise BadInput("--fit finds the size by itself: leave out --quant, --size, --bpw, --plan and --like")
+    if machine and file_format != "gguf":
+        raise BadInput(f"--fit plans for llama.cpp, which runs GGUF files: leave out --to {file_format}")
+    if compute != Compute() and not goal.measure:
+        raise BadInput("--memory and --compute-dtype are for measuring: add --measure")
     if output and exists(output) and not overwrite:
         raise OutputExists(output)
     with ExitStack() as stack:

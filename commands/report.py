@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..sources.model import Model
 
 _CONTEXT = 8192  # tokens that a server is told to keep where nobody says how many
+_TEMPLATE = "--jinja"  # llama-server's option to use the file's chat template
 _GPU = ("--n-gpu-layers", 99)  # llama-server's options for all layers on a GPU, but for the experts that others exclude
 
 
@@ -105,7 +106,7 @@ def show_fit(fit: MachinePlan, as_json: bool) -> None:
 
 def _serve(fit: MachinePlan) -> str:
     experts = (*_GPU, "--n-cpu-moe", fit.layers_in_ram) if fit.machine.vram else ()
-    return server_line("MODEL.gguf", fit.machine.context, "--jinja", *experts)
+    return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *experts)
 
 
 def _ranges(layers: list[int]) -> str:
@@ -121,7 +122,7 @@ def _ranges(layers: list[int]) -> str:
 
 def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:
     if as_json:
-        print_json(asdict(result))
+        print_json({**asdict(result), "problems": result.problems})
         return
     value = f"{result.perplexity:.4f} ± {result.error:.4f}"
     print_table(title, [("Perplexity", value), *_scoring_rows(result)])
@@ -129,12 +130,16 @@ def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:
 
 def show_parity(title: str, result: Parity, as_json: bool) -> None:
     if as_json:
-        print_json(asdict(result))
-    else:
-        print_table(title, _parity_rows(result))
+        print_json({**asdict(result), "problems": result.problems})
+        return
+    print_table(title, _parity_rows(result))
+    show_problems(result.problems)
 
 
 def show_conversion(result: Conversion, as_json: bool) -> None:
+    from ..sources.gguf import read_gguf
+    from ..sources.tokenizer_gguf import CHAT_TEMPLATE
+
     if as_json:
         print_json(asdict(result))
         return
@@ -147,7 +152,8 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     file = result.files[0]
     if file.suffix == ".gguf":
         experts = (*_GPU, "--cpu-moe") if shutil.which("nvidia-smi") else ()
-        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *_chat_option(file), *experts)
+        template = (_TEMPLATE,) if CHAT_TEMPLATE in read_gguf(file)[0] else ()
+        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *template, *experts)
     else:
         line = f'moecast run {file.parent} -p "Once upon a time"'
     print(f"Run it with\n\n    {printable(line)}\n")
@@ -175,14 +181,6 @@ def server_line(model: str | Path, context: int, *options: object) -> str:
     return " ".join(map(str, ("llama-server", "-m", model, "-c", context, *options)))
 
 
-def _chat_option(file: Path) -> tuple[str, ...]:
-    """What lets llama.cpp use the chat template of a file, if there is one."""
-    from ..sources.gguf import read_gguf
-    from ..sources.tokenizer_gguf import CHAT_TEMPLATE
-
-    return ("--jinja",) if CHAT_TEMPLATE in read_gguf(file)[0] else ()
-
-
 def _parity_rows(result: Parity) -> list[tuple[str, str]]:
     return [
         ("Perplexity, source", f"{result.perplexity_reference:.4f}"),
@@ -190,6 +188,7 @@ def _parity_rows(result: Parity) -> list[tuple[str, str]]:
         ("Mean KL divergence", f"{result.mean_kld:.6f} ± {result.mean_kld_error:.6f}"),
         ("KL divergence, 99.9 %", f"{result.kld_999:.6f}"),
         ("Same top token", f"{result.top1_agreement:.2%}"),
+        ("Token ids that differ", "not checked" if result.tokenization is None else str(result.tokenization)),
         ("Δp of the right token", f"{result.mean_delta_p:+.3%} mean, {result.rms_delta_p:.3%} RMS"),
         *_scoring_rows(result),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
@@ -22,6 +23,8 @@ from ..runner.weights import CachedWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import pieces
 from .writer import Writer
+
+_LARGEST_F16 = torch.finfo(torch.float16).max
 
 
 class MeasuredImportance:
@@ -116,12 +119,30 @@ class Encoder:
             values = self.source.load(weight, expert, rows).view(-1, weight.columns)
             if type_name == "I32":
                 return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
+            self._check_range(weight, type_name, values)
             return quantize_weight(values, weight, expert, type_name, self._importance, self._threads)
         except BadInput as error:
             stored = first_tensor(weight.source.of_expert(expert))
             raise BadInput(
                 f"{stored.name} in {stored.file}: {error}; the checkpoint is damaged, fetch it again"
             ) from None
+
+    def _check_range(self, weight: Weight, type_name: str, values: Tensor) -> None:
+        """F16 ends where BF16 and F32 go on."""
+        largest = float(values.abs().max()) if type_name == "F16" else 0.0
+        if math.isfinite(largest) and largest > _LARGEST_F16:
+            line = f"{weight.name} holds {largest:.3g}, and F16 ends at {_LARGEST_F16:.0f}: clamped; BF16 would hold it"
+            self._writer.problems.append(line)
+
+
+def missing_entries(matrix: ImportanceMatrix, plan: Plan) -> tuple[str, ...]:
+    """A line where an importance matrix lacks what it is for: the experts of a plan that are quantized."""
+    experts = [t.weight.name for t in plan.tensors if t.weight.experts is not None and t.type.block_size > 1]
+    missing = [name for name in experts if name not in matrix.means]
+    if not missing:
+        return ()
+    count = f"{len(missing)} of {len(experts)} weights of experts, {missing[0]} for one"
+    return (f"{matrix.file} has nothing on {count}: all their inputs count alike",)
 
 
 class QuantizingWeights(CachedWeights):

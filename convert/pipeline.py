@@ -8,21 +8,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..archs.pretokenizers import find_pre_tokenizer
 from ..errors import BadInput
 from ..progress import NoProgress, Progress
 from ..quant.planning.onnx_plan import OnnxPlan
 from ..quant.planning.plan import Form, Plan, plan_tensors
 from ..runner.measure.evaluate import Parity
+from ..runner.measure.tokenization import Tokenization, compare_tokenizers
 from ..runner.memory import QUANTIZING, RUNNING, workspace
 from ..runner.settings import Compute, Evaluation, dtype_name
+from ..runner.texts import evaluated_text
 from ..sources.hub.access import HubAccess
 from ..sources.imatrix import read_imatrix
 from ..sources.locate import Source, open_source
 from ..sources.model import Model
+from ..sources.tokenizer_gguf import read_tokenizer_metadata
 from .conversion import Conversion
-from .encode import MeasuredImportance
+from .encode import MeasuredImportance, missing_entries
 from .gguf.imatrix import ImatrixWriter
 from .gguf.metadata import gguf_metadata, source_metadata
+from .gguf.tokenizer import tokenizer_problems
 from .gguf.writer import GGUFWriter
 from .onepass import PassInputs, run_pass
 from .onnx.export import open_onnx_writer
@@ -83,17 +88,47 @@ def convert(
         metadata = _metadata(opened, plan, output, progress)
         inputs = _inputs(model, calibration, evaluation)
         work = _Work(model, plan, path, output, metadata, calibration, inputs, compute)
-        files, parity = _carry_out(work, _identity(work, evaluation), bool(form.mtp), progress)
+        files, parity, problems = _carry_out(work, _identity(work, evaluation), bool(form.mtp), progress)
+        if parity and evaluation:
+            parity = replace(parity, tokenization=_tokenization(work, evaluation))
     made = Conversion.of(files, plan, started, parity)
-    rounded = parity is not None and output.rounded_activations == "int8"
-    return replace(made, problems=(*made.problems, _ROUNDED_ACTIVATIONS)) if rounded else made
+    return replace(made, problems=(*made.problems, *problems, *_problems(work, parity)))
+
+
+def _tokenization(work: _Work, evaluation: Evaluation) -> Tokenization | None:
+    """How the file's tokenizer does on the evaluation text; an ONNX folder has the source's own."""
+    candidate = reference = work.model.tokenizer
+    if work.output.file_format == "gguf":
+        if find_pre_tokenizer(work.metadata["tokenizer.ggml.pre"]) is None:
+            return None
+        candidate = read_tokenizer_metadata(work.metadata)
+    return compare_tokenizers(reference, candidate, evaluated_text(Path(evaluation.text)))
+
+
+def _problems(work: _Work, parity: Parity | None) -> list[str]:
+    """What the result does not do as its source does, apart from what its plan says."""
+    graph, inputs, calibration = work.model.graph, work.inputs, work.calibration
+    problems = [] if parity is None else [*parity.problems]
+    if inputs.tokens and inputs.context > graph.context_length:
+        problems.append(f"--context {inputs.context} is beyond the {graph.context_length} tokens the model is made for")
+    if calibration.imatrix:
+        problems += missing_entries(read_imatrix(Path(calibration.imatrix)), work.plan)
+    if work.output.file_format == "gguf":
+        problems += tokenizer_problems(work.model.tokenizer, work.metadata)
+    elif parity is not None and work.output.rounded_activations == "int8":
+        problems.append(_ROUNDED_ACTIVATIONS)
+    return problems
 
 
 def _open(source: str | Path | Model, access: HubAccess, goal: Goal, progress: Progress) -> Source:
     # Measuring reads the model more than once, so it has to be here as a whole.
+    if access.scratch is not None and measures(goal):
+        raise BadInput("--scratch drops shards, and --size and --bpw measure all of them first: leave it out")
     opened = open_source(source, access, access.keep_source or measures(goal), progress)
     if opened.model.metadata:
         raise BadInput(f"{opened.model.path} is a GGUF file, expected a checkpoint folder")
+    if access.scratch is not None and opened.checkpoint is None:
+        raise BadInput(f"--scratch limits what is fetched, and all of {opened.model.path} is here: leave it out")
     return opened
 
 
@@ -146,8 +181,8 @@ def _identity(work: _Work, evaluation: Evaluation | None) -> dict[str, str]:
 
 def _carry_out(
     work: _Work, identity: dict[str, str], draft: bool, progress: Progress
-) -> tuple[list[Path], Parity | None]:
-    """Write the files, the first of which is the model, and compare them with their source."""
+) -> tuple[list[Path], Parity | None, list[str]]:
+    """Write the files, the first of which is the model, and compare them with their source; say what was lost."""
     model, plan, inputs, memory = work.model, work.plan, work.inputs, work.compute.memory
     copies = RUNNING if inputs.evaluation is None else QUANTIZING
     folder, feedback = work.path.parent, inputs.error_feedback
@@ -162,7 +197,7 @@ def _carry_out(
         files = [*writer.paths]
         if draft and model.graph.draft:
             files.append(_write_draft(work, journal, progress))
-    return files, parity
+    return files, parity, writer.problems
 
 
 def _imatrix_writer(work: _Work) -> ImatrixWriter | None:

@@ -15,7 +15,7 @@ from ..runner.settings import Compute
 from ..sources.imatrix import ImportanceMatrix, read_imatrix
 from ..sources.model import Model, open_model
 from .conversion import Conversion
-from .encode import MeasuredImportance
+from .encode import MeasuredImportance, missing_entries
 from .gguf.metadata import QUANTIZATION_VERSION
 from .gguf.writer import GGUFWriter
 from .onepass import PassInputs, run_pass
@@ -76,7 +76,9 @@ def requantize(
     ):
         inputs = PassInputs(importance=MeasuredImportance(importance) if importance else None)
         run_pass(model, plan, writer, inputs, compute, progress=progress)
-    return Conversion.of(writer.paths, plan, started)
+    made = Conversion.of(writer.paths, plan, started)
+    missing = missing_entries(importance, plan) if importance else ()
+    return replace(made, problems=(*made.problems, *writer.problems, *missing))
 
 
 def plan_requantized(

@@ -50,6 +50,8 @@ class Goal:
             "--plan": self.plan,
             "--like": self.like,
         }
+        if self.recipe == "":
+            raise BadInput("--quant is empty, expected a recipe: `moecast recipes` lists them")
         named = [option for option, value in given.items() if value is not None]
         if len(named) > 1:
             raise BadInput(f"{' and '.join(named)} exclude each other: give one")

@@ -44,6 +44,8 @@ class Writer(ABC):
         self._journal = journal
         self._pieces = {key[1:] for key in journal.done(name)} if journal else set()
         self._descriptors: dict[str, int] = {}
+        self.problems: list[str] = []
+        """What this run could not write as it was, a line each."""
 
     def has(self, name: str, first_row: int) -> bool:
         """Whether the piece of a tensor that begins with this row is written, by this run or an earlier one."""

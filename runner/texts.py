@@ -21,7 +21,7 @@ def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | N
     """The text as int64 [chunks, context]. Raises BadInput when it is too short or the context too small."""
     if context < 4:
         raise BadInput(f"--context is {context}, expected at least 4 tokens")
-    ids = tokenizer.encode(read_text(file).removesuffix("\n"))
+    ids = tokenizer.encode(evaluated_text(file))
     if len(ids) < 2 * context:
         raise BadInput(
             f"{file} holds {len(ids)} tokens, expected at least {2 * context}: use more text or less --context"
@@ -30,6 +30,11 @@ def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | N
     if count < 1:
         raise BadInput(f"--chunks is {chunks}, expected at least 1")
     return torch.tensor(ids[: count * context], dtype=torch.int64).view(count, context)
+
+
+def evaluated_text(file: Path) -> str:
+    """What models read of a text file, without the newline at its end. Raises BadInput for one that is no UTF-8."""
+    return read_text(file).removesuffix("\n")
 
 
 def with_bos(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:

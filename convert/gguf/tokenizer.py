@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import replace
 from typing import Any
 
 import tokenizers
 
-from ...archs.pretokenizers import choose_pre, pre_tokenizer_steps
+from ...archs.pretokenizers import (
+    PRE_TOKENIZERS,
+    check_known,
+    find_pre_tokenizer,
+    pre_tokenizer_steps,
+    spelled_alike,
+)
 from ...errors import BadInput
 from ...progress import Progress
+from ...runner.measure.tokenization import PROBE, compare_texts, probes_of
 from ...sources.chat_templates import DEFAULT
 from ...sources.control_tokens import END_OF_GENERATION_TEXTS
 from ...sources.tokenizer import Tokenizer
@@ -27,43 +33,9 @@ from ...sources.tokenizer_gguf import (
     read_tokenizer_metadata,
 )
 
-PROBE = {
-    "English": "It's the cat's; we'll say I'm THERE, you've gone, they'RE late, he'd DON'T 'twas rock'n'roll.",
-    "digits": "7 42 365 1234 56789 1000000 3.14159 1,234,567.89 0x7fFf 10⁻³ ½ Ⅷ ١٢٣ २०२४",
-    "spaces": "a  b   c    d\te\t\tf \t g\u00a0h\u3000i      \n   j   ",
-    "newlines": "one\ntwo\n\nthree\r\nfour\n \n\n  five\n\n\n\n\tsix\n",
-    "code": "def f(x):\n    return x**2  # ok\n\n}\n// next\nif (a[i]!=b->c && !d){ HTTPServer.getURL('/x') }\n",
-    "punctuation": '!!! ... ?! -- === <<>> #### $$ %^&*() [x](y) {"k": null} “quoted” — ‘so’ … @user_name ~/a\\b',
-    "Latin": "Über naïve façade São Ærø Łódź Çağrı ÉCOLE encyclopædia ßtraße aßB McDonald iPhone",
-    "combining marks": "e\u0301cole n\u0303 A\u030angstro\u0308m",
-    "Cyrillic and Greek": "Привет, МИР! ПриветМир Київ Ελληνικά ΑΒΓαβγ ὀξύς",
-    "Chinese": "你好，世界。2024年我们在北京买了3个苹果apple！",
-    "Japanese": "こんにちは世界、カタカナ・テスト123です。",
-    "Korean": "안녕하세요 세계! 한국어 테스트 3번",
-    "Arabic and Hebrew": "مرحبا بالعالم، السَّلامُ ١٢٣ שלום עולם בְּרֵאשִׁית",
-    "Hindi": "नमस्ते दुनिया, यह हिन्दी में एक वाक्य है।",
-    "Thai": "สวัสดีชาวโลก นี่คือภาษาไทย",
-    "emoji": "🙂🚀 👩‍👩‍👧‍👦 ✅❤️ 🇩🇪 👍🏽!",
-}
-"""Texts by what they try; between them the ways in which splitters differ."""
-
-_SHOWN_IDS = 8
-
-
-@dataclass(frozen=True)
-class SelfCheck:
-    """What differs between the source tokenizer and the file: one line each, None when nothing does.
-
-    `error`: even split as the source splits, the file's vocabulary gives other ids; such a file must not be written.
-    `warning`: the vocabulary is right, but llama.cpp will split some text in another way than the source.
-    """
-
-    error: str | None
-    warning: str | None
-
 
 def tokenizer_metadata(
-    tokenizer: Tokenizer, vocabulary_size: int, pre: str | None, architecture_pre: str | None, progress: Progress
+    tokenizer: Tokenizer, vocabulary_size: int, pre: str | None, architecture_pre: str, progress: Progress
 ) -> dict[str, Any]:
     """Every `tokenizer.*` key for a file, checked.
 
@@ -71,23 +43,57 @@ def tokenizer_metadata(
         tokenizer: the source's tokenizer, byte-level BPE.
         vocabulary_size: rows of the embedding, the length of the token list.
         pre: llama.cpp's name of the text splitter where the user insists on one.
-        architecture_pre: the name that the architecture gives.
-        progress: receives what llama.cpp will do differently, as notes.
+        architecture_pre: the name that the architecture gives; another is taken where only that splits as the
+            tokenizer does.
+        progress: receives a note where it is not the architecture's.
 
-    Raises BadInput when the tokenizer cannot be written to GGUF, or when the keys do not reproduce its ids.
+    Raises BadInput when the tokenizer cannot be written to GGUF, when the keys do not reproduce its ids, and when
+    llama.cpp has no splitter that gives them.
     """
+    if pre:
+        check_known(pre)
     try:
-        name, contradiction = choose_pre(pre, architecture_pre, json.loads(tokenizer.backend.to_str()))
-        metadata = vocabulary_metadata(tokenizer, vocabulary_size, name)
-        check = self_check(tokenizer, metadata)
-        if check.error:
-            raise BadInput(check.error)
+        metadata = vocabulary_metadata(tokenizer, vocabulary_size, pre or architecture_pre)
+        if difference := vocabulary_error(tokenizer, metadata):
+            raise BadInput(difference)
+        name = pre or _choose_splitter(tokenizer, metadata, architecture_pre)
     except BadInput as error:
         raise BadInput(f"{tokenizer.origin}: {error}") from None
-    for line in (contradiction, check.warning, *tokenizer.losses, *_losses(tokenizer, metadata)):
-        if line:
-            progress.note(line)
-    return metadata
+    if not pre and name != architecture_pre:
+        progress.note(f"tokenizer.json splits text as llama.cpp's '{name}' does, not as '{architecture_pre}'")
+    return metadata | {"tokenizer.ggml.pre": name}
+
+
+def _choose_splitter(tokenizer: Tokenizer, metadata: Mapping[str, Any], usual: str) -> str:
+    """The name of the splitter whose ids are nearest to the tokenizer's, the usual one where it is as near as any.
+
+    Rows that spell the splitter as tokenizer.json does are its own, whatever llama.cpp's engine makes of them; where
+    there is none, another row has to give every id of the probe texts.
+    """
+    own = spelled_alike(json.loads(tokenizer.backend.to_str()))
+    usual_row = find_pre_tokenizer(usual)
+    names = [usual if row is usual_row else row.names[0] for row in own or PRE_TOKENIZERS]
+    names.sort(key=lambda name: name != usual)
+    if len(names) == 1:
+        return names[0]
+    differing = {name: _share_of_tokens(tokenizer, {**metadata, "tokenizer.ggml.pre": name}) for name in names}
+    best = min(names, key=differing.__getitem__)
+    if differing[best] and not own:
+        raise BadInput(
+            f"tokenizer.json splits text as no splitter of llama.cpp does: '{best}' is the nearest and gives "
+            f"{differing[best]:.1%} of the tokens of the probe texts other ids; accept one with --pre"
+        )
+    return best
+
+
+def _share_of_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> float:
+    return compare_texts(tokenizer, read_tokenizer_metadata(metadata), PROBE).tokens
+
+
+def tokenizer_problems(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a file with these keys, which `tokenizer_metadata` gave, will not do as its source does: a line each."""
+    splitting = _splitting_problem(tokenizer, metadata)
+    return (*([splitting] if splitting else []), *tokenizer.losses, *_losses(tokenizer, metadata))
 
 
 def _losses(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> list[str]:
@@ -144,48 +150,28 @@ def _unknown_ends(tokenizer: Tokenizer, tokens: Sequence[str]) -> list[int]:
     return [id for id in further if tokens[id] not in END_OF_GENERATION_TEXTS]
 
 
-def self_check(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> SelfCheck:
-    """Compare the ids of the probe texts from the source tokenizer, from the metadata split as the source splits, and
-    from the metadata split as llama.cpp splits."""
-    pre = metadata["tokenizer.ggml.pre"]
+def vocabulary_error(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> str | None:
+    """Where the metadata gives other ids than the tokenizer even when text is split as that splits it; such a file
+    must not be written."""
     source_model = tokenizer.backend.model
     assert isinstance(source_model, tokenizers.models.BPE)
     same_split = build_backend(metadata, tokenizer.backend.pre_tokenizer, source_model.ignore_merges)
     same_split.normalizer = tokenizer.backend.normalizer
-    error = _difference(tokenizer.backend, same_split, PROBE)
-    if error:
-        return SelfCheck(f"the GGUF tokenizer would give other ids than tokenizer.json: {error}", None)
-    try:
-        engine = read_tokenizer_metadata(metadata).backend
-    except BadInput as unknown:
-        return SelfCheck(None, f"the split of llama.cpp's '{pre}' cannot be checked: {unknown}")
-    added = tokenizer.backend.get_added_tokens_decoder().values()
-    marks = {f"token {token.content}": f"a {token.content} b{token.content}c" for token in added if not token.special}
-    warning = _difference(tokenizer.backend, engine, PROBE | marks)
-    line = f"llama.cpp's '{pre}' will split some text in another way than tokenizer.json: {warning}"
-    return SelfCheck(None, line if warning else None)
+    found = compare_texts(tokenizer, replace(tokenizer, backend=same_split), PROBE)
+    return f"the GGUF tokenizer would give other ids than tokenizer.json: {found.first}" if found.first else None
 
 
-def _difference(source: tokenizers.Tokenizer, other: tokenizers.Tokenizer, probe: Mapping[str, str]) -> str | None:
-    """Which probe texts differ, and the first place where the first one does."""
-    source.encode_special_tokens = other.encode_special_tokens = True
-    different, first = [], ""
-    for name, text in probe.items():
-        expected = source.encode(text, add_special_tokens=False)
-        found = other.encode(text, add_special_tokens=False).ids
-        if expected.ids != found:
-            different.append(name)
-            first = first or _place(text, expected.ids, expected.offsets, found)
-    if not different:
+def _splitting_problem(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> str | None:
+    """What llama.cpp will split in another way than the source."""
+    pre = metadata["tokenizer.ggml.pre"]
+    if find_pre_tokenizer(pre) is None:
+        return f"what llama.cpp's '{pre}' does to a text cannot be checked: moecast has no such splitter"
+    found = compare_texts(tokenizer, read_tokenizer_metadata(metadata), probes_of(tokenizer))
+    if found.first is None:
         return None
-    return f"{', '.join(different)} ({len(different)} of {len(probe)} probe texts), first {first}"
-
-
-def _place(text: str, expected: Sequence[int], offsets: Sequence[tuple[int, int]], found: Sequence[int]) -> str:
-    index = next(i for i, (left, right) in enumerate(zip_longest(expected, found)) if left != right)
-    position = offsets[index][0] if index < len(offsets) else len(text)
-    part = slice(index, index + _SHOWN_IDS)
-    return f"at character {position} {text[position : position + 16]!r}: {expected[part]} there, {found[part]} here"
+    own = [row.names[0] for row in spelled_alike(json.loads(tokenizer.backend.to_str())) if pre not in row.names]
+    remedy = f" ('{own[0]}' would be its own)" if own else ""
+    return f"llama.cpp's '{pre}'{remedy} will split some text in another way than tokenizer.json: {found.first}"
 
 
 def _require_byte_level(source: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from ...quant.planning.padding import pad
 from ...quant.planning.plan import Form, Plan, plan_tensors
 from ...quant.planning.plan_file import StoredTypes, plan_like, read_plan_file
 from ...quant.planning.recipes import recipe_named
+from ...runner.texts import CALIBRATION_TEXT
 from ...sources.gguf import read_gguf
 from ...sources.model import Model
 from ..gguf.metadata import gguf_metadata
@@ -45,6 +46,8 @@ def plan_for(
     what is typical of each role. Raises BadInput for a budget that is too small, a recipe that is unknown, a file that
     does not belong to this model, and what the file format cannot hold.
     """
+    if calibration.imatrix and calibration.text not in (None, CALIBRATION_TEXT) and not measures(goal):
+        raise BadInput("--calibration and --imatrix exclude each other unless a budget is measured: give one")
     if goal.is_recipe:
         return plan_format(file_format, model.graph, goal.recipe, form, calibration.weighs)
     if file_format != "gguf":
@@ -201,7 +204,10 @@ def fit_machine(graph: Graph, machine: Machine, form: Form = Form()) -> MachineP
         assert refusal
         raise refusal
     best = min(found, key=lambda fit: sum(damage.of(t.weight, t.type) for t in fit.plan.tensors))
-    return replace(best, plan=replace(best.plan, notes=_notes(graph, best.plan, damage)))
+    notes = _notes(graph, best.plan, damage)
+    if machine.context > graph.context_length:
+        notes += (f"--context {machine.context} is beyond the {graph.context_length} tokens the model is made for",)
+    return replace(best, plan=replace(best.plan, notes=notes))
 
 
 def variants(graph: Graph, form: Form = Form()) -> list[Graph]:

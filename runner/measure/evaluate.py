@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -18,10 +18,13 @@ from ..activations import Activations
 from ..engines import OnnxModel, open_runnable
 from ..settings import Compute, Evaluation, dtype_name
 from ..stream import Stream, advance, word_logits
-from ..texts import with_bos
+from ..texts import evaluated_text, with_bos
 from ..weights import ModelWeights
 from .logits import compare, logit_source, score
 from .scores import Divergence, Scores
+from .tokenization import Tokenization, compare_tokenizers
+
+_LARGEST_EXPONENT = 700.0  # of a float64; what a broken model gives may be beyond
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Perplexity:
     context: int
     chunks: int
     compute_dtype: str
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return () if math.isfinite(self.perplexity) else ("the perplexity is not a finite number: the model is broken",)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Parity:
         layer_errors: after each layer, |candidate - reference| / |reference| of the hidden states.
         tokens: number of scored positions.
         compute_dtype: what the products of both were computed in, "float32" or "bfloat16".
+        tokenization: what the candidate's tokenizer gives other ids; None where moecast cannot run it. All other
+            figures are of the reference's tokens, in both models.
     """
 
     perplexity_reference: float
@@ -64,10 +73,23 @@ class Parity:
     context: int
     chunks: int
     compute_dtype: str
+    tokenization: Tokenization | None = None
 
     @property
     def perplexity_ratio(self) -> float:
         return self.perplexity_candidate / self.perplexity_reference
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether both models gave numbers; where one did not, nothing was compared."""
+        return all(map(math.isfinite, (self.perplexity_reference, self.perplexity_candidate, self.mean_kld)))
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        problems = [] if self.is_finite else ["the comparison is not a finite number: one of the models is broken"]
+        if self.tokenization and self.tokenization.first:
+            problems.append(f"token ids differ on {self.tokenization}: {self.tokenization.first}")
+        return tuple(problems)
 
 
 def perplexity(
@@ -122,7 +144,7 @@ def parity(
     """
     reference, candidate, progress = _opened(reference), _opened(candidate), progress or NoProgress()
     tokens = evaluation.tokens(reference.tokenizer)
-    _check_same_vocabulary(reference, candidate, tokens, evaluation, progress)
+    _check_same_vocabulary(reference, candidate, tokens)
     inputs = [with_bos(tokens, model.tokenizer) for model in (reference, candidate)]
     layer_errors: tuple[float, ...] = ()
     if isinstance(reference, Model) and isinstance(candidate, Model):
@@ -140,7 +162,9 @@ def parity(
             for model, text in zip((reference, candidate), inputs, strict=True)
         )
         compare(first, second, divergence, len(tokens), progress)
-    return summarize(divergence, layer_errors, evaluation.context, len(tokens), compute.dtype)
+    found = summarize(divergence, layer_errors, evaluation.context, len(tokens), compute.dtype)
+    tokenization = compare_tokenizers(reference.tokenizer, candidate.tokenizer, evaluated_text(Path(evaluation.text)))
+    return replace(found, tokenization=tokenization)
 
 
 def _opened(model: Model | OnnxModel | str | Path) -> Model | OnnxModel:
@@ -162,14 +186,8 @@ def _chunks(scored: Tensor, chunks: int) -> list[slice]:
     return [slice(chunk * size, (chunk + 1) * size) for chunk in range(chunks)]
 
 
-def _check_same_vocabulary(
-    reference: Model | OnnxModel,
-    candidate: Model | OnnxModel,
-    tokens: Tensor,
-    evaluation: Evaluation,
-    progress: Progress,
-) -> None:
-    """The ids must mean the same text to both; that the candidate would have split it otherwise is worth a line."""
+def _check_same_vocabulary(reference: Model | OnnxModel, candidate: Model | OnnxModel, tokens: Tensor) -> None:
+    """The ids must mean the same text to both."""
     sizes = [model.vocabulary_size for model in (reference, candidate)]
     ids = tokens.flatten().tolist()
     if sizes[0] != sizes[1] or reference.tokenizer.decode(ids) != candidate.tokenizer.decode(ids):
@@ -177,9 +195,6 @@ def _check_same_vocabulary(
             f"{candidate.path} has another vocabulary ({sizes[1]} tokens) than {reference.path} ({sizes[0]}): "
             "only models of one vocabulary can be compared"
         )
-    if not torch.equal(tokens, evaluation.tokens(candidate.tokenizer)):
-        name = Path(evaluation.text).name
-        progress.note(f"{candidate.path.name} would split {name} otherwise; both get the reference's tokens")
 
 
 def _advance_together(reference: Stream, candidate: Stream, progress: Progress) -> tuple[float, ...]:
@@ -233,7 +248,8 @@ def compare_heads(reference: Stream, candidates: Sequence[Stream], expected: Ten
 def _perplexity_of(scores: Scores) -> tuple[float, float]:
     """Perplexity and its standard error, which follows from that of the mean log-likelihood."""
     losses = -scores.log_probability
-    value = math.exp(losses.mean())
+    mean = float(losses.mean())
+    value = math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf
     return value, value * _standard_error(losses)
 
 

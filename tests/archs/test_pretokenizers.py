@@ -14,9 +14,9 @@ import vocabularies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama import Engine
-from moecast.archs.pretokenizers import PRE_TOKENIZERS, PreTokenizer, choose_pre, recognize
-from moecast.convert.gguf.tokenizer import PROBE
+from moecast.archs.pretokenizers import OTHER_NAMES, PRE_TOKENIZERS, PreTokenizer, check_known, spelled_alike
 from moecast.errors import BadInput
+from moecast.runner.measure.tokenization import PROBE
 from moecast.sources.tokenizer import Tokenizer
 from moecast.sources.tokenizer_gguf import read_tokenizer_metadata
 from tokenizers import Regex, pre_tokenizers
@@ -136,9 +136,7 @@ DEEPSEEK = (
     ],
 )
 def test_recognizes_published_splitters(tokenizer_json: dict[str, Any], name: str) -> None:
-    row = recognize(tokenizer_json)
-    assert row is not None and row.names[0] == name
-    assert choose_pre(None, None, tokenizer_json) == (name, None)
+    assert name in [row.names[0] for row in spelled_alike(tokenizer_json)]
 
 
 @pytest.mark.parametrize(
@@ -150,29 +148,31 @@ def test_recognizes_published_splitters(tokenizer_json: dict[str, Any], name: st
     ],
 )
 def test_other_splitters_are_not_mistaken(steps: tuple[dict[str, Any], ...]) -> None:
-    tokenizer_json = _json(*steps)
-    assert recognize(tokenizer_json) is None
-    with pytest.raises(BadInput, match=r"name the pre-tokenizer explicitly \(one of gpt-4o, "):
-        choose_pre(None, None, tokenizer_json)
+    assert spelled_alike(_json(*steps)) == []
 
 
-def test_choice_explicit_then_architecture_then_splitter() -> None:
-    tekken = _json(_split(TEKKEN), BYTE_LEVEL, ignore_merges=True)
-    assert choose_pre(None, "pixtral", tekken) == ("pixtral", None)
-    assert choose_pre("tekken", "pixtral", tekken) == ("tekken", None)
-    name, warning = choose_pre("qwen2", "pixtral", tekken)
-    assert name == "qwen2"
-    assert warning == (
-        "tokenizer.json splits text as llama.cpp's 'tekken' does, but the file will say 'qwen2': token ids may differ"
-    )
-    name, warning = choose_pre(None, "minimax-m2", _json(_split("x+"), BYTE_LEVEL))
-    assert name == "minimax-m2" and warning is not None and "in a way of its own" in warning
-    name, warning = choose_pre("kimi-k2", "pixtral", tekken)
-    assert name == "kimi-k2" and warning is not None and "cannot be checked" in warning
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_llama_knows_names_outside_the_table(name: str, tmp_path: Path) -> None:
+    check_known(name)
+    file = vocabularies.write_vocabulary(tmp_path / "pairs.gguf", vocabularies.every_pair(name, set("ab")))
+    with Engine(file, vocab_only=True) as engine:
+        assert engine.vocabulary == len("ab") ** 2 + len(vocabularies.BYTES) + 2
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [("gpt2", "gpt-2"), ("gpt4o", "gpt-4o"), ("llama-bp", "llama-bpe"), ("deepseekv3", "deepseek-v3"), ("x", "gpt-4o")],
+)
+def test_names_that_llama_refuses(name: str, close: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"--pre is '{name}', which llama.cpp does not know: did you mean .*{close}"):
+        check_known(name)
+    file = vocabularies.write_vocabulary(tmp_path / "pairs.gguf", vocabularies.every_pair(name, set("ab")))
+    with pytest.raises(RuntimeError, match="unknown pre-tokenizer type"):
+        Engine(file, vocab_only=True)
 
 
 def test_trained_tokenizers_keep_their_name() -> None:
     for row in PRE_TOKENIZERS:
         for source in row.sources:
             trained = vocabularies.train(source, size=260, ignore_merges=row.ignore_merges)
-            assert source in recognize(json.loads(trained.to_str())).sources  # type: ignore[union-attr]
+            assert row in spelled_alike(json.loads(trained.to_str()))

@@ -15,9 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama import Engine
 from moecast.archs.pretokenizers import PRE_TOKENIZERS, find_pre_tokenizer
-from moecast.convert.gguf.tokenizer import PROBE, SelfCheck, self_check, tokenizer_metadata, vocabulary_metadata
+from moecast.convert.gguf.tokenizer import (
+    tokenizer_metadata,
+    tokenizer_problems,
+    vocabulary_error,
+    vocabulary_metadata,
+)
 from moecast.errors import BadInput
 from moecast.progress import NoProgress
+from moecast.runner.measure.tokenization import PROBE, compare_tokenizers
 from moecast.sources.tokenizer import Tokenizer
 from moecast.sources.tokenizer_folder import read_tokenizer_folder
 from moecast.sources.tokenizer_gguf import read_tokenizer_metadata
@@ -150,62 +156,110 @@ def test_splits_that_llama_does_not_know_are_reported(tmp_path: Path) -> None:
     hindi = ["यह हिन्दी में एक वाक्य है। नमस्ते दुनिया\n"]
     source = minimax(tmp_path, lines=[*vocabularies.LINES, *hindi * 3], size=600)
     source = replace(source, eos=source.bos, end_of_generation=frozenset())
-    notes = Notes()
-    metadata = tokenizer_metadata(source, source.vocabulary_size, None, "minimax-m2", notes)
-    [line] = notes.lines
+    metadata = tokenizer_metadata(source, source.vocabulary_size, None, "minimax-m2", NoProgress())
+    [line] = tokenizer_problems(source, metadata)
     assert line.startswith(
         "llama.cpp's 'minimax-m2' will split some text in another way than tokenizer.json: "
-        "Hindi (1 of 18 probe texts), first at character "
+        "Hindi (1 of 18 texts), first at character "
     )
     with Engine(vocabularies.write_vocabulary(tmp_path / "v.gguf", metadata), vocab_only=True) as engine:
         ids = engine.tokenize(PROBE["Hindi"], add_special=True)
     assert read_tokenizer_metadata(metadata).encode(PROBE["Hindi"]) == ids != source.encode(PROBE["Hindi"])
 
 
-def test_a_contradicting_name_is_reported_twice(tmp_path: Path) -> None:
-    source = trained("qwen2", tmp_path, lines=["123 4567 89\n" * 3])
-    notes = Notes()
-    metadata = tokenizer_metadata(replace(source, eos=0), source.vocabulary_size, "deepseek-v3", "qwen2", notes)
+NUMBERS = ["123 4567 89 2024 1000000\n" * 3]
+
+
+def test_a_contradicting_name_is_reported_with_the_right_one(tmp_path: Path) -> None:
+    source = replace(trained("gpt-2", tmp_path, lines=NUMBERS), eos=0)
+    metadata = tokenizer_metadata(source, source.vocabulary_size, "deepseek-v3", "gpt-2", NoProgress())
     assert metadata["tokenizer.ggml.pre"] == "deepseek-v3"
-    assert "as llama.cpp's 'qwen2' does, but the file will say 'deepseek-v3'" in notes.lines[0]
+    [line] = tokenizer_problems(source, metadata)
+    assert line.startswith("llama.cpp's 'deepseek-v3' ('gpt-2' would be its own) will split some text in another way")
+
+
+@pytest.mark.parametrize("own", ["gpt-2", "qwen2", "deepseek-v3", "llama-bpe"])
+def test_the_splitter_of_the_tokenizer_wins_over_the_usual_one(own: str, tmp_path: Path) -> None:
+    source = replace(trained(own, tmp_path, lines=[*vocabularies.LINES, *NUMBERS]), eos=0)
+    notes = Notes()
+    metadata = tokenizer_metadata(source, source.vocabulary_size, None, "minimax-m2", notes)
+    assert metadata["tokenizer.ggml.pre"] == own and tokenizer_problems(source, metadata) == ()
+    assert notes.lines == [f"tokenizer.json splits text as llama.cpp's '{own}' does, not as 'minimax-m2'"]
+    with Engine(vocabularies.write_vocabulary(tmp_path / "v.gguf", metadata), vocab_only=True) as engine:
+        assert engine.tokenize(NUMBERS[0], add_special=True) == source.encode(NUMBERS[0])
+
+
+def respelled(folder: Path, *expressions: str, lines: list[str]) -> Tokenizer:
+    backend = vocabularies.train(expressions, lines=lines, added=ADDED)
+    return read_tokenizer_folder(vocabularies.save(backend, folder, **FILES))
+
+
+def test_a_splitter_spelled_otherwise_is_found_by_what_it_does(tmp_path: Path) -> None:
+    row = find_pre_tokenizer("gpt-2")
+    assert row is not None
+    [spelling] = row.sources[0]
+    source = respelled(tmp_path, spelling.replace(r"\p{N}+|", r"[\p{N}]+|"), lines=[*vocabularies.LINES, *NUMBERS])
+    metadata = tokenizer_metadata(source, source.vocabulary_size, None, "deepseek-v3", NoProgress())
+    assert metadata["tokenizer.ggml.pre"] == "gpt-2" and tokenizer_problems(source, metadata) == ()
+
+
+def test_a_splitter_that_llama_lacks_is_refused_without_pre(tmp_path: Path) -> None:
+    source = respelled(tmp_path, r"\p{N}{1,2}", r"\s+|\S+", lines=[*vocabularies.LINES, *NUMBERS])
+    with pytest.raises(BadInput, match=r"as no splitter of llama.cpp does: .* is the nearest .* with --pre"):
+        tokenizer_metadata(source, source.vocabulary_size, None, "minimax-m2", NoProgress())
+    metadata = tokenizer_metadata(source, source.vocabulary_size, "gpt-2", "minimax-m2", NoProgress())
+    assert len(tokenizer_problems(source, metadata)) == 1
+
+
+def test_shares_of_tokens_that_differ(tmp_path: Path) -> None:
+    """By hand: of 'aa 12 aa', the middle one of three tokens becomes two."""
+    vocabulary = {"a": 0, "1": 1, "2": 2, "Ġ": 3, "aa": 4, "Ġaa": 5, "12": 6, "Ġ1": 7, "Ġ12": 8}
+    merges = [("a", "a"), ("Ġ", "aa"), ("Ġ", "1"), ("Ġ1", "2")]
+    reference, candidate = (
+        Tokenizer(backend, 9, None, None, None, None, False, frozenset(), {})
+        for backend in (Backend(models.BPE(vocabulary, merges)), Backend(models.BPE(vocabulary, merges[:3])))
+    )
+    for tokenizer in (reference, candidate):
+        tokenizer.backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found = compare_tokenizers(reference, candidate, "aa 12 aa")
+    assert found.evaluation_tokens == pytest.approx(1 / 3)
+    assert (
+        found.first == "the evaluation text (1 of 1 texts), first at character 2 ' 12 aa': [8, 5] there, [7, 2, 5] here"
+    )
+    assert compare_tokenizers(reference, reference, "aa 12 aa").first is None
 
 
 def test_a_name_outside_the_table_is_written_and_reported(tmp_path: Path) -> None:
-    notes = Notes()
-    metadata = tokenizer_metadata(minimax(tmp_path), 600, "falcon", "minimax-m2", notes)
+    metadata = tokenizer_metadata(minimax(tmp_path), 600, "falcon", "minimax-m2", NoProgress())
     assert metadata["tokenizer.ggml.pre"] == "falcon"
-    assert len(notes.lines) == 2
-    assert notes.lines[1].startswith(
-        "the split of llama.cpp's 'falcon' cannot be checked: tokenizer.ggml.pre is 'falcon'"
-    )
+    [line] = tokenizer_problems(minimax(tmp_path), metadata)
+    assert line == "what llama.cpp's 'falcon' does to a text cannot be checked: moecast has no such splitter"
 
 
 def test_wrong_metadata_is_an_error(tmp_path: Path) -> None:
     source = minimax(tmp_path)
     metadata = vocabulary_metadata(source, source.vocabulary_size, "minimax-m2")
-    assert self_check(source, metadata) == SelfCheck(None, None)
+    assert vocabulary_error(source, metadata) is None
     tokens = list(metadata["tokenizer.ggml.tokens"])
     exclamation, quote = tokens.index("!"), tokens.index('"')
     tokens[exclamation], tokens[quote] = '"', "!"
-    check = self_check(source, metadata | {"tokenizer.ggml.tokens": tokens})
-    assert check.warning is None and check.error is not None
-    assert check.error.startswith(
+    error = vocabulary_error(source, metadata | {"tokenizer.ggml.tokens": tokens})
+    assert error is not None
+    assert error.startswith(
         "the GGUF tokenizer would give other ids than tokenizer.json: code, punctuation, Cyrillic and Greek, Korean, "
-        f"emoji (5 of 16 probe texts), first at character 61 '!d){{ HTTPServer.': [{exclamation}, "
+        f"emoji (5 of 16 texts), first at character 61 '!d){{ HTTPServer.': [{exclamation}, "
     )
-    assert f" there, [{quote}, " in check.error
+    assert f" there, [{quote}, " in error
 
 
 def test_stripping_tokens_are_reported(tmp_path: Path) -> None:
     """llama.cpp has no `lstrip`: the space before such a token becomes a token of its own."""
     backend = vocabularies.train(find_pre_tokenizer("gpt-2").sources[0], added=[AddedToken("<x>", lstrip=True)])  # type: ignore[union-attr]
     source = replace(read_tokenizer_folder(vocabularies.save(backend, tmp_path)), eos=0)
-    check = self_check(source, vocabulary_metadata(source, 600, "gpt-2"))
-    assert check.error is None
-    assert (
-        check.warning is not None
-        and "json: token <x> (1 of 17 probe texts), first at character 1 ' <x> b" in check.warning
-    )
+    metadata = vocabulary_metadata(source, 600, "gpt-2")
+    assert vocabulary_error(source, metadata) is None
+    [line] = tokenizer_problems(source, metadata)
+    assert "json: token <x> (1 of 17 texts), first at character 1 ' <x> b" in line
 
 
 def test_holes_and_clashing_fillers(tmp_path: Path) -> None:
@@ -236,7 +290,7 @@ def test_merges_that_cannot_happen_are_left_out(tmp_path: Path) -> None:
     spaced = read_tokenizer_folder(tmp_path)
     metadata = vocabulary_metadata(spaced, 602, "minimax-m2")
     assert metadata["tokenizer.ggml.merges"] == vocabulary_metadata(source, 602, "minimax-m2")["tokenizer.ggml.merges"]
-    assert self_check(spaced, metadata) == SelfCheck(None, None)
+    assert vocabulary_error(spaced, metadata) is None and tokenizer_problems(spaced, metadata) == ()
 
 
 def test_chat_templates(tmp_path: Path) -> None:
