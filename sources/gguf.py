@@ -42,7 +42,11 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], tuple[TensorInfo, ...]]:
             part = path.with_name(SPLIT_NAME.format(prefix=prefix, number=number, count=count))
             if not part.is_file():
                 raise BadInput(f"{part} is missing, expected {count} splits beside {path.name}")
-            tensors += _read_file(part)[1]
+            keys, more = _read_file(part)
+            told = (keys.get("split.count"), keys.get("split.no"))
+            if told != (count, number - 1):
+                raise BadInput(f"{part} says it is split {told[1]} of {told[0]}, expected {number - 1} of {count}")
+            tensors += more
     names = {tensor.name for tensor in tensors}
     if len(names) != len(tensors):
         raise BadInput(f"{path}: a tensor name appears twice, the file is corrupt")
@@ -123,12 +127,13 @@ class _Header:
             raise BadInput(f"{self.path}: general.alignment is {alignment!r}, expected a power of two")
         data_start = -(-self.file.tell() // alignment) * alignment
         size = self.path.stat().st_size
-        tensors = []
+        tensors, expected = [], 0
         for name, shape, type_id, offset in headers:
             stored = format_with_id(type_id)
             length = prod(shape[:-1]) * stored.row_bytes(shape[-1] if shape else 1)
-            if offset % alignment or data_start + offset + length > size:
-                raise self.corrupt(f"tensor {name} lies outside the file or out of line")
+            if offset != expected or data_start + offset + length > size:
+                raise self.corrupt(f"tensor {name} lies outside the file, or not behind the one before it")
+            expected = -(-(offset + length) // alignment) * alignment
             tensors.append(TensorInfo(name, stored.name, shape, str(self.path), data_start + offset, length))
         return tensors
 

@@ -137,3 +137,32 @@ def test_missing_split(valid: Path, tmp_path: Path) -> None:
     renamed = path.rename(tmp_path / "other.gguf")
     with pytest.raises(BadInput, match=r"is one of 2 splits, expected the first of them"):
         read_gguf(renamed)
+
+
+@pytest.mark.parametrize("shift", [-32, 32])
+def test_tensors_lie_one_behind_the_other(valid: Path, tmp_path: Path, shift: int) -> None:
+    """Overlapping tensors would be other numbers than the file's author meant."""
+    content = bytearray(valid.read_bytes())
+    header = content.index(b"three") + len("three")
+    position = header + 4 + 3 * 8 + 4  # behind dimensions, sizes and type
+    (offset,) = struct.unpack_from("<Q", content, position)
+    struct.pack_into("<Q", content, position, offset + shift)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(content)
+    with pytest.raises(BadInput, match=r"tensor (three|blocks) lies .* not behind the one before it"):
+        read_gguf(other)
+
+
+@pytest.mark.parametrize(("number", "count"), [(0, 2), (1, 3), (None, None)])
+def test_splits_agree(tmp_path: Path, number: int | None, count: int | None) -> None:
+    for part, told in ((1, (0, 2)), (2, (number, count))):
+        writer = gguf.GGUFWriter(tmp_path / f"model-0000{part}-of-00002.gguf", "test")
+        for key, value in zip(("split.no", "split.count"), told, strict=True):
+            if value is not None:
+                writer.add_uint16(key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+    with pytest.raises(BadInput, match=rf"00002-of-00002.* says it is split {number} of {count}, expected 1 of 2"):
+        read_gguf(tmp_path / "model-00001-of-00002.gguf")
