@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import BadInput
 from .dimensions import Dimensions, FromGraph, constant, of, quantity, written
+from .expressions import Below, Read, first_tensor
 from .graph import (
     Activation,
     CompressedAttention,
@@ -27,7 +28,7 @@ from .graph import (
     sequential,
 )
 from .shared import Builder, Source, check_rotary, check_top_k
-from .weights import Role
+from .weights import Role, Weight
 
 NAME = "deepseek4"
 GGUF_SQRT_SOFTPLUS = 4  # llama.cpp's expert_gating_func
@@ -291,7 +292,21 @@ class _Builder(Builder):
         d = self.d
         weight = self.weight(f"{blk}.ffn_gate_inp.weight", Role.ROUTER, d.experts, d.hidden)
         if hashed:
-            table = self.weight(f"{blk}.ffn_gate_tid2eid.weight", Role.HASH_TABLE, d.vocabulary, d.top_k)
-            return HashRouter(weight, table, Score.SQRT_SOFTPLUS, ROUTER_EPSILON, d.router_scale)
+            return HashRouter(
+                weight,
+                self.hash_table(f"{blk}.ffn_gate_tid2eid.weight"),
+                Score.SQRT_SOFTPLUS,
+                ROUTER_EPSILON,
+                d.router_scale,
+            )
         bias = self.weight(f"{blk}.exp_probs_b.bias", Role.ROUTER_BIAS, d.experts)
         return Router(weight, bias, Score.SQRT_SOFTPLUS, d.top_k, epsilon=ROUTER_EPSILON, scale=d.router_scale)
+
+    def hash_table(self, name: str) -> Weight:
+        """The experts of each token of the vocabulary."""
+        shape = (self.d.vocabulary, self.d.top_k)
+        stored = self._source(name, shape)
+        if not isinstance(stored, Read) or stored.tensor.dtype not in ("I64", "I32"):
+            tensor = first_tensor(stored)
+            raise BadInput(f"{tensor.name} in {tensor.file} has dtype {tensor.dtype}, expected I64 or I32")
+        return Weight(name, Role.HASH_TABLE, shape, Below(stored, self.d.experts))

@@ -294,6 +294,22 @@ class OnePlus(_Mapped):
 
 
 @dataclass(frozen=True)
+class Below(_Moved):
+    """A stored table of whole numbers from 0 to `limit` - 1: they index something."""
+
+    source: Read
+    limit: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def parts(self) -> tuple[Expression]:
+        return (self.source,)
+
+
+@dataclass(frozen=True)
 class Zeros(_Derived):
     """A weight that a file format demands and the model does not have."""
 

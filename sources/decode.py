@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..archs.expressions import (
+    Below,
     BlockScaled,
     Expression,
     GlobalScales,
@@ -26,6 +27,7 @@ from ..archs.expressions import (
     TensorInfo,
     Zeros,
 )
+from ..errors import BadInput
 from ..quant import dequantize
 from .fp4 import decode_nvfp4, repack_mxfp4
 from .storage import Storage
@@ -155,8 +157,14 @@ def _evaluate_global_scales(source: GlobalScales, storage: Storage, expert: int 
 def _global_scale(matrix: Nvfp4, storage: Storage) -> Tensor:
     """The factor of a whole NVFP4 matrix, as float32 []."""
     assert matrix.global_scale
-    value = _whole(matrix.global_scale, storage)[0]
-    return 1 / value if matrix.reciprocal else value
+    stored = _whole(matrix.global_scale, storage)[0]
+    value = 1 / stored if matrix.reciprocal else stored
+    if not (value.isfinite() and stored.isfinite()):
+        raise BadInput(
+            f"{matrix.global_scale.name} in {matrix.global_scale.file} is {stored.item():g}, expected a finite factor: "
+            "fetch the file again"
+        )
+    return value
 
 
 def _evaluate_reshape(source: Reshape, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
@@ -176,6 +184,20 @@ def _evaluate_one_plus(source: OnePlus, storage: Storage, expert: int | None, ro
 
 def _evaluate_zeros(source: Zeros, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
     return torch.zeros(source.shape)
+
+
+def _evaluate_below(source: Below, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+    tensor = source.source.tensor
+    values = _stored(tensor, storage, None, rows).view(_TORCH_DTYPES[tensor.dtype])
+    wrong = ((values < 0) | (values >= source.limit)).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        first = rows[0] if rows else 0
+        raise BadInput(
+            f"{tensor.name} in {tensor.file} holds {values[row, column]} in row {first + row}, expected whole numbers "
+            f"from 0 to {source.limit - 1}"
+        )
+    return values.float()
 
 
 def _evaluate_padded(source: Padded, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
@@ -217,6 +239,7 @@ _EVALUATIONS: dict[type, Callable[[Any, Storage, int | None, RowRange], Tensor]]
     Reshape: _evaluate_reshape,
     NegativeExponential: _evaluate_negative_exponential,
     OnePlus: _evaluate_one_plus,
+    Below: _evaluate_below,
     Zeros: _evaluate_zeros,
     Padded: _evaluate_padded,
     SideBySide: _evaluate_side_by_side,
