@@ -39,6 +39,7 @@ for command in (
     cli_evaluate.parity,
     cli_evaluate.run,
     cli_models.download,
+    cli_models.recipes,
     cli_models.doctor,
     cli_convert.demo,
 ):

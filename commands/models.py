@@ -76,6 +76,46 @@ def download(repository: str, output: Path | None, dry_run: bool, access: HubAcc
 
 @click.command()
 @json_option
+def recipes(as_json: bool) -> None:
+    """List what --quant takes, with the bits per weight of routed experts, which are nearly all of a large model.
+
+    `moecast plan SOURCE --quant NAME` shows the exact size for a model. What ONNX Runtime can run too is marked.
+
+    \b
+    Examples:
+      moecast recipes
+      moecast recipes --json
+    """
+    from ..quant.planning.onnx_plan import ONNX_RECIPES
+    from ..quant.planning.recipes import ALIASES, RECIPES
+    from .console import print_columns, print_json
+
+    found = [
+        {
+            "name": recipe.name,
+            "aliases": [alias for alias, name in ALIASES.items() if name == recipe.name],
+            "bits_per_weight": None if recipe.native else recipe.bits_of_experts(),
+            "onnx": recipe.name in ONNX_RECIPES,
+        }
+        for recipe in RECIPES.values()
+    ]
+    if as_json:
+        print_json({"recipes": found})
+        return
+    rows = [
+        (
+            recipe["name"],
+            ", ".join(recipe["aliases"]),
+            "as the source" if recipe["bits_per_weight"] is None else f"{recipe['bits_per_weight']:.2f}",
+            "yes" if recipe["onnx"] else "",
+        )
+        for recipe in found
+    ]
+    print_columns("Recipes", ("Name", "Also called", "Bits per weight", "ONNX"), rows)
+
+
+@click.command()
+@json_option
 def doctor(as_json: bool) -> None:
     """Show what this machine offers: processor, kernels, GPU, memory, disk, engines.
 

@@ -280,6 +280,7 @@ output_options = grouped(
     click.option(
         "-o", "--output", "path", default=".", type=click.Path(path_type=Path), help="A .gguf file or a folder."
     ),
+    click.option("--name", help="The model's name; by default, that of its folder or repository."),
     file_format_option,
     click.option(
         "--activations",

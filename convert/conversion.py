@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from .. import __version__
 from ..files import peak_rss_bytes
 from ..quant.planning.plan import Plan
 from ..runner.measure.evaluate import Parity
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file that decided numbers, and the SHA-256 of its bytes."""
+
+    path: Path
+    sha256: str
+
+    @classmethod
+    def of(cls, path: str | Path) -> InputFile:
+        with Path(path).open("rb") as file:
+            return cls(Path(path), hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)
@@ -21,8 +36,13 @@ class Conversion:
         bytes: their size together.
         bits_per_weight: size of the weights alone.
         parity: the comparison with the source, None when verification was skipped.
-        problems: what the plan warned about.
+        problems: what the plan warned about, and what is not as it is in the source.
+        seconds: what this run took; where it `resumed`, earlier runs did the rest.
         peak_rss_bytes: this process's largest resident memory so far.
+        recipe, source, revision: the plan's name, the folder, file or repository it was made from, and its commit.
+        version: moecast's.
+        imatrix: the importance matrix that was used.
+        texts: those that calibrated and evaluated, by these words.
     """
 
     files: tuple[Path, ...]
@@ -32,9 +52,18 @@ class Conversion:
     problems: tuple[str, ...]
     seconds: float
     peak_rss_bytes: int
+    recipe: str
+    source: str
+    revision: str | None = None
+    version: str = __version__
+    imatrix: InputFile | None = None
+    texts: Mapping[str, InputFile] = field(default_factory=dict)
+    resumed: bool = False
 
     @classmethod
-    def of(cls, files: Sequence[Path], plan: Plan, started: float, parity: Parity | None = None) -> Conversion:
+    def of(
+        cls, files: Sequence[Path], plan: Plan, source: str, started: float, parity: Parity | None = None
+    ) -> Conversion:
         """The conversion to finished `files` that began when `time.monotonic()` was `started`."""
         return cls(
             files=tuple(files),
@@ -44,4 +73,6 @@ class Conversion:
             problems=plan.problems,
             seconds=time.monotonic() - started,
             peak_rss_bytes=peak_rss_bytes(),
+            recipe=plan.recipe.name,
+            source=source,
         )

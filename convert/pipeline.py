@@ -23,7 +23,7 @@ from ..sources.imatrix import read_imatrix
 from ..sources.locate import Source, open_source
 from ..sources.model import Model
 from ..sources.tokenizer_gguf import read_tokenizer_metadata
-from .conversion import Conversion
+from .conversion import Conversion, InputFile
 from .encode import MeasuredImportance, missing_entries
 from .gguf.imatrix import ImatrixWriter
 from .gguf.metadata import gguf_metadata, source_metadata
@@ -32,7 +32,7 @@ from .gguf.writer import GGUFWriter
 from .onepass import PassInputs, run_pass
 from .onnx.export import open_onnx_writer
 from .plans.choose import calibration_for, measures, plan_for, with_error_feedback
-from .plans.measured import measured_plan
+from .plans.measured import measured_plan, plan_record
 from .preflight import check_disk
 from .resume.fingerprint import file_identity, fingerprint, text_identity
 from .resume.journal import Journal, journal_folder
@@ -80,6 +80,7 @@ def convert(
         stack.callback(model.close)
         plan = plan_for(model, goal, form, calibration, output.file_format)
         path = output.place(output.name or opened.name, plan.recipe.name)
+        measured_before = measures(goal) and journal_folder(plan_record(path)).exists()
         if measures(goal):
             measured = measured_plan(model, goal, path, form, calibration, compute, output.overwrite, progress)
             plan = stack.enter_context(measured).plan
@@ -88,11 +89,27 @@ def convert(
         metadata = _metadata(opened, plan, output, progress)
         inputs = _inputs(model, calibration, evaluation)
         work = _Work(model, plan, path, output, metadata, calibration, inputs, compute)
-        files, parity, problems = _carry_out(work, _identity(work, evaluation), bool(form.mtp), progress)
+        done = _carry_out(work, _identity(work, evaluation), bool(form.mtp), progress)
+        parity = done.parity
         if parity and evaluation:
             parity = replace(parity, tokenization=_tokenization(work, evaluation))
-    made = Conversion.of(files, plan, started, parity)
-    return replace(made, problems=(*made.problems, *problems, *_problems(work, parity)))
+    provenance = opened.provenance
+    made = Conversion.of(done.files, plan, provenance.get("repository", model.path.as_posix()), started, parity)
+    return replace(
+        made,
+        problems=(*made.problems, *done.problems, *_problems(work, parity)),
+        revision=provenance.get("revision"),
+        imatrix=InputFile.of(calibration.imatrix) if calibration.imatrix else None,
+        texts=_texts(calibration, evaluation),
+        resumed=measured_before or done.resumed,
+    )
+
+
+def _texts(calibration: Calibration, evaluation: Evaluation | None) -> dict[str, InputFile]:
+    """What ran through the model."""
+    texts = {"calibration": calibration.text if calibration.runs else None}
+    texts["evaluation"] = evaluation.text if evaluation else None
+    return {use: InputFile.of(text) for use, text in texts.items() if text is not None}
 
 
 def _tokenization(work: _Work, evaluation: Evaluation) -> Tokenization | None:
@@ -146,6 +163,16 @@ class _Work:
     compute: Compute
 
 
+@dataclass(frozen=True)
+class _Done:
+    """Files, the first of which is the model; how they compare, what they could not hold, whether a run went before."""
+
+    files: list[Path]
+    parity: Parity | None
+    problems: list[str]
+    resumed: bool
+
+
 def _metadata(source: Source, plan: Plan, output: Output, progress: Progress) -> dict[str, Any]:
     """The keys of a GGUF file; of an ONNX folder, which has none, only where the model came from."""
     provenance = output.provenance or source.provenance
@@ -179,15 +206,14 @@ def _identity(work: _Work, evaluation: Evaluation | None) -> dict[str, str]:
     return fingerprint(work.model, work.plan, work.metadata, others, output.split_max_bytes, rounded)
 
 
-def _carry_out(
-    work: _Work, identity: dict[str, str], draft: bool, progress: Progress
-) -> tuple[list[Path], Parity | None, list[str]]:
-    """Write the files, the first of which is the model, and compare them with their source; say what was lost."""
+def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Progress) -> _Done:
+    """Write the files and compare them with their source."""
     model, plan, inputs, memory = work.model, work.plan, work.inputs, work.compute.memory
     copies = RUNNING if inputs.evaluation is None else QUANTIZING
     folder, feedback = work.path.parent, inputs.error_feedback
     room = workspace(memory, plan.graph, inputs.tokens, inputs.context, folder, copies, feedback)
     with Journal(work.path, identity, work.output.overwrite, progress) as journal, ExitStack() as stack:
+        resumed = journal.continues
         check_disk(work.path, plan, model, inputs, memory, journal, progress)
         imatrix = _imatrix_writer(work)
         if imatrix:
@@ -197,7 +223,7 @@ def _carry_out(
         files = [*writer.paths]
         if draft and model.graph.draft:
             files.append(_write_draft(work, journal, progress))
-    return files, parity, writer.problems
+    return _Done(files, parity, writer.problems, resumed)
 
 
 def _imatrix_writer(work: _Work) -> ImatrixWriter | None:

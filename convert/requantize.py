@@ -14,7 +14,7 @@ from ..quant.planning.plan import Form, Plan, override_types
 from ..runner.settings import Compute
 from ..sources.imatrix import ImportanceMatrix, read_imatrix
 from ..sources.model import Model, open_model
-from .conversion import Conversion
+from .conversion import Conversion, InputFile
 from .encode import MeasuredImportance, missing_entries
 from .gguf.metadata import QUANTIZATION_VERSION
 from .gguf.writer import GGUFWriter
@@ -76,9 +76,10 @@ def requantize(
     ):
         inputs = PassInputs(importance=MeasuredImportance(importance) if importance else None)
         run_pass(model, plan, writer, inputs, compute, progress=progress)
-    made = Conversion.of(writer.paths, plan, started)
+    made = Conversion.of(writer.paths, plan, model.path.as_posix(), started)
     missing = missing_entries(importance, plan) if importance else ()
-    return replace(made, problems=(*made.problems, *writer.problems, *missing))
+    used = InputFile.of(imatrix) if imatrix else None
+    return replace(made, problems=(*made.problems, *writer.problems, *missing), imatrix=used)
 
 
 def plan_requantized(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from ..quant.planning.plan import Plan
 from ..runner.settings import Evaluation
 from ..runner.texts import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens
 from ..sources.tokenizer import Tokenizer
+
+_FILE_NAME = r'[^/\\:*?"<>|.][^/\\:*?"<>|]*'  # what every system takes
 
 VERIFICATION = Evaluation(chunks=16)
 """What a conversion is verified on unless somebody says otherwise."""
@@ -147,6 +150,8 @@ class Output:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.name is not None and not (self.name.isprintable() and re.fullmatch(_FILE_NAME, self.name)):
+            raise BadInput(f"--name is {self.name!r}, expected a name that files can have, such as MiniMax-M2.5")
         if self.file_format == "onnx":
             _refuse("an ONNX model", {"--pre": self.pre, "--split-max-size": self.split_max_bytes})
         else:

@@ -151,7 +151,10 @@ def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypa
         "plan": ([folder, "--quant", "Q4_K_M"], {"bytes", "bits_per_weight", "tensors", "problems"}),
         "convert": (
             [folder, "-o", "model.gguf", "--quant", "Q8_0", *text],
-            {"files", "bytes", "bits_per_weight", "parity", "seconds", "peak_rss_bytes"},
+            {
+                "files", "bytes", "bits_per_weight", "parity", "seconds", "peak_rss_bytes", "recipe", "source",
+                "revision", "version", "imatrix", "texts", "resumed", "problems",
+            },
         ),
         "imatrix": (
             [folder, "-o", "imatrix.gguf", "-c", "64", "--chunks", "2"],
@@ -167,6 +170,7 @@ def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypa
         ),
         "run": ([folder, "-p", "And", "-n", "2"], {"prompt", "text"}),
         "quantize": (["full.gguf", "out.gguf", "--quant", "Q8_0"], {"files", "bytes", "bits_per_weight"}),
+        "recipes": ([], {"recipes"}),
         "doctor": ([], {"kernels", "memory_bytes", "disk_free_bytes", "gpus", "engines", "features"}),
     }  # fmt: skip
     assert {*calls, "download", "demo", "prepack"} == {*COMMANDS}

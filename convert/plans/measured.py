@@ -23,6 +23,11 @@ from .allocate import HELD_OUT_CHUNKS, Allocation, choose_measured_plan, probe_c
 from .choose import budget_of, with_error_feedback
 
 
+def plan_record(path: Path) -> Path:
+    """The output as whose journal it is kept what was measured for `path`."""
+    return path.with_name(f"{path.name}.plan")
+
+
 @contextmanager
 def measured_plan(
     model: Model,
@@ -57,7 +62,7 @@ def measured_plan(
             "padding and prediction": f"{form.padding}, {form.mtp}",
         },
     )
-    with Journal(path.with_name(f"{path.name}.plan"), identity, overwrite, progress, keep_on_bad_input=True) as journal:
+    with Journal(plan_record(path), identity, overwrite, progress, keep_on_bad_input=True) as journal:
         if exists(path) and not (overwrite or journal_folder(path).exists()):
             raise OutputExists(path)
         measuring = Measuring(

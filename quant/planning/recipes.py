@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from ...archs.weights import Role
 from ...errors import BadInput
@@ -106,6 +107,14 @@ class Recipe:
         if role in SENSITIVE and format_named(name).bits_per_weight < format_named(LEAST_SENSITIVE).bits_per_weight:
             return LEAST_SENSITIVE
         return UNREPACKED.get(name, name) if role is Role.ATTENTION_OUTPUT_DOWN else name
+
+    def bits_of_experts(self) -> float:
+        """Bits per weight of routed experts, which are nearly all of a large mixture, with an importance matrix."""
+        layers = 48  # of a typical model; rules may spend more on the first and the last
+        positions = [Position(layer, layers, layer, 8, calibrated=True) for layer in range(layers)]
+        roles = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+        bits = [format_named(self.type_of(role, place)).bits_per_weight for role in roles for place in positions]
+        return sum(bits) / len(bits)
 
 
 # What decides where attention looks is small, and its errors are not averaged out.
@@ -262,8 +271,15 @@ FALLBACKS: Mapping[str, str] = {
 LAST_RESORT = "F16"  # any row length
 
 
+ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "COPY": "NATIVE"}
+"""Other names that llama-quantize takes."""
+
+
 def recipe_named(name: str) -> Recipe:
-    """The recipe of that name, whatever its case. Raises BadInput for an unknown one."""
-    if name.upper() not in RECIPES:
-        raise BadInput(f"--quant is {name!r}, expected one of {', '.join(RECIPES)}")
-    return RECIPES[name.upper()]
+    """The recipe of that name or alias, whatever its case. Raises BadInput for an unknown one."""
+    known = ALIASES.get(name.upper(), name.upper())
+    if known not in RECIPES:
+        close = get_close_matches(name.upper(), [*RECIPES, *ALIASES])
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise BadInput(f"--quant is {name!r}, which is no recipe: {hint}`moecast recipes` lists them")
+    return RECIPES[known]

@@ -98,7 +98,7 @@ def test_unknown_architecture(minimax: Checkpoint, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--quant", "Q4_K_XXL"], "--quant is 'Q4_K_XXL', expected one of"),
+        (["--quant", "Q4_K_XXL"], "--quant is 'Q4_K_XXL', which is no recipe: did you mean "),
         (["--split-max-size", "some"], "is not a size"),
         (["--to", "exe"], "'exe' is not"),
         (["--error-feedback"], "--error-feedback needs calibration text: leave out --imatrix and --no-calibration"),

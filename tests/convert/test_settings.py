@@ -31,6 +31,10 @@ from moecast.errors import BadInput
         (Calibration, {"imatrix": "i.gguf", "save_to": "o.gguf"}, "--imatrix-out needs calibration text"),
         (Calibration, {"text": None, "min_expert_tokens": 1}, "--min-expert-tokens needs calibration text"),
         (Output, {"file_format": "onnx", "pre": "gpt2"}, "--pre means nothing for an ONNX model"),
+        (Output, {"name": "a/b"}, "--name is 'a/b', expected a name that files can have"),
+        (Output, {"name": ""}, "--name is '', expected a name that files can have"),
+        (Output, {"name": "..\\x"}, "expected a name that files can have"),
+        (Goal, {"recipe": ""}, "--quant is empty, expected a recipe"),
         (Output, {"activations": "int8"}, "--activations means nothing for a GGUF file"),
         (HubAccess, {"scratch": 1, "keep_source": True}, "leave one of them out"),
     ],
@@ -47,7 +51,7 @@ def test_refused_together(make: Callable[..., object], values: dict[str, Any], m
         (["convert", "--no-verify", "--max-kld", "1"], "--max-kld judges the comparison with the source"),
         (["convert", "--dry-run", "--bpw", "4", "--measure"], "--dry-run does not measure"),
         (["plan", "--fit", "--quant", "Q4_K_M"], "--fit finds the size by itself"),
-        (["plan", "--ram", "8GB"], "--ram and --vram describe a machine to fit: add --fit"),
+        (["plan", "--ram", "8GB"], "--ram, --vram and --context describe a machine to fit: add --fit"),
     ],
 )
 def test_options_refused_together(minimax: Checkpoint, tmp_path: Path, arguments: list[str], message: str) -> None:

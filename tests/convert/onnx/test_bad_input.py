@@ -147,7 +147,7 @@ def test_damaged_folder(converted: Path, damage: Any, message: str) -> None:
 def test_nothing_to_continue(converted: Path) -> None:
     _assert_refused(CliRunner().invoke(main, ["run", str(converted), "-p", ""]), "--prompt is empty")
     colder = CliRunner().invoke(main, ["run", str(converted), "-p", "And", "--temperature", "-1"])
-    _assert_refused(colder, "--temperature is -1.0, expected 0 or more")
+    _assert_refused(colder, "-1.0 is not in the range x>=0")
 
 
 STATE = {"input": "past.0", "output": "present.0", "shape": [1, 2], "fill": 0.0}
