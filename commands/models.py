@@ -90,26 +90,25 @@ def recipes(as_json: bool) -> None:
     from ..quant.planning.recipes import ALIASES, RECIPES
     from .console import print_columns, print_json
 
-    found = [
-        {
-            "name": recipe.name,
-            "aliases": [alias for alias, name in ALIASES.items() if name == recipe.name],
-            "bits_per_weight": None if recipe.native else recipe.bits_of_experts(),
-            "onnx": recipe.name in ONNX_RECIPES,
-        }
-        for recipe in RECIPES.values()
-    ]
+    also = {
+        recipe.name: [alias for alias, name in ALIASES.items() if name == recipe.name] for recipe in RECIPES.values()
+    }
+    bits = {recipe.name: None if recipe.native else recipe.bits_of_experts() for recipe in RECIPES.values()}
     if as_json:
+        found = [
+            {"name": name, "aliases": also[name], "bits_per_weight": bits[name], "onnx": name in ONNX_RECIPES}
+            for name in RECIPES
+        ]
         print_json({"recipes": found})
         return
     rows = [
         (
-            recipe["name"],
-            ", ".join(recipe["aliases"]),
-            "as the source" if recipe["bits_per_weight"] is None else f"{recipe['bits_per_weight']:.2f}",
-            "yes" if recipe["onnx"] else "",
+            name,
+            ", ".join(also[name]),
+            "as the source" if number is None else f"{number:.2f}",
+            "yes" if name in ONNX_RECIPES else "",
         )
-        for recipe in found
+        for name, number in bits.items()
     ]
     print_columns("Recipes", ("Name", "Also called", "Bits per weight", "ONNX"), rows)
 
