@@ -21,7 +21,7 @@ test-fast: .venv/development  ## those that take no seconds each
 	$(BIN)/python -m pytest -n 2 -m "not slow and not whole"
 
 test-slow: .venv/development  ## the slow ones
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 test-lowest: .venv-lowest/development  ## with the lowest versions that pyproject.toml allows
 	.venv-lowest/bin/python -m moecast.cli --help
