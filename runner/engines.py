@@ -152,10 +152,10 @@ def _state_size(state: Config) -> int:
     """The number of values of a state before the first token; raises BadInput where a part of its entry is wrong."""
     for key in ("input", "output"):
         state.text(key)
-    fill, shape = state.number("fill"), state.get("shape")
+    fill, shape = state.get("fill"), state.get("shape")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size <= _MOST_SIZE for size in shape):
         raise BadInput(f"{state.origin}: shape is {shape!r}, expected whole numbers up to {_MOST_SIZE}")
-    if len(shape) > _MOST_DIMENSIONS or math.isnan(fill):
+    if len(shape) > _MOST_DIMENSIONS or type(fill) not in (int, float) or math.isnan(fill):
         raise BadInput(f"{state.origin}: it has {len(shape)} dimensions and begins as {fill}, expected a tensor")
     return math.prod(shape)
 
