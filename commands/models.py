@@ -85,27 +85,15 @@ def recipes(as_json: bool) -> None:
     from ..quant.planning.recipes import ALIASES, RECIPES
     from .console import print_columns, print_json
 
-    found = [
-        {
-            "name": recipe.name,
-            "aliases": [alias for alias, name in ALIASES.items() if name == recipe.name],
-            "bits_per_weight": None if recipe.native else recipe.bits_of_experts(),
-            "onnx": recipe.name in ONNX_RECIPES,
-        }
-        for recipe in RECIPES.values()
-    ]
+    also = {name: [alias for alias, known in ALIASES.items() if known == name] for name in RECIPES}
+    bits = {name: None if recipe.native else recipe.bits_of_experts() for name, recipe in RECIPES.items()}
     if as_json:
-        print_json({"recipes": found})
+        keys = ("name", "aliases", "bits_per_weight", "onnx")
+        facts = [(name, also[name], bits[name], name in ONNX_RECIPES) for name in RECIPES]
+        print_json({"recipes": [dict(zip(keys, values, strict=True)) for values in facts]})
         return
-    rows = [
-        (
-            recipe["name"],
-            ", ".join(recipe["aliases"]),
-            "as the source" if recipe["bits_per_weight"] is None else f"{recipe['bits_per_weight']:.2f}",
-            "yes" if recipe["onnx"] else "",
-        )
-        for recipe in found
-    ]
+    shown = {name: "as the source" if value is None else f"{value:.2f}" for name, value in bits.items()}
+    rows = [(name, ", ".join(also[name]), shown[name], "yes" if name in ONNX_RECIPES else "") for name in RECIPES]
     print_columns("Recipes", ("Name", "Also called", "Bits per weight", "ONNX"), rows)
 
 

@@ -63,7 +63,7 @@ def _choose_splitter(tokenizer: Tokenizer, metadata: Mapping[str, Any], usual: s
     names.sort(key=lambda name: name != usual)
     if len(names) == 1:
         return names[0]
-    differing = {name: _share_of_tokens(tokenizer, metadata | {"tokenizer.ggml.pre": name}) for name in names}
+    differing = {name: _share_of_tokens(tokenizer, {**metadata, "tokenizer.ggml.pre": name}) for name in names}
     best = min(names, key=differing.__getitem__)
     if differing[best] and not own:
         raise BadInput(

@@ -39,7 +39,7 @@ ADDED = [
 ]
 SPECIAL_TEXT = " <think>hm</think><think>]~!b[ a<｜User｜>b<|im_end|>\n<end_of_tool>x[e~["
 FILES = {
-    "tokenizer_config": {"bos_token": "]~!b[", "eos_token": "[e~["},
+    "tokenizer_config": {"bos_token": "]~!b[", "eos_token": "[e~[", "chat_template": "{{ messages }}"},
     "generation_config": {"eos_token_id": [501, 502, 503]},
 }
 MARGIN = 13
@@ -255,7 +255,7 @@ def test_stripping_tokens_are_reported(tmp_path: Path) -> None:
     source = replace(Tokenizer.from_folder(vocabularies.save(backend, tmp_path)), eos=0)
     metadata = vocabulary_metadata(source, 600, "gpt-2")
     assert vocabulary_error(source, metadata) is None
-    [line] = tokenizer_problems(source, metadata)
+    line, _ = tokenizer_problems(source, metadata)
     assert "json: token <x> (1 of 17 texts), first at character 1 ' <x> b" in line
 
 
