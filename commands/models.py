@@ -90,26 +90,15 @@ def recipes(as_json: bool) -> None:
     from ..quant.planning.recipes import ALIASES, RECIPES
     from .console import print_columns, print_json
 
-    also = {
-        recipe.name: [alias for alias, name in ALIASES.items() if name == recipe.name] for recipe in RECIPES.values()
-    }
-    bits = {recipe.name: None if recipe.native else recipe.bits_of_experts() for recipe in RECIPES.values()}
+    also = {name: [alias for alias, known in ALIASES.items() if known == name] for name in RECIPES}
+    bits = {name: None if recipe.native else recipe.bits_of_experts() for name, recipe in RECIPES.items()}
     if as_json:
-        found = [
-            {"name": name, "aliases": also[name], "bits_per_weight": bits[name], "onnx": name in ONNX_RECIPES}
-            for name in RECIPES
-        ]
-        print_json({"recipes": found})
+        keys = ("name", "aliases", "bits_per_weight", "onnx")
+        facts = [(name, also[name], bits[name], name in ONNX_RECIPES) for name in RECIPES]
+        print_json({"recipes": [dict(zip(keys, values, strict=True)) for values in facts]})
         return
-    rows = [
-        (
-            name,
-            ", ".join(also[name]),
-            "as the source" if number is None else f"{number:.2f}",
-            "yes" if name in ONNX_RECIPES else "",
-        )
-        for name, number in bits.items()
-    ]
+    shown = {name: "as the source" if value is None else f"{value:.2f}" for name, value in bits.items()}
+    rows = [(name, ", ".join(also[name]), shown[name], "yes" if name in ONNX_RECIPES else "") for name in RECIPES]
     print_columns("Recipes", ("Name", "Also called", "Bits per weight", "ONNX"), rows)
 
 

@@ -151,7 +151,7 @@ class Output:
 
     def __post_init__(self) -> None:
         if self.name is not None and not (self.name.isprintable() and re.fullmatch(_FILE_NAME, self.name)):
-            raise BadInput(f"--name is {self.name!r}, expected a name that files can have, such as MiniMax-M2.5")
+            raise BadInput(f"--name is {self.name!r}, expected a name that files can have, such as Model-1.0")
         if self.file_format == "onnx":
             _refuse("an ONNX model", {"--pre": self.pre, "--split-max-size": self.split_max_bytes})
         else:

@@ -170,7 +170,7 @@ def write_tokenizer(folder: Path, vocabulary_size: int) -> None:
     tokenizer.train_from_iterator(_lines(), trainer)
     assert tokenizer.get_vocab_size() == vocabulary_size
     tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": "]~!b[", "eos_token": "[e~[", "add_bos_token": False}
+    special = {"bos_token": "]~!b[", "eos_token": "[e~[", "add_bos_token": False, "chat_template": "{{ messages }}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
 
 

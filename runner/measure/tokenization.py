@@ -62,6 +62,8 @@ class Tokenization:
     first: str | None
 
     def __str__(self) -> str:
+        if self.first is None:
+            return "none"
         return f"{self.probe_texts:.1%} of probe texts, {self.evaluation_tokens:.2%} of the evaluation text"
 
 

@@ -258,7 +258,7 @@ def test_stripping_tokens_are_reported(tmp_path: Path) -> None:
     source = replace(read_tokenizer_folder(vocabularies.save(backend, tmp_path)), eos=0)
     metadata = vocabulary_metadata(source, 600, "gpt-2")
     assert vocabulary_error(source, metadata) is None
-    [line] = tokenizer_problems(source, metadata)
+    line, _ = tokenizer_problems(source, metadata)
     assert "json: token <x> (1 of 17 texts), first at character 1 ' <x> b" in line
 
 

@@ -1,4 +1,4 @@
-"""Names of recipes: the list, llama-quantize's aliases, suggestions; and the names of models."""
+"""What conversions are asked for by name, and what they say they were made of."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from moecast.cli import main
+from moecast.convert import onepass
+from moecast.errors import Interrupted
 from moecast.quant.planning.recipes import RECIPES
 from moecast.sources.gguf import read_gguf
 
@@ -66,3 +68,18 @@ def test_a_conversion_says_what_it_was_made_of(tmp_path: Path) -> None:
 def test_python_m_moecast() -> None:
     shown = subprocess.run([sys.executable, "-m", "moecast", "--version"], check=True, capture_output=True, text=True)
     assert shown.stdout.startswith("moecast, version ")
+
+
+def test_a_resumed_conversion_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["convert", EXAMPLE, "-o", tmp_path / "m.gguf", "--quant", "Q8_0", "-c", 32, "--chunks", 2]
+
+    def lost(layer: int, *others: object) -> None:
+        if layer == 1:
+            raise Interrupted("the connection is lost")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(onepass, "_check_coverage", lost)
+        assert _run(*arguments).exit_code == 2
+    result = _run(*arguments, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["resumed"] is True
+    assert "Time of earlier runs" not in _run(*arguments, "--overwrite").stdout
