@@ -186,7 +186,7 @@ def read_onnx(file: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(file, load_external_data=False)
     except (OSError, DecodeError) as error:
-        raise BadInput(f"{file} cannot be read as an ONNX model: {error}") from None
+        raise BadInput(f"{file} cannot be read: {error}; convert the model again") from None
     for tensor in _tensors(model.graph):
         if tensor.external_data:
             place = file.parent / external_place(tensor, file).file

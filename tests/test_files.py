@@ -246,4 +246,4 @@ def test_conversions_give_the_same_bytes_elsewhere(tmp_path: Path) -> None:
     assert sum(cannot_lock in note for note in other_notes) == 4
     assert not any(cannot_lock in note for note in notes)
     for noted in (notes, other_notes):
-        assert any(note.startswith("Goes on") for note in noted[noted.index("stopped") :])
+        assert any(note.startswith("Resuming") for note in noted[noted.index("stopped") :])

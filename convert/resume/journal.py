@@ -302,6 +302,6 @@ class Journal:
         )
         other = f" with moecast {version}" if version not in (None, __version__) else ""
         return (
-            f"{self.folder} holds unfinished work of another conversion ({changes}): run that one again{other} to "
+            f"{changes}: {self.folder} holds unfinished work of another conversion; run that one again{other} to "
             "finish it, or use --overwrite to begin anew"
         )

@@ -57,7 +57,7 @@ def test_again_replaces_the_copies(tmp_path: Path) -> None:
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"moecast\.json cannot be read"):
+    with pytest.raises(BadInput, match=r"moecast\.json is missing"):
         prepack(EXAMPLES / "minimax-m2-tiny", NoProgress())
 
 
@@ -132,7 +132,7 @@ def test_links_are_not_followed(packed: Path, tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from moecast.convert.onnx.prepack import prepack
+from moecast.convert.onnx import prepack
 from moecast.progress import NoProgress
 left = int(sys.argv[2])
 def dying(function):
@@ -143,9 +143,9 @@ def dying(function):
         left -= 1
         return function(*arguments, **options)
     return call
-for name in ("replace", "truncate", "fsync"):
-    setattr(os, name, dying(getattr(os, name)))
-prepack(Path(sys.argv[1]), NoProgress())
+for owner, name in ((os, "replace"), (os, "truncate"), (prepack, "sync")):
+    setattr(owner, name, dying(getattr(owner, name)))
+prepack.prepack(Path(sys.argv[1]), NoProgress())
 """
 
 

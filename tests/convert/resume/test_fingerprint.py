@@ -38,7 +38,7 @@ def _edit(file: Path, old: str, new: str) -> None:
         ("commands/report.py", "8192", "4096"),
         ("quant/planning/recipes.py", "def recipe_named", "NEW_RECIPES = 1\n\n\ndef recipe_named"),
         ("sources/tokenizer.py", "class Tokenizer", "NEW = 1\n\n\nclass Tokenizer"),
-        ("sources/hub/repository.py", "TIMEOUT = 10.0", "TIMEOUT = 20.0"),
+        ("sources/hub/connection.py", "TIMEOUT = 10.0", "TIMEOUT = 20.0"),
         ("convert/resume/journal.py", "BATCH_SECONDS = 2.0", "BATCH_SECONDS = 3.0"),
     ],
 )

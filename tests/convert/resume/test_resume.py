@@ -264,7 +264,7 @@ def test_another_version_of_the_code(
     assert re.search(r"the code that decides bytes was \w{12}, is now 0123456789ab", result.stderr)
     assert f"run that one again with moecast {__version__} to finish it, or use --overwrite" in result.stderr
     result = _convert(minimax_fp8.folder, output)
-    assert result.exit_code == 0 and "Goes on: " in result.stderr
+    assert result.exit_code == 0 and "Resuming: " in result.stderr
     assert output.read_bytes() == expected
 
 
