@@ -16,6 +16,7 @@ from ..errors import BadInput
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs"  # what a repository that was cloned without Git LFS holds
 OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|[\\:]")  # of a folder; the last two lead out of one on Windows
 
 
@@ -81,12 +82,19 @@ def read_header(path: Path) -> Iterator[TensorInfo]:
             shapes = {name: file.get_slice(name) for name in file.offset_keys()}
             entries = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in shapes.items()]
     except (SafetensorError, OSError) as error:
+        if _is_pointer(path):
+            raise BadInput(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull`") from None
         raise BadInput(f"{path} is truncated or not a safetensors file ({error}): download it again") from None
     lengths = [_length(dtype, shape, name, path) for name, dtype, shape in entries]
     offset = path.stat().st_size - sum(lengths)
     for (name, dtype, shape), length in zip(entries, lengths, strict=True):
         yield TensorInfo(name, dtype, shape, str(path), offset, length)
         offset += length
+
+
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
 
 
 _DTYPE_BYTES = {
