@@ -6,17 +6,25 @@ names the tensor. How a matrix is encoded is decided from the tensors present, n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from math import prod
 
 from ..errors import BadInput
 from .expressions import BlockScaled, Expression, Mxfp4, Nvfp4, Read, Rows, Scaled, Stack, TensorInfo
+from .foreign import foreign_form, what_else
 from .weights import scale_name
 
 PLAIN_DTYPES = ("F32", "F16", "BF16")
+_SCALES = ("weight_scale", "weight_scale_inv", "scale")  # multipliers, whatever the name says
+_GLOBAL_SCALES = ("weight_scale_2", "weight_global_scale")
 # They serve the arithmetic of the engine that the checkpoint was made for, no weight depends on them.
-_BLOCK_SCALES = ("weight_scale_inv", "scale")  # multipliers, whatever the name says
 _ACTIVATION_SCALES = ("input_scale", "input_global_scale", "k_scale", "v_scale")
+# What tools leave behind: buffers that are computed anew, scales of activations and of the KV cache.
+_LEFTOVERS = re.compile(
+    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|inv_freq|((k|v|q|kv|kv_cache|input|output|prob)_|prob_output_)"
+    r"(global_)?scale|(k|v|kv|q)_zero_point)$"
+)
 
 
 class Catalogue:
@@ -34,6 +42,7 @@ class Catalogue:
         self._tensors: dict[str, TensorInfo] = {}
         self._claimed: set[str] = set()
         self._fused: dict[str, Read] = {}
+        self._left_out: list[str] = []
         for tensor in tensors:
             if tensor.name in self._tensors:
                 raise BadInput(f"{tensor.name} appears twice, in {self._tensors[tensor.name].file} and {tensor.file}")
@@ -47,7 +56,8 @@ class Catalogue:
         if name in self._claimed:
             raise BadInput(f"{self.origin}: tensor {name} is used twice, the architecture is described wrongly")
         if name not in self._tensors:
-            raise BadInput(f"{self.origin}: tensor {name} is missing, the checkpoint is incomplete")
+            instead = what_else(name, self._tensors) or "the checkpoint is incomplete"
+            raise BadInput(f"{self.origin}: tensor {name} is missing: {instead}")
         self._claimed.add(name)
         return self._tensors[name]
 
@@ -64,25 +74,44 @@ class Catalogue:
         for suffix in _ACTIVATION_SCALES:
             if f"{module}.{suffix}" in self:
                 self.take(f"{module}.{suffix}")
+        tensor = self._tensors.get(f"{module}.weight")
+        if tensor is not None and tensor.dtype in PLAIN_DTYPES:
+            self._drop_scales(module)
+            return self.plain(tensor.name)
+        if foreign := foreign_form(module, self._tensors):
+            raise BadInput(f"{self.origin}: {module} is not in a form that can be read: {foreign}")
         if f"{module}.weight_packed" in self:  # compressed-tensors
             return self._nvfp4(module, "weight_packed", "weight_global_scale", reciprocal=True)
-        tensor = self._tensors.get(f"{module}.weight")
-        if tensor is None or tensor.dtype in PLAIN_DTYPES:
+        if tensor is None:
             return self.plain(f"{module}.weight")
         if tensor.dtype == "U8":  # ModelOpt
             return self._nvfp4(module, "weight", "weight_scale_2", reciprocal=False)
-        if tensor.dtype == "F8_E4M3" and len(tensor.shape) == 2 and f"{module}.weight_scale" in self:
-            return Scaled(self.take(tensor.name), self._typed(f"{module}.weight_scale", *PLAIN_DTYPES))
-        scale = next((name for suffix in _BLOCK_SCALES if (name := f"{module}.{suffix}") in self), None)
+        scale = next((name for suffix in _SCALES if (name := f"{module}.{suffix}") in self), None)
         if scale and tensor.dtype == "F8_E4M3" and len(tensor.shape) == 2:
-            return BlockScaled(self.take(tensor.name), self._typed(scale, *PLAIN_DTYPES, "F8_E8M0"), self.block)
+            return self._float8(tensor.name, scale)
         if scale and tensor.dtype == "I8" and self._tensors[scale].dtype == "F8_E8M0" and len(tensor.shape) == 2:
             return Mxfp4(self.take(tensor.name), self._typed(scale, "F8_E8M0", dimensions=2))
         raise BadInput(
             f"{tensor.name} in {tensor.file} has dtype {tensor.dtype} and shape {list(tensor.shape)}, expected "
-            f"{', '.join(PLAIN_DTYPES)}, or U8, I8 or F8_E4M3 in two dimensions with {module}.weight_scale, "
-            f"{module}.weight_scale_inv or {module}.scale"
+            f"{', '.join(PLAIN_DTYPES)}, or U8, I8 or F8_E4M3 in two dimensions with a weight_scale, weight_scale_inv "
+            "or scale"
         )
+
+    def _float8(self, name: str, scale: str) -> Expression:
+        """Scaled as a whole, by rows or in blocks: the shape of the scales says it, not their name."""
+        rows, columns = self._tensors[name].shape
+        shape, grid = self._tensors[scale].shape, (-(-rows // self.block[0]), -(-columns // self.block[1]))
+        simple = shape in ((), (1,), (1, 1), (rows,), (rows, 1))
+        if simple and (shape != grid or scale.endswith(".weight_scale")):
+            return Scaled(self.take(name), self._typed(scale, *PLAIN_DTYPES))
+        return BlockScaled(self.take(name), self._typed(scale, *PLAIN_DTYPES, "F8_E8M0"), self.block)
+
+    def _drop_scales(self, module: str) -> None:
+        """Of a matrix that was decoded by a tool which left its scales in place."""
+        for suffix in (*_SCALES, *_GLOBAL_SCALES):
+            if (name := f"{module}.{suffix}") in self and name not in self._claimed:
+                self.take(name)
+                self._left_out.append(name)
 
     def holds(self, name: str) -> bool:
         """Whether a tensor is there, be it in the two parts of compressed-tensors."""
@@ -129,15 +158,20 @@ class Catalogue:
         self._claimed |= names
         return len(names)
 
-    def finish(self) -> None:
-        """Raise BadInput when a tensor was not claimed."""
-        unknown = sorted(self._tensors.keys() - self._claimed)
+    def finish(self) -> tuple[str, ...]:
+        """Notes on what was left out. Raises BadInput when a tensor was not claimed."""
+        left = self._tensors.keys() - self._claimed
+        leftovers = {name for name in left if _LEFTOVERS.search(name)}
+        unknown = sorted(left - leftovers)
         if unknown:
             others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise BadInput(
                 f"{unknown[0]} in {self._tensors[unknown[0]].file}{others}: unknown tensor, expected only tensors "
                 "that the architecture describes"
             )
+        names = sorted({*leftovers, *self._left_out})
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return (f"{names[0]}{others} are not used: no weight depends on them",) if names else ()
 
     def _nvfp4(self, module: str, codes: str, global_scale: str, reciprocal: bool) -> Nvfp4:
         return Nvfp4(

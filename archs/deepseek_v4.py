@@ -46,12 +46,15 @@ def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
     source = CheckpointSource(catalogue, NAMES)
     graph = build(dimensions, source)
     if _draft_blocks(tensors) == 1 and "mtp.0.e_proj.weight" in catalogue:
-        graph = replace(graph, draft=build_draft(graph, dimensions, draft_source(source, dimensions.layers)))
+        try:
+            graph = replace(graph, draft=build_draft(graph, dimensions, draft_source(source, dimensions.layers)))
+        except BadInput as error:  # the model does without
+            catalogue.ignore("mtp.")
+            graph = replace(graph, notes=(f"multi-token prediction is left out: {error}",))
     elif drafts := _draft_blocks(tensors):
         left = f"{catalogue.ignore('mtp.')} tensors of {drafts} draft blocks (mtp.*)"
         graph = replace(graph, notes=(f"{left} are left out: llama.cpp cannot run them",))
-    catalogue.finish()
-    return graph
+    return replace(graph, notes=(*graph.notes, *catalogue.finish()))
 
 
 def _draft_blocks(tensors: Sequence[TensorInfo]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import BadInput
 from .architecture import Architecture
@@ -90,8 +90,7 @@ def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
     catalogue = Catalogue(tensors, config.origin, scale_block(config))
     tied = config.flag("tie_word_embeddings", default=False)
     graph = _build(dimensions, CheckpointSource(catalogue, _NAMES, tied))
-    catalogue.finish()
-    return graph
+    return replace(graph, notes=catalogue.finish())
 
 
 def _read_config(config: Config) -> _Dimensions:

@@ -133,12 +133,24 @@ _IN_SECOND_LAYER = ("ffn_", "exp_probs_b.", "post_attention_norm.", "nextn.share
 
 
 def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
+    """With the drafting block, as long as that is whole: it is not needed to run the model."""
+    if not any(tensor.name == "mtp.layers.0.eh_proj.weight" for tensor in tensors):
+        return _read_checkpoint(config, tensors, drafts=False)
+    try:
+        return _read_checkpoint(config, tensors, drafts=True)
+    except BadInput as error:
+        graph = _read_checkpoint(config, tensors, drafts=False)
+        return replace(graph, notes=(f"multi-token prediction is left out: {error}", *graph.notes))
+
+
+def _read_checkpoint(config: Config, tensors: Sequence[TensorInfo], drafts: bool) -> Graph:
     catalogue = Catalogue(tensors, config.origin, scale_block(config))
-    dimensions = _read_config(config, drafts="mtp.layers.0.eh_proj.weight" in catalogue)
+    dimensions = _read_config(config, drafts)
     tied = config.flag("tie_word_embeddings", default=False)
     graph = build(dimensions, _checkpoint_source(catalogue, len(dimensions.kinds), tied))
-    catalogue.finish()
-    return graph
+    left = 0 if drafts else catalogue.ignore("mtp.")
+    notes = (f"{left} tensors of a drafting block (mtp.*) are left out",) if left else ()
+    return replace(graph, notes=(*notes, *catalogue.finish()))
 
 
 def _read_config(config: Config, drafts: bool) -> Family:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from ..errors import BadInput
 from .catalogue import Catalogue
@@ -67,10 +68,19 @@ def rope_section(config: Config) -> Config:
 def scale_block(config: Config) -> tuple[int, int]:
     """Rows and columns that share a scale in a checkpoint's FP8 matrices."""
     quantization = config.section("quantization_config")
-    block = quantization.get("weight_block_size") or [128, 128]
+    block = quantization.get("weight_block_size") or _block_structure(quantization) or [128, 128]
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
         raise BadInput(f"{quantization.origin}: weight_block_size is {block!r}, expected two positive whole numbers")
     return block[0], block[1]
+
+
+def _block_structure(quantization: Config) -> Any:
+    """The same as compressed-tensors says it: of the first group of layers that has blocks."""
+    groups = quantization.get("config_groups")
+    listed = groups.values() if isinstance(groups, dict) else ()
+    schemes = [group.get("weights") for group in listed if isinstance(group, dict)]
+    blocks = (scheme.get("block_structure") for scheme in schemes if isinstance(scheme, dict))
+    return next(filter(None, blocks), None)
 
 
 @dataclass(frozen=True)

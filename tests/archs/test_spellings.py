@@ -14,7 +14,7 @@ import real_models
 from moecast.archs import deepseek_v4, minimax_m2, nemotron_h
 from moecast.archs.architecture import Architecture
 from moecast.archs.config import Config
-from moecast.archs.harmless import refuse_unread
+from moecast.archs.harmless import check_repeated, refuse_unread, refuse_unread_metadata
 from moecast.errors import BadInput
 from transformers import AutoConfig
 
@@ -329,3 +329,17 @@ def test_whole_numbers_have_a_range(value: int) -> None:
     for family, key in (("minimax_m2", "hidden_size"), ("deepseek_v4", "sliding_window"), ("nemotron_h", "head_dim")):
         with pytest.raises(BadInput, match=rf"config\.json: {key} is .*expected a positive whole number"):
             read(example(family) | {key: value})
+
+
+def test_keys_of_gguf_files_are_understood_or_refused() -> None:
+    """Of the architecture's own alone: llama.cpp reads no other ones."""
+    stored = {"tiny.experts": 4, "tiny.tilt": 0.5, "general.tags": ["x"], "publisher.note": "y"}
+    metadata = Config(stored, "model.gguf")
+    check_repeated(metadata, {"tiny.experts": 4, "tiny.width": 8})
+    with pytest.raises(BadInput, match=r"^model\.gguf: tiny\.tilt is 0\.5.* --ignore-config tiny\.tilt$"):
+        refuse_unread_metadata(metadata, "tiny", (), ())
+    refuse_unread_metadata(metadata, "tiny", ["tilt"], ())
+    refuse_unread_metadata(metadata, "tiny", (), ["tiny.tilt"])
+    for expected in (5, [4, 5], 4.5):
+        with pytest.raises(BadInput, match=r"^model\.gguf: tiny\.experts is 4, expected "):
+            check_repeated(metadata, {"tiny.experts": expected})

@@ -82,8 +82,8 @@ def test_largest_scales_of_mxfp4_pass_with_small_codes_alone(tmp_path: Path) -> 
         scales = torch.full((3, 2), 127, dtype=torch.uint8)
         scales[1, 1] = scale
         weight = Mxfp4(stored(tmp_path, "codes", "I8", codes), stored(tmp_path, "scale", "F8_E8M0", scales))
-        expected = bool(torch.isfinite(evaluate(weight, Storage())).all())
-        assert expected == fits
+        if scale < 255:  # as a scale of ggml's that is a number
+            assert bool(torch.isfinite(evaluate(weight, Storage())).all()) == fits
         if fits:
             assert repack(weight, "MXFP4", Storage(), None, None) is not None
         else:
