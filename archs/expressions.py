@@ -269,18 +269,23 @@ class Reshape(_Derived):
 
 
 @dataclass(frozen=True)
-class _Mapped(_Derived):
-    """A function of each number."""
+class _Wrapped(_Derived):
+    """An expression made of another one."""
 
     source: Expression
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
     def parts(self) -> tuple[Expression]:
         return (self.source,)
+
+
+@dataclass(frozen=True)
+class _Mapped(_Wrapped):
+    """A function of each number, in the shape of the source."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
 
 
 @dataclass(frozen=True)
@@ -294,19 +299,11 @@ class OnePlus(_Mapped):
 
 
 @dataclass(frozen=True)
-class Below(_Moved):
+class Below(_Mapped, _Moved):
     """A stored table of whole numbers from 0 to `limit` - 1: they index something."""
 
     source: Read
     limit: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def parts(self) -> tuple[Expression]:
-        return (self.source,)
 
 
 @dataclass(frozen=True)
@@ -325,16 +322,11 @@ class Zeros(_Derived):
 
 
 @dataclass(frozen=True)
-class Padded(_Derived):
+class Padded(_Wrapped):
     """`factor * source` in the first rows and columns of a larger matrix, zeros in the others."""
 
-    source: Expression
     shape: tuple[int, ...]
     factor: float = 1.0
-
-    @property
-    def parts(self) -> tuple[Expression]:
-        return (self.source,)
 
     def of_expert(self, expert: int | None) -> Expression:
         return self.source.of_expert(expert)
@@ -352,10 +344,9 @@ class SideBySide(_Moved):
 
 
 @dataclass(frozen=True)
-class Rows(_Moved):
+class Rows(_Wrapped, _Moved):
     """Rows `start` to `stop` of every matrix of `source` (fused projections hold several weights)."""
 
-    source: Expression
     start: int
     stop: int
 
@@ -363,10 +354,6 @@ class Rows(_Moved):
     def shape(self) -> tuple[int, ...]:
         *leading, _, columns = self.source.shape
         return (*leading, self.stop - self.start, columns)
-
-    @property
-    def parts(self) -> tuple[Expression]:
-        return (self.source,)
 
     def of_expert(self, expert: int | None) -> Expression:
         return self.source.of_expert(expert)
