@@ -71,7 +71,7 @@ def main() -> None:
     make("onnx", file_format="onnx", calibration=None)
     # All activations on disk, stopped within a layer, and once more to the end.
     pipeline.workspace = lambda *arguments: Workspace(0, folder)
-    options = {"quant": "IQ4_XS", "context": 64, "chunks": 3, "calibration": text, "imatrix_out": folder / "i.gguf"}
+    options = {"quant": "IQ4_XS", "context": 64, "chunks": 3, "calibration": text, "save_to": folder / "i.gguf"}
     quantize, left = encode.quantize_weight, iter(range(40))
 
     def stopping(*arguments: Any) -> Any:

@@ -70,7 +70,7 @@ def test_what_stands_there_instead_is_said(change: Callable[[Tensors], Tensors],
 def test_pointers_of_git_lfs_are_recognized(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
-    with pytest.raises(BadInput, match="pointer of Git LFS"):
+    with pytest.raises(BadInput, match="Git LFS pointer"):
         list(read_header(path))
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+REQUIRED = {"model_type": "minimax_m2", "rms_norm_eps": 1e-6, "rope_theta": 5e6}
 BASE = {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 4, "num_local_experts": 16}
 EXPERT_BYTES = 3 * 512 * 256 * 2  # one expert in BF16
 SLACK = 24 * 2**20  # the allocator's mood; four times either count adds 144 MiB of weights
@@ -61,7 +62,7 @@ def _write(folder: Path, **overrides: int) -> Path:
         {"model.embed_tokens.weight": vocabulary, "lm_head.weight": vocabulary, "model.norm.weight": (hidden,)},
     )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "minimax_m2"}))
+    (folder / "config.json").write_text(json.dumps(config | REQUIRED))
     checkpoints.write_tokenizer(folder, config["vocab_size"])
     return folder
 

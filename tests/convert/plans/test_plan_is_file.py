@@ -102,7 +102,7 @@ def test_types_below_two_bits(text: Path, tmp_path: Path) -> None:
     assert any(tensor["type"].startswith("IQ1") for tensor in plan["tensors"])
     for command in ("plan", "convert"):
         refused = CliRunner().invoke(main, [command, str(folder), *map(str, given), "--no-calibration"])
-        assert refused.exit_code == 2 and "is too small" in refused.stderr
+        assert refused.exit_code == 2 and "is too little" in refused.stderr
 
 
 @pytest.mark.usefixtures("nothing_is_computed")
