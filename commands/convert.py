@@ -80,15 +80,12 @@ def convert(
     from ..convert.pipeline import convert as run
     from ..convert.plans.choose import plan_for
     from ..convert.settings import VERIFICATION
-    from ..runner.settings import Evaluation
     from ..sources.locate import open_headers
     from .console import make_progress
     from .report import show_conversion, show_plan
 
     if max_kld is not None and not verify:
         raise BadInput("--max-kld judges the comparison with the source: leave out --no-verify")
-    if not verify and evaluation != replace(Evaluation(), context=evaluation.context):
-        raise BadInput("--file and --chunks say what to compare with the source on: leave out --no-verify")
     if dry_run and goal.measure:
         raise BadInput("--dry-run does not measure: use `moecast plan --measure`")
     if dry_run:

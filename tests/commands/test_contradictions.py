@@ -35,8 +35,6 @@ CONTRADICTIONS = [
     "convert --error-feedback --no-calibration",
     "convert --error-feedback --imatrix i.gguf",
     "convert --no-verify --max-kld 1",
-    "convert --no-verify --chunks 2",
-    "convert --no-verify --file a.txt",
     "convert --scratch 1GB",
     "convert --scratch 1GB --keep-source",
     "convert --scratch 1GB --bpw 4",
