@@ -63,7 +63,7 @@ def literal(text: object) -> Text:
 def human_bytes(count: float) -> str:
     """1536 -> '1.5 KiB'"""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
+        if round(count, 1) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
@@ -72,7 +72,7 @@ def human_bytes(count: float) -> str:
 def human_count(count: float) -> str:
     """228689764864 -> '228.7 B'"""
     for unit in ("", "K", "M", "B"):
-        if count < 1000:
+        if round(count, 1) < 1000:
             return f"{count:.0f}" if unit == "" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} T"

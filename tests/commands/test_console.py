@@ -17,7 +17,8 @@ from moecast.commands.console import human_bytes, human_count, make_progress
 @pytest.mark.parametrize(
     ("count", "text"),
     [
-        (0, "0 B"), (1, "1 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (5 * 2**20, "5.0 MiB"),
+        (0, "0 B"), (1, "1 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (2**20 - 1, "1.0 MiB"),
+        (1536, "1.5 KiB"), (5 * 2**20, "5.0 MiB"),
         (2.5 * 2**30, "2.5 GiB"), (2**40, "1.0 TiB"), (1500 * 2**40, "1500.0 TiB"),
     ],
 )  # fmt: skip
@@ -27,7 +28,15 @@ def test_bytes(count: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0"), (999, "999"), (1000, "1.0 K"), (25_300_000, "25.3 M"), (228_689_764_864, "228.7 B"), (1.6e12, "1.60 T")],
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.0 K"),
+        (999_999, "1.0 M"),
+        (25_300_000, "25.3 M"),
+        (228_689_764_864, "228.7 B"),
+        (1.6e12, "1.60 T"),
+    ],
 )
 def test_counts(count: float, text: str) -> None:
     assert human_count(count) == text
