@@ -260,7 +260,7 @@ def test_no_pause_without_end(server: HubServer, waits: list[float], where: str,
 def test_pauses_that_are_no_numbers(server: HubServer, checkpoint: Path, waits: list[float], value: str) -> None:
     server.fail(API, Fault(status=503, headers={"Retry-After": value.encode().decode("latin-1")}))
     assert same(fetch(source(server)), checkpoint)
-    assert waits == [1]
+    assert {*waits} == {1}  # one, or more where a busy machine stalls a connection too
 
 
 @pytest.mark.parametrize("name", [SHARDS[0], "config.json"])
