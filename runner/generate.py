@@ -28,9 +28,13 @@ def generate(
             logits / temperature.
         seed: of the draws, for the same text again.
 
-    Raises BadInput for an empty prompt and a negative temperature.
+    Raises BadInput for a prompt that is empty or no UTF-8, and a negative temperature.
     """
     tokenizer = model.tokenizer
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are no UTF-8 arrive as half characters
+        raise BadInput(f"--prompt is no UTF-8 text: character {error.start + 1} is none") from None
     ids = tokenizer.encode(prompt, parse_special=True)
     if not ids:
         raise BadInput("--prompt is empty, expected some text")

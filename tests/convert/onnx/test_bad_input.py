@@ -146,6 +146,8 @@ def test_damaged_folder(converted: Path, damage: Any, message: str) -> None:
 
 def test_nothing_to_continue(converted: Path) -> None:
     _assert_refused(CliRunner().invoke(main, ["run", str(converted), "-p", ""]), "--prompt is empty")
+    half = CliRunner().invoke(main, ["run", str(converted), "-p", "a\udcff"])
+    _assert_refused(half, "--prompt is no UTF-8 text: character 2 is none")
     colder = CliRunner().invoke(main, ["run", str(converted), "-p", "And", "--temperature", "-1"])
     _assert_refused(colder, "-1.0 is not in the range x>=0")
 
