@@ -31,11 +31,11 @@ class MeasuredImportance:
     """That of an importance matrix somebody measured before; columns that pad a weight were not in it."""
 
     def __init__(self, matrix: ImportanceMatrix) -> None:
-        self._matrix = matrix
+        self.matrix = matrix
 
     def of(self, weight: Weight, expert: int | None) -> Tensor | None:
         columns = weight.source.source.shape[-1] if isinstance(weight.source, Padded) else weight.columns
-        means = self._matrix.of(weight.name, columns, weight.matrices)
+        means = self.matrix.of(weight.name, columns, weight.matrices)
         return functional.pad(means[expert or 0], (0, weight.columns - columns)) if means is not None else None
 
     def moments(self, weight: Weight, expert: int | None) -> SecondMoments | None:

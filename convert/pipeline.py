@@ -31,7 +31,7 @@ from .gguf.tokenizer import tokenizer_problems
 from .gguf.writer import GGUFWriter
 from .onepass import PassInputs, run_pass
 from .onnx.export import open_onnx_writer
-from .plans.choose import calibration_for, measures, plan_for, with_error_feedback
+from .plans.choose import beyond_context, calibration_for, measures, plan_for, with_error_feedback
 from .plans.measured import measured_plan, plan_record
 from .preflight import check_disk
 from .resume.fingerprint import file_identity, fingerprint, text_identity
@@ -124,12 +124,11 @@ def _tokenization(work: _Work, evaluation: Evaluation) -> Tokenization | None:
 
 def _problems(work: _Work, parity: Parity | None) -> list[str]:
     """What the result does not do as its source does, apart from what its plan says."""
-    graph, inputs, calibration = work.model.graph, work.inputs, work.calibration
-    problems = [] if parity is None else [*parity.problems]
-    if inputs.tokens and inputs.context > graph.context_length:
-        problems.append(f"--context {inputs.context} is beyond the {graph.context_length} tokens the model is made for")
-    if calibration.imatrix:
-        problems += missing_entries(read_imatrix(Path(calibration.imatrix)), work.plan)
+    inputs, problems = work.inputs, [] if parity is None else [*parity.problems]
+    if inputs.tokens:
+        problems += beyond_context(work.model.graph, inputs.context)
+    if isinstance(inputs.importance, MeasuredImportance):
+        problems += missing_entries(inputs.importance.matrix, work.plan)
     if work.output.file_format == "gguf":
         problems += tokenizer_problems(work.model.tokenizer, work.metadata)
     elif parity is not None and work.output.rounded_activations == "int8":

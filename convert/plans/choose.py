@@ -204,10 +204,15 @@ def fit_machine(graph: Graph, machine: Machine, form: Form = Form()) -> MachineP
         assert refusal
         raise refusal
     best = min(found, key=lambda fit: sum(damage.of(t.weight, t.type) for t in fit.plan.tensors))
-    notes = _notes(graph, best.plan, damage)
-    if machine.context > graph.context_length:
-        notes += (f"--context {machine.context} is beyond the {graph.context_length} tokens the model is made for",)
+    notes = (*_notes(graph, best.plan, damage), *beyond_context(graph, machine.context))
     return replace(best, plan=replace(best.plan, notes=notes))
+
+
+def beyond_context(graph: Graph, context: int) -> tuple[str, ...]:
+    """A line where a context is longer than what the model is made for."""
+    if context <= graph.context_length:
+        return ()
+    return (f"--context {context} is beyond the {graph.context_length} tokens the model is made for",)
 
 
 def variants(graph: Graph, form: Form = Form()) -> list[Graph]:
