@@ -22,6 +22,7 @@ from .onepass import PassInputs, run_pass
 from .plans.choose import plan_for
 from .resume.fingerprint import file_identity, fingerprint
 from .resume.journal import Journal
+from .resume.records import Spent
 from .settings import Calibration, Goal
 
 _UNQUANTIZED_BITS = 16
@@ -76,7 +77,7 @@ def requantize(
     ):
         inputs = PassInputs(importance=MeasuredImportance(importance) if importance else None)
         run_pass(model, plan, writer, inputs, compute, progress=progress)
-    made = Conversion.of(writer.paths, plan, model.path.as_posix(), started)
+    made = Conversion.of(writer.paths, plan, model.path.as_posix(), journal.earlier + Spent.since(started))
     missing = missing_entries(importance, plan) if importance else ()
     used = InputFile.of(imatrix) if imatrix else None
     return replace(made, problems=(*made.problems, *writer.problems, *missing), imatrix=used)
