@@ -319,7 +319,8 @@ def test_quantize_continues(minimax: Checkpoint, tmp_path: Path, monkeypatch: py
         assert CliRunner().invoke(main, [*arguments, str(output)]).exit_code == 130
     result = CliRunner().invoke(main, [*arguments[:-1], "Q4_K_M", str(output)])
     assert result.exit_code == 2 and "quant was Q5_K_M, is now Q4_K_M" in result.stderr
-    assert CliRunner().invoke(main, [*arguments, str(output)]).exit_code == 0
+    result = CliRunner().invoke(main, [*arguments, str(output)])
+    assert result.exit_code == 0 and "Resuming: " in result.stderr and "s in all runs" in result.stdout
     assert output.read_bytes() == whole.read_bytes()
 
 
