@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import PurePath
 from typing import Any
 
@@ -99,10 +100,10 @@ class TerminalProgress:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def begin(self, task: str, total: int, unit: str) -> None:
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(printable(task), total=total, detail="")
+        self._task = self._progress.add_task(printable(task), total=total, completed=done, detail="")
 
     def advance(self, amount: int, detail: str = "") -> None:
         if self._task is not None:
@@ -113,24 +114,30 @@ class TerminalProgress:
 
 
 class PlainProgress:
-    """Lines for logs: one when a task begins and ends, and one every few seconds between."""
+    """Lines for logs: one when a task begins and ends, and one every few seconds between, with the time left."""
 
     def __init__(self) -> None:
-        self._task, self._unit, self._total, self._done, self._printed = "", "", 0, 0, 0.0
+        self._task, self._total, self._done, self._printed = "", 0, 0, 0.0
+        self._began, self._done_before = 0.0, 0
 
     def __enter__(self) -> PlainProgress:
         return self
 
     def __exit__(self, *error: object) -> None: ...
 
-    def begin(self, task: str, total: int, unit: str) -> None:
-        self._task, self._unit, self._total, self._done = task, unit, total, 0
-        self.note(f"{task}: {human_count(total)} {unit}")
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        self._task, self._total, self._done, self._done_before = task, total, done, done
+        self.note(f"{task}: {human_count(total)} {unit}" + (f", {done / total:.0%} done before" if done else ""))
+        self._began = self._printed
 
     def advance(self, amount: int, detail: str = "") -> None:
         self._done += amount
-        if self._done >= self._total or time.monotonic() - self._printed > _PLAIN_INTERVAL:
-            self.note(f"{self._task}: {self._done / max(self._total, 1):.0%} {detail}")
+        now = time.monotonic()
+        if self._done >= self._total:
+            self.note(f"{self._task}: 100% {detail}")
+        elif now - self._printed > _PLAIN_INTERVAL:
+            left = (now - self._began) / max(self._done - self._done_before, 1) * (self._total - self._done)
+            self.note(f"{self._task}: {self._done / self._total:.0%} {detail}, {timedelta(seconds=round(left))} left")
 
     def note(self, line: str) -> None:
         self._printed = time.monotonic()

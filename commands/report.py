@@ -146,9 +146,8 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     rows = [("Size", f"{human_bytes(result.bytes)}, {result.bits_per_weight:.2f} bits per weight")]
     if result.parity:
         rows += _parity_rows(result.parity)
-    rows.append(("Time, peak memory", f"{result.seconds:.1f} s, {human_bytes(result.peak_rss_bytes)}"))
-    if result.resumed:
-        rows.append(("Time of earlier runs", "not counted: this one went on where they stopped"))
+    runs = " in all runs" if result.resumed else ""
+    rows.append(("Time, peak memory", f"{result.seconds:.1f} s{runs}, {human_bytes(result.peak_rss_bytes)}"))
     print_table(str(result.files[0]), rows)
     show_problems(result.problems)
     file = result.files[0]

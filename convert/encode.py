@@ -68,7 +68,22 @@ class Encoder:
             self._unfinished[tensor.weight.layer].append(tensor)
         if not native.available():
             progress.note(f"Quantizing with {native.kernel_status()}")
-        progress.begin("Converting", sum(tensor.weight.elements for tensor in plan.tensors), "weights")
+        total, done = (
+            sum(tensor.weight.elements for tensor in plan.tensors),
+            sum(map(self._elements_there, plan.tensors)),
+        )
+        progress.begin("Converting", total, "weights", done)
+
+    def is_written(self, layer: int) -> bool:
+        """Whether all of a layer is written, be it by an earlier run."""
+        tensors = (tensor.weight for tensor in self._unfinished[layer])
+        return all(self._has(weight, *piece) for weight in tensors for piece in pieces(weight))
+
+    def _elements_there(self, tensor: PlannedTensor) -> int:
+        """How many numbers of a tensor an earlier run has written."""
+        weight = tensor.weight
+        rows = sum(_row_count(weight, piece[1]) for piece in pieces(weight) if self._has(weight, *piece))
+        return rows * weight.columns
 
     def encode(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
         """One of the `pieces` of a tensor as it is stored, uint8 [rows, row bytes], written if it was not yet.

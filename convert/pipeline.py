@@ -32,10 +32,11 @@ from .gguf.writer import GGUFWriter
 from .onepass import PassInputs, run_pass
 from .onnx.export import open_onnx_writer
 from .plans.choose import beyond_context, calibration_for, measures, plan_for, with_error_feedback
-from .plans.measured import measured_plan, plan_record
-from .preflight import check_disk
+from .plans.measured import measured_plan
+from .preflight import check_disk, note_resumption
 from .resume.fingerprint import file_identity, fingerprint, text_identity
 from .resume.journal import Journal, journal_folder
+from .resume.records import Spent
 from .settings import VERIFICATION, Calibration, Goal, Output
 from .writer import Writer
 
@@ -80,10 +81,11 @@ def convert(
         stack.callback(model.close)
         plan = plan_for(model, goal, form, calibration, output.file_format)
         path = output.place(output.name or opened.name, plan.recipe.name)
-        measured_before = measures(goal) and journal_folder(plan_record(path)).exists()
+        measured = None
         if measures(goal):
-            measured = measured_plan(model, goal, path, form, calibration, compute, output.overwrite, progress)
-            plan = stack.enter_context(measured).plan
+            measuring = measured_plan(model, goal, path, form, calibration, compute, output.overwrite, progress)
+            measured = stack.enter_context(measuring)
+            plan = measured.plan
         opened.fetch_on_demand(access.scratch, journal_folder(path) / "shards")
         calibration = calibration_for(plan, goal, calibration)
         metadata = _metadata(opened, plan, output, progress)
@@ -94,14 +96,15 @@ def convert(
         if parity and evaluation:
             parity = replace(parity, tokenization=_tokenization(work, evaluation))
     provenance = opened.provenance
-    made = Conversion.of(done.files, plan, provenance.get("repository", model.path.as_posix()), started, parity)
+    spent = done.earlier + (measured.earlier if measured else Spent()) + Spent.since(started)
+    made = Conversion.of(done.files, plan, provenance.get("repository", model.path.as_posix()), spent, parity)
     return replace(
         made,
         problems=(*made.problems, *done.problems, *_problems(work, parity)),
         revision=provenance.get("revision"),
         imatrix=InputFile.of(calibration.imatrix) if calibration.imatrix else None,
         texts=_texts(calibration, evaluation),
-        resumed=measured_before or done.resumed,
+        resumed=done.resumed or (measured is not None and measured.resumed),
     )
 
 
@@ -164,12 +167,14 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Done:
-    """Files, the first of which is the model; how they compare, what they could not hold, whether a run went before."""
+    """Files, the first of which is the model; how they compare, what they could not hold; whether runs went before, and
+    what these took."""
 
     files: list[Path]
     parity: Parity | None
     problems: list[str]
     resumed: bool
+    earlier: Spent
 
 
 def _metadata(source: Source, plan: Plan, output: Output, progress: Progress) -> dict[str, Any]:
@@ -211,18 +216,20 @@ def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Pro
     copies = RUNNING if inputs.evaluation is None else QUANTIZING
     folder, feedback = work.path.parent, inputs.error_feedback
     room = workspace(memory, plan.graph, inputs.tokens, inputs.context, folder, copies, feedback)
-    with Journal(work.path, identity, work.output.overwrite, progress) as journal, ExitStack() as stack:
+    with room, Journal(work.path, identity, work.output.overwrite, progress) as journal, ExitStack() as stack:
         resumed = journal.continues
         check_disk(work.path, plan, model, inputs, memory, journal, progress)
         imatrix = _imatrix_writer(work)
         if imatrix:
             inputs = replace(inputs, imatrix=stack.enter_context(imatrix))
         with _writer(work, journal) as writer:
+            if resumed:
+                note_resumption(writer.bytes_there, plan, model, progress)
             parity = run_pass(model, plan, writer, inputs, work.compute, journal, room, progress)
         files = [*writer.paths]
         if draft and model.graph.draft:
             files.append(_write_draft(work, journal, progress))
-    return _Done(files, parity, writer.problems, resumed)
+    return _Done(files, parity, writer.problems, resumed, journal.earlier)
 
 
 def _imatrix_writer(work: _Work) -> ImatrixWriter | None:

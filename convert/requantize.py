@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import BadInput
-from ..progress import Progress
+from ..progress import NoProgress, Progress
 from ..quant.formats.table import FORMATS
 from ..quant.planning.plan import Form, Plan, override_types
 from ..runner.settings import Compute
@@ -20,8 +20,10 @@ from .gguf.metadata import QUANTIZATION_VERSION
 from .gguf.writer import GGUFWriter
 from .onepass import PassInputs, run_pass
 from .plans.choose import plan_for
+from .preflight import note_resumption
 from .resume.fingerprint import file_identity, fingerprint
 from .resume.journal import Journal
+from .resume.records import Spent
 from .settings import Calibration, Goal
 
 _UNQUANTIZED_BITS = 16
@@ -70,16 +72,19 @@ def requantize(
     metadata = _metadata(model, plan, importance)
     path = Path(output)
     others = {"importance matrix": file_identity(Path(imatrix))} if imatrix else {}
-    with (
-        Journal(path, fingerprint(model, plan, metadata, others), overwrite, progress) as journal,
-        GGUFWriter(path, metadata, plan.stored, None, overwrite, journal) as writer,
-    ):
-        inputs = PassInputs(importance=MeasuredImportance(importance) if importance else None)
-        run_pass(model, plan, writer, inputs, compute, progress=progress)
-    made = Conversion.of(writer.paths, plan, model.path.as_posix(), started)
+    progress = progress or NoProgress()
+    with Journal(path, fingerprint(model, plan, metadata, others), overwrite, progress) as journal:
+        resumed = journal.continues
+        with GGUFWriter(path, metadata, plan.stored, None, overwrite, journal) as writer:
+            if resumed:
+                note_resumption(writer.bytes_there, plan, model, progress)
+            inputs = PassInputs(importance=MeasuredImportance(importance) if importance else None)
+            run_pass(model, plan, writer, inputs, compute, progress=progress)
+    made = Conversion.of(writer.paths, plan, model.path.as_posix(), journal.earlier + Spent.since(started))
     missing = missing_entries(importance, plan) if importance else ()
     used = InputFile.of(imatrix) if imatrix else None
-    return replace(made, problems=(*made.problems, *writer.problems, *missing), imatrix=used)
+    problems = (*made.problems, *writer.problems, *missing)
+    return replace(made, problems=problems, imatrix=used, resumed=resumed)
 
 
 def plan_requantized(

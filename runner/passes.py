@@ -57,6 +57,11 @@ class LayerPass:
             self._waiting = [(name, sharing) for name, sharing in unpacked(next(self._saved))]
             self.facts = next(self._saved)
 
+    @property
+    def passed(self) -> int:
+        """How many layers an earlier run has passed."""
+        return 0 if self._last is None else self._last + 1
+
     def is_done(self, layer: int) -> bool:
         """Whether an earlier run has passed this layer."""
         return self._last is not None and layer <= self._last

@@ -16,6 +16,7 @@ from ...errors import BadInput
 from ...quant.planning.allocation import Damage, Key
 from ...quant.planning.plan import Form, Plan, plan_file
 from ...quant.planning.recipes import RECIPES
+from ...runner.activations import Workspace
 from ...runner.measure.compare_plans import divergences
 from ...runner.measure.probe import measure_damage, types_of
 from ...runner.memory import comparing, workspace
@@ -77,21 +78,25 @@ def choose_measured_plan(
     graph, forms = measuring.model.graph, variants(measuring.model.graph, form)
     probed = len(types_of(forms, measuring.wants_importance))
     probing, side_by_side = (_calibrated_without(measuring, part) for part in (probes, held_out))
-    probing = _with_room(probing, memory, journal, probes, 1 + probed, comparing(1))
-    side_by_side = _with_room(side_by_side, memory, journal, held_out, 1 + _MOST_PLANS, comparing(_MOST_PLANS))
+    probing_room = _room(probing, memory, journal, probes, 1 + probed, comparing(1))
+    comparing_room = _room(side_by_side, memory, journal, held_out, 1 + _MOST_PLANS, comparing(_MOST_PLANS))
     cache = MeasurementCache(journal, graph.layers)
-    (found,) = cache.get(
-        "damage", lambda states: [packed(asdict(measure_damage(replace(probing, states=states), probes, forms)))]
-    )
+    with probing_room:
+        probing = replace(probing, workspace=probing_room)
+        (found,) = cache.get(
+            "damage", lambda states: [packed(asdict(measure_damage(replace(probing, states=states), probes, forms)))]
+        )
     damage = Damage(**unpacked(found))
     plans = candidates_within(graph, budget, damage, form, measuring.wants_importance)
-    measured = cache.get(
-        "divergences",
-        lambda states: [
-            divergence.probability_weighted_kld
-            for divergence in divergences(replace(side_by_side, states=states), list(plans.values()), held_out)
-        ],
-    )
+    with comparing_room:
+        side_by_side = replace(side_by_side, workspace=comparing_room)
+        measured = cache.get(
+            "divergences",
+            lambda states: [
+                divergence.probability_weighted_kld
+                for divergence in divergences(replace(side_by_side, states=states), list(plans.values()), held_out)
+            ],
+        )
     klds = dict(zip(plans, measured, strict=True))
     best = winner(klds)
     order = sorted(plans, key=lambda name: (name != best, float(klds[name].mean())))
@@ -113,15 +118,14 @@ def without(calibration: Tensor, tokens: Tensor) -> Tensor:
     return calibration[~same] if not same.all() else calibration
 
 
-def _with_room(
+def _room(
     measuring: Measuring, memory: int | None, journal: Journal | None, tokens: Tensor, streams: int, copies: int
-) -> Measuring:
-    """The same with a workspace for so many streams of `tokens`."""
+) -> Workspace:
+    """A workspace for so many streams of `tokens`, and for calibration."""
     calibrating = measuring.calibration.numel() if measuring.calibration is not None else 0
     total, folder = calibrating + streams * tokens.numel(), journal.folder.parent if journal else None
     graph, context = measuring.model.graph, tokens.shape[1]
-    room = workspace(memory, graph, total, context, folder, copies, measuring.error_feedback)
-    return replace(measuring, workspace=room)
+    return workspace(memory, graph, total, context, folder, copies, measuring.error_feedback)
 
 
 def winner(klds: Mapping[str, Tensor]) -> str:

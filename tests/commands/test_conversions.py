@@ -82,4 +82,4 @@ def test_a_resumed_conversion_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
         assert _run(*arguments).exit_code == 2
     result = _run(*arguments, "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["resumed"] is True
-    assert "Time of earlier runs" not in _run(*arguments, "--overwrite").stdout
+    assert "in all runs" not in _run(*arguments, "--overwrite").stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
+import pytest
 import torch
 from moecast.runner.activations import Activations, Workspace
 
@@ -21,6 +22,14 @@ def test_disk_is_like_memory(tmp_path: Path) -> None:
     found = _filled(Workspace(0, tmp_path).activations(2, 6, 8))
     assert torch.equal(found, _filled(Workspace().activations(2, 6, 8)))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_workspace_that_is_left_keeps_no_file_open(tmp_path: Path) -> None:
+    """Even where somebody holds on to its activations."""
+    with Workspace(0, tmp_path) as room:
+        kept = _filled(room.activations(2, 6, 8)), room.activations(2, 6, 8)
+    with pytest.raises(ValueError, match="closed file"):
+        kept[1][0]
 
 
 def test_more_lanes_than_a_shell_allows_files(tmp_path: Path) -> None:
