@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..archs.pretokenizers import find_pre_tokenizer
 from ..errors import BadInput
 from ..progress import NoProgress, Progress
 from ..quant.planning.onnx_plan import OnnxPlan
@@ -22,12 +22,12 @@ from ..sources.hub.access import HubAccess
 from ..sources.imatrix import read_imatrix
 from ..sources.locate import Source, open_source
 from ..sources.model import Model
-from ..sources.tokenizer_gguf import read_tokenizer_metadata
+from ..sources.tokenizer import Tokenizer
 from .conversion import Conversion, InputFile
 from .encode import MeasuredImportance, missing_entries
 from .gguf.imatrix import ImatrixWriter
 from .gguf.metadata import gguf_metadata, source_metadata
-from .gguf.tokenizer import tokenizer_problems
+from .gguf.tokenizer import tokenizer_problems, written_tokenizer
 from .gguf.writer import GGUFWriter
 from .onepass import PassInputs, run_pass
 from .onnx.export import open_onnx_writer
@@ -114,12 +114,9 @@ def _texts(calibration: Calibration, evaluation: Evaluation | None) -> dict[str,
 
 def _tokenization(work: _Work, evaluation: Evaluation) -> Tokenization | None:
     """How the file's tokenizer does on the evaluation text; an ONNX folder has the source's own."""
-    candidate = reference = work.model.tokenizer
-    if work.output.file_format == "gguf":
-        if find_pre_tokenizer(work.metadata["tokenizer.ggml.pre"]) is None:
-            return None
-        candidate = read_tokenizer_metadata(work.metadata)
-    return compare_tokenizers(reference, candidate, evaluated_text(Path(evaluation.text)))
+    if (written := work.written_tokenizer) is None:
+        return None
+    return compare_tokenizers(work.model.tokenizer, written, evaluated_text(Path(evaluation.text)))
 
 
 def _problems(work: _Work, parity: Parity | None) -> list[str]:
@@ -130,7 +127,7 @@ def _problems(work: _Work, parity: Parity | None) -> list[str]:
     if isinstance(inputs.importance, MeasuredImportance):
         problems += missing_entries(inputs.importance.matrix, work.plan)
     if work.output.file_format == "gguf":
-        problems += tokenizer_problems(work.model.tokenizer, work.metadata)
+        problems += tokenizer_problems(work.model.tokenizer, work.metadata, work.written_tokenizer)
     elif parity is not None and work.output.rounded_activations == "int8":
         problems.append(_ROUNDED_ACTIVATIONS)
     return problems
@@ -160,6 +157,11 @@ class _Work:
     calibration: Calibration
     inputs: PassInputs
     compute: Compute
+
+    @cached_property
+    def written_tokenizer(self) -> Tokenizer | None:
+        """What the result makes of a text, None where that is not known."""
+        return written_tokenizer(self.metadata) if self.output.file_format == "gguf" else self.model.tokenizer
 
 
 @dataclass(frozen=True)
