@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import BadInput
 from ..progress import Progress
 from ..quant.formats.table import FORMATS
-from ..quant.planning.plan import Form, Plan, override_types
+from ..quant.planning.plan import Form, Plan
 from ..runner.settings import Compute
 from ..sources.imatrix import ImportanceMatrix, read_imatrix
 from ..sources.model import Model, open_model
@@ -27,26 +26,13 @@ from .settings import Calibration, Goal
 _UNQUANTIZED_BITS = 16
 
 
-@dataclass(frozen=True)
-class Exceptions:
-    """What is not as the recipe or the rules say.
-
-    Attributes:
-        tensor_types: (regular expression, type) pairs that overrule the recipe for matching tensor names.
-        allow_requantize: accept tensors that are quantized already; they were rounded once and will be again.
-    """
-
-    tensor_types: Sequence[tuple[str, str]] = ()
-    allow_requantize: bool = False
-
-
 def requantize(
     source: str | Path | Model,
     output: str | Path,
     goal: str | Goal | None = None,
     *,
     imatrix: str | Path | None = None,
-    exceptions: Exceptions = Exceptions(),
+    allow_requantize: bool = False,
     compute: Compute = Compute(),
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -56,6 +42,7 @@ def requantize(
     Args:
         goal: a recipe name, by default Q4_K_M, or what else types follow from.
         imatrix: importance matrix of llama.cpp, as GGUF or .dat.
+        allow_requantize: accept tensors that are quantized already; they were rounded once and will be again.
 
     Raises BadInput for anything wrong with the input, an existing output, or a full disk.
     """
@@ -64,8 +51,8 @@ def requantize(
     if not model.metadata:
         raise BadInput(f"{model.path} is a checkpoint folder, expected a GGUF file: use `moecast convert`")
     importance = read_imatrix(Path(imatrix)) if imatrix else None
-    plan = plan_requantized(model, goal, imatrix, exceptions)
-    if not exceptions.allow_requantize:
+    plan = plan_requantized(model, goal, imatrix)
+    if not allow_requantize:
         _refuse_quantized(model, plan)
     metadata = _metadata(model, plan, importance)
     path = Path(output)
@@ -82,13 +69,10 @@ def requantize(
     return replace(made, problems=(*made.problems, *writer.problems, *missing), imatrix=used)
 
 
-def plan_requantized(
-    model: Model, goal: str | Goal | None, imatrix: str | Path | None, exceptions: Exceptions = Exceptions()
-) -> Plan:
-    """The plan that `requantize` follows: the file's own rows, with the user's exceptions."""
+def plan_requantized(model: Model, goal: str | Goal | None, imatrix: str | Path | None) -> Plan:
+    """The plan that `requantize` follows: the file's own rows."""
     goal = replace(goal, measure=False) if isinstance(goal, Goal) else Goal(goal)
-    plan = plan_for(model, goal, Form(padding=False), Calibration(text=None, imatrix=imatrix))
-    return override_types(plan, exceptions.tensor_types)
+    return plan_for(model, goal, Form(padding=False), Calibration(text=None, imatrix=imatrix))
 
 
 def _refuse_quantized(model: Model, plan: Plan) -> None:

@@ -125,6 +125,7 @@ def test_second_rounding_must_be_allowed(full: Path, tmp_path: Path) -> None:
         (["--tensor-type", "ffn_norm=q8_0"], "'ffn_norm' matches no tensor"),
         (["--tensor-type", "(=q8_0"], "'(' is not a regular expression"),
         (["--tensor-type", "attn_q=q9_9"], "Q9_9"),
+        (["--tensor-type", "attn_q=i32"], "--tensor-type gives I32, which holds no weights"),
         (["--tensor-type", "attn_q"], "expected REGEX=TYPE"),
         (["--imatrix", "nowhere.gguf"], "nowhere.gguf cannot be read"),
         (["--quant", "nothing"], "--quant is 'nothing'"),
