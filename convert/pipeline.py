@@ -26,7 +26,7 @@ from ..sources.tokenizer import Tokenizer
 from .conversion import Conversion, InputFile
 from .encode import MeasuredImportance, missing_entries
 from .gguf.imatrix import ImatrixWriter
-from .gguf.metadata import gguf_metadata, source_metadata
+from .gguf.metadata import gguf_metadata, imatrix_metadata, source_metadata
 from .gguf.tokenizer import tokenizer_problems, written_tokenizer
 from .gguf.writer import GGUFWriter
 from .onepass import PassInputs, run_pass
@@ -86,8 +86,8 @@ def convert(
             plan = stack.enter_context(measured).plan
         opened.fetch_on_demand(access.scratch, journal_folder(path) / "shards")
         calibration = calibration_for(plan, goal, calibration)
-        metadata = _metadata(opened, plan, output, progress)
         inputs = _inputs(model, calibration, evaluation)
+        metadata = _metadata(opened, plan, output, progress) | _importance_metadata(inputs, calibration, output)
         work = _Work(model, plan, path, output, metadata, calibration, inputs, compute)
         done = _carry_out(work, _identity(work, evaluation), bool(form.mtp), progress)
         parity = done.parity
@@ -180,6 +180,20 @@ def _metadata(source: Source, plan: Plan, output: Output, progress: Progress) ->
     if output.file_format == "onnx":
         return {**source_metadata(provenance)}
     return gguf_metadata(source.model, plan, output.name or source.name, output.pre, provenance, progress)
+
+
+def _importance_metadata(inputs: PassInputs, calibration: Calibration, output: Output) -> dict[str, Any]:
+    """What a GGUF file says of how its columns were weighed, in llama-quantize's words."""
+    if output.file_format == "onnx":
+        return {}
+    if isinstance(inputs.importance, MeasuredImportance):
+        return imatrix_metadata(inputs.importance.matrix)
+    if inputs.calibration is None or calibration.text is None:
+        return {}
+    return {
+        "quantize.imatrix.dataset": Path(calibration.text).name,
+        "quantize.imatrix.chunks_count": len(inputs.calibration),
+    }
 
 
 def _inputs(model: Model, calibration: Calibration, evaluation: Evaluation | None) -> PassInputs:

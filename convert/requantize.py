@@ -15,7 +15,7 @@ from ..sources.imatrix import ImportanceMatrix, read_imatrix
 from ..sources.model import Model, open_model
 from .conversion import Conversion, InputFile
 from .encode import MeasuredImportance, missing_entries
-from .gguf.metadata import QUANTIZATION_VERSION
+from .gguf.metadata import QUANTIZATION_VERSION, imatrix_metadata
 from .gguf.writer import GGUFWriter
 from .onepass import PassInputs, run_pass
 from .plans.choose import plan_for
@@ -89,11 +89,4 @@ def _refuse_quantized(model: Model, plan: Plan) -> None:
 def _metadata(model: Model, plan: Plan, importance: ImportanceMatrix | None) -> dict[str, object]:
     kept = {key: value for key, value in model.metadata.items() if not key.startswith(("split.", "quantize.imatrix."))}
     metadata = kept | {"general.file_type": plan.recipe.file_type, "general.quantization_version": QUANTIZATION_VERSION}
-    if importance:
-        metadata |= {
-            "quantize.imatrix.file": importance.file,
-            "quantize.imatrix.dataset": ", ".join(importance.datasets),
-            "quantize.imatrix.entries_count": len(importance.means),
-            "quantize.imatrix.chunks_count": importance.chunks,
-        }
-    return metadata
+    return metadata | (imatrix_metadata(importance) if importance else {})

@@ -87,7 +87,7 @@ def test_importance_reaches_every_expert(full: Path, imatrix: Path, tmp_path: Pa
         expected = quantize(values[expert], "Q4_K", importance)
         assert np.array_equal(stored[name].data.reshape(16, 256, -1)[expert], expected.numpy())
     fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
-    assert fields["quantize.imatrix.file"].contents() == str(imatrix)
+    assert fields["quantize.imatrix.file"].contents() == imatrix.name
     assert fields["quantize.imatrix.chunks_count"].contents() == 5
     model = open_model(tmp_path / "out.gguf")
     tokens = torch.arange(1, 97)[None]
