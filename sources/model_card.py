@@ -19,7 +19,7 @@ CARD = "README.md"
 LARGEST_CARD = 1 << 24  # bytes
 _LARGEST_FRONT_MATTER = 1 << 16  # characters, which take a second
 _FENCE = "---"
-_NOTHING = ("", "null", "~", [])
+_NOTHING: tuple[object, ...] = ("", "null", "~", [])
 
 _LISTS = ("language", "languages", "license", "tags", "pipeline_tag")
 _ORIGINS = ("base_model", "base_models", "base_model_sources", "datasets", "dataset", "dataset_sources")
@@ -74,7 +74,7 @@ def _front_matter(text: str) -> str:
 
 
 def _parsed(front_matter: str) -> Mapping[str, Any]:
-    """Texts, lists and mappings alone: "no" stays a language and 1.0 a version, and nothing stands for anything else."""
+    """Texts, lists and mappings alone: "no" stays a language, 1.0 a version, and nothing stands for anything else."""
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(front_matter, yaml.BaseLoader)):
         raise BadInput("it has references, which multiply what they stand for")
     found = yaml.load(front_matter, yaml.BaseLoader)

@@ -22,9 +22,9 @@ from moecast.sources.model import open_model
 CARDS = {
     "plain": "license: apache-2.0\nlanguage: [en, de]\npipeline_tag: text-generation\ntags:\n- moe\n- conversational\n",
     "own license": "license: other\nlicense_name: open-model\nlicense_link: https://example.org/license\n",
-    "tuned": "base_model: owner/Base-Model-30B-A3B-v1.1\nbase_model_relation: finetune\ndatasets: [owner/some-data-v2]\n",
+    "tuned": "base_model: owner/Base-Model-30B-A3B-v1.1\nlibrary_name: any\ndatasets: [owner/some-data-v2]\n",
     "merged": "base_model:\n- https://huggingface.co/owner/First-8x7B\n- https://example.org/second\n- name: Third\n",
-    "licenses": "license: [mit, apache-2.0]\nauthor: Somebody\nversion: v1.5\nsize_label: 30B-A3B\nurl: https://a.example\n",
+    "licenses": "license: [mit, apache-2.0]\nauthor: Some\nversion: v1.5\nsize_label: 30B-A3B\nurl: https://a.example\n",
 }
 NAMES = ("Model-30B-A3B", "Model-2-Instruct-v1.5", "model", "A-Model-4M-chat")
 OURS = ("general.name", "general.type", "general.file_type", "general.quantization_version", "general.architecture")
