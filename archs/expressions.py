@@ -300,7 +300,7 @@ class OnePlus(_Mapped):
 
 @dataclass(frozen=True)
 class Below(_Mapped, _Moved):
-    """A stored table of whole numbers from 0 to `limit` - 1: they index something."""
+    """A stored table whose rows hold different whole numbers from 0 to `limit` - 1: they index something."""
 
     source: Read
     limit: int

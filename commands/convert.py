@@ -11,7 +11,6 @@ import click
 from ..errors import BadInput
 from .evaluate import exit_if_worse
 from .options import (
-    TypeOverride,
     calibration_options,
     calibration_text_options,
     compute_options,
@@ -74,6 +73,7 @@ def convert(
       moecast convert CHECKPOINT -o out/ --quant Q4_K_M
       moecast convert OWNER/NAME --size 96GB
       moecast convert OWNER/NAME --quant Q4_K_M --revision main --split-max-size 40G
+      moecast convert CHECKPOINT --quant Q4_K_M --tensor-type ffn_down_exps=q6_k
       moecast convert CHECKPOINT --to onnx -o out/
       moecast convert OWNER/NAME --quant IQ4_XS --scratch 20GB
     """
@@ -116,9 +116,6 @@ def convert(
 @click.argument("output", type=click.Path(path_type=Path))
 @goal_options
 @imatrix_option
-@click.option(
-    "--tensor-type", "tensor_types", multiple=True, type=TypeOverride(), help="Type of tensors whose names match."
-)
 @click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantized already.")
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
@@ -129,7 +126,6 @@ def quantize(
     output: Path,
     goal: Goal,
     imatrix: Path | None,
-    tensor_types: tuple[tuple[str, str], ...],
     allow_requantize: bool,
     overwrite: bool,
     dry_run: bool,
@@ -143,14 +139,14 @@ def quantize(
       moecast quantize model-BF16.gguf model-IQ4_XS.gguf --quant IQ4_XS --imatrix imatrix.gguf
       moecast quantize in.gguf out.gguf --quant Q4_K_M --tensor-type ffn_down_exps=q6_k
     """
-    from ..convert.requantize import Exceptions, plan_requantized, requantize
+    from ..convert.requantize import plan_requantized, requantize
     from ..sources.model import open_model
     from .console import make_progress
     from .report import show_conversion, show_plan
 
-    model, exceptions = open_model(source), Exceptions(tensor_types, allow_requantize)
+    model = open_model(source)
     if dry_run:
-        show_plan(plan_requantized(model, goal, imatrix, exceptions), as_json)
+        show_plan(plan_requantized(model, goal, imatrix), as_json)
         return
     with make_progress() as progress:
         result = requantize(
@@ -158,7 +154,7 @@ def quantize(
             output,
             goal,
             imatrix=imatrix,
-            exceptions=exceptions,
+            allow_requantize=allow_requantize,
             compute=compute,
             overwrite=overwrite,
             progress=progress,

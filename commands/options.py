@@ -231,6 +231,13 @@ _GOAL_OPTIONS = (
     click.option("--bytes-per-token", type=Size(), help="With --size or --bpw: most that a token may touch."),
     click.option("--plan", type=click.Path(path_type=Path), help="Types from a file of `moecast plan -o`."),
     click.option("--like", type=click.Path(path_type=Path), help="Types from another GGUF file."),
+    click.option(
+        "--tensor-type",
+        "tensor_types",
+        multiple=True,
+        type=TypeOverride(),
+        help="Another type for the tensors whose GGUF names match; may be repeated, the first match counts.",
+    ),
 )
 goal_options = grouped("goal", _goal, *_GOAL_OPTIONS)
 

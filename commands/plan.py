@@ -72,6 +72,7 @@ machine_options = grouped(
 @form_options
 @weighing_options
 @measuring_options
+@click.option("--tensors", "each", is_flag=True, help="List every tensor: name, type, shape, bytes.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan to a file for --plan.")
 @overwrite_option
 @source_options
@@ -84,6 +85,7 @@ def plan(
     form: Form,
     calibration: Calibration,
     compute: Compute,
+    each: bool,
     output: Path | None,
     overwrite: bool,
     access: HubAccess,
@@ -96,7 +98,7 @@ def plan(
 
     \b
     Examples:
-      moecast plan CHECKPOINT --quant Q3_K_M
+      moecast plan CHECKPOINT --quant Q3_K_M --tensors
       moecast plan OWNER/NAME --size 96GB -o plan.json
       moecast plan CHECKPOINT --size 96GB --measure --memory 32GB -o plan.json
       moecast plan OWNER/NAME --to onnx
@@ -112,7 +114,9 @@ def plan(
     from .report import show_fit, show_plan
 
     if machine and goal != Goal():
-        raise BadInput("--fit finds the size by itself: leave out --quant, --size, --bpw, --plan and --like")
+        raise BadInput(
+            "--fit finds the size by itself: leave out --quant, --size, --bpw, --plan, --like and --tensor-type"
+        )
     if machine and file_format != "gguf":
         raise BadInput(f"--fit plans for llama.cpp, which runs GGUF files: leave out --to {file_format}")
     if compute != Compute() and not goal.measure:
@@ -127,16 +131,16 @@ def plan(
                 path = output or Path(f"{opened.name}.json")
                 measured = measured_plan(opened.model, goal, path, form, calibration, compute, overwrite, progress)
                 chosen = stack.enter_context(measured).plan
-            show_plan(chosen, as_json)
+            show_plan(chosen, as_json, each)
         else:
             with make_progress() as progress:
                 model = open_headers(source, access, progress)
             if machine:
                 found = fit_machine(model.graph, machine, form)
                 chosen = found.plan
-                show_fit(found, as_json)
+                show_fit(found, as_json, each)
             else:
                 chosen = plan_for(model, goal, form, calibration, file_format)
-                show_plan(chosen, as_json)
+                show_plan(chosen, as_json, each)
         if output:
             write_plan_file(chosen, output)

@@ -130,11 +130,11 @@ class Encoder:
         data = self.source.model.repacked(weight, type_name, expert, rows)
         if data is not None:
             return data
+        values = self.source.load(weight, expert, rows).view(-1, weight.columns)
+        if type_name == "I32":
+            return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
+        self._check_range(weight, type_name, values)
         try:
-            values = self.source.load(weight, expert, rows).view(-1, weight.columns)
-            if type_name == "I32":
-                return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
-            self._check_range(weight, type_name, values)
             return quantize_weight(values, weight, expert, type_name, self._importance, self._threads)
         except BadInput as error:
             stored = first_tensor(weight.source.of_expert(expert))

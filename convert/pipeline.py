@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..archs.pretokenizers import find_pre_tokenizer
 from ..errors import BadInput
 from ..progress import NoProgress, Progress
 from ..quant.planning.onnx_plan import OnnxPlan
@@ -22,12 +22,12 @@ from ..sources.hub.access import HubAccess
 from ..sources.imatrix import read_imatrix
 from ..sources.locate import Source, open_source
 from ..sources.model import Model
-from ..sources.tokenizer_gguf import read_tokenizer_metadata
+from ..sources.tokenizer import Tokenizer
 from .conversion import Conversion, InputFile
 from .encode import MeasuredImportance, missing_entries
 from .gguf.imatrix import ImatrixWriter
-from .gguf.metadata import gguf_metadata, source_metadata
-from .gguf.tokenizer import tokenizer_problems
+from .gguf.metadata import gguf_metadata, imatrix_metadata, source_metadata
+from .gguf.tokenizer import tokenizer_problems, written_tokenizer
 from .gguf.writer import GGUFWriter
 from .onepass import PassInputs, run_pass
 from .onnx.export import open_onnx_writer
@@ -88,8 +88,8 @@ def convert(
             plan = measured.plan
         opened.fetch_on_demand(access.scratch, journal_folder(path) / "shards")
         calibration = calibration_for(plan, goal, calibration)
-        metadata = _metadata(opened, plan, output, progress)
         inputs = _inputs(model, calibration, evaluation)
+        metadata = _metadata(opened, plan, output, progress) | _importance_metadata(inputs, calibration, output)
         work = _Work(model, plan, path, output, metadata, calibration, inputs, compute)
         done = _carry_out(work, _identity(work, evaluation), bool(form.mtp), progress)
         parity = done.parity
@@ -117,12 +117,9 @@ def _texts(calibration: Calibration, evaluation: Evaluation | None) -> dict[str,
 
 def _tokenization(work: _Work, evaluation: Evaluation) -> Tokenization | None:
     """How the file's tokenizer does on the evaluation text; an ONNX folder has the source's own."""
-    candidate = reference = work.model.tokenizer
-    if work.output.file_format == "gguf":
-        if find_pre_tokenizer(work.metadata["tokenizer.ggml.pre"]) is None:
-            return None
-        candidate = read_tokenizer_metadata(work.metadata)
-    return compare_tokenizers(reference, candidate, evaluated_text(Path(evaluation.text)))
+    if (written := work.written_tokenizer) is None:
+        return None
+    return compare_tokenizers(work.model.tokenizer, written, evaluated_text(Path(evaluation.text)))
 
 
 def _problems(work: _Work, parity: Parity | None) -> list[str]:
@@ -133,7 +130,7 @@ def _problems(work: _Work, parity: Parity | None) -> list[str]:
     if isinstance(inputs.importance, MeasuredImportance):
         problems += missing_entries(inputs.importance.matrix, work.plan)
     if work.output.file_format == "gguf":
-        problems += tokenizer_problems(work.model.tokenizer, work.metadata)
+        problems += tokenizer_problems(work.model.tokenizer, work.metadata, work.written_tokenizer)
     elif parity is not None and work.output.rounded_activations == "int8":
         problems.append(_ROUNDED_ACTIVATIONS)
     return problems
@@ -164,6 +161,11 @@ class _Work:
     inputs: PassInputs
     compute: Compute
 
+    @cached_property
+    def written_tokenizer(self) -> Tokenizer | None:
+        """What the result makes of a text, None where that is not known."""
+        return written_tokenizer(self.metadata) if self.output.file_format == "gguf" else self.model.tokenizer
+
 
 @dataclass(frozen=True)
 class _Done:
@@ -183,6 +185,20 @@ def _metadata(source: Source, plan: Plan, output: Output, progress: Progress) ->
     if output.file_format == "onnx":
         return {**source_metadata(provenance)}
     return gguf_metadata(source.model, plan, output.name or source.name, output.pre, provenance, progress)
+
+
+def _importance_metadata(inputs: PassInputs, calibration: Calibration, output: Output) -> dict[str, Any]:
+    """What a GGUF file says of how its columns were weighed, in llama-quantize's words."""
+    if output.file_format == "onnx":
+        return {}
+    if isinstance(inputs.importance, MeasuredImportance):
+        return imatrix_metadata(inputs.importance.matrix)
+    if inputs.calibration is None or calibration.text is None:
+        return {}
+    return {
+        "quantize.imatrix.dataset": Path(calibration.text).name,
+        "quantize.imatrix.chunks_count": len(inputs.calibration),
+    }
 
 
 def _inputs(model: Model, calibration: Calibration, evaluation: Evaluation | None) -> PassInputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,8 @@ class Goal:
         plan: a file of `moecast plan -o`, or a plan for the model's graph, to which no `Form` applies.
         like: a GGUF file whose types to take.
         bytes_per_token: with a size or bits per weight, the most that one token may touch.
+        tensor_types: (regular expression, type) pairs that overrule a recipe or a plan for the tensors whose GGUF names
+            match; the first that matches counts, protected weights stay as they are.
         measure: under a size or bits per weight, choose types by what measuring this model shows, which conversions
             do by default, and not by what is typical of each role.
     """
@@ -44,6 +46,7 @@ class Goal:
     like: str | Path | None = None
     bytes_per_token: float | None = None
     measure: bool | None = None
+    tensor_types: Sequence[tuple[str, str]] = ()
 
     def __post_init__(self) -> None:
         given = {
@@ -60,6 +63,8 @@ class Goal:
             raise BadInput(f"{' and '.join(named)} exclude each other: give one")
         if self.bytes_per_token is not None and not self.is_budget:
             raise BadInput("--bytes-per-token is a further limit of a budget: add --size or --bpw")
+        if self.tensor_types and self.is_budget:
+            raise BadInput("--size and --bpw choose the type of every tensor: leave out --tensor-type, or give --quant")
         if self.measure and not self.is_budget:
             raise BadInput("--measure finds the best plan for a budget: add --size or --bpw")
 

@@ -49,8 +49,8 @@ class OnnxWriter(Writer):
     ) -> None:
         names = sorted((*plan.files, *contents), key=lambda name: name != MODEL_NAME)
         paths = [folder / name for name in names]
-        super().__init__(folder.name, paths, [folder / f".{name}.part" for name in names], journal, folder)
         self._folder, self._plan, self._contents = folder, plan, contents
+        super().__init__(folder.name, paths, [self._part(name) for name in names], journal, folder)
         if not overwrite and self.paths[0].exists() and not self._complete:
             raise OutputExists(self.paths[0])
         try:
@@ -121,10 +121,12 @@ class OnnxWriter(Writer):
         if not self._complete:
             self._remove_stale()
         self._completed()
-        for path in (*self.paths[1:], self.paths[0]):  # the model last
-            if self._part(path.name).exists():
-                os.replace(self._part(path.name), path)
-        sync_folder(self._folder)
+        for path, part in reversed([*zip(self.paths, self._temporary, strict=True)]):  # the model last
+            if part.exists():
+                path.parent.mkdir(exist_ok=True)
+                os.replace(part, path)
+        for folder in {path.parent for path in self.paths}:
+            sync_folder(folder)
 
     def _remove_stale(self) -> None:
         """Whatever model was here goes first, so that its graph never meets other weights."""
@@ -133,7 +135,7 @@ class OnnxWriter(Writer):
             stale.unlink()
 
     def _part(self, name: str) -> Path:
-        return self._folder / f".{name}.part"
+        return self._folder / f".{name.replace('/', '.')}.part"
 
     def _discard(self, error: BaseException) -> None:
         super()._discard(error)

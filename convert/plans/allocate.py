@@ -165,7 +165,8 @@ def _distinct(plans: dict[str, Plan]) -> dict[str, Plan]:
 
 def stock_within(graph: Graph, size: int, form: Form, calibrated: bool) -> Plan | None:
     """The largest of llama.cpp's mixes whose data section is within a size; None where none is."""
-    recipes = (recipe for recipe in RECIPES.values() if recipe.quantized and not (recipe.native or recipe.ours))
+    others = (recipe for recipe in RECIPES.values() if not (recipe.native or recipe.ours or recipe.outdone))
+    recipes = (recipe for recipe in others if recipe.quantized)
     plans = (plan_file(graph, recipe, form, calibrated) for recipe in recipes)
     return max((plan for plan in plans if plan.bytes <= size), key=lambda plan: plan.bytes, default=None)
 

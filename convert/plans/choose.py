@@ -17,7 +17,7 @@ from ...quant.planning.file_formats import plan_format
 from ...quant.planning.fit import Machine, MachinePlan, fit
 from ...quant.planning.knapsack import BudgetTooSmall
 from ...quant.planning.padding import pad
-from ...quant.planning.plan import Form, Plan, plan_tensors
+from ...quant.planning.plan import Form, Plan, override_types, plan_tensors
 from ...quant.planning.plan_file import StoredTypes, plan_like, read_plan_file
 from ...quant.planning.recipes import recipe_named
 from ...runner.texts import CALIBRATION_TEXT
@@ -48,6 +48,11 @@ def plan_for(
     """
     if calibration.imatrix and calibration.text not in (None, CALIBRATION_TEXT) and not measures(goal):
         raise BadInput("--calibration and --imatrix exclude each other unless a budget is measured: give one")
+    if goal.tensor_types:
+        if file_format != "gguf":
+            raise BadInput(f"--tensor-type names tensors and types of GGUF files: leave it out with --to {file_format}")
+        without = plan_for(model, replace(goal, tensor_types=()), form, calibration)
+        return override_types(without, goal.tensor_types)
     if goal.is_recipe:
         return plan_format(file_format, model.graph, goal.recipe, form, calibration.weighs)
     if file_format != "gguf":
@@ -80,7 +85,7 @@ def with_error_feedback(calibration: Calibration, goal: Goal) -> Calibration:
 
 def calibration_for(plan: Plan, goal: Goal, calibration: Calibration) -> Calibration:
     """What of a calibration is carried out: none where all types are so fine that it would change nothing."""
-    wanted = plan.recipe.wants_importance if goal.is_recipe else plan.wants_importance
+    wanted = plan.recipe.wants_importance if goal.is_recipe and not goal.tensor_types else plan.wants_importance
     return calibration if wanted or calibration.imatrix or calibration.save_to else NO_CALIBRATION
 
 

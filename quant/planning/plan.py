@@ -12,7 +12,7 @@ from ...archs.expressions import GlobalScales, Nvfp4, Padded, Stack
 from ...archs.graph import Graph
 from ...archs.weights import Role, Weight, scale_name
 from ...errors import BadInput
-from ..formats.table import Format, format_named
+from ..formats.table import NO_WEIGHTS, Format, format_named
 from .exact import exact_format
 from .padding import pad
 from .recipes import DOWN_PROJECTIONS, FALLBACKS, LAST_RESORT, Position, Recipe
@@ -264,12 +264,12 @@ def override_types(plan: Plan, overrides: Sequence[tuple[str, str]]) -> Plan:
 
     Raises BadInput for a bad expression, an unknown type, one that rows do not fit, and an override without effect.
     """
-    compiled = [(pattern, _compiled(pattern), format_named(name)) for pattern, name in overrides]
+    compiled = [(pattern, _compiled(pattern), _type_for_weights(name)) for pattern, name in overrides]
     used: set[str] = set()
     tensors = []
     for tensor in plan.tensors:
         found = next(((text, wanted) for text, regex, wanted in compiled if regex.search(tensor.weight.name)), None)
-        if found and not tensor.weight.role.keep_f32 and len(tensor.weight.shape) > 1:
+        if found and tensor.weight.may_be_quantized:
             pattern, wanted = found
             used.add(pattern)
             wanted.row_bytes(tensor.weight.columns)
@@ -281,6 +281,12 @@ def override_types(plan: Plan, overrides: Sequence[tuple[str, str]]) -> Plan:
                 f"--tensor-type {pattern!r} matches no tensor that may be quantized: see the names in `plan`"
             )
     return replace(plan, tensors=tuple(tensors))
+
+
+def _type_for_weights(name: str) -> Format:
+    if name in NO_WEIGHTS:
+        raise BadInput(f"--tensor-type gives {name}, which holds no weights: choose another type")
+    return format_named(name)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

@@ -1,8 +1,8 @@
 """Plans as files: types and shapes of all tensors by name, to be read by people, edited, shared and used again.
 
-    {"version": 1, "name": "3.42bpw", "bytes": 96000000000, "bits_per_weight": 3.42, "bytes_per_token": 4.1e9,
-     "expected_kld": 0.021, "problems": [], "tensors": [{"name": "token_embd.weight", "type": "Q6_K",
-     "shape": [200064, 3072], "bytes": 504161280}, ...]}
+    {"version": 1, "moecast": "0.1.0", "name": "3.42bpw", "bytes": 96000000000, "bits_per_weight": 3.42,
+     "bytes_per_token": 4.1e9, "expected_kld": 0.021, "problems": [], "tensors": [{"name": "token_embd.weight",
+     "type": "Q6_K", "shape": [200064, 3072], "bytes": 504161280}, ...]}
 
 Reading needs version, name and, of each tensor, name, type and shape; the rest is what the plan amounts to. Shapes are
 slowest dimension first; those of a padded plan are larger than the model's.
@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ... import __version__
 from ...archs.config import Config
 from ...archs.graph import Graph
 from ...archs.weights import Role
@@ -45,6 +46,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     """A plan as the numbers and strings of a plan file."""
     return {
         "version": VERSION,
+        "moecast": __version__,
         "name": plan.recipe.name,
         "bytes": plan.bytes,
         "bits_per_weight": plan.bits_per_weight,

@@ -105,6 +105,11 @@ def test_a_companion_larger_than_any_is_not_fetched(server: HubServer) -> None:
     assert "tokenizer.json has 8.6 GB" in refusal(server)
 
 
+def test_a_card_larger_than_any_is_left_out(server: HubServer) -> None:
+    server.fail(TREE, Fault(content=changed(server, "README.md", size=1 << 33)))
+    assert names(fetch(source(server))) == NEEDED - {"README.md"}
+
+
 # --- bytes --------------------------------------------------------------------------------------------------------
 
 
