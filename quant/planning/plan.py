@@ -164,7 +164,7 @@ def plan_file(graph: Graph, recipe: Recipe, form: Form = Form(), calibrated: boo
     elif graph.draft:
         size = plan_tensors(graph.draft, recipe).bytes
         notes.append(f"multi-token prediction takes a file of its own, of {size / 1e9:.3g} GB more")
-    multiple = format_named(recipe.base).block_size
+    multiple = _largest_block(plan_tensors(graph, recipe, calibrated))
     plans = [plan_tensors(form_graph, recipe, calibrated) for form_graph in form.graphs(graph, multiple)]
     plan = _smallest(plans)
     if mtp is None and graph.predictions and not plan.graph.predictions:
@@ -173,6 +173,12 @@ def plan_file(graph: Graph, recipe: Recipe, form: Form = Form(), calibrated: boo
         (unpadded,) = replace(form, padding=False).graphs(graph, multiple)
         notes += _describe_padding(plan_tensors(unpadded, recipe, calibrated), plan, plans[-1])
     return replace(plan, notes=tuple(notes))
+
+
+def _largest_block(plan: Plan) -> int:
+    """The largest block of what a recipe is about: its base, and what it wants of experts."""
+    wanted = (tensor.wanted for tensor in plan.tensors if tensor.weight.experts is not None)
+    return max(format.block_size for format in (format_named(plan.recipe.base), *wanted))
 
 
 def _smallest(plans: Sequence[Plan]) -> Plan:
