@@ -223,7 +223,9 @@ form_options = grouped(
         default=None,
         help="Fill rows up with zeros to fit the recipe.  [default: those that make the file smaller]",
     ),
-    click.option("--mtp/--no-mtp", default=None, help="Keep multi-token prediction.  [default: if that allows padding]"),
+    click.option(
+        "--mtp/--no-mtp", default=None, help="Keep multi-token prediction.  [default: if that allows padding]"
+    ),
 )
 
 _GOAL_OPTIONS = (

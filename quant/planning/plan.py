@@ -197,16 +197,12 @@ def _describe_padding(unpadded: Plan, plan: Plan, padded: Plan) -> Iterator[str]
     changes = changed_widths(unpadded.graph, plan.graph)
     possible = changed_widths(unpadded.graph, padded.graph)
     before, after, all_padded = map(_bytes_without_predictions, (unpadded, plan, padded))
-    if not changes:
-        if possible:
-            yield f"no rows padded with zeros ({possible}): the file would be {all_padded / before - 1:.1%} larger"
-        return
-    line = f"padded rows with zeros, which changes no result: {changes}"
-    if after > before:
-        line += f"; without --pad the file is {1 - before / after:.1%} smaller"
-    else:
-        line += f"; the file is {1 - after / before:.1%} smaller for it"
-    yield line
+    if changes:
+        more = "larger" if after > before else "smaller"
+        change = f"{abs(after / before - 1):.1%} {more}"
+        yield f"padded rows with zeros, which changes no result: {changes}; that makes the file {change}"
+    elif possible:
+        yield f"no rows padded with zeros ({possible}): that would make the file {all_padded / before - 1:.1%} larger"
 
 
 def plan_tensors(graph: Graph, recipe: Recipe, calibrated: bool = False) -> Plan:
