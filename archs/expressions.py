@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import ClassVar, Protocol
 
@@ -85,7 +86,7 @@ class _Derived:
 class _Moved(_Derived):
     """An expression whose numbers are those of its parts, none of them changed."""
 
-    @property
+    @cached_property  # a stack of experts has thousands of parts
     def exact(self: Expression) -> str | None:
         types = {part.exact for part in self.parts}
         return types.pop() if len(types) == 1 else None

@@ -1,7 +1,7 @@
 """What products in BF16 change: `python benchmarks/products.py [CHECKPOINT ...] [--chunks 32] [--quants Q8_0 Q4_K_M]`.
 
 For each checkpoint (by default the examples) the divergence that rounding products causes by itself, and the KL
-divergence of quantized files measured with both kinds of products.
+divergence of quantized files, padded, measured with both kinds of products.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from moecast.convert import Compute, Evaluation, convert
+from moecast.convert import Compute, Evaluation, Form, convert
 from moecast.runner import parity
 from moecast.runner.measure.evaluate import compare_heads, summarize
 from moecast.runner.stream import Stream, advance
@@ -51,7 +51,7 @@ def main() -> None:
         cells = [folder.name, f"{ratio - 1:+.3%}", f"{kld:.6f}", f"{median:.6f}"]
         for quant in options.quants:
             with tempfile.TemporaryDirectory() as temporary:
-                file = convert(folder, temporary, quant, evaluation=None).files[0]
+                file = convert(folder, temporary, quant, form=Form(padding=True), evaluation=None).files[0]
                 evaluation = Evaluation(EVALUATION_TEXT, CONTEXT, options.chunks)
                 found = [
                     parity(folder, file, evaluation, Compute(dtype)).mean_kld

@@ -235,7 +235,6 @@ def demo(output: Path) -> None:
     from ..archs.registry import architectures
     from ..convert.pipeline import convert as run
     from ..convert.settings import Output
-    from ..quant.planning.plan import Form
     from ..runner.settings import Evaluation
     from ..sources.locate import open_headers
     from .console import make_progress
@@ -243,8 +242,7 @@ def demo(output: Path) -> None:
 
     source = Path(__file__).parents[1] / "examples" / architectures()[0].example
     show_model(open_headers(str(source)), as_json=False)
-    # Padding pays on rows of thousands; it would multiply rows as short as these.
-    form, evaluation = Form(padding=False), Evaluation(chunks=32)
     with make_progress() as progress:
-        result = run(source, Output(output, overwrite=True), form=form, evaluation=evaluation, progress=progress)
+        output_file, evaluation = Output(output, overwrite=True), Evaluation(chunks=32)
+        result = run(source, output_file, evaluation=evaluation, progress=progress)
     show_conversion(result, as_json=False)

@@ -127,7 +127,7 @@ def grouped(
     return decorate
 
 
-def _form(pad: bool, mtp: bool | None) -> Form:
+def _form(pad: bool | None, mtp: bool | None) -> Form:
     from ..quant.planning.plan import Form
 
     return Form(pad, mtp)
@@ -218,8 +218,14 @@ text_options = grouped(
 form_options = grouped(
     "form",
     _form,
-    click.option("--pad/--no-pad", default=True, show_default=True, help="Fill rows up with zeros to fit the recipe."),
-    click.option("--mtp/--no-mtp", default=None, help="Keep multi-token prediction.  [default: if that allows --pad]"),
+    click.option(
+        "--pad/--no-pad",
+        default=None,
+        help="Fill rows up with zeros to fit the recipe.  [default: those that make the file smaller]",
+    ),
+    click.option(
+        "--mtp/--no-mtp", default=None, help="Keep multi-token prediction.  [default: if that allows padding]"
+    ),
 )
 
 _GOAL_OPTIONS = (

@@ -203,10 +203,11 @@ def _importance_metadata(inputs: PassInputs, calibration: Calibration, output: O
 
 def _inputs(model: Model, calibration: Calibration, evaluation: Evaluation | None) -> PassInputs:
     """What will run through the model."""
+    imatrix = read_imatrix(Path(calibration.imatrix)).fitted_to(model) if calibration.imatrix else None
     return PassInputs(
         calibration.tokens(model.tokenizer) if calibration.runs else None,
         evaluation.tokens(model.tokenizer) if evaluation else None,
-        importance=MeasuredImportance(read_imatrix(Path(calibration.imatrix))) if calibration.imatrix else None,
+        importance=MeasuredImportance(imatrix) if imatrix else None,
         min_expert_tokens=calibration.min_expert_tokens,
         error_feedback=bool(calibration.error_feedback),
     )

@@ -52,7 +52,7 @@ def requantize(
     model = source if isinstance(source, Model) else open_model(source)
     if not model.metadata:
         raise BadInput(f"{model.path} is a checkpoint folder, expected a GGUF file: use `moecast convert`")
-    importance = read_imatrix(Path(imatrix)) if imatrix else None
+    importance = read_imatrix(Path(imatrix)).fitted_to(model) if imatrix else None
     plan = plan_requantized(model, goal, imatrix)
     if not allow_requantize:
         _refuse_quantized(model, plan)

@@ -25,7 +25,7 @@ def convert(
     file: str | Path = EVALUATION_TEXT,
     context: int = 512,
     chunks: int | None = 16,
-    padding: bool = True,
+    padding: bool | None = None,
     mtp: bool | None = None,
     compute_dtype: torch.dtype = torch.float32,
     threads: int | None = None,

@@ -16,7 +16,7 @@ from ...quant.planning.allocation import Damage, Key, plan_within, typical_damag
 from ...quant.planning.file_formats import plan_format
 from ...quant.planning.fit import Machine, MachinePlan, fit
 from ...quant.planning.knapsack import BudgetTooSmall
-from ...quant.planning.padding import pad
+from ...quant.planning.padding import changed_widths
 from ...quant.planning.plan import Form, Plan, override_types, plan_tensors
 from ...quant.planning.plan_file import StoredTypes, plan_like, read_plan_file
 from ...quant.planning.recipes import recipe_named
@@ -159,7 +159,7 @@ def plan_for_budget(
     if not found:
         raise _least_of(refusals, budget)
     best = min(found, key=lambda pair: pair[0])[1]
-    return replace(best, notes=_notes(graph, best, damage))
+    return replace(best, notes=_notes(graph, best, damage, form))
 
 
 def _least_of(refusals: Sequence[BadInput], budget: Budget) -> BadInput:
@@ -170,17 +170,16 @@ def _least_of(refusals: Sequence[BadInput], budget: Budget) -> BadInput:
     return BadInput(f"{budget.name} is too little for this model: ask for at least {budget.in_words(min(sizes))}")
 
 
-def _notes(graph: Graph, plan: Plan, damage: Damage) -> tuple[str, ...]:
+def _notes(graph: Graph, plan: Plan, damage: Damage, form: Form) -> tuple[str, ...]:
     notes = list(graph.notes)
     if not damage.measured:
         notes.append("types follow from what is typical of each role: this model was not measured")
     if graph.predictions and not plan.graph.predictions:
         notes.append("left out multi-token prediction")
-    unpadded = {weight.name: weight.columns for weight in graph.weights()}
-    widths = {(unpadded[t.weight.name], t.weight.columns) for t in plan.tensors}
-    changed = ", ".join(f"{old} to {new}" for old, new in sorted(widths) if old != new)
-    if changed:
+    if changed := changed_widths(graph, plan.graph):
         notes.append(f"padded rows with zeros, which changes no result: {changed}")
+    elif possible := changed_widths(graph, variants(graph, form)[-1]):
+        notes.append(f"no rows padded with zeros ({possible}): at this size that costs more than it gains")
     return tuple(notes)
 
 
@@ -209,7 +208,7 @@ def fit_machine(graph: Graph, machine: Machine, form: Form = Form()) -> MachineP
         assert refusal
         raise refusal
     best = min(found, key=lambda fit: sum(damage.of(t.weight, t.type) for t in fit.plan.tensors))
-    notes = (*_notes(graph, best.plan, damage), *beyond_context(graph, machine.context))
+    notes = (*_notes(graph, best.plan, damage, form), *beyond_context(graph, machine.context))
     return replace(best, plan=replace(best.plan, notes=notes))
 
 
@@ -221,15 +220,10 @@ def beyond_context(graph: Graph, context: int) -> tuple[str, ...]:
 
 
 def variants(graph: Graph, form: Form = Form()) -> list[Graph]:
-    """The graphs that a file may hold: the model's as it is, and with rows padded so that all types fit them."""
+    """The graphs that a file may hold: the model's as it is, and with rows padded so that more types fit them."""
     if form.mtp and not graph.predictions:
         raise BadInput("--mtp: this model keeps no blocks for multi-token prediction in the same file; leave it out")
-    plain = replace(graph, predictions=()) if form.mtp is False else graph
-    graphs = [plain]
-    padded = pad(plain if form.mtp else replace(graph, predictions=()), LARGEST_BLOCK)
-    if form.padding and any(w.shape != p.shape for w, p in zip(padded.weights(), plain.weights(), strict=False)):
-        graphs.append(padded)
-    return graphs
+    return form.graphs(graph, LARGEST_BLOCK)
 
 
 def types_of_gguf(path: Path) -> StoredTypes:

@@ -79,7 +79,7 @@ def measured_plan(
         measuring = Measuring(
             model,
             tokens if calibration.runs else None,
-            MeasuredImportance(read_imatrix(imatrix)) if imatrix else None,
+            MeasuredImportance(read_imatrix(imatrix).fitted_to(model)) if imatrix else None,
             progress or NoProgress(),
             compute.dtype,
             bool(calibration.error_feedback),

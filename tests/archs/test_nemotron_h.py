@@ -198,7 +198,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
 )  # fmt: skip
 def test_padded_sizes(quant: str, nano: float, super_: float) -> None:
     for model, gibibytes in (("nano", nano), ("super", super_)):
-        plan = plan_file(real_graph(model), recipe_named(quant), Form(mtp=False))
+        plan = plan_file(real_graph(model), recipe_named(quant), Form(padding=True, mtp=False))
         assert plan.bytes / GIB == pytest.approx(gibibytes, abs=0.06)
         assert not any("instead of" in problem for problem in plan.problems)
     assert plan_file(real_graph("ultra"), recipe_named(quant)).problems == ()
@@ -216,6 +216,22 @@ def test_padding_and_drafting_of_lightning() -> None:
     without = plan_file(graph, recipe_named("IQ2_XXS"), Form(padding=False))
     for unpadded in (without, plan_file(graph, recipe_named("Q8_0"))):
         assert unpadded.graph == graph
+
+
+@pytest.mark.parametrize(
+    ("quant", "nano", "widths"),
+    [  # the first two pad everything, which has the size above; then some widths, then none
+        ("Q4_K_M", 21.1, (2816, 2048, 3840)), ("IQ2_XXS", 9.1, (2816, 2048, 3840)),
+        ("Q3_K_L", 18.1, (2816, 1856, 3840)), ("Q5_K_M", 24.2, (2688, 1856, 3840)),
+        ("IQ4_XS", 16.9, (2688, 1856, 3712)),
+    ],
+)  # fmt: skip
+def test_widths_are_padded_where_that_saves_bytes(quant: str, nano: float, widths: tuple[int, ...]) -> None:
+    plan = plan_file(real_graph("nano"), recipe_named(quant))
+    assert plan.bytes / GIB == pytest.approx(nano, abs=0.06)
+    experts = next(operation for operation in plan.graph.operations() if isinstance(operation, MoE))
+    assert experts.shared
+    assert (plan.graph.hidden_size, experts.expert_size, experts.shared.up.shape[0]) == widths
 
 
 @pytest.mark.parametrize(("model", "excess"), [("nano", 0.001), ("lightning", 0.01), ("super", 0.01), ("ultra", 0.01)])
