@@ -12,7 +12,7 @@ from ..quant.rounding.statistics import Statistics
 from ..runner.memory import workspace
 from ..runner.observe import ObservingWeights
 from ..runner.passes import CALIBRATION, LayerPass
-from ..runner.settings import Compute, dtype_name
+from ..runner.settings import Compute
 from ..runner.texts import CALIBRATION_TEXT
 from ..runner.weights import ModelWeights
 from ..sources.model import Model, open_model
@@ -64,14 +64,14 @@ def write_imatrix(
     room = workspace(compute.memory, model.graph, tokens.numel(), calibration.context, path.parent)
     statistics = Statistics()
     unseen, fewest = 0, []
-    facts = {"calibration": text_identity(text, tokens), "compute dtype": dtype_name(compute.dtype)}
+    facts = {"calibration": text_identity(text, tokens), "compute dtype": compute.dtype}
     identity = measurement_fingerprint(model, facts)
     with (
         Journal(path, identity, overwrite, progress) as journal,
         ImatrixWriter(path, text, tokens, overwrite) as writer,
     ):
         layer_pass = LayerPass(model, room, SavedStates(journal, model.graph.layers))
-        layer_pass.begin(CALIBRATION, tokens, ObservingWeights(ModelWeights(model, compute.dtype), statistics))
+        layer_pass.begin(CALIBRATION, tokens, ObservingWeights(ModelWeights(model, compute.torch_dtype), statistics))
         progress.begin("Calibrating", len(model.graph.layers), "layers")
         for layer in model.graph.layers:
             if layer_pass.is_done(layer.index):

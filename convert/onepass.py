@@ -90,7 +90,7 @@ def run_pass(
     expert has seen too few tokens.
     """
     progress = progress or NoProgress()
-    source, statistics = ModelWeights(model, compute.dtype), statistics_for(inputs.error_feedback)
+    source, statistics = ModelWeights(model, compute.torch_dtype), statistics_for(inputs.error_feedback)
     known = inputs.importance if inputs.calibration is None else statistics
     encoder = Encoder(source, plan, writer, progress, known, compute.threads)
     states = SavedStates(journal, model.graph.layers) if journal else None
@@ -128,7 +128,7 @@ def run_pass(
     if inputs.evaluation is not None:
         chunks, context = inputs.evaluation.shape
         (divergence,) = compare_heads(streams[REFERENCE], [streams[CANDIDATE]], inputs.evaluation)
-        result = summarize(divergence, tuple(errors), context, chunks, compute.dtype)
+        result = summarize(divergence, tuple(errors), context, chunks, compute.dtype, model.graph.context_length)
     encoder.finish_all()
     return result
 
