@@ -19,6 +19,7 @@ from .options import (
     compute_options,
     form_options,
     goal_options,
+    ignore_config_option,
     imatrix_option,
     json_option,
     max_kld_option,
@@ -130,6 +131,7 @@ def convert(
     "--tensor-type", "tensor_types", multiple=True, type=TypeOverride(), help="Type of tensors whose names match."
 )
 @click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantized already.")
+@ignore_config_option
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
 @threads_option
@@ -141,6 +143,7 @@ def quantize(
     imatrix: Path | None,
     tensor_types: tuple[tuple[str, str], ...],
     allow_requantize: bool,
+    ignore_config: tuple[str, ...],
     overwrite: bool,
     dry_run: bool,
     compute: Compute,
@@ -158,7 +161,7 @@ def quantize(
     from .console import make_progress
     from .report import show_conversion, show_plan
 
-    model, exceptions = open_model(source), Exceptions(tensor_types, allow_requantize)
+    model, exceptions = open_model(source, ignored=ignore_config), Exceptions(tensor_types, allow_requantize)
     if dry_run:
         show_plan(plan_requantized(model, goal, imatrix, exceptions), as_json)
         return

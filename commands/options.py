@@ -221,21 +221,21 @@ _HUB_OPTIONS = (
         "--token", envvar="HF_TOKEN", is_eager=True, help="Hub access token; by default the one `hf auth login` stored."
     ),
 )
-_IGNORE_OPTION = click.option(
+ignore_config_option = click.option(
     "--ignore-config",
     multiple=True,
     metavar="KEY",
-    help="A key of the configuration that moecast does not know and that changes no number; may be repeated.",
+    help="A key of config.json or GGUF metadata that moecast does not know and that changes no number; repeatable.",
 )
 hub_options = grouped("access", _access, *_HUB_OPTIONS)
-source_options = grouped("access", _access, *_HUB_OPTIONS, _IGNORE_OPTION)
+source_options = grouped("access", _access, *_HUB_OPTIONS, ignore_config_option)
 streaming_source_options = grouped(
     "access",
     _access,
     click.option("--scratch", type=Size(), help="Most disk for shards from the Hub; by default, that of two layers."),
     click.option("--keep-source", is_flag=True, help="Download everything from the Hub first, and keep it."),
     *_HUB_OPTIONS,
-    _IGNORE_OPTION,
+    ignore_config_option,
 )
 
 

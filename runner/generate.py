@@ -48,9 +48,7 @@ def beyond_context(model: Model | OnnxModel, prompt: str, most: int) -> tuple[st
     count, made_for = len(model.tokenizer.encode(prompt, parse_special=True)), model.context_length
     if count + most <= made_for:
         return ()
-    return (
-        f"--prompt has {count} tokens, and with --tokens {most} that is beyond the {made_for} the model is made for",
-    )
+    return (f"--prompt of {count} tokens and --tokens {most} are beyond the {made_for} tokens the model is made for",)
 
 
 def engine_of(model: Model | OnnxModel) -> Engine:
