@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from moecast.runner.activations import Activations, Workspace
 
@@ -25,6 +26,7 @@ def test_disk_is_like_memory(tmp_path: Path) -> None:
 
 def test_more_lanes_than_a_shell_allows_files(tmp_path: Path) -> None:
     """Probes of a real model are hundreds of lanes, each with three activations."""
+    resource: Any = pytest.importorskip("resource")
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, allowed[1]))
     try:
