@@ -25,6 +25,7 @@ OTHERS = ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "NVFP4")
 NEED_IMPORTANCE = ("IQ1_S", "IQ2_XXS", "IQ2_XS")  # ggml refuses to go without
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("sample", [heavy_tailed, normal])
 @pytest.mark.parametrize("name", (*LATTICES, *OTHERS))

@@ -21,6 +21,7 @@ from moecast.sources.hub.headers import read_remote_header
 from moecast.sources.hub.repository import HubCheckpoint, fetch, list_files
 from moecast.sources.hub.transfer import Watch, in_parallel
 
+pytestmark = pytest.mark.whole  # each fetches a repository or is refused one, hundreds of times
 STRANGE_NAMES = [
     "../victim.safetensors", "a/../../victim.safetensors", "/etc/victim.safetensors", "..\\victim.safetensors",
     "C:victim.safetensors", "C:\\victim.safetensors", "//host/share/victim.safetensors", "./model.safetensors",
