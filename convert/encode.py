@@ -142,7 +142,8 @@ class Encoder:
             line = f"{weight.name} holds {largest:.3g}, of which {type_name} keeps {kept:.3g}: BF16 would hold it"
         else:
             return
-        self._writer.problems.append(line)
+        if line not in self._writer.problems:
+            self._writer.problems.append(line)
 
 
 def missing_entries(matrix: ImportanceMatrix, plan: Plan) -> tuple[str, ...]:
