@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from .logs import LINES, LOGGER
 from .terminal import printable
 
 _PLAIN_INTERVAL = 5.0  # seconds between lines when nobody watches a terminal
@@ -95,9 +97,11 @@ class TerminalProgress:
 
     def __enter__(self) -> TerminalProgress:
         self._progress.start()
+        LINES.console = self._progress.console
         return self
 
     def __exit__(self, *error: object) -> None:
+        LINES.console = None
         self._progress.stop()
 
     def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
@@ -110,7 +114,7 @@ class TerminalProgress:
             self._progress.update(self._task, advance=amount, detail=printable(detail))
 
     def note(self, line: str) -> None:
-        self._progress.console.print(literal(line))
+        LOGGER.info(line)
 
 
 class PlainProgress:
@@ -141,9 +145,10 @@ class PlainProgress:
 
     def note(self, line: str) -> None:
         self._printed = time.monotonic()
-        print(printable(line), file=sys.stderr, flush=True)
+        LOGGER.info(line)
 
 
 def make_progress() -> TerminalProgress | PlainProgress:
-    """The progress that suits standard error."""
-    return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
+    """The progress that suits standard error; under --quiet, lines that only a log file gets."""
+    watched = sys.stderr.isatty() and LINES.level <= logging.INFO
+    return TerminalProgress() if watched else PlainProgress()

@@ -137,6 +137,7 @@ def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:
         return
     value = f"{result.perplexity:.4f} ± {result.error:.4f}"
     print_table(title, [("Perplexity", value), *_scoring_rows(result)])
+    show_problems(result.problems)
 
 
 def show_parity(title: str, result: Parity, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from ..quant.rounding.statistics import Statistics
 from ..runner.memory import workspace
 from ..runner.observe import ObservingWeights
 from ..runner.passes import CALIBRATION, LayerPass
-from ..runner.settings import Compute, dtype_name
+from ..runner.settings import Compute
 from ..runner.texts import CALIBRATION_TEXT
 from ..runner.weights import ModelWeights
 from ..sources.model import Model, open_model
@@ -66,7 +66,7 @@ def write_imatrix(
     room = workspace(compute.memory, model.graph, tokens.numel(), calibration.context, path.parent)
     statistics = Statistics()
     unseen, fewest = 0, []
-    facts = {"calibration": text_identity(text, tokens), "compute dtype": dtype_name(compute.dtype)}
+    facts = {"calibration": text_identity(text, tokens), "compute dtype": compute.dtype}
     identity = measurement_fingerprint(model, facts)
     with (
         room,
@@ -75,7 +75,7 @@ def write_imatrix(
     ):
         layers = model.graph.layers
         layer_pass = LayerPass(model, room, SavedStates(journal, layers, intact=partial(holds_statistics, journal)))
-        layer_pass.begin(CALIBRATION, tokens, ObservingWeights(ModelWeights(model, compute.dtype), statistics))
+        layer_pass.begin(CALIBRATION, tokens, ObservingWeights(ModelWeights(model, compute.torch_dtype), statistics))
         progress.begin("Calibrating", len(layers), "layers", layer_pass.passed)
         for layer in layers:
             if layer_pass.is_done(layer.index):

@@ -88,7 +88,7 @@ def run_pass(
     expert has seen too few tokens.
     """
     progress = progress or NoProgress()
-    source, statistics = ModelWeights(model, compute.dtype), statistics_for(inputs.error_feedback)
+    source, statistics = ModelWeights(model, compute.torch_dtype), statistics_for(inputs.error_feedback)
     known = inputs.importance if inputs.calibration is None else statistics
     encoder = Encoder(source, plan, writer, progress, known, compute.threads)
     states = _saved_states(journal, model, encoder, inputs) if journal else None
@@ -126,7 +126,7 @@ def run_pass(
     if inputs.evaluation is not None:
         chunks, context = inputs.evaluation.shape
         (divergence,) = compare_heads(streams[REFERENCE], [streams[CANDIDATE]], inputs.evaluation)
-        result = summarize(divergence, tuple(errors), context, chunks, compute.dtype)
+        result = summarize(divergence, tuple(errors), context, chunks, compute.dtype, model.graph.context_length)
     encoder.finish_all()
     return result
 

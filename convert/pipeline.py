@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,14 +17,15 @@ from ..quant.planning.plan import Form, Plan, plan_tensors
 from ..runner.measure.evaluate import Parity
 from ..runner.measure.tokenization import Tokenization, compare_tokenizers
 from ..runner.memory import QUANTIZING, RUNNING, workspace
-from ..runner.settings import Compute, Evaluation, dtype_name
-from ..runner.texts import evaluated_text
+from ..runner.settings import Compute, Evaluation
+from ..runner.texts import beyond_context, evaluated_text
 from ..sources.hub.access import HubAccess
 from ..sources.imatrix import read_imatrix
 from ..sources.locate import Source, open_source
 from ..sources.model import Model
 from ..sources.tokenizer import Tokenizer
 from .conversion import Conversion, InputFile
+from .decisions import decisions
 from .encode import MeasuredImportance, missing_entries
 from .gguf.imatrix import ImatrixWriter
 from .gguf.metadata import gguf_metadata, imatrix_metadata, source_metadata
@@ -31,7 +33,7 @@ from .gguf.tokenizer import tokenizer_problems, written_tokenizer
 from .gguf.writer import GGUFWriter
 from .onepass import PassInputs, run_pass
 from .onnx.export import open_onnx_writer
-from .plans.choose import beyond_context, calibration_for, measures, plan_for, with_error_feedback
+from .plans.choose import calibration_for, plan_for, with_error_feedback
 from .plans.measured import measured_plan
 from .preflight import check_disk, note_resumption
 from .resume.fingerprint import file_identity, fingerprint, text_identity
@@ -40,6 +42,7 @@ from .resume.records import Spent
 from .settings import VERIFICATION, Calibration, Goal, Output
 from .writer import Writer
 
+_log = logging.getLogger(__name__)
 _ROUNDED_ACTIVATIONS = (
     "compared as if activations stayed in float32; ONNX Runtime rounds them to 8 bits: `moecast parity` runs it"
 )
@@ -82,12 +85,14 @@ def convert(
         plan = plan_for(model, goal, form, calibration, output.file_format)
         path = output.place(output.name or opened.name, plan.recipe.name)
         measured = None
-        if measures(goal):
+        if goal.measures:
             measuring = measured_plan(model, goal, path, form, calibration, compute, output.overwrite, progress)
             measured = stack.enter_context(measuring)
             plan = measured.plan
         opened.fetch_on_demand(access.scratch, journal_folder(path) / "shards")
-        calibration = calibration_for(plan, goal, calibration)
+        asked, calibration = calibration, calibration_for(plan, goal, calibration)
+        for line in decisions(opened, goal, plan, asked, calibration):
+            _log.debug(line)
         inputs = _inputs(model, calibration, evaluation)
         metadata = _metadata(opened, plan, output, progress) | _importance_metadata(inputs, calibration, output)
         work = _Work(model, plan, path, output, metadata, calibration, inputs, compute)
@@ -126,7 +131,8 @@ def _problems(work: _Work, parity: Parity | None) -> list[str]:
     """What the result does not do as its source does, apart from what its plan says."""
     inputs, problems = work.inputs, [] if parity is None else [*parity.problems]
     if inputs.tokens:
-        problems += beyond_context(work.model.graph, inputs.context)
+        beyond = beyond_context(inputs.context, work.model.context_length)
+        problems += [line for line in beyond if line not in problems]
     if isinstance(inputs.importance, MeasuredImportance):
         problems += missing_entries(inputs.importance.matrix, work.plan)
     if work.output.file_format == "gguf":
@@ -138,9 +144,9 @@ def _problems(work: _Work, parity: Parity | None) -> list[str]:
 
 def _open(source: str | Path | Model, access: HubAccess, goal: Goal, progress: Progress) -> Source:
     # Measuring reads the model more than once, so it has to be here as a whole.
-    if access.scratch is not None and measures(goal):
+    if access.scratch is not None and goal.measures:
         raise BadInput("--scratch drops shards, and --size and --bpw measure all of them first: leave it out")
-    opened = open_source(source, access, access.keep_source or measures(goal), progress)
+    opened = open_source(source, access, access.keep_source or goal.measures, progress)
     if opened.model.metadata:
         raise BadInput(f"{opened.model.path} is a GGUF file, expected a checkpoint folder")
     if access.scratch is not None and opened.checkpoint is None:
@@ -220,7 +226,7 @@ def _identity(work: _Work, evaluation: Evaluation | None) -> dict[str, str]:
         "importance matrix": file_identity(Path(calibration.imatrix)) if calibration.imatrix else "none",
         "calibration": text_identity(calibration.text, inputs.calibration),
         "evaluation": text_identity(evaluation.text if evaluation else None, inputs.evaluation),
-        "compute dtype": dtype_name(work.compute.dtype),
+        "compute dtype": work.compute.dtype,
         "error feedback": "yes" if inputs.error_feedback else "no",
     }
     rounded = output.rounded_activations

@@ -20,12 +20,12 @@ from ...quant.planning.padding import changed_widths
 from ...quant.planning.plan import Form, Plan, override_types, plan_tensors
 from ...quant.planning.plan_file import StoredTypes, plan_like, read_plan_file
 from ...quant.planning.recipes import recipe_named
-from ...runner.texts import CALIBRATION_TEXT
+from ...runner.texts import beyond_context
 from ...sources.gguf import read_gguf
 from ...sources.model import Model
 from ..gguf.metadata import gguf_metadata
 from ..gguf.writer import header_bytes
-from ..settings import NO_CALIBRATION, Calibration, Goal
+from ..settings import NO_CALIBRATION, Calibration, Goal, require_sound
 
 _MOST_BITS = 64
 _HEADER_SLACK = 4096  # bytes; the header's names of files and plans are not final when a plan is made
@@ -42,24 +42,18 @@ def plan_for(
 ) -> Plan:
     """The plan that a conversion to this goal follows, which `plan`, `--dry-run` and `convert` have in common.
 
-    Where it would measure the model first (see `measures`), this is what it does without: a budget is shared out by
+    Where it would measure the model first, this is what it does without: a budget is shared out by
     what is typical of each role. Raises BadInput for a budget that is too small, a recipe that is unknown, a file that
     does not belong to this model, and what the file format cannot hold.
     """
-    if calibration.imatrix and calibration.text not in (None, CALIBRATION_TEXT) and not measures(goal):
-        raise BadInput("--calibration and --imatrix exclude each other unless a budget is measured: give one")
+    require_sound(goal, calibration, file_format)
     if goal.tensor_types:
-        if file_format != "gguf":
-            raise BadInput(f"--tensor-type names tensors and types of GGUF files: leave it out with --to {file_format}")
         without = plan_for(model, replace(goal, tensor_types=()), form, calibration)
         return override_types(without, goal.tensor_types)
     if goal.is_recipe:
         return plan_format(file_format, model.graph, goal.recipe, form, calibration.weighs)
-    if file_format != "gguf":
-        raise BadInput(
-            f"--to {file_format}: its experts have one width for all projections of a layer, so that types cannot be "
-            "chosen weight by weight; use --quant"
-        )
+    if goal.machine:
+        return fit_machine(model.graph, goal.machine, form).plan
     if isinstance(goal.plan, Plan):
         return goal.plan
     if goal.plan is not None:
@@ -68,12 +62,7 @@ def plan_for(
         return plan_like(model.graph, types_of_gguf(Path(goal.like)))
     budget, damage = budget_of(model, goal), typical_damage(model.graph)
     plan = plan_for_budget(model.graph, budget, damage, form, calibration.weighs)
-    return replace(plan, notes=(*plan.notes, _UNMEASURED)) if measures(goal) else plan
-
-
-def measures(goal: Goal) -> bool:
-    """Whether a conversion measures the model first, and so reads all of it more than once."""
-    return goal.is_budget and goal.measure is not False
+    return replace(plan, notes=(*plan.notes, _UNMEASURED)) if goal.measures else plan
 
 
 def with_error_feedback(calibration: Calibration, goal: Goal) -> Calibration:
@@ -208,15 +197,8 @@ def fit_machine(graph: Graph, machine: Machine, form: Form = Form()) -> MachineP
         assert refusal
         raise refusal
     best = min(found, key=lambda fit: sum(damage.of(t.weight, t.type) for t in fit.plan.tensors))
-    notes = (*_notes(graph, best.plan, damage, form), *beyond_context(graph, machine.context))
+    notes = (*_notes(graph, best.plan, damage, form), *beyond_context(machine.context, graph.context_length))
     return replace(best, plan=replace(best.plan, notes=notes))
-
-
-def beyond_context(graph: Graph, context: int) -> tuple[str, ...]:
-    """A line where a context is longer than what the model is made for."""
-    if context <= graph.context_length:
-        return ()
-    return (f"--context {context} is beyond the {graph.context_length} tokens the model is made for",)
 
 
 def variants(graph: Graph, form: Form = Form()) -> list[Graph]:

@@ -12,7 +12,7 @@ from ...errors import OutputExists
 from ...progress import NoProgress, Progress
 from ...quant.planning.plan import Form, Plan
 from ...runner.passes import Measuring
-from ...runner.settings import Compute, dtype_name
+from ...runner.settings import Compute
 from ...runner.texts import CALIBRATION_TEXT
 from ...sources.imatrix import read_imatrix
 from ...sources.model import Model
@@ -68,7 +68,7 @@ def measured_plan(
             "importance matrix": file_identity(imatrix) if imatrix else "none",
             "text": text_identity(text, tokens),
             "calibration": "yes" if calibration.runs else "no",
-            "compute dtype": dtype_name(compute.dtype),
+            "compute dtype": compute.dtype,
             "error feedback": "yes" if calibration.error_feedback else "no",
             "padding and prediction": f"{form.padding}, {form.mtp}",
         },
@@ -81,7 +81,7 @@ def measured_plan(
             tokens if calibration.runs else None,
             MeasuredImportance(read_imatrix(imatrix).fitted_to(model)) if imatrix else None,
             progress or NoProgress(),
-            compute.dtype,
+            compute.torch_dtype,
             bool(calibration.error_feedback),
         )
         resumed = journal.continues

@@ -99,8 +99,13 @@ class Recipe:
 
     @property
     def wants_importance(self) -> bool:
-        """Whether it rounds so coarsely that knowing which inputs of a weight matter pays."""
-        return not self.native and format_named(self.base).bits_per_weight < 8
+        """Whether it rounds anything so coarsely that knowing which inputs of a weight matter pays."""
+        return not self.native and any(format_named(name).bits_per_weight < 8 for name in self.types)
+
+    @property
+    def types(self) -> set[str]:
+        """All that it gives to some tensor of some model."""
+        return {self.base, *(name for rules in self.rules.values() for name, _ in rules)}
 
     def type_of(self, role: Role, position: Position) -> str:
         """The type of a tensor of that role, before any fallback for its row length."""

@@ -29,6 +29,7 @@ def without_drafting(graph: Graph) -> Graph:
     return dataclasses.replace(graph, predictions=())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("model", "encoding", "count", "total"),
     [  # as the headers of the published files say
@@ -44,6 +45,7 @@ def test_lists_have_the_published_totals(model: str, encoding: str, count: int, 
     assert total is None or sum(tensor.length for tensor in tensors) == total
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize(
     ("model", "parameters"),
@@ -87,6 +89,7 @@ def test_mixed_encodings_are_read_tensor_by_tensor() -> None:
     assert isinstance(experts.shared.down.source, Nvfp4) and isinstance(experts.shared.up.source, Scaled)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("quant", "nano", "super_", "ultra"),
     [  # as `llama-quantize --dry-run` prints them for these models without drafting; the last digit is rounded
@@ -189,6 +192,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
     return Config(dict(config._values) | values, "config.json")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("quant", "nano", "super_"),
     [  # measured with llama-quantize on padded files of the real shapes
@@ -234,6 +238,7 @@ def test_widths_are_padded_where_that_saves_bytes(quant: str, nano: float, width
     assert (plan.graph.hidden_size, experts.expert_size, experts.shared.up.shape[0]) == widths
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("model", "excess"), [("nano", 0.001), ("lightning", 0.01), ("super", 0.01), ("ultra", 0.01)])
 def test_native_is_as_large_as_the_checkpoint(model: str, excess: float) -> None:
     """NVFP4 costs 4.5 bits in both; FP8 grows to the 8.5 bits of Q8_0, routers and scalars to float32."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ def test_a_workspace_that_is_left_keeps_no_file_open(tmp_path: Path) -> None:
 
 def test_more_lanes_than_a_shell_allows_files(tmp_path: Path) -> None:
     """Probes of a real model are hundreds of lanes, each with three activations."""
+    resource: Any = pytest.importorskip("resource")
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, allowed[1]))
     try:

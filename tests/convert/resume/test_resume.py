@@ -372,6 +372,7 @@ def test_saved_tensors(tmp_path: Path) -> None:
 @pytest.mark.whole
 def test_states_that_find_no_room(tmp_path: Path) -> None:
     """The system itself refuses: no file may grow beyond a page."""
+    pytest.importorskip("resource")
     code = (
         "import resource, signal, sys, torch\n"
         "from pathlib import Path\n"
