@@ -90,7 +90,7 @@ def run_pass(
     expert has seen too few tokens.
     """
     progress = progress or NoProgress()
-    source, statistics = ModelWeights(model, compute.dtype), statistics_for(inputs.error_feedback)
+    source, statistics = ModelWeights(model, compute.dtype), statistics_for(inputs.error_feedback, compute.dtype)
     known = inputs.importance if inputs.calibration is None else statistics
     encoder = Encoder(source, plan, writer, progress, known, compute.threads)
     states = SavedStates(journal, model.graph.layers) if journal else None
