@@ -28,8 +28,8 @@ class Cholesky(NamedTuple):
 class SecondMoments:
     """Mean products of the inputs of a matrix, and from how many tokens they are.
 
-    `means` are float32 [columns, columns], of which the upper triangle counts. Products that carry errors from one block
-    of columns to the next are computed in `dtype`: they only say what to aim at.
+    `means` are float32 [columns, columns], of which the upper triangle counts. Products that carry errors from block to
+    block are computed in `dtype`: they only say what to aim at.
     """
 
     def __init__(self, means: Tensor, tokens: float, dtype: torch.dtype = torch.float32) -> None:

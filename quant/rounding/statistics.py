@@ -78,7 +78,7 @@ class Statistics:
     def of(self, weight: Weight, expert: int | None) -> Tensor | None:
         """The mean square of each input of one matrix, float64 [columns]; None where nothing has passed.
 
-        An expert's own mean is drawn towards a prior, the more so the less it has seen: (n * own + k * prior) / (n + k).
+        An expert's own mean is drawn towards a prior, the more so the less it has seen: (n own + k prior) / (n + k).
         The prior of gate and up projections is the mean over all tokens of the layer. Inner neurons of two experts have
         nothing in common: that of down projections is one value for all columns, the expert's own mean. So no expert's
         figures depend on which others came before. Columns that pad a weight have no inputs: 0.
