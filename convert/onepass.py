@@ -88,7 +88,8 @@ def run_pass(
     expert has seen too few tokens.
     """
     progress = progress or NoProgress()
-    source, statistics = ModelWeights(model, compute.torch_dtype), statistics_for(inputs.error_feedback)
+    source = ModelWeights(model, compute.torch_dtype)
+    statistics = statistics_for(inputs.error_feedback, compute.torch_dtype)
     known = inputs.importance if inputs.calibration is None else statistics
     encoder = Encoder(source, plan, writer, progress, known, compute.threads)
     states = _saved_states(journal, model, encoder, inputs) if journal else None

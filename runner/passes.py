@@ -138,7 +138,10 @@ class Measuring:
 
     def begin(self, source: Weights) -> tuple[LayerPass, Statistics, Importance | None]:
         """A pass in which calibration comes first, if there is any; what it finds; and what columns are weighed by."""
-        layer_pass, statistics = LayerPass(self.model, self.workspace, self.states), statistics_for(self.error_feedback)
+        layer_pass, statistics = (
+            LayerPass(self.model, self.workspace, self.states),
+            statistics_for(self.error_feedback, self.compute_dtype),
+        )
         if self.calibration is None:
             return layer_pass, statistics, self.importance
         layer_pass.begin(CALIBRATION, self.calibration, ObservingWeights(source, statistics))
