@@ -32,7 +32,8 @@ class Fitting:
 
         if goal != Goal():
             raise BadInput(
-                "--fit finds the size by itself: leave out --quant, --size, --bpw, --plan, --like, --measure and --tensor-type"
+                "--fit finds the size by itself: leave out --quant, --size, --bpw, --plan, --like, --measure and "
+                "--tensor-type"
             )
         ram, vram = self.ram, self.vram
         if ram is None or vram is None:
