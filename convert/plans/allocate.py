@@ -26,9 +26,9 @@ from ..resume.states import MeasurementCache
 from .choose import Budget, plan_for_budget, variants
 
 _EXPONENTS = (1.0, 1.25)  # of the error in the damage: how much more low bits hurt than high ones
-HELD_OUT_CHUNKS = 24  # of text at most
-_PROBE_CHUNKS, _LEAST_PROBE_CHUNKS = 8, 2  # of text that one probe takes
-_ALL_PROBE_CHUNKS = 1024  # that all probes take together, unless that leaves too few to one
+HELD_OUT_CHUNKS = 12  # of text at most
+_PROBE_CHUNKS, _LEAST_PROBE_CHUNKS = 4, 2  # of text that one probe takes
+_ALL_PROBE_CHUNKS = 256  # that all probes take together, unless that leaves too few to one
 _MOST_PLANS = 5  # that `candidates_within` gives
 _PADDED = " with padded rows"  # what the name of a stock mix in that form ends in
 
