@@ -29,14 +29,13 @@ import torch
 from moecast.convert import Calibration, Form, Goal, convert
 from moecast.convert.plans.allocate import (
     HELD_OUT_CHUNKS,
-    ROLES,
     candidates_within,
     probe_chunks,
     split_tokens,
     winner,
     without,
 )
-from moecast.convert.plans.choose import Budget
+from moecast.convert.plans.choose import Budget, plan_for_budget
 from moecast.quant.planning.allocation import Damage
 from moecast.quant.planning.plan import Plan, plan_tensors
 from moecast.quant.planning.recipes import Recipe, recipe_named
@@ -92,7 +91,7 @@ def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[st
     winners = {point: winner({name: klds[point, name] for name in candidate_plans[point]}) for point in POINTS}
     shown = {point: {"ours": candidate_plans[point][winners[point]], "stock": stocks[point]} for point in POINTS}
     for point, plans in shown.items():
-        plans["roles"] = candidate_plans[point].get(ROLES, plans["ours"])
+        plans["roles"] = _by_roles(model, stocks[point], damage)
     keys = [(point, name) for point in POINTS for name in shown[point]]
     plans = [shown[p][n] for p, n in keys] + [uniform(model, type) for type in UNIFORM]
     final, plain = ([float(d.kld.mean()) for d in divergences(how, plans, evaluation)] for how in (measuring, nearest))
@@ -132,6 +131,12 @@ def measure(folder: Path, calibrating: int, chunks: int, llama: bool) -> dict[st
 def _rivals(model: Model, stock: Plan, damage: Damage) -> dict[str, Plan]:
     budget = Budget("ours", stock.bytes)
     return candidates_within(model.graph, budget, damage, Form(padding=False), calibrated=True)
+
+
+def _by_roles(model: Model, stock: Plan, damage: Damage) -> Plan:
+    """The best plan with one type a role, from the same measurements."""
+    budget, form = Budget("roles", stock.bytes), Form(padding=False)
+    return plan_for_budget(model.graph, budget, damage, form, True, together=lambda weight: weight.role)
 
 
 def damage_of(damage: Damage, plan: Plan) -> float:

@@ -1,8 +1,9 @@
 """Probes: the KL divergence that rounding one weight causes, for all weights in one pass through the model.
 
 Every weight has a probe: a stream that follows the reference up to the layer of its weight, runs that layer with the
-one weight rounded coarsely, and goes on with the weights as they are. Probes share what is loaded, so that a pass
-reads the model once. The KL divergence of a probe, divided by the error that caused it, is the weight's sensitivity.
+one weight rounded coarsely, and goes on with the weights as they are. In a model of many layers a probe rounds the
+same weight of several layers, and they share its sensitivity. Probes share what is loaded, so that a pass
+reads the model once. The KL divergence of a probe, divided by the error that caused it, is the sensitivity.
 Tokens that the model expects count for more, as calibration text may be of a kind that it was never trained on, and
 roots are averaged, because which few tokens an error sends to another expert is chance.
 
@@ -12,7 +13,7 @@ of error than it does in a model in which everything is rounded and tokens move 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from statistics import median
 
 from torch import Tensor
@@ -29,6 +30,7 @@ from .rounded import Quantizer, RoundedWeights
 from .rounding_error import ErrorWeights
 
 _COARSE, _COARSE_SHORT_ROWS = "IQ2_XXS", "Q2_0"  # the type of a probe, where blocks of 256 fit and where they do not
+_GROUPS = 16  # of consecutive layers, at most: each role has a probe in each
 _LEAST_SENSITIVITY = 0.02  # of the role's median: noise may hide what little a weight matters
 
 
@@ -54,75 +56,90 @@ def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph])
         errors.squares = unpacked(layer_pass.facts)
     elif graph.embedding.name in probed:
         errors.note_embedding(reference.tokens)
-    probes.embed(graph.embedding.name)
+    probes.begin(graph.embedding)
+    probes.leave(None)
     progress.begin("Measuring", len(graph.layers), "layers", layer_pass.passed)
     for layer in graph.layers:
-        here = [weight.name for weight in weights_in(layer)]
-        if layer_pass.is_done(layer.index):
-            probes.resume(here)
-        else:
-            probes.fork(here)
+        done = layer_pass.is_done(layer.index)
+        for weight in weights_in(layer):
+            probes.begin(weight, done)
+        if not done:
             layer_pass.advance([layer] * len(layer_pass.streams))
-            probes.restore_source()
             statistics.clear()
+        probes.leave(layer.index)
+        if not done:
             layer_pass.save(layer.index, packed(errors.squares))
-            progress.advance(1, f"layer {layer.index}: {len(probes.streams)} of {len(probed)} weights")
+            progress.advance(1, f"layer {layer.index}: {len(probes.streams)} of {len(probes.groups)} probes")
     measuring.end(layer_pass, statistics)
     if graph.head.name in probed:
         errors.note_head(reference)
-    probes.fork([graph.head.name])
+    probes.begin(graph.head)
     measured = errors.relative()
     divergences = compare_heads(reference, list(probes.streams.values()), tokens)
-    sensitivity = {
-        name: divergence.root_mean_kld / measured[name][probed[name]]
-        for name, divergence in zip(probes.streams, divergences, strict=True)
-        if measured.get(name, {}).get(probed[name])
-    }
+    sensitivity = {}
+    for key, divergence in zip(probes.streams, divergences, strict=True):
+        caused = {name: measured.get(name, {}).get(probed[name], 0.0) for name in probes.groups[key]}
+        if total := sum(caused.values()):
+            sensitivity |= {name: divergence.root_mean_kld / total for name, error in caused.items() if error}
     return _damage(graph, sensitivity, measured, probed)
 
 
 class _Probes:
-    """The streams of the weights so far, by name: each weight rounded in its own layer, and as the source has it later.
+    """The streams of the probes so far, by name: rounded in their own layers, and as the source has it later.
 
-    `types` are those that weights are rounded to; weights that it lacks have no stream.
+    `types` are those that weights are rounded to; weights that it lacks belong to no probe.
     """
 
     def __init__(
         self, layer_pass: LayerPass, reference: Stream, quantizer: Quantizer, types: Mapping[str, str]
     ) -> None:
+        self.groups = probes_of(quantizer.source.graph, types)
         self.streams: dict[str, Stream] = {}
         self._pass = layer_pass
         self._reference = reference
         self._quantizer = quantizer
         self._types = types
+        self._probe_of = {name: probe for probe, names in self.groups.items() for name in names}
+        self._size = _group_size(quantizer.source.graph)
 
-    def embed(self, name: str) -> None:
-        """Begin the stream of the embedding."""
-        if name in self._types:
-            self.streams[name] = self._pass.begin(name, self._reference.tokens, self._rounded(name))
-            self.restore_source()
+    def begin(self, weight: Weight, done: bool = False) -> None:
+        """Begin the probe of a weight that the reference comes to, if this is its first one.
 
-    def fork(self, names: Iterable[str]) -> None:
-        """Begin the streams of weights in the layer that the reference comes to."""
-        for name in self._probed(names):
-            self.streams[name] = self._pass.fork(name, self._reference, self._rounded(name))
-
-    def resume(self, names: Iterable[str]) -> None:
-        """Take up the streams of weights that an earlier run has passed."""
-        for name in self._probed(names):
-            self.streams[name] = self._pass.begin(name, self._reference.tokens, self._quantizer.source)
-
-    def restore_source(self) -> None:
-        """The layer is done: from now on all streams have the source's weights."""
-        for stream in self.streams.values():
-            stream.weights = self._quantizer.source
-
-    def _probed(self, names: Iterable[str]) -> Iterator[str]:
-        return (name for name in names if name in self._types)
-
-    def _rounded(self, name: str) -> RoundedWeights:
+        done: an earlier run has passed the layer, and has saved the stream; so it is with the embedding's, too.
+        """
+        probe = self._probe_of.get(weight.name)
+        if probe is None or probe in self.streams:
+            return
         source = self._quantizer.source
-        return RoundedWeights(self._quantizer, source.graph, {name: self._types[name]})
+        weights = RoundedWeights(
+            self._quantizer, source.graph, {name: self._types[name] for name in self.groups[probe]}
+        )
+        if done or weight is source.graph.embedding:
+            self.streams[probe] = self._pass.begin(probe, self._reference.tokens, weights)
+        else:
+            self.streams[probe] = self._pass.fork(probe, self._reference, weights)
+
+    def leave(self, layer: int | None) -> None:
+        """A layer is done (None: the embedding). After the last of a group all streams have the source's weights."""
+        if layer is None or (layer + 1) % self._size == 0:
+            for stream in self.streams.values():
+                stream.weights = self._quantizer.source
+
+
+def probes_of(graph: Graph, probed: Container[str]) -> dict[str, list[str]]:
+    """The names of the weights that each probe rounds, by the first of them: the same weight of consecutive layers."""
+    size, groups = _group_size(graph), dict[object, list[str]]()
+    for weight in (graph.embedding, *(weight for layer in graph.layers for weight in weights_in(layer)), graph.head):
+        if weight.name in probed:
+            layer = weight.layer
+            key = weight.name if layer is None else (weight.name.split(".", 2)[2], layer // size)
+            names = groups.setdefault(key, [])
+            names += [weight.name] if weight.name not in names else []
+    return {names[0]: names for names in groups.values()}
+
+
+def _group_size(graph: Graph) -> int:
+    return -(-len(graph.layers) // _GROUPS)
 
 
 def types_of(forms: Sequence[Graph], calibrated: bool) -> dict[str, set[str]]:

@@ -17,16 +17,19 @@ from ..weights import CachedWeights, WeightProducts
 
 
 class Quantizer:
-    """Rounds weights to types and back; what it made is kept until `release`, for all streams that ask for the same."""
+    """Rounds weights to types and back; what it made is kept until `release`, for all streams that ask for the same.
+
+    Streams of several plans do: a weight of one name and shape is the same in all of a model's forms.
+    """
 
     def __init__(self, source: CachedWeights, importance: Importance | None) -> None:
         self.source = source
         self._importance = importance
-        self._kept: dict[tuple[int, str, int | None, tuple[int, int] | None], Tensor] = {}
+        self._kept: dict[tuple[str, tuple[int, ...], str, int | None, tuple[int, int] | None], Tensor] = {}
 
     def load(self, weight: Weight, type: str, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
         """The weight's numbers after storing them in that type: float32, of the shape that `Weights.load` gives."""
-        key = (id(weight), type, expert, rows)
+        key = (weight.name, weight.shape, type, expert, rows)
         if key not in self._kept:
             self._kept[key] = self.round(self.source.load(weight, expert, rows), weight, type, expert)
         return self._kept[key]
@@ -40,7 +43,7 @@ class Quantizer:
         return stored[:, : weight.columns].reshape(values.shape)
 
     def release(self, expert: int | None = None) -> None:
-        self._kept = {} if expert is None else {key: kept for key, kept in self._kept.items() if key[2] != expert}
+        self._kept = {} if expert is None else {key: kept for key, kept in self._kept.items() if key[3] != expert}
         self.source.release(expert)
 
 

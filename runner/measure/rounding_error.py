@@ -15,8 +15,8 @@ from ..weights import CachedWeights, WeightProducts, multiply
 from .rounded import Quantizer
 
 _TOKENS = 32  # of each expert
-_ROWS = 256  # of each matrix
-_EXPERTS = 16  # of each stack, those with the most tokens
+_ROWS = 128  # of each matrix
+_EXPERTS = 4  # of each stack, those with the most tokens
 _VOCABULARY_ROWS = 4096  # of embedding and head
 _HEAD_TOKENS = 512  # about so many
 

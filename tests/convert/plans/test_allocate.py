@@ -21,6 +21,7 @@ from moecast.progress import NoProgress
 from moecast.quant.planning.allocation import typical_damage
 from moecast.quant.planning.plan import Form, plan_file
 from moecast.quant.planning.recipes import RECIPES, recipe_named
+from moecast.runner.measure import probe
 from moecast.runner.measure.compare_plans import divergences
 from moecast.runner.measure.logits import logit_source
 from moecast.runner.measure.probe import measure_damage
@@ -56,6 +57,23 @@ def test_a_probe_is_a_file_with_one_weight_rounded(full: Path, tmp_path: Path) -
         expected = typical_divergence(model, open_model(file), tokens)
         assert damage.sensitivity[name] * damage.probe[name] == pytest.approx(expected, rel=1e-3)
         assert damage.errors[name]["Q8_0"] < damage.errors[name]["Q4_K"] < damage.errors[name]["IQ2_XXS"] < 0.3
+
+
+@pytest.mark.whole
+def test_a_probe_of_many_layers_is_a_file_with_a_weight_of_each_rounded(
+    full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share the sensitivity, and the one probe that is left takes all the text that theirs would."""
+    model = open_model(full)
+    names = [weight.name for weight in model.graph.weights() if "attn_v" in weight.name]
+    monkeypatch.setattr(probe, "_GROUPS", 1)
+    assert names in probe.probes_of(model.graph, names).values() and len(names) == len(model.graph.layers) > 1
+    tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, 3)
+    damage = measure_damage(Measuring(model), tokens, [model.graph])
+    file = requantize(full, tmp_path / "a.gguf", Goal("F32", tensor_types=[("attn_v", "IQ2_XXS")])).files[0]
+    expected = typical_divergence(model, open_model(file), tokens)
+    assert sum(damage.sensitivity[name] * damage.probe[name] for name in names) == pytest.approx(expected, rel=1e-3)
+    assert len({damage.sensitivity[name] for name in names}) == 1
 
 
 def typical_divergence(reference: Model, candidate: Model, tokens: Tensor) -> float:
