@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable
-from ctypes import CDLL, Structure, addressof, byref, c_char_p, c_int, c_int64, c_size_t, c_uint, c_void_p, sizeof
+from ctypes import CDLL, Structure, addressof, byref, c_char_p, c_int, c_int64, c_uint, c_void_p
 from functools import cache
 from typing import Any, Final
 
@@ -87,16 +87,18 @@ def choose(
 
 
 def _launch(work: Work, format: Format, device: torch.device, grid: tuple[int, int], *arguments: Any) -> None:
-    """Run a kernel on so many lanes of so many experts, after what torch has been asked to do before."""
+    """Do work on so many lanes of so many experts, after what torch has been asked to do before."""
+    if all(grid):
+        with torch.cuda.device(device):
+            _run(_function(work, format, device), grid, *arguments)
+
+
+def _run(function: c_void_p | None, grid: tuple[int, int], *arguments: Any) -> None:
     lanes, experts = grid
-    if not lanes or not experts:
-        return
     places = (c_void_p * len(arguments))(*map(addressof, arguments))
+    stream = c_void_p(torch.cuda.current_stream().cuda_stream)
     blocks = -(-lanes // _THREADS)
-    with torch.cuda.device(device):
-        stream = c_void_p(torch.cuda.current_stream().cuda_stream)
-        function = _function(work, format, device)
-        _check(_driver().cuLaunchKernel(function, blocks, experts, 1, _THREADS, 1, 1, 0, stream, places, None))
+    _check(_driver().cuLaunchKernel(function, blocks, experts, 1, _THREADS, 1, 1, 0, stream, places, None))
 
 
 @cache
@@ -110,29 +112,29 @@ def _function(work: Work, format: Format, device: torch.device) -> c_void_p | No
 
 
 def _loaded(work: Work, format: Format, device: torch.device) -> c_void_p:
-    module, function, driver = c_void_p(), c_void_p(), _driver()
+    module, driver = c_void_p(), _driver()
     code = nvrtc.code_of(_program(work, format, device))
     with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # by which torch makes the GPU's context, if it has not yet
+        torch.cuda.synchronize()  # by which torch makes the GPU's context, if it has not yet
         _check(driver.cuModuleLoadData(byref(module), code))
-        _check(driver.cuModuleGetFunction(byref(function), module, work.encode()))
         if format.name in lattice.CODECS:
-            _hand_over_lattices(module, device)
+            for name in lattice.LATTICES:
+                number, points = c_int(format_named(name).id), c_void_p(_lattice(name, device).data_ptr())
+                _run(_entry(module, "set_lattice"), (1, 1), number, points)
+            torch.cuda.synchronize()
+        return _entry(module, work)
+
+
+def _entry(module: c_void_p, name: str) -> c_void_p:
+    function = c_void_p()
+    _check(_driver().cuModuleGetFunction(byref(function), module, name.encode()))
     return function
 
 
 def _program(work: Work, format: Format, device: torch.device) -> nvrtc.Program:
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch finds no GPU")
     return nvrtc.Program(format.name, work, nvrtc.architecture_for(*torch.cuda.get_device_capability(device)))
-
-
-def _hand_over_lattices(module: c_void_p, device: torch.device) -> None:
-    """Fill in a program's places of lattices, see LATTICES in quant/kernels/kernels.h."""
-    table = c_void_p()
-    _check(_driver().cuModuleGetGlobal_v2(byref(table), None, module, b"LATTICES"))
-    places = (c_void_p * 64)()
-    for name in lattice.LATTICES:
-        places[format_named(name).id] = _lattice(name, device).data_ptr()
-    _check(_driver().cuMemcpyHtoD_v2(table, places, sizeof(places)))
 
 
 @cache
@@ -150,8 +152,6 @@ def _driver() -> CDLL:
     library = CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     library.cuModuleLoadData.argtypes = [c_void_p, c_char_p]
     library.cuModuleGetFunction.argtypes = [c_void_p, c_void_p, c_char_p]
-    library.cuModuleGetGlobal_v2.argtypes = [c_void_p, c_void_p, c_void_p, c_char_p]
-    library.cuMemcpyHtoD_v2.argtypes = [c_void_p, c_void_p, c_size_t]
     library.cuLaunchKernel.argtypes = [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p]
     return library
 

@@ -47,7 +47,7 @@ class Kernels(Protocol):
         sweeps: int,
         threads: int,
     ) -> tuple[Tensor, Tensor]:
-        """The levels of blocks whose scales are chosen and what they stand for, as quant/rounding/feedback.py explains it.
+        """The levels of blocks whose scales are chosen and what they stand for: see quant/rounding/feedback.py.
 
         All tensors may be of several experts, in a dimension before the others.
         """

@@ -1,7 +1,7 @@
-"""Compiles the C++ kernels for a GPU when they are first wanted, with NVRTC, which takes neither a GPU nor CUDA's toolkit.
+"""Compiles the C++ kernels for a GPU when they are first wanted, with NVRTC, which takes no toolkit and no GPU.
 
-A program is one format and one thing to do with it, because a format takes seconds. What is compiled stays in the
-user's cache folder.
+A program is one format and one thing to do with it, which takes seconds. What is compiled stays in the user's cache
+folder.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _compiled: dict[Program, bytes] = {}
 
 @dataclass(frozen=True)
 class Program:
-    """What to compile. An architecture is "sm_90" for a kind of GPU, or "compute_90" for code that a driver completes."""
+    """What to compile, for an architecture like "sm_90", or "compute_90" for code that a GPU's driver completes."""
 
     format: str
     work: Work

@@ -50,7 +50,7 @@ class Statistics:
     def tensors(self) -> Iterator[Tensor]:
         """Everything as tensors, the names (UTF-8) of all weights and of stacks of experts first."""
         for names in (self.sums, self._expert_stacks):
-            yield torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8)
+            yield torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8, device="cpu")
         for name, sums in self.sums.items():
             yield sums
             yield self.counts[name]
@@ -59,9 +59,9 @@ class Statistics:
         """Count in what a matrix is multiplied with, [inputs, columns]."""
         name, columns = weight.name, states.shape[1]
         if name not in self.sums:
-            self.sums[name] = torch.zeros(weight.matrices, columns, dtype=torch.float64)
-            self.counts[name] = torch.zeros(weight.matrices, dtype=torch.int64)
-            self._pooled[name] = torch.zeros(columns, dtype=torch.float64)
+            self.sums[name] = torch.zeros(weight.matrices, columns, dtype=torch.float64, device=states.device)
+            self.counts[name] = torch.zeros(weight.matrices, dtype=torch.int64, device=states.device)
+            self._pooled[name] = torch.zeros(columns, dtype=torch.float64, device=states.device)
             if weight.experts is not None:
                 self._expert_stacks.append(name)
         squares = states.square().sum(dim=0).double()
