@@ -21,6 +21,7 @@ FACTORIES = {
     "arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint",
     "randn", "randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
 }  # fmt: skip
+QUICK = {"Q2_0", "Q4_1", "IQ4_NL", "MXFP4"}
 # What still makes tensors on the CPU alone.
 ON_CPU = {
     "runner/activations.py",
@@ -62,20 +63,22 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def fake(device: torch.device) -> Iterator[FakeTensorMode]:
+def fake(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """Tensors without numbers, which refuse to meet those of another device."""
     for name in lattice.LATTICES:
         lattice.digits(name)
     for signed in (lattice._IQ2_XXS, lattice._IQ2_XS, lattice._IQ2_S, lattice._IQ3_XXS, lattice._IQ3_S):
         lattice._lattice(signed.name, signed.divisor)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    mode.avoid_device_init = True
-    yield mode
+    monkeypatch.setattr(feedback, "_SWEEPS", 1)
+    monkeypatch.setattr(FakeTensorMode, "avoid_device_init", True)  # as where torch has no GPU
+    yield FakeTensorMode(allow_non_fake_inputs=True)
     lattice._points.cache_clear()
     lattice._lattice_on.cache_clear()
 
 
-@pytest.mark.parametrize("name", sorted(CODECS))
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(CODECS)]
+)
 def test_quantizers_stay_on_their_device(device: torch.device, fake: FakeTensorMode, name: str) -> None:
     codec, format = CODECS[name], format_named(name)
     size = format.block_size

@@ -40,6 +40,10 @@ typedef int int32_t; typedef unsigned int uint32_t; typedef long long int64_t; t
     "cstring": "#pragma once\nnamespace std { using ::memcpy; }\n",
 }
 _DIGEST_BYTES: Final = 32
+_WINDOWS: Final = sys.platform == "win32"
+_NAME: Final = "nvrtc64_*_0.dll" if _WINDOWS else "libnvrtc.so*"
+_BUILTINS: Final = "nvrtc-builtins64_*.dll" if _WINDOWS else "libnvrtc-builtins.so*"
+_FOLDERS: Final = {"nvidia": "*/bin" if _WINDOWS else "*/lib", "torch": "lib"}  # of packages that bring NVRTC
 
 _guard = Lock()
 _locks: dict[Program, Lock] = {}
@@ -179,21 +183,24 @@ def _library() -> CDLL:
     """NVRTC as pip, torch or the system brought it, best of the CUDA version that torch was built for."""
     for path in sorted(_candidates(), key=lambda path: _major(path) != (torch.version.cuda or "").partition(".")[0]):
         with suppress(OSError, AttributeError):
-            for part in Path(path).parent.glob("nvrtc-builtins*.dll"):  # which Windows would not look for there
-                CDLL(str(part))
+            if os.path.isabs(path):  # what belongs to it lies beside it, where it does not look
+                for part in _matching(Path(path).parent, _BUILTINS):
+                    CDLL(part)
             return _declared(CDLL(path))
     raise RuntimeError("there is no NVRTC; install moecast[cuda]")
 
 
 def _candidates() -> Iterator[str]:
-    windows = sys.platform == "win32"
-    pattern = "nvrtc64_*_0.dll" if windows else "libnvrtc.so*"
-    for package, folder in (("nvidia", "*/bin" if windows else "*/lib"), ("torch", "lib")):
+    for package in ("nvidia", "torch"):
         spec = importlib.util.find_spec(package)
         for place in (spec and spec.submodule_search_locations) or ():
-            yield from map(str, sorted(Path(place).glob(f"{folder}/**/{pattern}")))
+            yield from _matching(Path(place), f"{_FOLDERS[package]}/**/{_NAME}")
     if found := find_library("nvrtc"):
         yield found
+
+
+def _matching(folder: Path, pattern: str) -> Iterator[str]:
+    return map(str, sorted(folder.glob(pattern)))
 
 
 def _major(path: str) -> str:
