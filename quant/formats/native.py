@@ -161,7 +161,8 @@ def choose(
     levels, stored = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
     parts = [*inputs, levels, stored]
     for expert in zip(*parts, strict=True) if target.ndim > 2 else [parts]:
-        task = choosing(list(expert[:-2]), *expert[-2:], sweeps)
+        *given, chosen, meant = expert
+        task = choosing(given, chosen, meant, sweeps)
         _loaded().kernels_choose(path().encode(), format.id, byref(task), threads)
     return levels, stored
 
