@@ -166,9 +166,13 @@ def _write(program: Program, code: bytes) -> bytes:
     place = _place(program)
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place.parent, prefix=place.stem, suffix=".part", delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, place)
+        descriptor, part = tempfile.mkstemp(".part", place.stem, place.parent)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(hashlib.sha256(code).digest() + code)
+            os.replace(part, place)
+        finally:
+            Path(part).unlink(missing_ok=True)
     return code
 
 

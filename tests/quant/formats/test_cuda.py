@@ -185,6 +185,19 @@ def test_torch_takes_over_where_nvrtc_is_missing(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(data, native_bytes(x, "Q4_K"))
 
 
+def test_kernels_are_prepared_for_the_gpu_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs: list[nvrtc.Program] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(nvrtc, "architecture_for", lambda major, minor: f"sm_{major}{minor}")
+    monkeypatch.setattr(nvrtc, "prepare", programs.extend)
+    formats = [format_named(name) for name in ("Q4_K", "F16", "IQ3_S")]
+    devices.prepare("choose", formats, torch.device("cpu"))
+    assert not programs
+    devices.prepare("choose", formats, torch.device("cuda"))
+    assert programs == [nvrtc.Program(name, "choose", "sm_90") for name in ("Q4_K", "IQ3_S")]
+
+
 def test_the_environment_can_ask_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOECAST_KERNELS", native.TORCH)
     monkeypatch.setattr(nvrtc, "prepare", lambda programs: pytest.fail("compiles"))
