@@ -13,8 +13,8 @@ from moecast.quant.formats import lattice
 from moecast.quant.formats.quantize import CODECS, _encode
 from moecast.quant.rounding import feedback
 from moecast.quant.rounding.moments import divided, products_of
+from pretended import DEVICE, pretend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 ROOT = Path(__file__).parents[1]
 FACTORIES = {
@@ -55,23 +55,15 @@ def test_every_tensor_is_made_on_a_device_that_is_named() -> None:
     assert {name for name in ON_CPU if not found[name]} == set(), "no longer needed"
 
 
-@pytest.fixture(scope="module")
-def device() -> torch.device:
-    """A kind of device that nobody has; torch built for CPUs lets tensors pretend to lie on no other."""
-    _setup_privateuseone_for_python_backend("pretended")
-    return torch.device("pretended")
-
-
 @pytest.fixture
-def fake(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
-    """Tensors without numbers, which refuse to meet those of another device."""
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
+    """Tensors without numbers; lattices have theirs already, because they are searched for what they share."""
     for name in lattice.LATTICES:
         lattice.digits(name)
     for signed in (lattice._IQ2_XXS, lattice._IQ2_XS, lattice._IQ2_S, lattice._IQ3_XXS, lattice._IQ3_S):
         lattice._lattice(signed.name, signed.divisor)
     monkeypatch.setattr(feedback, "_SWEEPS", 1)
-    monkeypatch.setattr(FakeTensorMode, "avoid_device_init", True)  # as where torch has no GPU
-    yield FakeTensorMode(allow_non_fake_inputs=True)
+    yield pretend(monkeypatch)
     lattice._points.cache_clear()
     lattice._lattice_on.cache_clear()
 
@@ -79,27 +71,27 @@ def fake(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(CODECS)]
 )
-def test_quantizers_stay_on_their_device(device: torch.device, fake: FakeTensorMode, name: str) -> None:
+def test_quantizers_stay_on_their_device(fake: FakeTensorMode, name: str) -> None:
     codec, format = CODECS[name], format_named(name)
     size = format.block_size
     with fake:
-        values = torch.empty(3, 2 * size, device=device)
+        values = torch.empty(3, 2 * size, device=DEVICE)
         for weights in (None, torch.empty_like(values)):
             data = _encode(codec, format, values, weights)
             assert data.shape == (3, 2 * format.block_bytes)
-            assert data.device.type == dequantize(data, name).device.type == device.type
+            assert data.device.type == dequantize(data, name).device.type == DEVICE.type
         if codec.grid:
-            block, triangle = data[:, : format.block_bytes].T, torch.empty(size, size, device=device)
+            block, triangle = data[:, : format.block_bytes].T, torch.empty(size, size, device=DEVICE)
             levels, stored = feedback._choose(codec.grid, format, block, values[:, :size].T, triangle, None)
-            assert stored.device.type == codec.grid.with_levels(block, levels).device.type == device.type
+            assert stored.device.type == codec.grid.with_levels(block, levels).device.type == DEVICE.type
 
 
-def test_moments_stay_on_their_device(device: torch.device, fake: FakeTensorMode) -> None:
+def test_moments_stay_on_their_device(fake: FakeTensorMode) -> None:
     with fake:
-        products = products_of(torch.empty(7, 1024, device=device))
-        assert products.device.type == divided(products, 256).device.type == device.type
+        products = products_of(torch.empty(7, 1024, device=DEVICE))
+        assert products.device.type == divided(products, 256).device.type == DEVICE.type
 
 
-def test_two_devices_are_refused(device: torch.device, fake: FakeTensorMode) -> None:
+def test_two_devices_are_refused(fake: FakeTensorMode) -> None:
     with fake, pytest.raises(RuntimeError, match="at least two devices"):
-        _encode(CODECS["Q4_K"], format_named("Q4_K"), torch.empty(1, 256, device=device), torch.empty(1, 256))
+        _encode(CODECS["Q4_K"], format_named("Q4_K"), torch.empty(1, 256, device=DEVICE), torch.empty(1, 256))
