@@ -17,7 +17,7 @@ demo: .venv/runtime  ## converts an embedded tiny checkpoint and compares it wit
 test: .venv/development  ## all tests but the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-fast: .venv/development  ## those that take no seconds each
+test-fast: .venv/development  ## those that take no seconds each, in two minutes
 	$(BIN)/python -m pytest -n 2 -m "not slow and not whole"
 
 test-slow: .venv/development  ## the slow ones

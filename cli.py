@@ -12,6 +12,7 @@ from .commands import convert as cli_convert
 from .commands import evaluate as cli_evaluate
 from .commands import models as cli_models
 from .commands import plan as cli_plan
+from .commands.logs import LOG_OPTIONS
 from .commands.options import Commands
 
 
@@ -43,6 +44,8 @@ for command in (
     cli_models.doctor,
     cli_convert.demo,
 ):
+    for option in LOG_OPTIONS:
+        option(command)
     main.add_command(command)
 
 

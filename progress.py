@@ -8,8 +8,8 @@ from typing import Protocol
 class Progress(Protocol):
     """Receives what happens, in order: `begin` one task, `advance` it until its total, `note` a line at any time."""
 
-    def begin(self, task: str, total: int, unit: str) -> None:
-        """A task of `total` units starts; it replaces the one before."""
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        """A task of `total` units starts, of which an earlier run has `done` some; it replaces the one before."""
 
     def advance(self, amount: int, detail: str = "") -> None:
         """`amount` more units are done; `detail` says what was done last."""
@@ -21,7 +21,7 @@ class Progress(Protocol):
 class NoProgress:
     """The progress of somebody who does not watch."""
 
-    def begin(self, task: str, total: int, unit: str) -> None: ...
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None: ...
 
     def advance(self, amount: int, detail: str = "") -> None: ...
 

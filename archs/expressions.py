@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import ClassVar, Protocol
 
@@ -85,7 +86,7 @@ class _Derived:
 class _Moved(_Derived):
     """An expression whose numbers are those of its parts, none of them changed."""
 
-    @property
+    @cached_property  # a stack of experts has thousands of parts
     def exact(self: Expression) -> str | None:
         types = {part.exact for part in self.parts}
         return types.pop() if len(types) == 1 else None
@@ -300,7 +301,7 @@ class OnePlus(_Mapped):
 
 @dataclass(frozen=True)
 class Below(_Mapped, _Moved):
-    """A stored table of whole numbers from 0 to `limit` - 1: they index something."""
+    """A stored table whose rows hold different whole numbers from 0 to `limit` - 1: they index something."""
 
     source: Read
     limit: int

@@ -55,6 +55,7 @@ _HARMLESS_METADATA = (
     *("expert_feed_forward_length", "expert_shared_feed_forward_length", "expert_shared_count"),
     *("expert_weights_norm", "expert_weights_scale"),
 )
+_OWN_SIZES = "block_configs"
 
 # Three spellings of the layer list: these letters, NVIDIA's words, transformers' words.
 _KINDS = {
@@ -147,7 +148,13 @@ def _read_checkpoint(config: Config, tensors: Sequence[TensorInfo], drafts: bool
     catalogue = Catalogue(tensors, config.origin, scale_block(config))
     dimensions = _read_config(config, drafts)
     tied = config.flag("tie_word_embeddings", default=False)
-    graph = build(dimensions, _checkpoint_source(catalogue, len(dimensions.kinds), tied))
+    try:
+        graph = build(dimensions, _checkpoint_source(catalogue, len(dimensions.kinds), tied))
+    except BadInput as error:
+        if _OWN_SIZES not in config:
+            raise
+        what = "gives layers sizes of their own (Nemotron Puzzle), which moecast does not know"
+        raise BadInput(f"{config.origin}: {_OWN_SIZES} {what}: {error}") from None
     left = 0 if drafts else catalogue.ignore("mtp.")
     notes = (f"{left} tensors of a drafting block (mtp.*) are left out",) if left else ()
     return replace(graph, notes=(*notes, *catalogue.finish()))

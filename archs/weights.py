@@ -147,6 +147,11 @@ class Weight:
     def elements(self) -> int:
         return prod(self.shape)
 
+    @property
+    def may_be_quantized(self) -> bool:
+        """Whether it may have another type than the one it always has."""
+        return not self.role.keep_f32 and len(self.shape) > 1 and self.role is not Role.HASH_TABLE
+
 
 def scale_name(name: str) -> str:
     """The name of the tensor that llama.cpp multiplies the one of that name by."""

@@ -1,7 +1,7 @@
 """What products in BF16 change: `python benchmarks/products.py [CHECKPOINT ...] [--chunks 32] [--quants Q8_0 Q4_K_M]`.
 
 For each checkpoint (by default the examples) the divergence that rounding products causes by itself, and the KL
-divergence of quantized files measured with both kinds of products.
+divergence of quantized files, padded, measured with both kinds of products.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
-from moecast.convert import Compute, Evaluation, convert
+from moecast.convert import Compute, Evaluation, Form, convert
 from moecast.runner import parity
 from moecast.runner.measure.evaluate import compare_heads, summarize
 from moecast.runner.stream import Stream, advance
@@ -28,11 +27,11 @@ def rounding(folder: Path, chunks: int) -> tuple[float, float, float]:
     model = open_model(folder)
     tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, chunks)
     inputs = with_bos(tokens, model.tokenizer)
-    streams = [Stream(model, inputs, weights=ModelWeights(model, dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    streams = [Stream(model, inputs, weights=ModelWeights(model, dtype)) for dtype in ("float32", "bfloat16")]
     for layer in model.graph.layers:
         advance(streams, [layer, layer])
     (divergence,) = compare_heads(streams[0], streams[1:], tokens)
-    result = summarize(divergence, (), CONTEXT, chunks, torch.bfloat16)
+    result = summarize(divergence, (), CONTEXT, chunks, "bfloat16", model.context_length)
     return result.perplexity_ratio, result.mean_kld, float(divergence.kld.median())
 
 
@@ -51,12 +50,9 @@ def main() -> None:
         cells = [folder.name, f"{ratio - 1:+.3%}", f"{kld:.6f}", f"{median:.6f}"]
         for quant in options.quants:
             with tempfile.TemporaryDirectory() as temporary:
-                file = convert(folder, temporary, quant, evaluation=None).files[0]
+                file = convert(folder, temporary, quant, form=Form(padding=True), evaluation=None).files[0]
                 evaluation = Evaluation(EVALUATION_TEXT, CONTEXT, options.chunks)
-                found = [
-                    parity(folder, file, evaluation, Compute(dtype)).mean_kld
-                    for dtype in (torch.float32, torch.bfloat16)
-                ]
+                found = [parity(folder, file, evaluation, Compute(dtype)).mean_kld for dtype in ("float32", "bfloat16")]
             cells.append(" / ".join(f"{value:.6f}" for value in found))
         print(f"| {' | '.join(cells)} |", flush=True)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import PurePath
 from typing import Any
 
@@ -15,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from .logs import LINES, LOGGER
 from .terminal import printable
 
 _PLAIN_INTERVAL = 5.0  # seconds between lines when nobody watches a terminal
@@ -94,49 +97,58 @@ class TerminalProgress:
 
     def __enter__(self) -> TerminalProgress:
         self._progress.start()
+        LINES.console = self._progress.console
         return self
 
     def __exit__(self, *error: object) -> None:
+        LINES.console = None
         self._progress.stop()
 
-    def begin(self, task: str, total: int, unit: str) -> None:
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(printable(task), total=total, detail="")
+        self._task = self._progress.add_task(printable(task), total=total, completed=done, detail="")
 
     def advance(self, amount: int, detail: str = "") -> None:
         if self._task is not None:
             self._progress.update(self._task, advance=amount, detail=printable(detail))
 
     def note(self, line: str) -> None:
-        self._progress.console.print(literal(line))
+        LOGGER.info(line)
 
 
 class PlainProgress:
-    """Lines for logs: one when a task begins and ends, and one every few seconds between."""
+    """Lines for logs: one when a task begins and ends, and one every few seconds between, with the time left."""
 
     def __init__(self) -> None:
-        self._task, self._unit, self._total, self._done, self._printed = "", "", 0, 0, 0.0
+        self._task, self._total, self._done, self._printed = "", 0, 0, 0.0
+        self._began, self._done_before = 0.0, 0
 
     def __enter__(self) -> PlainProgress:
         return self
 
     def __exit__(self, *error: object) -> None: ...
 
-    def begin(self, task: str, total: int, unit: str) -> None:
-        self._task, self._unit, self._total, self._done = task, unit, total, 0
-        self.note(f"{task}: {human_count(total)} {unit}")
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        self._task, self._total, self._done, self._done_before = task, total, done, done
+        self.note(f"{task}: {human_count(total)} {unit}" + (f", {done / total:.0%} done before" if done else ""))
+        self._began = self._printed
 
     def advance(self, amount: int, detail: str = "") -> None:
         self._done += amount
-        if self._done >= self._total or time.monotonic() - self._printed > _PLAIN_INTERVAL:
-            self.note(f"{self._task}: {self._done / max(self._total, 1):.0%} {detail}")
+        now = time.monotonic()
+        if self._done >= self._total:
+            self.note(f"{self._task}: 100% {detail}")
+        elif now - self._printed > _PLAIN_INTERVAL:
+            left = (now - self._began) / max(self._done - self._done_before, 1) * (self._total - self._done)
+            self.note(f"{self._task}: {self._done / self._total:.0%} {detail}, {timedelta(seconds=round(left))} left")
 
     def note(self, line: str) -> None:
         self._printed = time.monotonic()
-        print(printable(line), file=sys.stderr, flush=True)
+        LOGGER.info(line)
 
 
 def make_progress() -> TerminalProgress | PlainProgress:
-    """The progress that suits standard error."""
-    return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
+    """The progress that suits standard error; under --quiet, lines that only a log file gets."""
+    watched = sys.stderr.isatty() and LINES.level <= logging.INFO
+    return TerminalProgress() if watched else PlainProgress()

@@ -10,13 +10,15 @@ import click
 
 from ..errors import BadInput
 from .evaluate import exit_if_worse
+from .fitting import Fitting, fitting_options
 from .options import (
-    TypeOverride,
+    SOURCE,
     calibration_options,
     calibration_text_options,
     compute_options,
     form_options,
     goal_options,
+    ignore_config_option,
     imatrix_option,
     json_option,
     max_kld_option,
@@ -39,9 +41,10 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", type=SOURCE)
 @output_options
 @measured_goal_options("With --size or --bpw: measure the model to choose types.  [default: measure]")
+@fitting_options
 @form_options
 @click.option("--dry-run", is_flag=True, help="Show types and size as `moecast plan` does, without measuring.")
 @calibration_options
@@ -55,6 +58,7 @@ def convert(
     source: str,
     output: Output,
     goal: Goal,
+    fitting: Fitting | None,
     form: Form,
     dry_run: bool,
     calibration: Calibration,
@@ -73,21 +77,28 @@ def convert(
     Examples:
       moecast convert CHECKPOINT -o out/ --quant Q4_K_M
       moecast convert OWNER/NAME --size 96GB
+      moecast convert OWNER/NAME --fit --ram 96GB --vram 24GB
       moecast convert OWNER/NAME --quant Q4_K_M --revision main --split-max-size 40G
+      moecast convert CHECKPOINT --quant Q4_K_M --tensor-type ffn_down_exps=q6_k
       moecast convert CHECKPOINT --to onnx -o out/
       moecast convert OWNER/NAME --quant IQ4_XS --scratch 20GB
     """
-    from ..convert.pipeline import convert as run
-    from ..convert.plans.choose import plan_for
-    from ..convert.settings import VERIFICATION
-    from ..sources.locate import open_headers
-    from .console import make_progress
-    from .report import show_conversion, show_plan
+    from ..convert.settings import VERIFICATION, require_sound
 
     if max_kld is not None and not verify:
         raise BadInput("--max-kld judges the comparison with the source: leave out --no-verify")
     if dry_run and goal.measure:
         raise BadInput("--dry-run does not measure: use `moecast plan --measure`")
+    if fitting:
+        goal = fitting.goal(goal)
+    require_sound(goal, calibration, output.file_format)
+
+    from ..convert.pipeline import convert as run
+    from ..convert.plans.choose import plan_for
+    from ..sources.locate import open_headers
+    from .console import make_progress
+    from .report import show_conversion, show_plan
+
     if dry_run:
         with make_progress() as progress:
             model = open_headers(source, access, progress)
@@ -112,14 +123,12 @@ def convert(
 
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @goal_options
 @imatrix_option
-@click.option(
-    "--tensor-type", "tensor_types", multiple=True, type=TypeOverride(), help="Type of tensors whose names match."
-)
 @click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantized already.")
+@ignore_config_option
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
 @threads_option
@@ -129,8 +138,8 @@ def quantize(
     output: Path,
     goal: Goal,
     imatrix: Path | None,
-    tensor_types: tuple[tuple[str, str], ...],
     allow_requantize: bool,
+    ignore_config: tuple[str, ...],
     overwrite: bool,
     dry_run: bool,
     compute: Compute,
@@ -143,14 +152,14 @@ def quantize(
       moecast quantize model-BF16.gguf model-IQ4_XS.gguf --quant IQ4_XS --imatrix imatrix.gguf
       moecast quantize in.gguf out.gguf --quant Q4_K_M --tensor-type ffn_down_exps=q6_k
     """
-    from ..convert.requantize import Exceptions, plan_requantized, requantize
+    from ..convert.requantize import plan_requantized, requantize
     from ..sources.model import open_model
     from .console import make_progress
     from .report import show_conversion, show_plan
 
-    model, exceptions = open_model(source), Exceptions(tensor_types, allow_requantize)
+    model = open_model(source, ignored=ignore_config)
     if dry_run:
-        show_plan(plan_requantized(model, goal, imatrix, exceptions), as_json)
+        show_plan(plan_requantized(model, goal, imatrix), as_json)
         return
     with make_progress() as progress:
         result = requantize(
@@ -158,7 +167,7 @@ def quantize(
             output,
             goal,
             imatrix=imatrix,
-            exceptions=exceptions,
+            allow_requantize=allow_requantize,
             compute=compute,
             overwrite=overwrite,
             progress=progress,
@@ -167,7 +176,7 @@ def quantize(
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=SOURCE)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The importance matrix, .gguf.")
 @calibration_text_options
 @overwrite_option
@@ -204,7 +213,7 @@ def imatrix(
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(exists=True, path_type=Path))
 @json_option
 def prepack(folder: Path, as_json: bool) -> None:
     """Add weights in the order that this machine likes best to an ONNX folder, so that they can be mapped.
@@ -239,7 +248,6 @@ def demo(output: Path) -> None:
     from ..archs.registry import architectures
     from ..convert.pipeline import convert as run
     from ..convert.settings import Output
-    from ..quant.planning.plan import Form
     from ..runner.settings import Evaluation
     from ..sources.locate import open_headers
     from .console import make_progress
@@ -247,8 +255,7 @@ def demo(output: Path) -> None:
 
     source = Path(__file__).parents[1] / "examples" / architectures()[0].example
     show_model(open_headers(str(source)), as_json=False)
-    # Padding pays on rows of thousands; it would multiply rows as short as these.
-    form, evaluation = Form(padding=False), Evaluation(chunks=32)
     with make_progress() as progress:
-        result = run(source, Output(output, overwrite=True), form=form, evaluation=evaluation, progress=progress)
+        output_file, evaluation = Output(output, overwrite=True), Evaluation(chunks=32)
+        result = run(source, output_file, evaluation=evaluation, progress=progress)
     show_conversion(result, as_json=False)

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import Number, dtype_option, json_option, low_memory_option, max_kld_option, source_options, text_options
+from .logs import LOGGER
+from .options import (
+    SOURCE,
+    Number,
+    dtype_option,
+    json_option,
+    low_memory_option,
+    max_kld_option,
+    source_options,
+    text_options,
+)
 from .terminal import printable
 
 if TYPE_CHECKING:
@@ -21,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=SOURCE)
 @text_options
 @dtype_option
 @low_memory_option
@@ -50,12 +60,13 @@ def perplexity(
     with make_progress() as progress:
         result = run(opened, evaluation, compute, progress)
     show_perplexity(str(opened.path), result, as_json)
-    _exit_if([*result.problems])
+    if not result.is_finite:
+        _exit_if([*result.problems])
 
 
 @click.command()
-@click.argument("reference")
-@click.argument("candidate")
+@click.argument("reference", type=SOURCE)
+@click.argument("candidate", type=SOURCE)
 @text_options
 @max_kld_option
 @dtype_option
@@ -112,13 +123,13 @@ def exit_if_worse(result: Parity | None, max_kld: float | None) -> None:
 def _exit_if(failures: Sequence[str]) -> None:
     """Exit with 1 when there are any, a line each."""
     for failure in failures:
-        click.echo(f"Failed: {failure}", err=True)
+        LOGGER.error(f"Failed: {failure}")
     if failures:
         sys.exit(1)
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=SOURCE)
 @click.option("-p", "--prompt", required=True, help="Text to continue, control tokens included.")
 @click.option(
     "-n", "--tokens", type=click.IntRange(1), default=128, show_default=True, help="Write at most this many tokens."
@@ -149,16 +160,20 @@ def run(
       moecast run CHECKPOINT -p "Once upon a time"
       moecast run model-onnx/ -p "Once upon a time" --temperature 0.8
     """
-    from ..runner.generate import generate
+    from ..runner.generate import beyond_context, generate
     from .console import print_json
 
-    pieces = []
-    for piece in generate(_open(model, access, low_memory), prompt, tokens, temperature, seed):
+    opened, pieces = _open(model, access, low_memory), []
+    text = generate(opened, prompt, tokens, temperature, seed)
+    problems = beyond_context(opened, prompt, tokens)
+    for problem in problems:
+        LOGGER.warning(problem)
+    for piece in text:
         pieces.append(piece)
         if not as_json:
             click.echo(printable(piece, keep="\n\t") if sys.stdout.isatty() else piece, nl=False)
     if as_json:
-        print_json({"prompt": prompt, "text": "".join(pieces)})
+        print_json({"prompt": prompt, "text": "".join(pieces), "problems": problems})
     else:
         click.echo()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import BadInput
-from .options import hub_options, json_option, source_options
+from .options import SOURCE, hub_options, json_option, source_options
 from .terminal import printable
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", type=SOURCE)
 @source_options
 @json_option
 def inspect(source: str, access: HubAccess, as_json: bool) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from ..documents import exists
 from ..errors import BadInput, MoecastError
+from .logs import ARGUMENTS, LOGGER, one_command
 from .terminal import one_line, save_traceback
 
 if TYPE_CHECKING:
@@ -68,32 +70,47 @@ class TypeOverride(click.ParamType[tuple[str, str]]):
         return pattern, type_name.upper()
 
 
-class FloatType(click.Choice[str]):
-    """The name of a torch type of floats; commands get the type itself."""
+class ModelName(click.ParamType[str]):
+    """What names a model, of which all is known to be right that can be known without a look at it."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        import torch
+    name = "model"
 
-        return value if isinstance(value, torch.dtype) else getattr(torch, super().convert(value, param, ctx))
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from ..sources.named import parse_model
+
+        parse_model(value)
+        return str(value)
+
+
+SOURCE = ModelName()
 
 
 class Commands(click.Group):
     """Turns whatever a command raises into one line: bad input exits with 2, what nobody foresaw with 3."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = [*args]
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
+        with one_command():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit, SystemExit, BrokenPipeError):
             raise
         except MoecastError as error:
-            click.echo(one_line(f"Error: {error}"), err=True)
+            LOGGER.error(one_line(f"Error: {error}"))
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("Interrupted: run the same command again, it continues where it stopped.", err=True)
+            LOGGER.error("Interrupted: run the same command again, it continues where it stopped.")
             ctx.exit(130)
         except BaseException as error:  # the panics of libraries are no Exception
             what, place = traceback.format_exception_only(error)[-1].strip(), save_traceback(error)
-            click.echo(one_line(f"Unexpected error: {what}; its traceback is in {place}"), err=True)
+            LOGGER.error(one_line(f"Unexpected error: {what}; its traceback is in {place}"))
+            LOGGER.debug("Its traceback:", exc_info=error)
             ctx.exit(3)
 
 
@@ -127,7 +144,14 @@ def grouped(
     return decorate
 
 
-def _form(pad: bool, mtp: bool | None) -> Form:
+def _require_files(given: Mapping[str, Path | None]) -> None:
+    """Raises BadInput where what an option names is not there."""
+    for option, path in given.items():
+        if path is not None and not exists(path):
+            raise BadInput(f"{option} {path}: no such file")
+
+
+def _form(pad: bool | None, mtp: bool | None) -> Form:
     from ..quant.planning.plan import Form
 
     return Form(pad, mtp)
@@ -136,22 +160,30 @@ def _form(pad: bool, mtp: bool | None) -> Form:
 def _goal(**values: Any) -> Goal:
     from ..convert.settings import Goal
 
-    return Goal(**values)
+    goal = Goal(**values)
+    _require_files({"--plan": values["plan"], "--like": values["like"]})
+    return goal
 
 
-def _calibration(calibration: Path | None, no_calibration: bool = False, **values: Any) -> Calibration:
+def _calibration(
+    calibration: Path | None, calibration_chunks: int | None, no_calibration: bool = False, **values: Any
+) -> Calibration:
     from ..convert.settings import Calibration
     from ..runner.texts import CALIBRATION_TEXT
 
     if calibration and no_calibration:
         raise BadInput("--calibration and --no-calibration exclude each other: give one")
-    return Calibration(None if no_calibration else calibration or CALIBRATION_TEXT, **values)
+    text = None if no_calibration else calibration or CALIBRATION_TEXT
+    made = Calibration(text, chunks=calibration_chunks, **values)
+    _require_files({"--calibration": calibration, "--imatrix": values.get("imatrix")})
+    return made
 
 
 def _evaluation(file: Path | None, context: int, chunks: int | None) -> Evaluation:
     from ..runner.settings import Evaluation
     from ..runner.texts import EVALUATION_TEXT
 
+    _require_files({"--file": file})
     return Evaluation(file or EVALUATION_TEXT, context, chunks)
 
 
@@ -185,41 +217,56 @@ max_kld_option = click.option(
 
 _HUB_OPTIONS = (
     click.option("--revision", help="Branch, tag or commit of a Hub repository."),
-    click.option("--token", envvar="HF_TOKEN", help="Hub access token; by default the one `hf auth login` stored."),
+    click.option(
+        "--token", envvar="HF_TOKEN", is_eager=True, help="Hub access token; by default the one `hf auth login` stored."
+    ),
 )
-_IGNORE_OPTION = click.option(
+ignore_config_option = click.option(
     "--ignore-config",
     multiple=True,
     metavar="KEY",
-    help="A key of the configuration that moecast does not know and that changes no number; may be repeated.",
+    help="A key of config.json or GGUF metadata that moecast does not know and that changes no number; repeatable.",
 )
 hub_options = grouped("access", _access, *_HUB_OPTIONS)
-source_options = grouped("access", _access, *_HUB_OPTIONS, _IGNORE_OPTION)
+source_options = grouped("access", _access, *_HUB_OPTIONS, ignore_config_option)
 streaming_source_options = grouped(
     "access",
     _access,
     click.option("--scratch", type=Size(), help="Most disk for shards from the Hub; by default, that of two layers."),
     click.option("--keep-source", is_flag=True, help="Download everything from the Hub first, and keep it."),
     *_HUB_OPTIONS,
-    _IGNORE_OPTION,
+    ignore_config_option,
 )
 
-_CHUNK_OPTIONS = (
-    click.option("-c", "--context", type=click.IntRange(4), default=512, show_default=True, help="Tokens in a chunk."),
-    click.option("--chunks", type=click.IntRange(1), help="Use at most this many chunks of the text."),
+
+_CONTEXT_OPTION = click.option(
+    "-c", "--context", type=click.IntRange(4), default=512, show_default=True, help="Tokens in a chunk."
 )
+
+
+def _chunks_option(*names: str) -> Callable[[Command], Command]:
+    return click.option(*names, type=click.IntRange(1), help="Use at most this many chunks of the text.")
+
+
 text_options = grouped(
     "evaluation",
     _evaluation,
     click.option("-f", "--file", type=click.Path(path_type=Path), help="Evaluation text; a bundled one by default."),
-    *_CHUNK_OPTIONS,
+    _CONTEXT_OPTION,
+    _chunks_option("--chunks"),
 )
 
 form_options = grouped(
     "form",
     _form,
-    click.option("--pad/--no-pad", default=True, show_default=True, help="Fill rows up with zeros to fit the recipe."),
-    click.option("--mtp/--no-mtp", default=None, help="Keep multi-token prediction.  [default: if that allows --pad]"),
+    click.option(
+        "--pad/--no-pad",
+        default=None,
+        help="Fill rows up with zeros to fit the recipe.  [default: those that make the file smaller]",
+    ),
+    click.option(
+        "--mtp/--no-mtp", default=None, help="Keep multi-token prediction.  [default: if that allows padding]"
+    ),
 )
 
 _GOAL_OPTIONS = (
@@ -231,6 +278,13 @@ _GOAL_OPTIONS = (
     click.option("--bytes-per-token", type=Size(), help="With --size or --bpw: most that a token may touch."),
     click.option("--plan", type=click.Path(path_type=Path), help="Types from a file of `moecast plan -o`."),
     click.option("--like", type=click.Path(path_type=Path), help="Types from another GGUF file."),
+    click.option(
+        "--tensor-type",
+        "tensor_types",
+        multiple=True,
+        type=TypeOverride(),
+        help="Another type for the tensors whose GGUF names match; may be repeated, the first match counts.",
+    ),
 )
 goal_options = grouped("goal", _goal, *_GOAL_OPTIONS)
 
@@ -246,9 +300,16 @@ _CALIBRATION_OPTION = click.option(
 imatrix_option = click.option(
     "--imatrix", type=click.Path(path_type=Path), help="Weigh columns by this importance matrix, GGUF or .dat."
 )
-calibration_text_options = grouped("calibration", _calibration, _CALIBRATION_OPTION, *_CHUNK_OPTIONS)
+calibration_text_options = grouped(
+    "calibration",
+    _calibration,
+    _CALIBRATION_OPTION,
+    _CONTEXT_OPTION,
+    _chunks_option("--calibration-chunks", "--chunks"),
+)
 _WEIGHING_OPTIONS = (
     _CALIBRATION_OPTION,
+    click.option("--calibration-chunks", type=click.IntRange(1), help="Calibrate on at most this many of its chunks."),
     click.option("--no-calibration", is_flag=True, help="Quantize without calibration."),
     imatrix_option,
     click.option(
@@ -303,7 +364,7 @@ _THREADS_OPTION = click.option(
 _DTYPE_OPTION = click.option(
     "--compute-dtype",
     "dtype",
-    type=FloatType(["float32", "bfloat16"]),
+    type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
     help="What products with weights are computed in; bfloat16 is faster, and hides KL divergences below 0.001.",

@@ -61,13 +61,16 @@ def show_model(model: Model, as_json: bool) -> None:
     )
 
 
-def show_plan(plan: Plan, as_json: bool) -> None:
+def show_plan(plan: Plan, as_json: bool, each: bool = False) -> None:
+    """A plan by roles and layers; before that tensor by tensor, where `each` asks for it."""
     from ..quant.planning.allocation import bytes_per_token
     from ..quant.planning.plan_file import plan_as_json
 
     if as_json:
         print_json(plan_as_json(plan))
         return
+    if each:
+        show_tensors(plan)
     layers: dict[tuple[str, str], list[int]] = {}
     sizes: Counter[tuple[str, str]] = Counter()
     counts: Counter[tuple[str, str]] = Counter()
@@ -91,14 +94,22 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     show_problems(plan.problems)
 
 
-def show_fit(fit: MachinePlan, as_json: bool) -> None:
+def show_tensors(plan: Plan) -> None:
+    """Every tensor in file order, its shape slowest dimension first."""
+    rows = [
+        (t.weight.name, t.type.name, " x ".join(map(str, t.weight.shape)), str(plan.bytes_of(t))) for t in plan.tensors
+    ]
+    print_columns(f"{plan.recipe.name}, {len(rows)} tensors", ("Tensor", "Type", "Shape", "Bytes"), rows)
+
+
+def show_fit(fit: MachinePlan, as_json: bool, each: bool = False) -> None:
     if as_json:
         from ..quant.planning.plan_file import plan_as_json
 
         memory = {"state_bytes": fit.state_bytes, "working_bytes": fit.working_bytes}
         print_json({**plan_as_json(fit.plan), **memory, "layers_in_ram": fit.layers_in_ram, "serve": _serve(fit)})
         return
-    show_plan(fit.plan, as_json)
+    show_plan(fit.plan, as_json, each)
     print(f"State of {fit.machine.context} tokens: {human_bytes(fit.state_bytes)}, ", end="")
     print(f"working memory: about {human_bytes(fit.working_bytes)}")
     print(f"Serve it with\n\n    {_serve(fit)}\n")
@@ -126,6 +137,7 @@ def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:
         return
     value = f"{result.perplexity:.4f} ± {result.error:.4f}"
     print_table(title, [("Perplexity", value), *_scoring_rows(result)])
+    show_problems(result.problems)
 
 
 def show_parity(title: str, result: Parity, as_json: bool) -> None:
@@ -146,9 +158,8 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     rows = [("Size", f"{human_bytes(result.bytes)}, {result.bits_per_weight:.2f} bits per weight")]
     if result.parity:
         rows += _parity_rows(result.parity)
-    rows.append(("Time, peak memory", f"{result.seconds:.1f} s, {human_bytes(result.peak_rss_bytes)}"))
-    if result.resumed:
-        rows.append(("Time of earlier runs", "not counted: this one went on where they stopped"))
+    runs = " in all runs" if result.resumed else ""
+    rows.append(("Time, peak memory", f"{result.seconds:.1f} s{runs}, {human_bytes(result.peak_rss_bytes)}"))
     print_table(str(result.files[0]), rows)
     show_problems(result.problems)
     file = result.files[0]

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from ..files import peak_rss_bytes
 from ..progress import NoProgress, Progress
 from ..quant.rounding.statistics import Statistics
 from ..runner.memory import workspace
 from ..runner.observe import ObservingWeights
 from ..runner.passes import CALIBRATION, LayerPass
-from ..runner.settings import Compute, dtype_name
+from ..runner.settings import Compute
 from ..runner.texts import CALIBRATION_TEXT
 from ..runner.weights import ModelWeights
 from ..sources.model import Model, open_model
 from .gguf.imatrix import ImatrixWriter
 from .resume.fingerprint import measurement_fingerprint, text_identity
 from .resume.journal import Journal
-from .resume.states import SavedStates, load_statistics, save_statistics
+from .resume.records import Spent
+from .resume.states import SavedStates, holds_statistics, load_statistics, save_statistics
 from .settings import Calibration
 
 
@@ -32,6 +33,7 @@ class MeasuredMatrix:
         tokens: how many tokens ran through the model, in chunks of `context`.
         unseen_experts: how many experts no token reached, over all layers.
         fewest_tokens: how many reached the expert with the fewest, None where there are no experts.
+        seconds, peak_rss_bytes: what all runs took that worked at it, the largest memory of any.
     """
 
     file: Path
@@ -64,16 +66,18 @@ def write_imatrix(
     room = workspace(compute.memory, model.graph, tokens.numel(), calibration.context, path.parent)
     statistics = Statistics()
     unseen, fewest = 0, []
-    facts = {"calibration": text_identity(text, tokens), "compute dtype": dtype_name(compute.dtype)}
+    facts = {"calibration": text_identity(text, tokens), "compute dtype": compute.dtype}
     identity = measurement_fingerprint(model, facts)
     with (
+        room,
         Journal(path, identity, overwrite, progress) as journal,
         ImatrixWriter(path, text, tokens, overwrite) as writer,
     ):
-        layer_pass = LayerPass(model, room, SavedStates(journal, model.graph.layers))
-        layer_pass.begin(CALIBRATION, tokens, ObservingWeights(ModelWeights(model, compute.dtype), statistics))
-        progress.begin("Calibrating", len(model.graph.layers), "layers")
-        for layer in model.graph.layers:
+        layers = model.graph.layers
+        layer_pass = LayerPass(model, room, SavedStates(journal, layers, intact=partial(holds_statistics, journal)))
+        layer_pass.begin(CALIBRATION, tokens, ObservingWeights(ModelWeights(model, compute.torch_dtype), statistics))
+        progress.begin("Calibrating", len(layers), "layers", layer_pass.passed)
+        for layer in layers:
             if layer_pass.is_done(layer.index):
                 seen = load_statistics(journal, layer.index)
             else:
@@ -81,12 +85,13 @@ def write_imatrix(
                 seen = statistics
                 save_statistics(journal, layer.index, seen)
                 layer_pass.save(layer.index)
+                progress.advance(1, f"layer {layer.index}")
             writer.add(seen)
-            progress.advance(1, f"layer {layer.index}")
             experts = seen.expert_tokens
             if experts is not None:
                 unseen += int((experts == 0).sum())
                 fewest.append(int(experts.min()))
             statistics.clear()
-    seconds, least = time.monotonic() - started, min(fewest, default=None)
-    return MeasuredMatrix(path, tokens.numel(), calibration.context, unseen, least, seconds, peak_rss_bytes())
+    spent, least = journal.earlier + Spent.since(started), min(fewest, default=None)
+    context = calibration.context
+    return MeasuredMatrix(path, tokens.numel(), context, unseen, least, spent.seconds, spent.peak_rss_bytes)

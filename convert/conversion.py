@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import __version__
-from ..files import peak_rss_bytes
 from ..quant.planning.plan import Plan
 from ..runner.measure.evaluate import Parity
+from .resume.records import Spent
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Conversion:
         bits_per_weight: size of the weights alone.
         parity: the comparison with the source, None when verification was skipped.
         problems: what the plan warned about, and what is not as it is in the source.
-        seconds: what this run took; where it `resumed`, earlier runs did the rest.
-        peak_rss_bytes: this process's largest resident memory so far.
+        seconds: what it took in all, measuring for a budget and earlier runs that this one went on from included.
+        peak_rss_bytes: the largest resident memory of any of these runs.
         recipe, source, revision: the plan's name, the folder, file or repository it was made from, and its commit.
         version: moecast's.
         imatrix: the importance matrix that was used.
@@ -62,17 +61,17 @@ class Conversion:
 
     @classmethod
     def of(
-        cls, files: Sequence[Path], plan: Plan, source: str, started: float, parity: Parity | None = None
+        cls, files: Sequence[Path], plan: Plan, source: str, spent: Spent, parity: Parity | None = None
     ) -> Conversion:
-        """The conversion to finished `files` that began when `time.monotonic()` was `started`."""
+        """The conversion to finished `files`."""
         return cls(
             files=tuple(files),
             bytes=sum(file.stat().st_size for file in files),
             bits_per_weight=plan.bits_per_weight,
             parity=parity,
             problems=plan.problems,
-            seconds=time.monotonic() - started,
-            peak_rss_bytes=peak_rss_bytes(),
+            seconds=spent.seconds,
+            peak_rss_bytes=spent.peak_rss_bytes,
             recipe=plan.recipe.name,
             source=source,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 
 import torch
@@ -25,6 +24,8 @@ from ..sources.model import pieces
 from .writer import Writer
 
 _LARGEST_F16 = torch.finfo(torch.float16).max
+_WIDE = ("F32", "BF16")
+_SURE = 2048.0  # what blocks of every type hold; the narrowest scales, NVFP4's, end at 448, and its codes at 6
 
 
 class MeasuredImportance:
@@ -68,7 +69,22 @@ class Encoder:
             self._unfinished[tensor.weight.layer].append(tensor)
         if not native.available():
             progress.note(f"Quantizing with {native.kernel_status()}")
-        progress.begin("Converting", sum(tensor.weight.elements for tensor in plan.tensors), "weights")
+        total, done = (
+            sum(tensor.weight.elements for tensor in plan.tensors),
+            sum(map(self._elements_there, plan.tensors)),
+        )
+        progress.begin("Converting", total, "weights", done)
+
+    def is_written(self, layer: int) -> bool:
+        """Whether all of a layer is written, be it by an earlier run."""
+        tensors = (tensor.weight for tensor in self._unfinished[layer])
+        return all(self._has(weight, *piece) for weight in tensors for piece in pieces(weight))
+
+    def _elements_there(self, tensor: PlannedTensor) -> int:
+        """How many numbers of a tensor an earlier run has written."""
+        weight = tensor.weight
+        rows = sum(_row_count(weight, piece[1]) for piece in pieces(weight) if self._has(weight, *piece))
+        return rows * weight.columns
 
     def encode(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
         """One of the `pieces` of a tensor as it is stored, uint8 [rows, row bytes], written if it was not yet.
@@ -115,23 +131,33 @@ class Encoder:
         data = self.source.model.repacked(weight, type_name, expert, rows)
         if data is not None:
             return data
+        values = self.source.load(weight, expert, rows).view(-1, weight.columns)
+        if type_name == "I32":
+            return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
         try:
-            values = self.source.load(weight, expert, rows).view(-1, weight.columns)
-            if type_name == "I32":
-                return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
-            self._check_range(weight, type_name, values)
-            return quantize_weight(values, weight, expert, type_name, self._importance, self._threads)
+            data = quantize_weight(values, weight, expert, type_name, self._importance, self._threads)
         except BadInput as error:
             stored = first_tensor(weight.source.of_expert(expert))
             raise BadInput(
                 f"{stored.name} in {stored.file}: {error}; the checkpoint is damaged, fetch it again"
             ) from None
+        self._check_range(weight, type_name, values, data)
+        return data
 
-    def _check_range(self, weight: Weight, type_name: str, values: Tensor) -> None:
-        """F16 ends where BF16 and F32 go on."""
-        largest = float(values.abs().max()) if type_name == "F16" else 0.0
-        if math.isfinite(largest) and largest > _LARGEST_F16:
+    def _check_range(self, weight: Weight, type_name: str, values: Tensor, data: Tensor) -> None:
+        """F16 and the scales of blocks, which are float16 or narrower, end where BF16 and F32 go on."""
+        if type_name in _WIDE or max(map(abs, map(float, values.aminmax()))) <= _SURE:
+            return
+        row, column = divmod(int(values.abs().argmax()), values.shape[1])
+        largest = float(values[row, column].abs())
+        kept = float(_decode(data[row : row + 1], type_name, torch.float32)[0, column].abs())
+        if type_name == "F16" and largest > _LARGEST_F16:
             line = f"{weight.name} holds {largest:.3g}, and F16 ends at {_LARGEST_F16:.0f}: clamped; BF16 would hold it"
+        elif kept < largest / 2:  # which no rounding does
+            line = f"{weight.name} holds {largest:.3g}, of which {type_name} keeps {kept:.3g}: BF16 would hold it"
+        else:
+            return
+        if line not in self._writer.problems:
             self._writer.problems.append(line)
 
 

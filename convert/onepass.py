@@ -8,10 +8,8 @@ experts that no token reached for one, is encoded when the streams are done with
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 
 import torch
@@ -33,7 +31,7 @@ from ..sources.model import Model
 from .encode import Encoder, QuantizingWeights
 from .gguf.imatrix import ImatrixWriter
 from .resume.journal import Journal
-from .resume.states import SavedStates, load_statistics, save_statistics
+from .resume.states import SavedStates, holds_statistics, load_statistics, save_statistics
 from .writer import Writer
 
 
@@ -90,10 +88,11 @@ def run_pass(
     expert has seen too few tokens.
     """
     progress = progress or NoProgress()
-    source, statistics = ModelWeights(model, compute.dtype), statistics_for(inputs.error_feedback)
+    source = ModelWeights(model, compute.torch_dtype)
+    statistics = statistics_for(inputs.error_feedback, compute.torch_dtype)
     known = inputs.importance if inputs.calibration is None else statistics
     encoder = Encoder(source, plan, writer, progress, known, compute.threads)
-    states = SavedStates(journal, model.graph.layers) if journal else None
+    states = _saved_states(journal, model, encoder, inputs) if journal else None
     layer_pass = LayerPass(model, workspace, states)
     if inputs.calibration is not None:
         layer_pass.begin(CALIBRATION, inputs.calibration, ObservingWeights(source, statistics))
@@ -128,9 +127,18 @@ def run_pass(
     if inputs.evaluation is not None:
         chunks, context = inputs.evaluation.shape
         (divergence,) = compare_heads(streams[REFERENCE], [streams[CANDIDATE]], inputs.evaluation)
-        result = summarize(divergence, tuple(errors), context, chunks, compute.dtype)
+        result = summarize(divergence, tuple(errors), context, chunks, compute.dtype, model.graph.context_length)
     encoder.finish_all()
     return result
+
+
+def _saved_states(journal: Journal, model: Model, encoder: Encoder, inputs: PassInputs) -> SavedStates:
+    """The states after the last layer up to which everything is there that an earlier run has made."""
+
+    def intact(layer: int) -> bool:
+        return encoder.is_written(layer) and (inputs.imatrix is None or holds_statistics(journal, layer))
+
+    return SavedStates(journal, model.graph.layers, intact=intact)
 
 
 def _check_coverage(layer: int, statistics: Statistics, least: int) -> None:
@@ -148,9 +156,6 @@ class _Lines:
 
     def __init__(self, plan: Plan, progress: Progress) -> None:
         self._progress = progress
-        self._layers = len(plan.graph.layers)
-        self._started = time.monotonic()
-        self._passed = 0
         self._types: dict[int | None, Counter[str]] = defaultdict(Counter)
         for tensor in plan.tensors:
             if not tensor.weight.role.keep_f32:
@@ -164,7 +169,4 @@ class _Lines:
         if tokens is not None:
             facts.append(f"{int((tokens > 0).sum())} of {len(tokens)} experts seen, fewest {int(tokens.min())} tokens")
         facts.append(f"{peak_rss_bytes() / 1e9:.1f} GB")
-        self._passed += 1
-        left = (time.monotonic() - self._started) / self._passed * (self._layers - layer - 1)
-        facts.append(f"{timedelta(seconds=round(left))} left")
         self._progress.note(f"Layer {layer}: {', '.join(facts)}")

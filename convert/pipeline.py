@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..archs.pretokenizers import find_pre_tokenizer
 from ..errors import BadInput
 from ..progress import NoProgress, Progress
 from ..quant.planning.onnx_plan import OnnxPlan
@@ -16,29 +17,32 @@ from ..quant.planning.plan import Form, Plan, plan_tensors
 from ..runner.measure.evaluate import Parity
 from ..runner.measure.tokenization import Tokenization, compare_tokenizers
 from ..runner.memory import QUANTIZING, RUNNING, workspace
-from ..runner.settings import Compute, Evaluation, dtype_name
-from ..runner.texts import evaluated_text
+from ..runner.settings import Compute, Evaluation
+from ..runner.texts import beyond_context, evaluated_text
 from ..sources.hub.access import HubAccess
 from ..sources.imatrix import read_imatrix
 from ..sources.locate import Source, open_source
 from ..sources.model import Model
-from ..sources.tokenizer_gguf import read_tokenizer_metadata
+from ..sources.tokenizer import Tokenizer
 from .conversion import Conversion, InputFile
+from .decisions import decisions
 from .encode import MeasuredImportance, missing_entries
 from .gguf.imatrix import ImatrixWriter
-from .gguf.metadata import gguf_metadata, source_metadata
-from .gguf.tokenizer import tokenizer_problems
+from .gguf.metadata import gguf_metadata, imatrix_metadata, source_metadata
+from .gguf.tokenizer import tokenizer_problems, written_tokenizer
 from .gguf.writer import GGUFWriter
 from .onepass import PassInputs, run_pass
 from .onnx.export import open_onnx_writer
-from .plans.choose import beyond_context, calibration_for, measures, plan_for, with_error_feedback
-from .plans.measured import measured_plan, plan_record
-from .preflight import check_disk
+from .plans.choose import calibration_for, plan_for, with_error_feedback
+from .plans.measured import measured_plan
+from .preflight import check_disk, note_resumption
 from .resume.fingerprint import file_identity, fingerprint, text_identity
 from .resume.journal import Journal, journal_folder
+from .resume.records import Spent
 from .settings import VERIFICATION, Calibration, Goal, Output
 from .writer import Writer
 
+_log = logging.getLogger(__name__)
 _ROUNDED_ACTIVATIONS = (
     "compared as if activations stayed in float32; ONNX Runtime rounds them to 8 bits: `moecast parity` runs it"
 )
@@ -80,28 +84,32 @@ def convert(
         stack.callback(model.close)
         plan = plan_for(model, goal, form, calibration, output.file_format)
         path = output.place(output.name or opened.name, plan.recipe.name)
-        measured_before = measures(goal) and journal_folder(plan_record(path)).exists()
-        if measures(goal):
-            measured = measured_plan(model, goal, path, form, calibration, compute, output.overwrite, progress)
-            plan = stack.enter_context(measured).plan
+        measured = None
+        if goal.measures:
+            measuring = measured_plan(model, goal, path, form, calibration, compute, output.overwrite, progress)
+            measured = stack.enter_context(measuring)
+            plan = measured.plan
         opened.fetch_on_demand(access.scratch, journal_folder(path) / "shards")
-        calibration = calibration_for(plan, goal, calibration)
-        metadata = _metadata(opened, plan, output, progress)
+        asked, calibration = calibration, calibration_for(plan, goal, calibration)
+        for line in decisions(opened, goal, plan, asked, calibration):
+            _log.debug(line)
         inputs = _inputs(model, calibration, evaluation)
+        metadata = _metadata(opened, plan, output, progress) | _importance_metadata(inputs, calibration, output)
         work = _Work(model, plan, path, output, metadata, calibration, inputs, compute)
         done = _carry_out(work, _identity(work, evaluation), bool(form.mtp), progress)
         parity = done.parity
         if parity and evaluation:
             parity = replace(parity, tokenization=_tokenization(work, evaluation))
     provenance = opened.provenance
-    made = Conversion.of(done.files, plan, provenance.get("repository", model.path.as_posix()), started, parity)
+    spent = done.earlier + (measured.earlier if measured else Spent()) + Spent.since(started)
+    made = Conversion.of(done.files, plan, provenance.get("repository", model.path.as_posix()), spent, parity)
     return replace(
         made,
         problems=(*made.problems, *done.problems, *_problems(work, parity)),
         revision=provenance.get("revision"),
         imatrix=InputFile.of(calibration.imatrix) if calibration.imatrix else None,
         texts=_texts(calibration, evaluation),
-        resumed=measured_before or done.resumed,
+        resumed=done.resumed or (measured is not None and measured.resumed),
     )
 
 
@@ -114,23 +122,21 @@ def _texts(calibration: Calibration, evaluation: Evaluation | None) -> dict[str,
 
 def _tokenization(work: _Work, evaluation: Evaluation) -> Tokenization | None:
     """How the file's tokenizer does on the evaluation text; an ONNX folder has the source's own."""
-    candidate = reference = work.model.tokenizer
-    if work.output.file_format == "gguf":
-        if find_pre_tokenizer(work.metadata["tokenizer.ggml.pre"]) is None:
-            return None
-        candidate = read_tokenizer_metadata(work.metadata)
-    return compare_tokenizers(reference, candidate, evaluated_text(Path(evaluation.text)))
+    if (written := work.written_tokenizer) is None:
+        return None
+    return compare_tokenizers(work.model.tokenizer, written, evaluated_text(Path(evaluation.text)))
 
 
 def _problems(work: _Work, parity: Parity | None) -> list[str]:
     """What the result does not do as its source does, apart from what its plan says."""
     inputs, problems = work.inputs, [] if parity is None else [*parity.problems]
     if inputs.tokens:
-        problems += beyond_context(work.model.graph, inputs.context)
+        beyond = beyond_context(inputs.context, work.model.context_length)
+        problems += [line for line in beyond if line not in problems]
     if isinstance(inputs.importance, MeasuredImportance):
         problems += missing_entries(inputs.importance.matrix, work.plan)
     if work.output.file_format == "gguf":
-        problems += tokenizer_problems(work.model.tokenizer, work.metadata)
+        problems += tokenizer_problems(work.model.tokenizer, work.metadata, work.written_tokenizer)
     elif parity is not None and work.output.rounded_activations == "int8":
         problems.append(_ROUNDED_ACTIVATIONS)
     return problems
@@ -138,9 +144,9 @@ def _problems(work: _Work, parity: Parity | None) -> list[str]:
 
 def _open(source: str | Path | Model, access: HubAccess, goal: Goal, progress: Progress) -> Source:
     # Measuring reads the model more than once, so it has to be here as a whole.
-    if access.scratch is not None and measures(goal):
+    if access.scratch is not None and goal.measures:
         raise BadInput("--scratch drops shards, and --size and --bpw measure all of them first: leave it out")
-    opened = open_source(source, access, access.keep_source or measures(goal), progress)
+    opened = open_source(source, access, access.keep_source or goal.measures, progress)
     if opened.model.metadata:
         raise BadInput(f"{opened.model.path} is a GGUF file, expected a checkpoint folder")
     if access.scratch is not None and opened.checkpoint is None:
@@ -161,15 +167,22 @@ class _Work:
     inputs: PassInputs
     compute: Compute
 
+    @cached_property
+    def written_tokenizer(self) -> Tokenizer | None:
+        """What the result makes of a text, None where that is not known."""
+        return written_tokenizer(self.metadata) if self.output.file_format == "gguf" else self.model.tokenizer
+
 
 @dataclass(frozen=True)
 class _Done:
-    """Files, the first of which is the model; how they compare, what they could not hold, whether a run went before."""
+    """Files, the first of which is the model; how they compare, what they could not hold; whether runs went before, and
+    what these took."""
 
     files: list[Path]
     parity: Parity | None
     problems: list[str]
     resumed: bool
+    earlier: Spent
 
 
 def _metadata(source: Source, plan: Plan, output: Output, progress: Progress) -> dict[str, Any]:
@@ -180,12 +193,27 @@ def _metadata(source: Source, plan: Plan, output: Output, progress: Progress) ->
     return gguf_metadata(source.model, plan, output.name or source.name, output.pre, provenance, progress)
 
 
+def _importance_metadata(inputs: PassInputs, calibration: Calibration, output: Output) -> dict[str, Any]:
+    """What a GGUF file says of how its columns were weighed, in llama-quantize's words."""
+    if output.file_format == "onnx":
+        return {}
+    if isinstance(inputs.importance, MeasuredImportance):
+        return imatrix_metadata(inputs.importance.matrix)
+    if inputs.calibration is None or calibration.text is None:
+        return {}
+    return {
+        "quantize.imatrix.dataset": Path(calibration.text).name,
+        "quantize.imatrix.chunks_count": len(inputs.calibration),
+    }
+
+
 def _inputs(model: Model, calibration: Calibration, evaluation: Evaluation | None) -> PassInputs:
     """What will run through the model."""
+    imatrix = read_imatrix(Path(calibration.imatrix)).fitted_to(model) if calibration.imatrix else None
     return PassInputs(
         calibration.tokens(model.tokenizer) if calibration.runs else None,
         evaluation.tokens(model.tokenizer) if evaluation else None,
-        importance=MeasuredImportance(read_imatrix(Path(calibration.imatrix))) if calibration.imatrix else None,
+        importance=MeasuredImportance(imatrix) if imatrix else None,
         min_expert_tokens=calibration.min_expert_tokens,
         error_feedback=bool(calibration.error_feedback),
     )
@@ -198,7 +226,7 @@ def _identity(work: _Work, evaluation: Evaluation | None) -> dict[str, str]:
         "importance matrix": file_identity(Path(calibration.imatrix)) if calibration.imatrix else "none",
         "calibration": text_identity(calibration.text, inputs.calibration),
         "evaluation": text_identity(evaluation.text if evaluation else None, inputs.evaluation),
-        "compute dtype": dtype_name(work.compute.dtype),
+        "compute dtype": work.compute.dtype,
         "error feedback": "yes" if inputs.error_feedback else "no",
     }
     rounded = output.rounded_activations
@@ -211,18 +239,20 @@ def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Pro
     copies = RUNNING if inputs.evaluation is None else QUANTIZING
     folder, feedback = work.path.parent, inputs.error_feedback
     room = workspace(memory, plan.graph, inputs.tokens, inputs.context, folder, copies, feedback)
-    with Journal(work.path, identity, work.output.overwrite, progress) as journal, ExitStack() as stack:
+    with room, Journal(work.path, identity, work.output.overwrite, progress) as journal, ExitStack() as stack:
         resumed = journal.continues
         check_disk(work.path, plan, model, inputs, memory, journal, progress)
         imatrix = _imatrix_writer(work)
         if imatrix:
             inputs = replace(inputs, imatrix=stack.enter_context(imatrix))
         with _writer(work, journal) as writer:
+            if resumed:
+                note_resumption(writer.bytes_there, plan, model, progress)
             parity = run_pass(model, plan, writer, inputs, work.compute, journal, room, progress)
         files = [*writer.paths]
         if draft and model.graph.draft:
             files.append(_write_draft(work, journal, progress))
-    return _Done(files, parity, writer.problems, resumed)
+    return _Done(files, parity, writer.problems, resumed, journal.earlier)
 
 
 def _imatrix_writer(work: _Work) -> ImatrixWriter | None:

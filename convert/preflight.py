@@ -17,7 +17,8 @@ from .resume.journal import Journal
 def check_disk(
     path: Path, plan: Plan, model: Model, inputs: PassInputs, memory: int | None, journal: Journal, progress: Progress
 ) -> None:
-    """Note what is fetched and written, and the most that is on disk. Raises Interrupted when there is no room."""
+    """Note what a first run fetches and writes, and the most that is on disk. Raises Interrupted when there is no
+    room."""
     shards = model.storage if isinstance(model.storage, ShardStorage) else None
     fetched, scratch = (shards.bytes_to_fetch, shards.scratch) if shards else (0, 0)
     # The journal keeps two states of the streams while it saves; within a layer, inputs and outputs may be on disk too.
@@ -28,7 +29,8 @@ def check_disk(
     facts.append(f"{_size(plan.bytes)} to write")
     facts += [f"{_size(memory)} of memory"] if memory is not None else []
     facts.append(f"at most {_size(peak)} of the {_size(free)} that are free in {path.parent.resolve()}")
-    progress.note(f"{'Resuming' if journal.continues else 'Starting'}: {', '.join(facts)}")
+    if not journal.continues:
+        progress.note(f"Starting: {', '.join(facts)}")
     if peak > free:
         raise Interrupted(
             f"{path.parent.resolve()} has no room: {_size(peak)} are needed and {_size(free)} are free; "
@@ -36,10 +38,21 @@ def check_disk(
         )
 
 
+def note_resumption(there: int, plan: Plan, model: Model, progress: Progress) -> None:
+    """Note how many bytes of the output are there, and what is still to fetch."""
+    total, unit = _size(plan.bytes).split()
+    part = _size(there, unit).split()[0]
+    shards = model.storage if isinstance(model.storage, ShardStorage) else None
+    fetched = f", {_size(shards.bytes_to_fetch)} to fetch" if shards else ""
+    progress.note(f"Resuming: {part} of {total} {unit} are there{fetched}")
+
+
 def _state_bytes(plan: Plan, inputs: PassInputs) -> int:
     """What the streams' states take between two layers."""
     return 4 * plan.graph.residual_size * inputs.tokens
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+def _size(count: int, unit: str | None = None) -> str:
+    """In GB or MB, as it suits or as asked."""
+    unit = unit or ("GB" if count >= 1e9 else "MB")
+    return f"{count / (1e9 if unit == 'GB' else 1e6):.3g} {unit}"

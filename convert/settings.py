@@ -1,19 +1,28 @@
-"""Settings of a conversion: what to aim at, what to calibrate with, what to write; the messages name options."""
+"""Settings of a conversion: what to aim at, what to calibrate with, what to write; the messages name options.
+
+They are checked before torch is imported, so that a typo is answered at once.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..errors import BadInput
+from ..quant.planning.onnx_plan import onnx_recipe_named
 from ..quant.planning.plan import Plan
+from ..quant.planning.recipes import recipe_named
 from ..runner.settings import Evaluation
 from ..runner.texts import CALIBRATION_TEXT, DEFAULT_CONTEXT, chunk_tokens
-from ..sources.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..quant.planning.fit import Machine
+    from ..sources.tokenizer import Tokenizer
 
 _FILE_NAME = r'[^/\\:*?"<>|.][^/\\:*?"<>|]*'  # what every system takes
 
@@ -23,7 +32,7 @@ VERIFICATION = Evaluation(chunks=16)
 
 @dataclass(frozen=True)
 class Goal:
-    """What the types of a file follow from: one of a recipe, a size, bits per weight, a plan, another file.
+    """What the types of a file follow from: one of a recipe, a size, bits per weight, a plan, another file, a machine.
 
     Attributes:
         recipe: its name: Q4_K_M, Q8_0, BF16, ..., or native for what the checkpoint itself holds; where nothing is
@@ -32,7 +41,10 @@ class Goal:
         bits_per_weight: average over all weights.
         plan: a file of `moecast plan -o`, or a plan for the model's graph, to which no `Form` applies.
         like: a GGUF file whose types to take.
+        machine: whose memory llama.cpp is to make the best of, by what is typical of each role.
         bytes_per_token: with a size or bits per weight, the most that one token may touch.
+        tensor_types: (regular expression, type) pairs that overrule a recipe or a plan for the tensors whose GGUF names
+            match; the first that matches counts, protected weights stay as they are.
         measure: under a size or bits per weight, choose types by what measuring this model shows, which conversions
             do by default, and not by what is typical of each role.
     """
@@ -44,6 +56,8 @@ class Goal:
     like: str | Path | None = None
     bytes_per_token: float | None = None
     measure: bool | None = None
+    machine: Machine | None = None
+    tensor_types: Sequence[tuple[str, str]] = ()
 
     def __post_init__(self) -> None:
         given = {
@@ -52,24 +66,34 @@ class Goal:
             "--bpw": self.bits_per_weight,
             "--plan": self.plan,
             "--like": self.like,
+            "--fit": self.machine,
         }
         if self.recipe == "":
             raise BadInput("--quant is empty, expected a recipe: `moecast recipes` lists them")
+        if self.recipe is not None:
+            recipe_named(self.recipe)
         named = [option for option, value in given.items() if value is not None]
         if len(named) > 1:
             raise BadInput(f"{' and '.join(named)} exclude each other: give one")
         if self.bytes_per_token is not None and not self.is_budget:
             raise BadInput("--bytes-per-token is a further limit of a budget: add --size or --bpw")
+        if self.tensor_types and self.is_budget:
+            raise BadInput("--size and --bpw choose the type of every tensor: leave out --tensor-type, or give --quant")
         if self.measure and not self.is_budget:
             raise BadInput("--measure finds the best plan for a budget: add --size or --bpw")
 
     @property
     def is_recipe(self) -> bool:
-        return self.plan is None and self.like is None and not self.is_budget
+        return self.plan is None and self.like is None and self.machine is None and not self.is_budget
 
     @property
     def is_budget(self) -> bool:
         return self.size is not None or self.bits_per_weight is not None
+
+    @property
+    def measures(self) -> bool:
+        """Whether a conversion measures the model first, and so reads all of it more than once."""
+        return self.is_budget and self.measure is not False
 
 
 @dataclass(frozen=True)
@@ -100,6 +124,8 @@ class Calibration:
             "--min-expert-tokens": self.min_expert_tokens > 0,
             "--error-feedback": self.error_feedback,
         }
+        if self.chunks is not None and self.text is None:
+            raise BadInput("--calibration-chunks needs calibration text: leave out --no-calibration")
         for option, given in wanting.items():
             if given and not self.runs:
                 raise BadInput(f"{option} needs calibration text: leave out --imatrix and --no-calibration")
@@ -120,6 +146,27 @@ class Calibration:
     def weighs(self) -> bool:
         """Whether anything shows which inputs matter."""
         return self.text is not None or self.imatrix is not None
+
+
+def require_sound(goal: Goal, calibration: Calibration = Calibration(), file_format: str = "gguf") -> None:
+    """Raises BadInput for a goal that the file format cannot have, and for calibration that would do nothing."""
+    given = calibration.text not in (None, CALIBRATION_TEXT) or calibration.chunks is not None
+    if calibration.imatrix and given and not goal.measures:
+        option = "--calibration" if calibration.chunks is None else "--calibration-chunks"
+        raise BadInput(f"{option} and --imatrix exclude each other unless a budget is measured: give one")
+    if file_format == "gguf":
+        return
+    if goal.machine:
+        raise BadInput(f"--fit plans for llama.cpp, which runs GGUF files: leave out --to {file_format}")
+    if goal.tensor_types:
+        raise BadInput(f"--tensor-type names tensors and types of GGUF files: leave it out with --to {file_format}")
+    if not goal.is_recipe:
+        raise BadInput(
+            f"--to {file_format}: its experts have one width for all projections of a layer, so that types cannot be "
+            "chosen weight by weight; use --quant"
+        )
+    if goal.recipe is not None:
+        onnx_recipe_named(goal.recipe)
 
 
 NO_CALIBRATION = Calibration(text=None)

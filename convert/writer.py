@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from ..errors import Interrupted
-from ..files import sync
+from ..files import open_descriptor, reserve, sync
 from .resume.journal import Journal
+from .resume.records import Key
 
 
 class Writer(ABC):
@@ -26,7 +29,8 @@ class Writer(ABC):
         name: of the output, in the journal's records.
         paths: the finished files; messages name the first, or `shown`.
         temporary: what is written until then.
-        journal: goes on with what an earlier run has written, and records every piece.
+        journal: goes on with what an earlier run has written, and records every piece with its checksum. Subclasses
+            open their files with `_place`, and then `_recover`.
     """
 
     def __init__(
@@ -42,10 +46,12 @@ class Writer(ABC):
         self._shown = shown or paths[0]
         self._temporary = list(temporary)
         self._journal = journal
-        self._pieces = {key[1:] for key in journal.done(name)} if journal else set()
+        self._pieces: set[tuple[str, int]] = set()
         self._descriptors: dict[str, int] = {}
         self.problems: list[str] = []
         """What this run could not write as it was, a line each."""
+        self.bytes_there = 0
+        """What earlier runs have written of the output's data."""
 
     def has(self, name: str, first_row: int) -> bool:
         """Whether the piece of a tensor that begins with this row is written, by this run or an earlier one."""
@@ -59,6 +65,10 @@ class Writer(ABC):
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
         """Put rows of a tensor's planned type, uint8 [rows, row bytes], in their place; rows count over all leading
         dimensions."""
+
+    @abstractmethod
+    def _stored_parts(self, name: str, first_row: int, rows: int) -> Iterator[Tensor]:
+        """The bytes of written rows in the order in which they were summed up; none for rows that no tensor has."""
 
     @abstractmethod
     def _finish(self) -> None:
@@ -93,11 +103,48 @@ class Writer(ABC):
             self._journal.commit()
         self._close()
 
-    def _wrote(self, name: str, first_row: int, size: int, *descriptors: int) -> None:
-        """A piece of a tensor, `size` bytes, is written through `descriptors`."""
+    def _wrote(self, name: str, first_row: int, rows: int, parts: Iterable[Tensor], *descriptors: int) -> None:
+        """So many rows of a tensor are written through `descriptors`, by `parts` that `_stored_parts` would give."""
         self._pieces.add((name, first_row))
         if self._journal:
-            self._journal.add((self._name, name, first_row), size, *descriptors)
+            size, checksum = _summed_up(parts)
+            self._journal.add((self._name, name, first_row, rows, checksum), size, *descriptors)
+
+    def _place(self, key: str, path: Path, size: int) -> int:
+        """Open a file for reading and writing at its final size; what an earlier run has put there stays.
+
+        The descriptor goes by `key`. Raises OSError.
+        """
+        if self._journal and path in self._temporary:
+            self._journal.start(path)
+        new = 0 if self._journal else os.O_TRUNC
+        descriptor = self._descriptors[key] = open_descriptor(path, os.O_RDWR | os.O_CREAT | new)
+        found = os.fstat(descriptor).st_size
+        if found > size:
+            os.ftruncate(descriptor, size)
+        elif found < size:
+            reserve(descriptor, size)
+        return descriptor
+
+    def _recover(self) -> None:
+        """Take over what an earlier run has written and is as it was; the rest is written again."""
+        if self._journal is None:
+            return
+        pieces = sorted({key[1:] for key in self._journal.done(self._name) if _is_piece(key)})
+        if not pieces:
+            return
+        progress, damaged = self._journal.progress, 0
+        progress.begin("Checking what is there", len(pieces), "pieces")
+        for name, first_row, rows, checksum in pieces:
+            size, found = _summed_up(self._stored_parts(str(name), int(first_row), int(rows)))
+            if size and found == checksum:
+                self._pieces.add((str(name), int(first_row)))
+                self.bytes_there += size
+            else:
+                damaged += 1
+            progress.advance(1, str(name))
+        if damaged:
+            progress.note(f"{self._shown}: {damaged} of {len(pieces)} pieces are not as they were: written again")
 
     def _close(self) -> None:
         while self._descriptors:
@@ -113,3 +160,17 @@ class Writer(ABC):
 
     def _failure(self, error: OSError) -> Interrupted:
         return Interrupted(f"{self._shown} cannot be written: {error.strerror}; free space or choose another --output")
+
+
+def _is_piece(key: Key) -> bool:
+    """Whether a key names a piece: the output, a tensor, its first row, how many rows, their checksum."""
+    return tuple(map(type, key)) == (str, str, int, int, int)
+
+
+def _summed_up(parts: Iterable[Tensor]) -> tuple[int, int]:
+    """How many bytes parts have together, and their CRC-32."""
+    size = checksum = 0
+    for part in parts:
+        content = part.contiguous().view(torch.uint8).numpy().data
+        size, checksum = size + content.nbytes, zlib.crc32(content, checksum)
+    return size, checksum

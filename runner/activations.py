@@ -6,7 +6,7 @@ import tempfile
 import weakref
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Activations(Protocol):
 
 
 class Workspace:
-    """Where activations are kept.
+    """Where activations are kept. Use it as a context manager: leaving it closes the scratch files that are left.
 
     Args:
         memory: most bytes of them in memory; what comes beyond goes to disk. None: all of them in memory.
@@ -50,8 +50,16 @@ class Workspace:
     def __init__(self, memory: int | None = None, folder: Path | None = None) -> None:
         self._left = memory
         self._folder = folder
+        self._on_disk: weakref.WeakSet[DiskActivations] = weakref.WeakSet()
         if memory is not None:
             allow_open_files(_FILES)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for activations in self._on_disk:
+            activations.close()
 
     def activations(self, *shape: int, whole_chunks: bool = False) -> Activations:
         """New activations. Those that are only read and written by `whole_chunks` do not suffer from a disk, so they
@@ -60,7 +68,9 @@ class Workspace:
         if self._left is None:
             return MemoryActivations(*shape)
         if size * (3 if whole_chunks else 1) > self._left:
-            return DiskActivations(self._folder, *shape)
+            on_disk = DiskActivations(self._folder, *shape)
+            self._on_disk.add(on_disk)
+            return on_disk
         self._left -= size
         values = MemoryActivations(*shape)
         weakref.finalize(values, self._release, size)
@@ -100,7 +110,7 @@ class DiskActivations:
         self._shape = shape
         self._row_bytes = _FLOAT * prod(shape[2:])
         try:
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed when the object goes
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by the workspace, or when the object goes
             reserve(self._file.fileno(), shape[0] * shape[1] * self._row_bytes)
         except OSError as error:
             where = folder or tempfile.gettempdir()
@@ -126,6 +136,10 @@ class DiskActivations:
     def add_rows(self, indices: Tensor, values: Tensor) -> None:
         for index, sum in zip(indices.tolist(), self.rows(indices) + values, strict=True):
             self._write(sum, index)
+
+    def close(self) -> None:
+        """Give the disk's space back."""
+        self._file.close()
 
     def _read(self, values: Tensor, row: int) -> None:
         read_at(self._file.fileno(), values.numpy().data, row * self._row_bytes)

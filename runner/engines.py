@@ -54,6 +54,7 @@ class OnnxModel:
         self.path = path
         self.description = read_description(path)
         self.vocabulary_size: int = self.description["vocabulary_size"]
+        self.context_length: int = self.description["context_length"]
         check_operators(self.description["operators"])
         self._session = _open_session(path / MODEL_NAME, low_memory and not self.description.get("prepacked"), threads)
         self._inputs = {port.name for port in self._session.get_inputs()}
@@ -139,6 +140,7 @@ def read_description(path: Path) -> dict[str, Any]:
         raise BadInput(f"{file}: operators is {operators!r}, expected a list of names")
     if description.integer("vocabulary_size") > _MOST_SIZE:
         raise BadInput(f"{file}: vocabulary_size is {values['vocabulary_size']}, expected at most {_MOST_SIZE}")
+    description.integer("context_length")
     description.flag("prepacked", default=False)
     if not isinstance(states, list):
         raise BadInput(f"{file}: states is {states!r}, expected a list")

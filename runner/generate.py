@@ -43,6 +43,14 @@ def generate(
     return _text(_tokens(engine_of(model), ids, _chooser(temperature, seed)), tokenizer, most)
 
 
+def beyond_context(model: Model | OnnxModel, prompt: str, most: int) -> tuple[str, ...]:
+    """A line where a prompt and `most` tokens after it are more than the model is made for."""
+    count, made_for = len(model.tokenizer.encode(prompt, parse_special=True)), model.context_length
+    if count + most <= made_for:
+        return ()
+    return (f"--prompt of {count} tokens and --tokens {most} are beyond the {made_for} tokens the model is made for",)
+
+
 def engine_of(model: Model | OnnxModel) -> Engine:
     """A model that remembers the tokens it has seen."""
     return _onnx_engine(model) if isinstance(model, OnnxModel) else _stream_engine(model)

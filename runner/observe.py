@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ..archs.weights import Weight
@@ -21,6 +23,9 @@ class ObservingWeights:
 
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
         return self._inner.load(weight, expert, rows)
+
+    def announce(self, stacks: Sequence[Weight], states: Tensor) -> None:
+        self._statistics.add_layer(stacks, states)
 
     def project(self, states: Tensor, weight: Weight, expert: int | None = None) -> Tensor:
         self._statistics.add(weight, expert, states)

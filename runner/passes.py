@@ -57,6 +57,11 @@ class LayerPass:
             self._waiting = [(name, sharing) for name, sharing in unpacked(next(self._saved))]
             self.facts = next(self._saved)
 
+    @property
+    def passed(self) -> int:
+        """How many layers an earlier run has passed."""
+        return 0 if self._last is None else self._last + 1
+
     def is_done(self, layer: int) -> bool:
         """Whether an earlier run has passed this layer."""
         return self._last is not None and layer <= self._last
@@ -133,7 +138,10 @@ class Measuring:
 
     def begin(self, source: Weights) -> tuple[LayerPass, Statistics, Importance | None]:
         """A pass in which calibration comes first, if there is any; what it finds; and what columns are weighed by."""
-        layer_pass, statistics = LayerPass(self.model, self.workspace, self.states), statistics_for(self.error_feedback)
+        layer_pass, statistics = (
+            LayerPass(self.model, self.workspace, self.states),
+            statistics_for(self.error_feedback, self.compute_dtype),
+        )
         if self.calibration is None:
             return layer_pass, statistics, self.importance
         layer_pass.begin(CALIBRATION, self.calibration, ObservingWeights(source, statistics))

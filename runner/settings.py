@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from ..sources.tokenizer import Tokenizer
+from ..errors import BadInput
 from .texts import DEFAULT_CONTEXT, EVALUATION_TEXT, chunk_tokens
+
+if TYPE_CHECKING:  # a command line is checked before torch is loaded
+    import torch
+    from torch import Tensor
+
+    from ..sources.tokenizer import Tokenizer
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -30,18 +36,24 @@ class Compute:
     """With what is computed.
 
     Attributes:
-        dtype: of products with weights, except those that route tokens and those of the head: float32, or bfloat16,
-            which is faster.
+        dtype: name of the type of products with weights, except those that route tokens and those of the head:
+            float32, or bfloat16, which is faster.
         threads: to quantize with, all cores by default.
         memory: most bytes this process may take; activations that do not fit go to a scratch file beside the output.
             No result depends on it. By default all of them stay in memory.
     """
 
-    dtype: torch.dtype = torch.float32
+    dtype: str = "float32"
     threads: int | None = None
     memory: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.dtype not in COMPUTE_DTYPES:
+            raise BadInput(f"--compute-dtype is {self.dtype!r}, expected {' or '.join(COMPUTE_DTYPES)}")
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """bfloat16, of torch.bfloat16"""
-    return str(dtype).removeprefix("torch.")
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found

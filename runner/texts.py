@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..documents import read_text
 from ..errors import BadInput
-from ..sources.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..sources.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 512  # tokens
 _TEXTS = Path(__file__).parents[1] / "examples" / "text"
@@ -19,6 +21,8 @@ CALIBRATION_TEXT = _TEXTS / "diverse.txt"
 
 def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | None) -> Tensor:
     """The text as int64 [chunks, context]. Raises BadInput when it is too short or the context too small."""
+    import torch  # here, so that the settings that name these texts come without it
+
     if context < 4:
         raise BadInput(f"--context is {context}, expected at least 4 tokens")
     ids = tokenizer.encode(evaluated_text(file))
@@ -35,6 +39,13 @@ def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | N
 def evaluated_text(file: Path) -> str:
     """What models read of a text file, without the newline at its end. Raises BadInput for one that is no UTF-8."""
     return read_text(file).removesuffix("\n")
+
+
+def beyond_context(context: int, made_for: int) -> tuple[str, ...]:
+    """A line where a context is longer than what a model is made for."""
+    if context <= made_for:
+        return ()
+    return (f"--context {context} is beyond the {made_for} tokens the model is made for",)
 
 
 def with_bos(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:

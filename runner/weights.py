@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -34,6 +35,9 @@ class Weights(Protocol):
     def project_groups(self, states: Tensor, weight: Weight) -> Tensor:
         """states [groups, tokens, columns] -> [groups, tokens, rows / groups], each group by its own rows."""
 
+    def announce(self, stacks: Sequence[Weight], states: Tensor) -> None:
+        """States [tokens, columns] are about to be read by experts of these stacks, each token by some of them."""
+
     def release(self, expert: int | None = None) -> None:
         """Drop what was kept of one expert, or all that was kept: whoever needed it is done."""
 
@@ -52,6 +56,9 @@ class WeightProducts:
 
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
         raise NotImplementedError
+
+    def announce(self, stacks: Sequence[Weight], states: Tensor) -> None:
+        """Nothing follows from it here."""
 
     def project(self, states: Tensor, weight: Weight, expert: int | None = None) -> Tensor:
         return multiply(states, self.matmul_operand(weight, expert), self._dtype_for(weight))

@@ -52,13 +52,18 @@ def read_chat_templates(folder: Path, in_config: Any) -> ChatTemplates:
     return ChatTemplates({name: text for name, text in chosen.items() if text.strip()}, tuple(losses))
 
 
-def _from_files(folder: Path) -> dict[str, str]:
-    templates = {DEFAULT: read_text(folder / TEMPLATE_FILE)} if is_file(folder / TEMPLATE_FILE) else {}
+def further_templates(folder: Path) -> list[Path]:
+    """The files of templates beside the default one. Raises BadInput where the system does not say."""
     try:
-        further = sorted((folder / TEMPLATE_FOLDER).iterdir()) if is_folder(folder / TEMPLATE_FOLDER) else []
+        files = sorted((folder / TEMPLATE_FOLDER).iterdir()) if is_folder(folder / TEMPLATE_FOLDER) else []
     except OSError as error:
         raise unreadable(folder / TEMPLATE_FOLDER, error) from None
-    return templates | {file.stem: read_text(file) for file in further if file.suffix == ".jinja" and is_file(file)}
+    return [file for file in files if file.suffix == ".jinja" and is_file(file)]
+
+
+def _from_files(folder: Path) -> dict[str, str]:
+    templates = {DEFAULT: read_text(folder / TEMPLATE_FILE)} if is_file(folder / TEMPLATE_FILE) else {}
+    return templates | {file.stem: read_text(file) for file in further_templates(folder)}
 
 
 def _from_json(stored: Any, origin: Path) -> dict[str, str]:

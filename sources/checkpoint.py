@@ -58,10 +58,6 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _is_utf8(path: Path) -> bool:
-    return str(path).encode(errors="replace").decode() == str(path)
-
-
 def read_header(path: Path) -> Iterator[TensorInfo]:
     """Every tensor of a file. Raises BadInput for one that is truncated or malformed.
 
@@ -70,15 +66,13 @@ def read_header(path: Path) -> Iterator[TensorInfo]:
     try:
         with path.open("rb") as beginning:
             refuse_pointer(path, beginning.read(64))
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             shapes = {name: file.get_slice(name) for name in file.offset_keys()}
             entries = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in shapes.items()]
         size = path.stat().st_size
     except OSError as error:
         raise unreadable(path, error) from None
     except SafetensorError as error:
-        if not _is_utf8(path):
-            raise BadInput(f"{path}: its name is not UTF-8, and safetensors opens no such file: rename it") from None
         raise BadInput(f"{path} is truncated or not a safetensors file ({error}): download it again") from None
     lengths = [tensor_bytes(dtype, shape, name, path) for name, dtype, shape in entries]
     offset = size - sum(lengths)

@@ -189,15 +189,24 @@ def _evaluate_zeros(source: Zeros, storage: Storage, expert: int | None, rows: R
 def _evaluate_below(source: Below, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
     tensor = source.source.tensor
     values = _stored(tensor, storage, None, rows).view(_TORCH_DTYPES[tensor.dtype])
-    wrong = ((values < 0) | (values >= source.limit)).nonzero()
-    if len(wrong):
-        row, column = wrong[0].tolist()
-        first = rows[0] if rows else 0
-        raise BadInput(
-            f"{tensor.name} in {tensor.file} holds {values[row, column]} in row {first + row}, expected whole numbers "
-            f"from 0 to {source.limit - 1}"
-        )
+    outside = ((values < 0) | (values >= source.limit)).nonzero()
+    if len(outside):
+        row, column = outside[0].tolist()
+        raise _damaged_table(source, (rows or (0,))[0] + row, f"holds {values[row, column]}")
+    ordered = values.sort(dim=1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]).nonzero()
+    if len(repeated):
+        row, column = repeated[0].tolist()
+        raise _damaged_table(source, (rows or (0,))[0] + row, f"holds {ordered[row, column]} twice")
     return values.float()
+
+
+def _damaged_table(source: Below, row: int, what: str) -> BadInput:
+    tensor = source.source.tensor
+    return BadInput(
+        f"{tensor.name} in {tensor.file} {what} in row {row}, expected different whole numbers from 0 to "
+        f"{source.limit - 1}: the checkpoint is damaged, fetch it again"
+    )
 
 
 def _evaluate_padded(source: Padded, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:

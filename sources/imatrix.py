@@ -8,16 +8,20 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from ..archs.weights import Weight
 from ..documents import refuse_pointer, unreadable
 from ..errors import BadInput
+from ..quant.formats.table import FORMATS
 from .gguf import MAGIC, read_gguf
+from .model import Model, pieces
 from .storage import Storage
 
 
@@ -32,6 +36,16 @@ class ImportanceMatrix:
     datasets: tuple[str, ...]
     chunks: int
     means: Mapping[str, Tensor]
+
+    def fitted_to(self, model: Model) -> ImportanceMatrix:
+        """The same for a model that has its rows padded with zeros, or has not, unlike the one it was measured on.
+
+        The inputs that only zeros are multiplied with are 0. What is of another shape for any other reason stays, for
+        `of` to refuse.
+        """
+        weights = {weight.name: weight for weight in model.graph.weights()}
+        means = {name: _fitted(of, weights[name], model) if name in weights else of for name, of in self.means.items()}
+        return replace(self, means=means)
 
     def of(self, name: str, columns: int, matrices: int = 1) -> Tensor | None:
         """The importance of a weight's columns, [matrices, columns]; None where the file has nothing on it.
@@ -48,6 +62,24 @@ class ImportanceMatrix:
                 "on another model"
             )
         return means.view(matrices, -1, columns).mean(dim=1)
+
+
+def _fitted(means: Tensor, weight: Weight, model: Model) -> Tensor:
+    """The means of all matrices of a weight, with as many columns as it has where padding is the only difference."""
+    if means.numel() % weight.matrices:
+        return means
+    rows, columns = means.view(weight.matrices, -1), weight.columns
+    measured = rows.shape[1]
+    if _is_padded(columns, measured) and not rows[:, columns:].any():
+        return rows[:, :columns].flatten()
+    if _is_padded(measured, columns) and not model.load(weight, *next(pieces(weight)))[..., measured:].any():
+        return functional.pad(rows, (0, columns - measured)).flatten()
+    return means
+
+
+def _is_padded(columns: int, padded: int) -> bool:
+    """Whether so many columns, filled up to whole blocks of some type, are `padded`."""
+    return padded > columns and padded in {columns + -columns % format.block_size for format in FORMATS.values()}
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:

@@ -11,12 +11,12 @@ from pathlib import Path
 from ..errors import BadInput
 from ..paths import inside, is_hexadecimal
 from ..progress import NoProgress, Progress
-from .gguf import is_gguf
 from .hub.access import HubAccess
-from .hub.address import HubSource, is_there, parse_source
+from .hub.address import HubSource
 from .hub.repository import HubCheckpoint, fetch, is_offline
 from .hub.shards import fetch_on_demand
 from .model import Model, open_model
+from .named import parse_model
 
 _CACHED = re.compile(r"models--(?:[^/\\]+--)?([^/\\]+)")  # what the Hub's cache calls the folder of a repository
 
@@ -103,22 +103,8 @@ def _open_headers(checkpoint: HubCheckpoint, access: HubAccess) -> Model:
 
 
 def _parsed(source: str, revision: str | None) -> Path | HubSource:
-    path = Path(os.path.expanduser(source))
-    if "://" not in source and is_there(path.is_file):
-        _refuse_part(path)
-        if is_gguf(path) or path.suffix == ".onnx":
-            return path
-        if is_there((path.parent / "config.json").is_file):
-            raise BadInput(f"{source} is one file of a checkpoint, and a model is all of them: give {path.parent}")
-    elif "://" not in source and path.suffix.lower() in (".gguf", ".onnx"):
-        return path  # whoever opens it says that it is not there
-    found = parse_source(source)
+    found = parse_model(source)
     return _snapshot(found, revision) if isinstance(found, Path) else found
-
-
-def _refuse_part(path: Path) -> None:
-    if path.suffix.lower() in (".part", ".incomplete", ".crdownload", ".download", ".tmp"):
-        raise BadInput(f"{path} is a file that something has not finished: wait until it has, or fetch it again")
 
 
 def _snapshot(folder: Path, revision: str | None) -> Path:

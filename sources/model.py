@@ -1,13 +1,14 @@
-"""One handle for every kind of model: a graph, and its weights on request."""
+"""One handle for every kind of model: a graph, and its weights on request.
+
+torch is imported with the first weight that is read: to look at a model takes none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..archs.architecture import Architecture
 from ..archs.config import Config
@@ -19,13 +20,14 @@ from ..archs.weights import Weight
 from ..documents import is_file, is_folder
 from ..errors import BadInput
 from .checkpoint import read_config, read_tensors
-from .decode import evaluate, evaluate_directly
-from .fp4 import repack
 from .gguf import is_gguf, read_gguf
 from .storage import Storage
 from .tokenizer import Tokenizer
 from .tokenizer_folder import read_tokenizer_folder
 from .tokenizer_gguf import read_tokenizer_metadata
+
+if TYPE_CHECKING:
+    import torch
 
 PIECE_ROWS = 1024  # of a matrix that is taken through memory
 
@@ -74,6 +76,11 @@ class Model:
     def vocabulary_size(self) -> int:
         return self.graph.vocabulary_size
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model is made for."""
+        return self.graph.context_length
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises BadInput when the model has none."""
@@ -86,16 +93,22 @@ class Model:
 
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A weight's numbers in float32: one expert of a stack, some rows, or all of it. See `decode.evaluate`."""
+        from .decode import evaluate
+
         return evaluate(weight.source, self.storage, expert, rows)
 
     def load_directly(self, weight: Weight, expert: int | None, dtype: torch.dtype) -> torch.Tensor | None:
         """A matrix in `dtype`, None where it comes in float32 alone. See `evaluate_directly`."""
+        from .decode import evaluate_directly
+
         return evaluate_directly(weight.source, self.storage, expert, dtype)
 
     def repacked(
         self, weight: Weight, type_name: str, expert: int | None = None, rows: tuple[int, int] | None = None
     ) -> torch.Tensor | None:
         """The same piece in blocks of a ggml type without rounding, None where it must be quantized. See `repack`."""
+        from .fp4 import repack
+
         return repack(weight.source, type_name, self.storage, expert, rows)
 
     def close(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..archs.expressions import TensorInfo
 from ..errors import BadInput, Interrupted
 from ..files import open_descriptor, read_at
+
+if TYPE_CHECKING:
+    import torch
 
 _OPEN_FILES = 32
 
@@ -29,6 +31,8 @@ class Storage:
         Rows count over all leading dimensions. Raises BadInput when the file ends early, Interrupted when the system
         does not give it.
         """
+        import torch  # here, so that models are looked at without it
+
         stop = tensor.rows if stop is None else stop
         row_bytes = tensor.length // max(tensor.rows, 1)
         data = torch.empty((stop - start, row_bytes), dtype=torch.uint8)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import tokenizers
 
@@ -51,6 +54,15 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The Jinja source of the default chat template."""
         return self.chat_templates.get("default")
+
+    @cached_property
+    def definition(self) -> Mapping[str, Any]:
+        """tokenizer.json, parsed, without its lists of tokens; what merges stands there as "left right"."""
+        parsed: dict[str, Any] = json.loads(self.backend.to_str())
+        del parsed["added_tokens"], parsed["model"]["vocab"]
+        if "merges" in parsed["model"]:
+            parsed["model"]["merges"] = [f"{left} {right}" for left, right in parsed["model"]["merges"]]
+        return parsed
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of `text`; BOS first when `add_special` and the model wants one."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from moecast.convert.conversion import Conversion
 from moecast.convert.pipeline import convert as convert_checkpoint
 from moecast.convert.settings import Calibration, Goal, Output
@@ -25,9 +24,9 @@ def convert(
     file: str | Path = EVALUATION_TEXT,
     context: int = 512,
     chunks: int | None = 16,
-    padding: bool = True,
+    padding: bool | None = None,
     mtp: bool | None = None,
-    compute_dtype: torch.dtype = torch.float32,
+    compute_dtype: str = "float32",
     threads: int | None = None,
     memory: int | None = None,
     progress: Any = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -11,7 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+import pytest
 from moecast.errors import BadInput, Interrupted
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -45,6 +46,7 @@ def linked(source: Path, folder: Path, *own: str) -> Path:
 @contextmanager
 def bounded() -> Iterator[None]:
     """Time and memory of the block are bounded; beyond them TimeoutError and MemoryError are raised."""
+    resource: Any = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     previous = signal.signal(signal.SIGALRM, _late)

@@ -20,7 +20,7 @@ SHARDS = ("model-00000-of-00130.safetensors", "model-00001-of-00130.safetensors"
 INDEX = "model.safetensors.index.json"
 NEEDED = {
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", INDEX,
-    *SHARDS,
+    "additional_chat_templates/tools.jinja", "README.md", *SHARDS,
 }  # fmt: skip
 CHUNK = 1 << 14
 SENTINEL = "hf_SentinelTokenThatNobodyMaySee"
@@ -42,6 +42,9 @@ def write_checkpoint(folder: Path, seed: int = 0) -> Path:
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text(json.dumps({"name": name, "seed": seed}))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     return folder
 
 

@@ -116,6 +116,7 @@ _LogCallback = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {  # name: result, arguments
     "llama_version": (c_char_p,),
+    "llama_ftype_name": (c_char_p, c_int32),
     "llama_backend_init": (None,),
     "llama_log_set": (None, _LogCallback, c_void_p),
     "llama_model_load_from_file": (c_void_p, c_char_p, _ModelParameters),

@@ -43,6 +43,8 @@ NEMOTRON: dict[str, Any] = {
 LATENT = {"moe_latent_size": 128, "routed_scaling_factor": 5.0}
 GROUPED = {"n_group": 4, "topk_group": 2}
 WITH_DENSE_LAYER = {"layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"]}
+# Blocks of 256 pay for the hidden size and shared experts, not for experts.
+PARTLY_PADDED = {"hidden_size": 480, "moe_intermediate_size": 160, "moe_shared_expert_intermediate_size": 480}
 DENSE = {"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"]}
 
 

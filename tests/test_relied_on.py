@@ -29,7 +29,7 @@ PROMISED = {
     "click", "gguf", "google.protobuf.message", "httpx2", "huggingface_hub", "huggingface_hub.errors", "numpy",
     "numpy.lib.format", "numpy.typing", "onnx", "onnx.helper", "onnx_ir", "onnxruntime", "rich.console",
     "rich.progress", "rich.table", "rich.text", "safetensors", "tokenizers", "tokenizers.decoders",
-    "tokenizers.models", "tokenizers.pre_tokenizers", "torch", "torch.nn.functional",
+    "tokenizers.models", "tokenizers.pre_tokenizers", "torch", "torch.nn.functional", "yaml",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import torch
@@ -21,7 +22,8 @@ from moecast.runner.stream import Cache, Stream
 from moecast.sources.checkpoint import read_tensors
 from moecast.sources.model import Model
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 VOCABULARY = 288
 
@@ -115,6 +117,34 @@ def mixture(toy: Toy, prefix: str, top_k: int, score: Score = Score.SOFTMAX, **o
         down=toy.weight(f"{prefix}.experts.down", Role.EXPERT_DOWN),
         activation=Activation.SWIGLU,
     )
+
+
+def randomized(model: nn.Module) -> Any:
+    """A model of transformers with numbers that tell weights apart: norms around one, products of about one."""
+    model = model.float().eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "norm" in name:
+                tensor.uniform_(0.5, 1.5)
+            else:
+                tensor.normal_(0, 1.0 if "embed" in name or "bias" in name else tensor.shape[-1] ** -0.5)
+    return model
+
+
+def toy_of(oracle: PreTrainedModel, folder: Path) -> Toy:
+    """The numbers of a model of transformers; experts that it holds fused are apart."""
+    state = {name.removeprefix("model."): tensor for name, tensor in oracle.state_dict().items()}
+    state |= {"embedding": state["embed_tokens.weight"], "head": state["lm_head.weight"]}
+    for name in [*state]:
+        if name.endswith(".experts.gate_up_proj"):
+            state |= split_experts(state, name.removesuffix(".experts.gate_up_proj"))
+    return Toy(folder, state)
+
+
+def logits_of(oracle: PreTrainedModel, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = oracle(tokens).logits
+    return logits
 
 
 def split_experts(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -70,14 +69,18 @@ def _choose_splitter(tokenizer: Tokenizer, metadata: Mapping[str, Any], usual: s
     Rows that spell the splitter as tokenizer.json does are its own, whatever llama.cpp's engine makes of them; where
     there is none, another row has to give every id of the probe texts.
     """
-    own = spelled_alike(json.loads(tokenizer.backend.to_str()))
+    own = spelled_alike(tokenizer.definition)
     usual_row = find_pre_tokenizer(usual)
     names = [usual if row is usual_row else row.names[0] for row in own or PRE_TOKENIZERS]
     names.sort(key=lambda name: name != usual)
     if len(names) == 1:
         return names[0]
-    differing = {name: _share_of_tokens(tokenizer, {**metadata, "tokenizer.ggml.pre": name}) for name in names}
-    best = min(names, key=differing.__getitem__)
+    differing: dict[str, float] = {}
+    for name in names:
+        differing[name] = _share_of_tokens(tokenizer, {**metadata, "tokenizer.ggml.pre": name})
+        if not differing[name]:
+            break
+    best = min(differing, key=differing.__getitem__)
     if differing[best] and not own:
         raise BadInput(
             f"tokenizer.json splits text as no splitter of llama.cpp does: '{best}' is the nearest and gives "
@@ -90,9 +93,19 @@ def _share_of_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> float
     return compare_texts(tokenizer, read_tokenizer_metadata(metadata), PROBE).tokens
 
 
-def tokenizer_problems(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a file with these keys, which `tokenizer_metadata` gave, will not do as its source does: a line each."""
-    splitting = _splitting_problem(tokenizer, metadata)
+def written_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer that llama.cpp makes of a file's keys; None where moecast has no such splitter."""
+    known = find_pre_tokenizer(metadata["tokenizer.ggml.pre"])
+    return read_tokenizer_metadata(metadata) if known else None
+
+
+def tokenizer_problems(tokenizer: Tokenizer, metadata: Mapping[str, Any], written: Tokenizer | None) -> tuple[str, ...]:
+    """What a file will not do as its source does, a line each.
+
+    Args:
+        metadata, written: the file's keys, which `tokenizer_metadata` gave, and its `written_tokenizer`.
+    """
+    splitting = _splitting_problem(tokenizer, metadata["tokenizer.ggml.pre"], written)
     return (*([splitting] if splitting else []), *tokenizer.losses, *_losses(tokenizer, metadata))
 
 
@@ -116,7 +129,7 @@ def vocabulary_metadata(tokenizer: Tokenizer, vocabulary_size: int, pre: str) ->
     A source with more than two ids that end generation beside EOS and those llama.cpp knows by their text loses the
     rest: the format has room for two (`eot`, `eom`). Raises BadInput when GGUF cannot hold this tokenizer.
     """
-    source = json.loads(tokenizer.backend.to_str())
+    source = tokenizer.definition
     _require_byte_level(source)
     if tokenizer.vocabulary_size > vocabulary_size:
         raise BadInput(
@@ -161,15 +174,14 @@ def vocabulary_error(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> str |
     return f"the GGUF tokenizer would give other ids than tokenizer.json: {found.first}" if found.first else None
 
 
-def _splitting_problem(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> str | None:
+def _splitting_problem(tokenizer: Tokenizer, pre: str, written: Tokenizer | None) -> str | None:
     """What llama.cpp will split in another way than the source."""
-    pre = metadata["tokenizer.ggml.pre"]
-    if find_pre_tokenizer(pre) is None:
+    if written is None:
         return f"what llama.cpp's '{pre}' does to a text cannot be checked: moecast has no such splitter"
-    found = compare_texts(tokenizer, read_tokenizer_metadata(metadata), probes_of(tokenizer))
+    found = compare_texts(tokenizer, written, probes_of(tokenizer))
     if found.first is None:
         return None
-    own = [row.names[0] for row in spelled_alike(json.loads(tokenizer.backend.to_str())) if pre not in row.names]
+    own = [row.names[0] for row in spelled_alike(tokenizer.definition) if pre not in row.names]
     remedy = f" ('{own[0]}' would be its own)" if own else ""
     return f"llama.cpp's '{pre}'{remedy} will split some text in another way than tokenizer.json: {found.first}"
 
@@ -212,9 +224,9 @@ def _filler(id: int, taken: set[str]) -> str:
     return text
 
 
-def _merges(merges: Sequence[Sequence[str]]) -> list[str]:
+def _merges(merges: Sequence[str]) -> list[str]:
     # Byte-level letters write a space as U+0120, so a merge with a plain space never happens; GGUF cannot write it.
-    return [f"{left} {right}" for left, right in merges if " " not in left + right]
+    return [merge for merge in merges if merge.count(" ") == 1]
 
 
 def _chat_template_keys(templates: Mapping[str, str]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Nothing appears under its final name before it is complete and on disk.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import OutputExists
-from ...files import open_descriptor, read_at, reserve, sync, sync_folder, write_at
+from ...files import read_at, sync_folder, write_at
 from ...quant.planning.plan import ALIGNMENT, StoredTensor
 from ...sources.gguf import SPLIT_NAME
 from ..resume.journal import Journal
@@ -29,6 +30,7 @@ class _Slot:
     descriptor: int
     offset: int
     row_bytes: int
+    rows: int
 
 
 class GGUFWriter(Writer):
@@ -66,9 +68,8 @@ class GGUFWriter(Writer):
             raise OutputExists(existing)
         try:
             for number, part in enumerate(parts):
-                if not self._ready(number):
-                    self._begin(number, part, _split_metadata(metadata, number, len(parts), len(tensors)))
-                self._open(number, part)
+                self._open(number, part, _split_metadata(metadata, number, len(parts), len(tensors)))
+            self._recover()
         except OSError as error:
             self._discard(error)
             raise self._failure(error) from None
@@ -83,35 +84,38 @@ class GGUFWriter(Writer):
         slot = self._slots[name]
         position = slot.offset + first_row * slot.row_bytes
         try:
-            size = write_at(slot.descriptor, rows.contiguous().numpy().data, position)
+            write_at(slot.descriptor, rows.contiguous().numpy().data, position)
         except OSError as error:
             raise self._failure(error) from None
-        self._wrote(name, first_row, size, slot.descriptor)
+        self._wrote(name, first_row, len(rows), [rows], slot.descriptor)
 
-    def _ready(self, number: int) -> bool:
-        """Whether an earlier run has made the file, so that it can be filled further."""
-        if self._complete and self.paths[number].exists():
-            return True
-        return self._journal is not None and self._journal.started(self._temporary[number])
+    def _stored_parts(self, name: str, first_row: int, rows: int) -> Iterator[Tensor]:
+        slot = self._slots.get(name)
+        if slot and 0 <= first_row < first_row + rows <= slot.rows:
+            yield self.read(name, first_row, rows)
 
-    def _begin(self, number: int, tensors: Sequence[StoredTensor], metadata: Mapping[str, Any]) -> None:
-        """Write one file's header and reserve the space of its data."""
+    def _open(self, number: int, tensors: Sequence[StoredTensor], metadata: Mapping[str, Any]) -> None:
+        """Open one file, and write all that is no tensor: its header, and the zeros behind tensors."""
         path = self._temporary[number]
-        offset = header_bytes(path, metadata, tensors)
-        with path.open("r+b") as file:
-            reserve(file.fileno(), offset + sum(tensor.aligned_bytes for tensor in tensors))
-            sync(file.fileno())
-        if self._journal:
-            self._journal.start(path)
-
-    def _open(self, number: int, tensors: Sequence[StoredTensor]) -> None:
-        path = self._temporary[number]
-        descriptor = open_descriptor(path if path.exists() else self.paths[number], os.O_RDWR)
-        self._descriptors[path.name] = descriptor
-        offset = os.fstat(descriptor).st_size - sum(tensor.aligned_bytes for tensor in tensors)
+        if self._complete and not path.exists() and self.paths[number].exists():
+            path = self.paths[number]
+        header = self._header(metadata, tensors)
+        offset = len(header)
+        size = offset + sum(tensor.aligned_bytes for tensor in tensors)
+        descriptor = self._place(self._temporary[number].name, path, size)
+        write_at(descriptor, memoryview(header), 0)
         for tensor in tensors:
-            self._slots[tensor.name] = _Slot(descriptor, offset, tensor.row_bytes)
+            rows = tensor.bytes // tensor.row_bytes
+            self._slots[tensor.name] = _Slot(descriptor, offset, tensor.row_bytes, rows)
+            padding = tensor.aligned_bytes - tensor.bytes
+            write_at(descriptor, memoryview(bytes(padding)), offset + tensor.bytes)
             offset += tensor.aligned_bytes
+
+    def _header(self, metadata: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> bytes:
+        with tempfile.TemporaryDirectory(dir=self._journal.folder if self._journal else None) as folder:
+            scratch = Path(folder, "header")
+            offset = header_bytes(scratch, metadata, tensors)
+            return scratch.read_bytes().ljust(offset, b"\0")
 
     def _finish(self) -> None:
         self._completed()

@@ -16,6 +16,7 @@ from ...archs.graph import Attention, Graph
 from ...errors import BadInput
 from ...quant.planning.onnx_plan import OnnxPlan
 from ...runner.engines import DESCRIPTION_NAME, MODEL_NAME
+from ...sources.chat_templates import further_templates
 from ...sources.tokenizer import Tokenizer
 from .builder import State
 
@@ -39,7 +40,7 @@ _GENAI_STATES = {
 def model_files(
     model: ir.Model, states: Sequence[State], plan: OnnxPlan, source: Path, tokenizer: Tokenizer, activations: str
 ) -> dict[str, bytes]:
-    """Contents by file name. Raises BadInput when a tokenizer file cannot be read."""
+    """Contents by file name, which may have a folder. Raises BadInput when a tokenizer file cannot be read."""
     description = {
         "moecast": __version__,
         "architecture": plan.graph.architecture,
@@ -54,12 +55,12 @@ def model_files(
     attention = next((operation for operation in plan.graph.operations() if isinstance(operation, Attention)), None)
     if attention and {*_patterns(states)} <= {*_GENAI_STATES}:
         files["genai_config.json"] = _json(genai_config(plan.graph, attention, model, states, tokenizer))
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
+    for path in (*(source / name for name in _TOKENIZER_FILES), *further_templates(source)):
+        if path.is_file():
             try:
-                files[name] = (source / name).read_bytes()
+                files[path.relative_to(source).as_posix()] = path.read_bytes()
             except OSError as error:
-                raise BadInput(f"{source / name} cannot be read: {error.strerror}") from None
+                raise BadInput(f"{path} cannot be read: {error.strerror}") from None
     return files
 
 

@@ -6,7 +6,7 @@ Nothing appears under its final name before all of it is complete and on disk.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...errors import OutputExists
-from ...files import open_descriptor, read_at, reserve, sync, sync_folder, write_at
+from ...files import read_at, sync, sync_folder, write_at
 from ...quant.planning.onnx_packing import PACKINGS
-from ...quant.planning.onnx_plan import OnnxPlan, StoredArray
+from ...quant.planning.onnx_plan import OnnxPlan, Placement, StoredArray
 from ...runner.engines import MODEL_NAME
 from ..resume.journal import Journal
 from ..writer import Writer
@@ -49,13 +49,14 @@ class OnnxWriter(Writer):
     ) -> None:
         names = sorted((*plan.files, *contents), key=lambda name: name != MODEL_NAME)
         paths = [folder / name for name in names]
-        super().__init__(folder.name, paths, [folder / f".{name}.part" for name in names], journal, folder)
         self._folder, self._plan, self._contents = folder, plan, contents
+        super().__init__(folder.name, paths, [self._part(name) for name in names], journal, folder)
         if not overwrite and self.paths[0].exists() and not self._complete:
             raise OutputExists(self.paths[0])
         try:
             for name, size in plan.files.items():
                 self._open(name, size)
+            self._recover()
         except OSError as error:
             self._discard(error)
             raise self._failure(error) from None
@@ -66,16 +67,27 @@ class OnnxWriter(Writer):
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
         placement = self._plan.placements[name]
         packed = placement.type.name in PACKINGS
-        parts = unpack_blocks(rows, placement.type.name) if packed else (rows,)
-        for array, part in zip(placement.arrays, parts, strict=True):
+        unpacked = unpack_blocks(rows, placement.type.name) if packed else (rows,)
+        parts = []
+        for array, part in zip(placement.arrays, unpacked, strict=True):
             data = part.contiguous().view(torch.uint8).view(-1, array.row_bytes)
             try:
                 self._put(array, placement.stride * first_row, placement.stride, placement.offsets, data)
             except OSError as error:
                 raise self._failure(error) from None
+            parts += [data] * len(placement.offsets)
         files = {array.file for array in placement.arrays}
-        size = len(rows) * sum(array.row_bytes for array in placement.arrays)
-        self._wrote(name, first_row, size, *(self._descriptors[file] for file in files))
+        self._wrote(name, first_row, len(rows), parts, *(self._descriptors[file] for file in files))
+
+    def _stored_parts(self, name: str, first_row: int, rows: int) -> Iterator[Tensor]:
+        placement = self._plan.placements.get(name)
+        if placement is None or not 0 <= first_row < first_row + rows <= _rows_of(placement):
+            return
+        for array in placement.arrays:
+            among = torch.empty((rows, placement.stride, array.row_bytes), dtype=torch.uint8)
+            position = array.offset + placement.stride * first_row * array.row_bytes
+            read_at(self._descriptors[array.file], among.numpy().data, position)
+            yield from (among[:, offset] for offset in placement.offsets)
 
     def _put(self, array: StoredArray, first_row: int, stride: int, offsets: Sequence[int], data: Tensor) -> None:
         descriptor, position = self._descriptors[array.file], array.offset + first_row * array.row_bytes
@@ -89,17 +101,16 @@ class OnnxWriter(Writer):
         write_at(descriptor, data.contiguous().numpy().data, position)
 
     def _open(self, name: str, size: int) -> None:
-        """A data file of its final size, as an earlier run has left it or new."""
+        """Open a data file, and write the zeros between its arrays."""
         path = self._part(name)
-        if self._complete and not path.exists():
+        if self._complete and not path.exists() and (self._folder / name).exists():
             path = self._folder / name
-        started = self._complete or (self._journal is not None and self._journal.started(path))
-        flags = os.O_RDWR if started else os.O_RDWR | os.O_CREAT | os.O_TRUNC
-        self._descriptors[name] = open_descriptor(path, flags)
-        if not started:
-            reserve(self._descriptors[name], size)
-            if self._journal:
-                self._journal.start(path)
+        descriptor = self._place(name, path, size)
+        arrays = {array for placement in self._plan.placements.values() for array in placement.arrays}
+        here = sorted((array for array in arrays if array.file == name), key=lambda array: array.offset)
+        for array, end in zip(here, [*(array.offset for array in here[1:]), size], strict=True):
+            position = array.offset + array.bytes
+            write_at(descriptor, memoryview(bytes(end - position)), position)
 
     def _finish(self) -> None:
         for name, content in self._contents.items():
@@ -110,10 +121,12 @@ class OnnxWriter(Writer):
         if not self._complete:
             self._remove_stale()
         self._completed()
-        for path in (*self.paths[1:], self.paths[0]):  # the model last
-            if self._part(path.name).exists():
-                os.replace(self._part(path.name), path)
-        sync_folder(self._folder)
+        for path, part in reversed([*zip(self.paths, self._temporary, strict=True)]):  # the model last
+            if part.exists():
+                path.parent.mkdir(exist_ok=True)
+                os.replace(part, path)
+        for folder in {path.parent for path in self.paths}:
+            sync_folder(folder)
 
     def _remove_stale(self) -> None:
         """Whatever model was here goes first, so that its graph never meets other weights."""
@@ -122,10 +135,16 @@ class OnnxWriter(Writer):
             stale.unlink()
 
     def _part(self, name: str) -> Path:
-        return self._folder / f".{name}.part"
+        return self._folder / f".{name.replace('/', '.')}.part"
 
     def _discard(self, error: BaseException) -> None:
         super()._discard(error)
         with suppress(OSError):
             if not any(self._folder.iterdir()):
                 self._folder.rmdir()
+
+
+def _rows_of(placement: Placement) -> int:
+    """How many rows the weight has that lies there."""
+    array = placement.arrays[0]
+    return array.bytes // array.row_bytes // placement.stride

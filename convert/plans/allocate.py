@@ -14,8 +14,10 @@ from ...archs.graph import Graph
 from ...archs.weights import Weight
 from ...errors import BadInput
 from ...quant.planning.allocation import Damage, Key
+from ...quant.planning.padding import changed_widths
 from ...quant.planning.plan import Form, Plan, plan_file
 from ...quant.planning.recipes import RECIPES
+from ...runner.activations import Workspace
 from ...runner.measure.compare_plans import divergences
 from ...runner.measure.probe import measure_damage, types_of
 from ...runner.memory import comparing, workspace
@@ -28,8 +30,9 @@ _EXPONENTS = (1.0, 0.8, 1.25)  # of the error in the damage: how much more low b
 HELD_OUT_CHUNKS = 24  # of text at most
 _PROBE_CHUNKS, _LEAST_PROBE_CHUNKS = 8, 2  # of text that one probe takes
 _ALL_PROBE_CHUNKS = 1024  # that all probes take together, unless that leaves too few to one
-_MOST_PLANS = 7  # that `candidates_within` gives
+_MOST_PLANS = 8  # that `candidates_within` gives
 ROLES = "one type a role"  # the name of that plan
+_PADDED = " with padded rows"  # what the name of a stock mix in that form ends in
 _EDGE = 8  # the first and last of so many parts of the layers are the edges
 
 
@@ -77,21 +80,25 @@ def choose_measured_plan(
     graph, forms = measuring.model.graph, variants(measuring.model.graph, form)
     probed = len(types_of(forms, measuring.wants_importance))
     probing, side_by_side = (_calibrated_without(measuring, part) for part in (probes, held_out))
-    probing = _with_room(probing, memory, journal, probes, 1 + probed, comparing(1))
-    side_by_side = _with_room(side_by_side, memory, journal, held_out, 1 + _MOST_PLANS, comparing(_MOST_PLANS))
+    probing_room = _room(probing, memory, journal, probes, 1 + probed, comparing(1))
+    comparing_room = _room(side_by_side, memory, journal, held_out, 1 + _MOST_PLANS, comparing(_MOST_PLANS))
     cache = MeasurementCache(journal, graph.layers)
-    (found,) = cache.get(
-        "damage", lambda states: [packed(asdict(measure_damage(replace(probing, states=states), probes, forms)))]
-    )
+    with probing_room:
+        probing = replace(probing, workspace=probing_room)
+        (found,) = cache.get(
+            "damage", lambda states: [packed(asdict(measure_damage(replace(probing, states=states), probes, forms)))]
+        )
     damage = Damage(**unpacked(found))
     plans = candidates_within(graph, budget, damage, form, measuring.wants_importance)
-    measured = cache.get(
-        "divergences",
-        lambda states: [
-            divergence.probability_weighted_kld
-            for divergence in divergences(replace(side_by_side, states=states), list(plans.values()), held_out)
-        ],
-    )
+    with comparing_room:
+        side_by_side = replace(side_by_side, workspace=comparing_room)
+        measured = cache.get(
+            "divergences",
+            lambda states: [
+                divergence.probability_weighted_kld
+                for divergence in divergences(replace(side_by_side, states=states), list(plans.values()), held_out)
+            ],
+        )
     klds = dict(zip(plans, measured, strict=True))
     best = winner(klds)
     order = sorted(plans, key=lambda name: (name != best, float(klds[name].mean())))
@@ -113,35 +120,40 @@ def without(calibration: Tensor, tokens: Tensor) -> Tensor:
     return calibration[~same] if not same.all() else calibration
 
 
-def _with_room(
+def _room(
     measuring: Measuring, memory: int | None, journal: Journal | None, tokens: Tensor, streams: int, copies: int
-) -> Measuring:
-    """The same with a workspace for so many streams of `tokens`."""
+) -> Workspace:
+    """A workspace for so many streams of `tokens`, and for calibration."""
     calibrating = measuring.calibration.numel() if measuring.calibration is not None else 0
     total, folder = calibrating + streams * tokens.numel(), journal.folder.parent if journal else None
     graph, context = measuring.model.graph, tokens.shape[1]
-    room = workspace(memory, graph, total, context, folder, copies, measuring.error_feedback)
-    return replace(measuring, workspace=room)
+    return workspace(memory, graph, total, context, folder, copies, measuring.error_feedback)
 
 
 def winner(klds: Mapping[str, Tensor]) -> str:
     """The plan with the least divergence [positions]; a stock mix, unless the best is better beyond doubt."""
-    best = min(klds, key=lambda name: float(klds[name].mean()))
-    stock = next((name for name in klds if name in RECIPES), best)
+    order = sorted(klds, key=lambda name: float(klds[name].mean()))
+    best = order[0]
+    stock = next(filter(_is_stock, order), best)
     gain = klds[stock] - klds[best]
     return best if float(gain.mean()) > float(gain.std()) / math.sqrt(len(gain)) else stock
 
 
 def candidates_within(graph: Graph, budget: Budget, damage: Damage, form: Form, calibrated: bool) -> dict[str, Plan]:
-    """The plans to compare, by name: from several exponents of the error, role by role, and the stock mix."""
+    """The plans to compare, by name: from several exponents of the error, role by role, and the stock mix.
+
+    Where rows may be padded or not, the stock mix takes part in both forms: in the one that llama-quantize writes, and
+    in the smallest, for which a larger mix may fit.
+    """
     solve = partial(plan_for_budget, graph, budget, form=form, calibrated=calibrated)
     plans = {f"error exponent {x:g}": solve(replace(damage, exponent=x)) for x in _EXPONENTS}
     plans["shrunk to role means"] = solve(damage.shrunk_to_roles(graph.weights()))
     plans["first and last layers separate"] = solve(damage, together=_by_edge(graph))
     plans[ROLES] = solve(damage, together=_by_role)
-    stock = stock_within(graph, budget.bytes, form, calibrated)
-    if stock:
-        plans[stock.recipe.name] = stock
+    for padding in (None, False) if form.padding is None else (form.padding,):
+        stock = stock_within(graph, budget.bytes, replace(form, padding=padding), calibrated)
+        if stock:
+            plans[stock.recipe.name + (_PADDED if changed_widths(graph, stock.graph) else "")] = stock
     return _distinct(plans)
 
 
@@ -161,9 +173,14 @@ def _distinct(plans: dict[str, Plan]) -> dict[str, Plan]:
 
 def stock_within(graph: Graph, size: int, form: Form, calibrated: bool) -> Plan | None:
     """The largest of llama.cpp's mixes whose data section is within a size; None where none is."""
-    recipes = (recipe for recipe in RECIPES.values() if recipe.quantized and not (recipe.native or recipe.ours))
+    others = (recipe for recipe in RECIPES.values() if not (recipe.native or recipe.ours or recipe.outdone))
+    recipes = (recipe for recipe in others if recipe.quantized)
     plans = (plan_file(graph, recipe, form, calibrated) for recipe in recipes)
     return max((plan for plan in plans if plan.bytes <= size), key=lambda plan: plan.bytes, default=None)
+
+
+def _is_stock(name: str) -> bool:
+    return name.removesuffix(_PADDED) in RECIPES
 
 
 def _by_role(weight: Weight) -> object:
@@ -183,7 +200,7 @@ def _by_edge(graph: Graph) -> Key:
 def _verdict(candidate_plans: tuple[PlanResult, ...]) -> str:
     winner, *others = candidate_plans
     compared = ", ".join(f"{r.name} {r.mean_kld:.5f} ({r.mean_kld / max(winner.mean_kld, 1e-12):.2f}x)" for r in others)
-    kept = "the stock mix stays; " if winner.name in RECIPES else ""
+    kept = "the stock mix stays; " if _is_stock(winner.name) else ""
     return f"{kept}KL divergence on held-out text: {winner.name} {winner.mean_kld:.5f}; {compared}"
 
 

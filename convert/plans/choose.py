@@ -16,16 +16,16 @@ from ...quant.planning.allocation import Damage, Key, plan_within, typical_damag
 from ...quant.planning.file_formats import plan_format
 from ...quant.planning.fit import Machine, MachinePlan, fit
 from ...quant.planning.knapsack import BudgetTooSmall
-from ...quant.planning.padding import pad
-from ...quant.planning.plan import Form, Plan, plan_tensors
+from ...quant.planning.padding import changed_widths
+from ...quant.planning.plan import Form, Plan, override_types, plan_tensors
 from ...quant.planning.plan_file import StoredTypes, plan_like, read_plan_file
 from ...quant.planning.recipes import recipe_named
-from ...runner.texts import CALIBRATION_TEXT
+from ...runner.texts import beyond_context
 from ...sources.gguf import read_gguf
 from ...sources.model import Model
 from ..gguf.metadata import gguf_metadata
 from ..gguf.writer import header_bytes
-from ..settings import NO_CALIBRATION, Calibration, Goal
+from ..settings import NO_CALIBRATION, Calibration, Goal, require_sound
 
 _MOST_BITS = 64
 _HEADER_SLACK = 4096  # bytes; the header's names of files and plans are not final when a plan is made
@@ -42,19 +42,18 @@ def plan_for(
 ) -> Plan:
     """The plan that a conversion to this goal follows, which `plan`, `--dry-run` and `convert` have in common.
 
-    Where it would measure the model first (see `measures`), this is what it does without: a budget is shared out by
+    Where it would measure the model first, this is what it does without: a budget is shared out by
     what is typical of each role. Raises BadInput for a budget that is too small, a recipe that is unknown, a file that
     does not belong to this model, and what the file format cannot hold.
     """
-    if calibration.imatrix and calibration.text not in (None, CALIBRATION_TEXT) and not measures(goal):
-        raise BadInput("--calibration and --imatrix exclude each other unless a budget is measured: give one")
+    require_sound(goal, calibration, file_format)
+    if goal.tensor_types:
+        without = plan_for(model, replace(goal, tensor_types=()), form, calibration)
+        return override_types(without, goal.tensor_types)
     if goal.is_recipe:
         return plan_format(file_format, model.graph, goal.recipe, form, calibration.weighs)
-    if file_format != "gguf":
-        raise BadInput(
-            f"--to {file_format}: its experts have one width for all projections of a layer, so that types cannot be "
-            "chosen weight by weight; use --quant"
-        )
+    if goal.machine:
+        return fit_machine(model.graph, goal.machine, form).plan
     if isinstance(goal.plan, Plan):
         return goal.plan
     if goal.plan is not None:
@@ -63,12 +62,7 @@ def plan_for(
         return plan_like(model.graph, types_of_gguf(Path(goal.like)))
     budget, damage = budget_of(model, goal), typical_damage(model.graph)
     plan = plan_for_budget(model.graph, budget, damage, form, calibration.weighs)
-    return replace(plan, notes=(*plan.notes, _UNMEASURED)) if measures(goal) else plan
-
-
-def measures(goal: Goal) -> bool:
-    """Whether a conversion measures the model first, and so reads all of it more than once."""
-    return goal.is_budget and goal.measure is not False
+    return replace(plan, notes=(*plan.notes, _UNMEASURED)) if goal.measures else plan
 
 
 def with_error_feedback(calibration: Calibration, goal: Goal) -> Calibration:
@@ -80,7 +74,7 @@ def with_error_feedback(calibration: Calibration, goal: Goal) -> Calibration:
 
 def calibration_for(plan: Plan, goal: Goal, calibration: Calibration) -> Calibration:
     """What of a calibration is carried out: none where all types are so fine that it would change nothing."""
-    wanted = plan.recipe.wants_importance if goal.is_recipe else plan.wants_importance
+    wanted = plan.recipe.wants_importance if goal.is_recipe and not goal.tensor_types else plan.wants_importance
     return calibration if wanted or calibration.imatrix or calibration.save_to else NO_CALIBRATION
 
 
@@ -154,7 +148,7 @@ def plan_for_budget(
     if not found:
         raise _least_of(refusals, budget)
     best = min(found, key=lambda pair: pair[0])[1]
-    return replace(best, notes=_notes(graph, best, damage))
+    return replace(best, notes=_notes(graph, best, damage, form))
 
 
 def _least_of(refusals: Sequence[BadInput], budget: Budget) -> BadInput:
@@ -165,17 +159,16 @@ def _least_of(refusals: Sequence[BadInput], budget: Budget) -> BadInput:
     return BadInput(f"{budget.name} is too little for this model: ask for at least {budget.in_words(min(sizes))}")
 
 
-def _notes(graph: Graph, plan: Plan, damage: Damage) -> tuple[str, ...]:
+def _notes(graph: Graph, plan: Plan, damage: Damage, form: Form) -> tuple[str, ...]:
     notes = list(graph.notes)
     if not damage.measured:
         notes.append("types follow from what is typical of each role: this model was not measured")
     if graph.predictions and not plan.graph.predictions:
         notes.append("left out multi-token prediction")
-    unpadded = {weight.name: weight.columns for weight in graph.weights()}
-    widths = {(unpadded[t.weight.name], t.weight.columns) for t in plan.tensors}
-    changed = ", ".join(f"{old} to {new}" for old, new in sorted(widths) if old != new)
-    if changed:
+    if changed := changed_widths(graph, plan.graph):
         notes.append(f"padded rows with zeros, which changes no result: {changed}")
+    elif possible := changed_widths(graph, variants(graph, form)[-1]):
+        notes.append(f"no rows padded with zeros ({possible}): at this size that costs more than it gains")
     return tuple(notes)
 
 
@@ -204,27 +197,15 @@ def fit_machine(graph: Graph, machine: Machine, form: Form = Form()) -> MachineP
         assert refusal
         raise refusal
     best = min(found, key=lambda fit: sum(damage.of(t.weight, t.type) for t in fit.plan.tensors))
-    notes = (*_notes(graph, best.plan, damage), *beyond_context(graph, machine.context))
+    notes = (*_notes(graph, best.plan, damage, form), *beyond_context(machine.context, graph.context_length))
     return replace(best, plan=replace(best.plan, notes=notes))
 
 
-def beyond_context(graph: Graph, context: int) -> tuple[str, ...]:
-    """A line where a context is longer than what the model is made for."""
-    if context <= graph.context_length:
-        return ()
-    return (f"--context {context} is beyond the {graph.context_length} tokens the model is made for",)
-
-
 def variants(graph: Graph, form: Form = Form()) -> list[Graph]:
-    """The graphs that a file may hold: the model's as it is, and with rows padded so that all types fit them."""
+    """The graphs that a file may hold: the model's as it is, and with rows padded so that more types fit them."""
     if form.mtp and not graph.predictions:
         raise BadInput("--mtp: this model keeps no blocks for multi-token prediction in the same file; leave it out")
-    plain = replace(graph, predictions=()) if form.mtp is False else graph
-    graphs = [plain]
-    padded = pad(plain if form.mtp else replace(graph, predictions=()), LARGEST_BLOCK)
-    if form.padding and any(w.shape != p.shape for w, p in zip(padded.weights(), plain.weights(), strict=False)):
-        graphs.append(padded)
-    return graphs
+    return form.graphs(graph, LARGEST_BLOCK)
 
 
 def types_of_gguf(path: Path) -> StoredTypes:

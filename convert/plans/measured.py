@@ -4,28 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...documents import exists
 from ...errors import OutputExists
 from ...progress import NoProgress, Progress
-from ...quant.planning.plan import Form
+from ...quant.planning.plan import Form, Plan
 from ...runner.passes import Measuring
-from ...runner.settings import Compute, dtype_name
+from ...runner.settings import Compute
 from ...runner.texts import CALIBRATION_TEXT
 from ...sources.imatrix import read_imatrix
 from ...sources.model import Model
 from ..encode import MeasuredImportance
 from ..resume.fingerprint import file_identity, measurement_fingerprint, text_identity
 from ..resume.journal import Journal, journal_folder
+from ..resume.records import Spent
 from ..settings import Calibration, Goal
-from .allocate import HELD_OUT_CHUNKS, Allocation, choose_measured_plan, probe_chunks, split_tokens
+from .allocate import HELD_OUT_CHUNKS, choose_measured_plan, probe_chunks, split_tokens
 from .choose import budget_of, with_error_feedback
 
 
 def plan_record(path: Path) -> Path:
     """The output as whose journal it is kept what was measured for `path`."""
     return path.with_name(f"{path.name}.plan")
+
+
+@dataclass(frozen=True)
+class MeasuredPlan:
+    """A plan that measurements led to, what earlier runs took to measure, and whether there were any."""
+
+    plan: Plan
+    earlier: Spent
+    resumed: bool
 
 
 @contextmanager
@@ -38,7 +49,7 @@ def measured_plan(
     compute: Compute = Compute(),
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Iterator[Allocation]:
+) -> Iterator[MeasuredPlan]:
     """The best plan for a goal that is a budget; inside the context, make `path` of it.
 
     Probes and comparisons take parts of the calibration text, of the bundled one where columns are not weighed by any.
@@ -57,7 +68,7 @@ def measured_plan(
             "importance matrix": file_identity(imatrix) if imatrix else "none",
             "text": text_identity(text, tokens),
             "calibration": "yes" if calibration.runs else "no",
-            "compute dtype": dtype_name(compute.dtype),
+            "compute dtype": compute.dtype,
             "error feedback": "yes" if calibration.error_feedback else "no",
             "padding and prediction": f"{form.padding}, {form.mtp}",
         },
@@ -68,9 +79,11 @@ def measured_plan(
         measuring = Measuring(
             model,
             tokens if calibration.runs else None,
-            MeasuredImportance(read_imatrix(imatrix)) if imatrix else None,
+            MeasuredImportance(read_imatrix(imatrix).fitted_to(model)) if imatrix else None,
             progress or NoProgress(),
-            compute.dtype,
+            compute.torch_dtype,
             bool(calibration.error_feedback),
         )
-        yield choose_measured_plan(measuring, budget, probes, held_out, form, compute.memory, journal)
+        resumed = journal.continues
+        found = choose_measured_plan(measuring, budget, probes, held_out, form, compute.memory, journal)
+        yield MeasuredPlan(found.plan, journal.earlier, resumed)

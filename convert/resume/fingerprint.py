@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ _NEUTRAL = (
     "convert/onnx/prepack.py",
 )
 _DIGITS = 12
+_BLOCK = 64 << 10  # bytes at either end of a file
+_TIME_STEP = 2_000_000_000  # nanoseconds; some disks round times of files to two seconds
 _VERSION = "moecast.version"  # a file says which version began it
 
 
@@ -67,7 +70,7 @@ def fingerprint(
     """The fingerprint of a conversion, for a `Journal`. `others` are further facts that change bytes."""
     types = [(tensor.weight.name, tensor.type.name, tensor.weight.shape) for tensor in plan.tensors]
     return {
-        "source": source_identity(model, metadata),
+        **source_identity(model, metadata),
         "quant": plan.recipe.name,
         **(others or {}),
         "tensor list": digest([types, split_max_bytes, activations]),
@@ -78,19 +81,40 @@ def fingerprint(
 
 def measurement_fingerprint(model: Model, facts: Mapping[str, str]) -> dict[str, str]:
     """The fingerprint of what is measured of a model; `facts` are all else that changes it."""
-    return {"source": source_identity(model, {}), **facts, "the code that decides bytes": code_digest()}
+    return {**source_identity(model, {}), **facts, "the code that decides bytes": code_digest()}
 
 
-def source_identity(model: Model, metadata: Mapping[str, Any]) -> str:
-    """The commit of a Hub repository; otherwise names, sizes and times of change of the files."""
+def source_identity(model: Model, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The commit of a Hub repository; otherwise all files, each by what stays when it is moved or copied with its time,
+    and by its path with what no program can set back: when the system saw it change, or on Windows begin."""
     repository, commit = (metadata.get(f"moecast.source.{key}") for key in ("repository", "revision"))
     if repository:
-        return f"{repository} at {commit}"
+        return {"source": f"{repository} at {commit}"}
     paths = {Path(tensor.file) for tensor in model.tensors}
     if model.path.is_dir():
         paths.add(model.path / "config.json")
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
-    return f"{sum(size for _, size, _ in files)} bytes in {len(files)} files ({digest(files)})"
+    files = {path: path.stat() for path in sorted(paths)}
+    facts = {"source": f"{sum(status.st_size for status in files.values())} bytes in {len(files)} files"}
+    for path, status in files.items():
+        time = status.st_mtime_ns // _TIME_STEP * _TIME_STEP
+        facts[path.name] = f"{status.st_size} bytes of {_moment(time)} ({_ends_of(path, status.st_size)})"
+        facts[str(path.resolve())] = f"changed at {_moment(status.st_ctime_ns)}"
+    return facts
+
+
+def _moment(nanoseconds: int) -> str:
+    seconds, rest = divmod(nanoseconds, 1_000_000_000)
+    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
+    return f"{moment:%Y-%m-%d %H:%M:%S}" + (f".{rest:09}" if rest else "")
+
+
+def _ends_of(path: Path, size: int) -> str:
+    """A short digest of the first and the last block of a file."""
+    with path.open("rb") as file:
+        ends = hashlib.sha256(file.read(_BLOCK))
+        file.seek(max(size - _BLOCK, 0))
+        ends.update(file.read(_BLOCK))
+    return ends.hexdigest()[:_DIGITS]
 
 
 def file_identity(path: Path) -> str:

@@ -1,20 +1,23 @@
 """Write-ahead journal of one output: lists the pieces that are durable on disk, so that an interrupted run resumes.
 
-Beside an output NAME lies the folder `.NAME.journal` with the file `records` and tensors saved on the way. The first
-line of `records` is the fingerprint of what is made; each further line lists keys of what has become durable since.
-Data are synchronized before the line that names them is written, so no line promises what a power cut could take back.
+Beside an output NAME lies the folder `.NAME.journal` with the file `records` and tensors saved on the way. The header
+of `records` is the fingerprint of what is made; each further line lists keys of what has become durable since. Data are
+synchronized before the line that names them is written, so no line promises what a power cut could take back. Disks
+break promises all the same: lines and saved tensors carry checksums, and what is damaged counts as not done.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path, PurePath
+from io import BytesIO
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.lib.format as npy
@@ -25,28 +28,13 @@ from ... import __version__
 from ...errors import BadInput, Interrupted, OutputExists
 from ...files import bytes_on_disk, lock, open_descriptor, read_at, sync, sync_folder, write_at
 from ...progress import NoProgress, Progress
+from .records import SAVED, STARTED, Key, Spent, entry, read_record, sealed
 
 BATCH_BYTES = 256 << 20  # this much is written before it is made durable
 BATCH_SECONDS = 2.0  # or for this long
 
-Key = tuple[str | int, ...]
-_STARTED = "started"  # first part of the keys that name temporary files
-_VERSION = "version"  # what the record says beside the fingerprint, for people
-
-
-def _is_sound(key: object) -> bool:
-    """Whether a record can be trusted with what follows from it: files that were started are removed by their names."""
-    if not isinstance(key, list) or not all(isinstance(part, str | int) for part in key) or not key:
-        return False
-    return key[0] != _STARTED or (len(key) == 3 and _is_part(key[1]) and isinstance(key[2], int))
-
-
-def _is_part(name: object) -> bool:
-    """Whether a record names a file in the making beside the journal; outputs may be called what the system allows."""
-    if not isinstance(name, str):
-        return False
-    path = PurePath(name)
-    return not path.anchor and ".." not in path.parts and path.name.startswith(".") and path.name.endswith(".part")
+_READ = 16 << 20  # bytes of a file at once
+_SHOWN = 3  # of what differs from an earlier run
 
 
 def journal_folder(output: Path) -> Path:
@@ -64,9 +52,10 @@ class Journal:
 
     Args:
         output: the file or folder that is made; the journal lies beside it.
-        fingerprint: everything that decides its bytes, under names and in values that a user understands.
+        fingerprint: everything that decides its bytes, under names and in values that a user understands. What is
+            named by an absolute path counts only where both have it: a source may move.
         overwrite: discard the unfinished work of another fingerprint.
-        progress: is told where the disk cannot keep other processes away.
+        progress: is told where the disk cannot keep other processes away, and what was damaged.
         keep_on_bad_input: bad input, which may be found late, does not remove what is done either; a complete output
             does.
 
@@ -86,7 +75,10 @@ class Journal:
         self._output = output
         self._fingerprint = dict(fingerprint)
         self._precious = keep_on_bad_input
+        self.progress = progress or NoProgress()
+        self._started = time.monotonic()
         self._done: set[Key] = set()
+        self._intact: dict[str, bool] = {}  # saved tensors that were looked at
         self._pending: list[Key] = []
         self._pending_bytes = 0
         self._unsynchronized: set[int] = set()
@@ -95,7 +87,7 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = open_descriptor(self.folder / "records", os.O_RDWR | os.O_CREAT)
             try:
-                self._lock(progress or NoProgress())
+                self._lock()
                 self._continue(overwrite)
             except BaseException:
                 os.close(self._descriptor)
@@ -104,6 +96,11 @@ class Journal:
             raise BadInput(f"{output} is being written by another process: wait for it, or stop it") from None
         except OSError as error:
             raise BadInput(f"{self.folder} cannot be written: {error.strerror}; choose another --output") from None
+
+    @property
+    def earlier(self) -> Spent:
+        """What earlier runs took; not all of a run counts that was killed, but what is recorded of it."""
+        return self._earlier
 
     def done(self, kind: str) -> Iterator[Key]:
         """All that is done of one kind: the keys that begin with it."""
@@ -116,25 +113,19 @@ class Journal:
     @property
     def continues(self) -> bool:
         """Whether something of the output was there from an earlier run, or has been made since."""
-        return any(key[0] != _STARTED for key in self._done)
+        return any(key[0] != STARTED for key in self._done)
 
     def start(self, temporary: Path) -> None:
-        """Record that a temporary file has its final size and can be filled. It goes where the journal is not kept."""
-        self.add((_STARTED, self._relative(temporary), temporary.stat().st_size))
-        self.commit()
-
-    def started(self, temporary: Path) -> bool:
-        """Whether an earlier run has started this file. Raises BadInput when it is not as that run left it."""
-        name = self._relative(temporary)
-        size = next((key[2] for key in self._done if key[:2] == (_STARTED, name)), None)
-        if size is not None and not (temporary.is_file() and temporary.stat().st_size == size):
-            raise BadInput(f"{temporary} was removed or changed, so what it held is lost: run the command again")
-        return size is not None
+        """Record that a temporary file is being made, so that it goes where the journal is not kept."""
+        key = (STARTED, temporary.relative_to(self.folder.parent).as_posix())
+        if key not in self._done:
+            self.add(key)
+            self.commit()
 
     @property
     def bytes_on_disk(self) -> int:
         """What the temporary files and everything beside the record take of the disk already."""
-        temporary = (self.folder.parent / str(key[1]) for key in self.done(_STARTED))
+        temporary = (self.folder.parent / str(key[1]) for key in self.done(STARTED))
         files = (*temporary, *(path for path in self.folder.rglob("*") if path.is_file()))
         return sum(bytes_on_disk(path) for path in files if path.exists())
 
@@ -154,26 +145,31 @@ class Journal:
                 sync(descriptor)
             self._unsynchronized.clear()
             if self._pending:
-                self._append(self._pending)
+                spent = self._earlier + Spent.since(self._started)
+                self._append(sealed(entry(self._pending, spent), self._seed))
                 self._pending, self._pending_bytes = [], 0
         except OSError as error:
             raise self.stopped(error) from None
         self._committed = time.monotonic()
 
     def save(self, name: str, tensors: Iterable[Tensor]) -> None:
-        """Keep tensors under a name, one at a time. They are durable at once, like all that was recorded before."""
+        """Keep tensors under a name of letters, digits and hyphens, one at a time. They are durable at once, like all
+        that was recorded before."""
+        size = checksum = 0
         try:
             with (self.folder / name).open("wb") as file:
                 for tensor in tensors:
-                    array = tensor.numpy()
-                    npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(array))
-                    file.write(np.ascontiguousarray(array).data)  # np.save would not say why a disk refuses
+                    array, header = tensor.numpy(), BytesIO()
+                    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(array))
+                    for part in (header.getvalue(), np.ascontiguousarray(array).data.cast("B")):
+                        size, checksum = size + file.write(part), zlib.crc32(part, checksum)
                 file.flush()
                 sync(file.fileno())
             sync_folder(self.folder)
         except OSError as error:
             raise self.stopped(error) from None
-        self.add(("saved", name))
+        self._intact[name] = True
+        self.add((SAVED, name, size, checksum))
         self.commit()
 
     def load(self, name: str) -> Iterator[Tensor]:
@@ -187,11 +183,15 @@ class Journal:
             yield tensor
 
     def holds(self, name: str) -> bool:
-        """Whether something was saved under a name, completely, and is still there."""
-        return ("saved", name) in self._done and (self.folder / name).is_file()
+        """Whether something was saved under a name, completely, and is there as it was."""
+        if name not in self._intact:
+            recorded = [key[2:] for key in self._done if key[:2] == (SAVED, name)]
+            self._intact[name] = bool(recorded) and _checksum(self.folder / name) in recorded
+        return self._intact[name]
 
     def drop(self, name: str) -> None:
         """Remove what was saved under a name."""
+        self._intact[name] = False
         (self.folder / name).unlink(missing_ok=True)
 
     def restart(self) -> None:
@@ -201,8 +201,10 @@ class Journal:
             if path.name != "records":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._done.clear()
-        self._length = 0
-        self._append(self._fingerprint | {_VERSION: __version__})
+        self._earlier, self._length = Spent(), 0
+        header = sealed({"fingerprint": self._fingerprint, "version": __version__})
+        self._seed = int(header[:8], 16)
+        self._append(header * 2)  # because all depends on it
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
 
@@ -240,68 +242,76 @@ class Journal:
         if remains:  # the record, which Windows does not remove while it is open
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _lock(self, progress: Progress) -> None:
+    def _lock(self) -> None:
         """Keep other processes away. Raises BlockingIOError when one is at work here."""
         if not lock(self._descriptor):
-            progress.note(f"{self.folder} is on a disk that cannot lock files: start nothing else that writes there")
+            line = f"{self.folder} is on a disk that cannot lock files: start nothing else that writes there"
+            self.progress.note(line)
         elif not os.fstat(self._descriptor).st_nlink:  # it was just finishing, and has removed the record
             raise BlockingIOError
 
     def _continue(self, overwrite: bool) -> None:
         """Read the record, and begin anew where it is of no use."""
-        found = self._read()
-        version = found.pop(_VERSION, None)
-        if found == self._fingerprint:
-            return
-        if self.continues and not overwrite:
-            raise BadInput(self._difference(found, version))
-        self.restart()
-
-    def _read(self) -> dict[str, str]:
-        """The fingerprint of the record; its keys become what is done, up to the first line that is not whole."""
         content = bytearray(os.fstat(self._descriptor).st_size)
         read_at(self._descriptor, memoryview(content), 0)
-        fingerprint: dict[str, str] = {}
-        self._length = 0
-        for number, line in enumerate(content.splitlines(keepends=True)):
-            try:
-                value = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                value = None
-            if number and isinstance(value, list) and all(_is_sound(key) for key in value):
-                self._done.update(tuple(key) for key in value)
-            elif not number and isinstance(value, dict):
-                fingerprint = value
-            else:
-                break
-            self._length += len(line)
-        return fingerprint
+        record = read_record(bytes(content))
+        self._done, self._earlier = record.done, record.spent
+        self._seed, self._length = record.seed, record.length
+        if record.damaged:
+            damaged = "1 line is" if record.damaged == 1 else f"{record.damaged} lines are"
+            self.progress.note(f"{self.folder / 'records'}: {damaged} damaged; what is recorded there is done again")
+        found, version = _described(record.header or {})
+        changes = self._changes(found)
+        if not changes:
+            return
+        if self.continues and not overwrite:
+            raise BadInput(self._refusal(changes, version))
+        self.restart()
 
-    def _append(self, value: object) -> None:
-        """Write one line behind the last whole one, and make it durable."""
-        line = json.dumps(value, separators=(",", ":")).encode() + b"\n"
+    def _append(self, line: bytes) -> None:
+        """Write a line behind the last whole one, and make it durable."""
         os.ftruncate(self._descriptor, self._length)
         write_at(self._descriptor, memoryview(line), self._length)
         sync(self._descriptor)
         self._length += len(line)
 
-    def _relative(self, temporary: Path) -> str:
-        return temporary.relative_to(self.folder.parent).as_posix()
-
     def _remove_temporaries(self) -> None:
-        for key in self.done(_STARTED):
+        for key in self.done(STARTED):
             with suppress(OSError):
                 self.folder.parent.joinpath(str(key[1])).unlink(missing_ok=True)
 
-    def _difference(self, found: Mapping[str, str], version: str | None) -> str:
-        names = dict.fromkeys((*self._fingerprint, *found))
-        changes = "; ".join(
+    def _changes(self, found: Mapping[str, str]) -> list[str]:
+        """What differs from the fingerprint that was found."""
+        return [
             f"{name} was {found.get(name)}, is now {self._fingerprint.get(name)}"
-            for name in names
+            for name in dict.fromkeys((*self._fingerprint, *found))
             if found.get(name) != self._fingerprint.get(name)
-        )
-        other = f" with moecast {version}" if version not in (None, __version__) else ""
+            and (not Path(name).is_absolute() or (name in found and name in self._fingerprint))
+        ]
+
+    def _refusal(self, changes: Sequence[str], version: str) -> str:
+        further = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+        other = f" with moecast {version}" if version != __version__ else ""
         return (
-            f"{changes}: {self.folder} holds unfinished work of another conversion; run that one again{other} to "
-            "finish it, or use --overwrite to begin anew"
+            f"{'; '.join(changes[:_SHOWN])}{further}: {self.folder} holds unfinished work of another conversion; run "
+            f"that one again{other} to finish it, or use --overwrite to begin anew"
         )
+
+
+def _described(header: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """A header's fingerprint and version."""
+    fingerprint = header.get("fingerprint")
+    facts = fingerprint.items() if isinstance(fingerprint, dict) else ()
+    return {name: str(value) for name, value in facts}, str(header.get("version"))
+
+
+def _checksum(path: Path) -> tuple[int, int] | None:
+    """A file's size and CRC-32, None where it is gone or cannot be read."""
+    size = checksum = 0
+    try:
+        with path.open("rb") as file:
+            while part := file.read(_READ):
+                size, checksum = size + len(part), zlib.crc32(part, checksum)
+    except OSError:
+        return None
+    return size, checksum

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
 
 from torch import Tensor
 
@@ -11,13 +12,30 @@ from ...quant.rounding.statistics import Statistics
 from .journal import Journal
 
 
-class SavedStates:
-    """The `LayerStates` of a pass, which goes by a name of its own in the journal."""
+def _always(layer: int) -> bool:
+    return True
 
-    def __init__(self, journal: Journal, layers: Sequence[Layer], name: str = "states") -> None:
+
+class SavedStates:
+    """The `LayerStates` of a pass, which goes by a name of its own in the journal.
+
+    A layer is only passed where all else that was made of it and of those before is there: `intact` says so.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        layers: Sequence[Layer],
+        name: str = "states",
+        intact: Callable[[int], bool] = _always,
+    ) -> None:
         self._journal = journal
         self._name = name
-        self.last = max((layer.index for layer in layers if journal.holds(self._of(layer.index))), default=None)
+        passed = [layer.index for layer in takewhile(lambda layer: intact(layer.index), layers)]
+        self.last = max((index for index in passed if journal.holds(self._of(index))), default=None)
+        for layer in layers:
+            if layer.index != self.last:
+                journal.drop(self._of(layer.index))
 
     def load(self) -> Iterator[Tensor]:
         """What was saved after `last`."""
@@ -63,6 +81,11 @@ class MeasurementCache:
 def save_statistics(journal: Journal, layer: int, statistics: Statistics) -> None:
     """Keep what a layer's weights have seen until the importance matrix is complete."""
     journal.save(f"statistics-{layer}", statistics.tensors())
+
+
+def holds_statistics(journal: Journal, layer: int) -> bool:
+    """Whether what an earlier run has kept of a layer is there."""
+    return journal.holds(f"statistics-{layer}")
 
 
 def load_statistics(journal: Journal, layer: int) -> Statistics:

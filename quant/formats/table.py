@@ -74,6 +74,8 @@ _TYPES: Final = (
     ("Q2_0", 42, 64, 18),
 )
 
+NO_WEIGHTS: Final = ("I8", "I16", "I32", "I64", "F64")
+
 FORMATS: Final[dict[str, Format]] = {fields[0]: Format(*fields) for fields in _TYPES}
 LARGEST_BLOCK: Final = max(format.block_size for format in FORMATS.values())  # every row of a multiple fits all types
 _BY_ID: Final = {format.id: format for format in FORMATS.values()}

@@ -106,7 +106,7 @@ class Damage:
 
 def typical_damage(graph: Graph) -> Damage:
     """What to expect of a model that was not measured: sensitivities by role, shared evenly by the role's weights."""
-    weights = [weight for weight in graph.weights() if _may_be_quantized(weight)]
+    weights = [weight for weight in graph.weights() if weight.may_be_quantized]
     count = {role: sum(weight.role is role for weight in weights) for role in {weight.role for weight in weights}}
     return Damage({w.name: TYPICAL_SENSITIVITY.get(w.role, _OTHER) / count[w.role] for w in weights})
 
@@ -130,7 +130,7 @@ def allowed_types(weight: Weight, one_bit: bool = False) -> tuple[Format, ...]:
     """
     if weight.role is Role.HASH_TABLE:
         return (format_named("I32"),)
-    if not _may_be_quantized(weight):
+    if not weight.may_be_quantized:
         return (format_named("F32"),)
     exact = exact_format(weight.source)
     most = weight.source.bits + _SCALE_BITS
@@ -143,10 +143,6 @@ def allowed_types(weight: Weight, one_bit: bool = False) -> tuple[Format, ...]:
         least = min(format_named(LEAST_SENSITIVE).bits_per_weight, most)
         fitting = [format for format in fitting if format.bits_per_weight >= least] or fitting
     return tuple(sorted(fitting or [format_named("F16")], key=lambda format: format.bits_per_weight))
-
-
-def _may_be_quantized(weight: Weight) -> bool:
-    return not weight.role.keep_f32 and len(weight.shape) > 1 and weight.role is not Role.HASH_TABLE
 
 
 def _engine_takes(role: Role, name: str) -> bool:

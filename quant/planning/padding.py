@@ -10,24 +10,46 @@ of what is about to be written see that multiplied by a, and have to leave it so
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations
 from math import sqrt
 
 from ...archs.expressions import Padded
-from ...archs.graph import Branch, Graph, Layer, Norm, Operation, SubLayer, with_weights
-from ...archs.weights import Weight
+from ...archs.graph import Branch, Graph, Layer, Norm, Operation, SubLayer, Width, with_weights
+from ...archs.weights import Role, Weight
+
+WidthKind = tuple[Role, ...]
+"""What grows at once, because a file states it once: the widths that are the rows of weights with these roles."""
+_HIDDEN: WidthKind = ()
 
 
-def pad(graph: Graph, multiple: int) -> Graph:
-    """The same model with all widths that may grow rounded up to a multiple.
+def padded_forms(graph: Graph, multiple: int) -> Iterator[Graph]:
+    """The graph as it is, then with each choice of the widths that are no multiple padded to one, all of them last."""
+    kinds = _growing(graph, multiple)
+    for count in range(len(kinds) + 1):
+        for chosen in combinations(kinds, count):
+            yield pad(graph, multiple, chosen) if chosen else graph
+
+
+def changed_widths(graph: Graph, padded: Graph) -> str:
+    """How long rows were and are, such as "1856 to 2048, 2688 to 2816"; empty where none is longer."""
+    columns = {weight.name: weight.columns for weight in graph.weights()}
+    widths = {(columns[weight.name], weight.columns) for weight in padded.weights()}
+    return ", ".join(f"{old} to {new}" for old, new in sorted(widths) if old != new)
+
+
+def pad(graph: Graph, multiple: int, kinds: Collection[WidthKind] | None = None) -> Graph:
+    """The same model with widths that may grow rounded up to a multiple: all of them, or those of some kinds.
 
     The hidden size may, and the inner widths that operations say may. A graph with drafting blocks keeps its hidden
     size, as does any with a LayerNorm, which subtracts the mean, and one with hyper-connections all its widths.
     """
-    if graph.residual:
+    kinds = _growing(graph, multiple) if kinds is None else kinds
+    if not kinds:
         return graph
-    hidden = _rounded(graph.hidden_size, multiple) if _hidden_size_may_grow(graph) else graph.hidden_size
-    padding = _Padding(multiple, hidden, sqrt(hidden / graph.hidden_size))
+    hidden = _rounded(graph.hidden_size, multiple) if _HIDDEN in kinds else graph.hidden_size
+    padding = _Padding(multiple, kinds, hidden, sqrt(hidden / graph.hidden_size))
     return replace(
         graph,
         hidden_size=hidden,
@@ -37,6 +59,21 @@ def pad(graph: Graph, multiple: int) -> Graph:
         head=_resized(graph.head, columns=hidden),
         predictions=tuple(replace(p, layer=padding.layer(p.layer)) for p in graph.predictions),
     )
+
+
+def _growing(graph: Graph, multiple: int) -> list[WidthKind]:
+    """The kinds of widths that may grow and are no multiple."""
+    if graph.residual:
+        return []
+    kinds = [_HIDDEN] if _hidden_size_may_grow(graph) and graph.hidden_size % multiple else []
+    layers = (*graph.layers, *(prediction.layer for prediction in graph.predictions))
+    operations = (operation for layer in layers for operation in layer.operations)
+    widths = (width for operation in operations for width in operation.widths if width.size % multiple)
+    return [*dict.fromkeys([*kinds, *map(_kind, widths)])]
+
+
+def _kind(width: Width) -> WidthKind:
+    return tuple(weight.role for weight in width.rows)
 
 
 def _hidden_size_may_grow(graph: Graph) -> bool:
@@ -62,9 +99,10 @@ def _rounded(size: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class _Padding:
-    """`hidden` is the new hidden size, `factor` the growth of what the residual stream holds."""
+    """`kinds` grow; `hidden` is the new hidden size, `factor` the growth of what the residual stream holds."""
 
     multiple: int
+    kinds: Collection[WidthKind]
     hidden: int
     factor: float
 
@@ -96,7 +134,7 @@ class _Padding:
         for norm in operation.residual_norms:
             columns[norm.weight.name], factors[norm.weight.name] = self.hidden, 1 / self.factor
         for width in operation.widths:
-            size = _rounded(width.size, self.multiple)
+            size = _rounded(width.size, self.multiple) if _kind(width) in self.kinds else width.size
             rows |= {weight.name: size for weight in width.rows}
             columns |= {weight.name: size for weight in width.columns}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -12,9 +12,9 @@ from ...archs.expressions import GlobalScales, Nvfp4, Padded, Stack
 from ...archs.graph import Graph
 from ...archs.weights import Role, Weight, scale_name
 from ...errors import BadInput
-from ..formats.table import Format, format_named
+from ..formats.table import NO_WEIGHTS, Format, format_named
 from .exact import exact_format
-from .padding import pad
+from .padding import changed_widths, padded_forms
 from .recipes import DOWN_PROJECTIONS, FALLBACKS, LAST_RESORT, Position, Recipe
 
 ALIGNMENT = 32  # bytes; GGUF's default, every tensor starts at a multiple of it
@@ -25,13 +25,27 @@ class Form:
     """In which form a file holds its model; results do not depend on it.
 
     Attributes:
-        padding: fill rows up with zeros where the recipe's blocks demand it, instead of falling back to other types.
+        padding: fill rows up with zeros to fit the recipe's blocks, instead of falling back to other types; by default,
+            those rows alone that make the file smaller.
         mtp: keep the blocks for multi-token prediction; by default, unless they rule out padding or are a draft of
             their own, which makes a second file.
     """
 
-    padding: bool = True
+    padding: bool | None = None
     mtp: bool | None = None
+
+    def graphs(self, graph: Graph, multiple: int) -> list[Graph]:
+        """What a file may hold of a model, with rows padded to a multiple or not, as far as this leaves it open.
+
+        Where `padding` does, the first has no row padded and the last all that may be.
+        """
+        alone = replace(graph, predictions=())
+        found = [*padded_forms(alone if self.mtp is False else graph, multiple)]
+        if self.mtp is None and graph.predictions:
+            found += (form for form in padded_forms(alone, multiple) if form.hidden_size != graph.hidden_size)
+        if self.padding is None:
+            return found
+        return found[-1:] if self.padding else found[:1]
 
 
 @dataclass(frozen=True)
@@ -150,30 +164,45 @@ def plan_file(graph: Graph, recipe: Recipe, form: Form = Form(), calibrated: boo
     elif graph.draft:
         size = plan_tensors(graph.draft, recipe).bytes
         notes.append(f"multi-token prediction takes a file of its own, of {size / 1e9:.3g} GB more")
-    base = format_named(recipe.base)
-    if mtp is None and form.padding and graph.predictions and not base.fits(graph.hidden_size):
+    multiple = _largest_block(plan_tensors(graph, recipe, calibrated))
+    plans = [plan_tensors(form_graph, recipe, calibrated) for form_graph in form.graphs(graph, multiple)]
+    plan = _smallest(plans)
+    if mtp is None and graph.predictions and not plan.graph.predictions:
         notes.append("left out multi-token prediction: its LayerNorm rules out padding the hidden size; --mtp keeps it")
-        mtp = False
-    if mtp is False:
-        graph = replace(graph, predictions=())
-    plan = plan_tensors(graph, recipe, calibrated)
-    if form.padding and (padded := pad(graph, base.block_size)) != graph:
-        unpadded, plan = plan, plan_tensors(padded, recipe, calibrated)
-        notes.append(_describe_padding(unpadded, plan))
+    if form.padding is not False:
+        (unpadded,) = replace(form, padding=False).graphs(graph, multiple)
+        notes += _describe_padding(plan_tensors(unpadded, recipe, calibrated), plan, plans[-1])
     return replace(plan, notes=tuple(notes))
 
 
-def _describe_padding(before: Plan, after: Plan) -> str:
-    widths = {
-        (old.weight.columns, new.weight.columns)
-        for old, new in zip(before.tensors, after.tensors, strict=True)
-        if old.weight.columns != new.weight.columns
-    }
-    changes = ", ".join(f"{old} to {new}" for old, new in sorted(widths))
-    line = f"padded rows with zeros, which changes no result: {changes}"
-    if before.bytes < after.bytes:
-        line += f"; --no-pad makes the file {1 - before.bytes / after.bytes:.0%} smaller with other types"
-    return line
+def _largest_block(plan: Plan) -> int:
+    """The largest block of what a recipe is about: its base, and what it wants of experts."""
+    wanted = (tensor.wanted for tensor in plan.tensors if tensor.weight.experts is not None)
+    return max(format.block_size for format in (format_named(plan.recipe.base), *wanted))
+
+
+def _smallest(plans: Sequence[Plan]) -> Plan:
+    """The least bytes; a block for multi-token prediction is not given up for its own."""
+    hidden = min(plans, key=_bytes_without_predictions).graph.hidden_size
+    return min((plan for plan in plans if plan.graph.hidden_size == hidden), key=lambda plan: plan.bytes)
+
+
+def _bytes_without_predictions(plan: Plan) -> int:
+    own = {weight.name for weight in replace(plan.graph, predictions=()).weights()}
+    return sum(tensor.aligned_bytes for tensor in plan.tensors if tensor.weight.name in own)
+
+
+def _describe_padding(unpadded: Plan, plan: Plan, padded: Plan) -> Iterator[str]:
+    """What was padded and what that saves, or what padding all rows would cost."""
+    changes = changed_widths(unpadded.graph, plan.graph)
+    possible = changed_widths(unpadded.graph, padded.graph)
+    before, after, all_padded = map(_bytes_without_predictions, (unpadded, plan, padded))
+    if changes:
+        more = "larger" if after > before else "smaller"
+        change = f"{abs(after / before - 1):.1%} {more}"
+        yield f"padded rows with zeros, which changes no result: {changes}; that makes the file {change}"
+    elif possible:
+        yield f"no rows padded with zeros ({possible}): that would make the file {all_padded / before - 1:.1%} larger"
 
 
 def plan_tensors(graph: Graph, recipe: Recipe, calibrated: bool = False) -> Plan:
@@ -264,12 +293,12 @@ def override_types(plan: Plan, overrides: Sequence[tuple[str, str]]) -> Plan:
 
     Raises BadInput for a bad expression, an unknown type, one that rows do not fit, and an override without effect.
     """
-    compiled = [(pattern, _compiled(pattern), format_named(name)) for pattern, name in overrides]
+    compiled = [(pattern, _compiled(pattern), _type_for_weights(name)) for pattern, name in overrides]
     used: set[str] = set()
     tensors = []
     for tensor in plan.tensors:
         found = next(((text, wanted) for text, regex, wanted in compiled if regex.search(tensor.weight.name)), None)
-        if found and not tensor.weight.role.keep_f32 and len(tensor.weight.shape) > 1:
+        if found and tensor.weight.may_be_quantized:
             pattern, wanted = found
             used.add(pattern)
             wanted.row_bytes(tensor.weight.columns)
@@ -281,6 +310,12 @@ def override_types(plan: Plan, overrides: Sequence[tuple[str, str]]) -> Plan:
                 f"--tensor-type {pattern!r} matches no tensor that may be quantized: see the names in `plan`"
             )
     return replace(plan, tensors=tuple(tensors))
+
+
+def _type_for_weights(name: str) -> Format:
+    if name in NO_WEIGHTS:
+        raise BadInput(f"--tensor-type gives {name}, which holds no weights: choose another type")
+    return format_named(name)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

@@ -1,8 +1,8 @@
 """Plans as files: types and shapes of all tensors by name, to be read by people, edited, shared and used again.
 
-    {"version": 1, "name": "3.42bpw", "bytes": 96000000000, "bits_per_weight": 3.42, "bytes_per_token": 4.1e9,
-     "expected_kld": 0.021, "problems": [], "tensors": [{"name": "token_embd.weight", "type": "Q6_K",
-     "shape": [200064, 3072], "bytes": 504161280}, ...]}
+    {"version": 1, "moecast": "0.1.0", "name": "3.42bpw", "bytes": 96000000000, "bits_per_weight": 3.42,
+     "bytes_per_token": 4.1e9, "expected_kld": 0.021, "problems": [], "tensors": [{"name": "token_embd.weight",
+     "type": "Q6_K", "shape": [200064, 3072], "bytes": 504161280}, ...]}
 
 Reading needs version, name and, of each tensor, name, type and shape; the rest is what the plan amounts to. Shapes are
 slowest dimension first; those of a padded plan are larger than the model's.
@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ... import __version__
 from ...archs.config import Config
 from ...archs.graph import Graph
 from ...archs.weights import Role
@@ -24,9 +25,9 @@ from ...documents import read_json
 from ...errors import BadInput
 from ...files import sync
 from ...paths import is_plain_name
-from ..formats.table import LARGEST_BLOCK, Format, format_named
+from ..formats.table import FORMATS, Format, format_named
 from .allocation import allowed_types, bytes_per_token, plan_with
-from .padding import pad
+from .padding import padded_forms
 from .plan import Plan
 
 VERSION = 1
@@ -45,6 +46,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     """A plan as the numbers and strings of a plan file."""
     return {
         "version": VERSION,
+        "moecast": __version__,
         "name": plan.recipe.name,
         "bytes": plan.bytes,
         "bits_per_weight": plan.bits_per_weight,
@@ -110,11 +112,9 @@ def plan_like(graph: Graph, stored: StoredTypes) -> Plan:
     """
     if not any(w.name in stored.tensors for w in replace(graph, layers=()).weights() if w.layer is not None):
         graph = replace(graph, predictions=())
-    notes = graph.notes
-    if stored.tensors.get(graph.embedding.name, ("", graph.embedding.shape))[1] != graph.embedding.shape or any(
-        stored.tensors.get(weight.name, ("", weight.shape))[1] != weight.shape for weight in graph.weights()
-    ):
-        graph = pad(graph, LARGEST_BLOCK)
+    notes, own = graph.notes, graph
+    graph = next((form for form in _forms(own) if _has_shapes_of(form, stored)), own)
+    if graph is not own:
         notes = (*notes, f"padded rows with zeros, as {stored.origin} has them, which changes no result")
     types = {weight.name: _type_of(weight.name, weight.shape, stored) for weight in graph.weights()}
     for weight in graph.weights():
@@ -123,6 +123,17 @@ def plan_like(graph: Graph, stored: StoredTypes) -> Plan:
             types[weight.name] = allowed[0]
         types[weight.name].row_bytes(weight.columns)
     return replace(plan_with(graph, types, stored.name), notes=notes)
+
+
+def _forms(graph: Graph) -> Iterator[Graph]:
+    """The graph as it is and with rows padded, to whatever blocks."""
+    for size in sorted({format.block_size for format in FORMATS.values()}):
+        yield from padded_forms(graph, size)
+
+
+def _has_shapes_of(graph: Graph, stored: StoredTypes) -> bool:
+    """Whether no tensor has another shape; one that is missing has none."""
+    return all(stored.tensors.get(w.name, ("", w.shape))[1] == w.shape for w in graph.weights())
 
 
 def _type_of(name: str, shape: tuple[int, ...], stored: StoredTypes) -> Format:

@@ -7,7 +7,7 @@ what `llama-quantize` of October 2026 does for models with more than 8 experts; 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from ...archs.weights import Role
@@ -82,7 +82,7 @@ class Recipe:
     """Types for a whole model; `file_type` is llama.cpp's number for it, `base` serves where no rule applies.
 
     `native` asks for what the checkpoint itself holds, wherever the file format has a form for it. What is `ours`
-    llama-quantize does not have.
+    llama-quantize does not have. What is `outdone` by other mixes of its size is there for those who ask for it alone.
     """
 
     name: str
@@ -91,6 +91,7 @@ class Recipe:
     rules: Mapping[Role, Rules] = field(default_factory=dict)
     native: bool = False
     ours: bool = False
+    outdone: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -98,8 +99,13 @@ class Recipe:
 
     @property
     def wants_importance(self) -> bool:
-        """Whether it rounds so coarsely that knowing which inputs of a weight matter pays."""
-        return not self.native and format_named(self.base).bits_per_weight < 8
+        """Whether it rounds anything so coarsely that knowing which inputs of a weight matter pays."""
+        return not self.native and any(format_named(name).bits_per_weight < 8 for name in self.types)
+
+    @property
+    def types(self) -> set[str]:
+        """All that it gives to some tensor of some model."""
+        return {self.base, *(name for rules in self.rules.values() for name, _ in rules)}
 
     def type_of(self, role: Role, position: Position) -> str:
         """The type of a tensor of that role, before any fallback for its row length."""
@@ -220,7 +226,9 @@ _ALL = (
     _recipe("Q2_K", 10, "Q2_K", value=(*_GROUPED_Q4, ("Q3_K", _always)), output="Q3_K", down=(("Q3_K", _always),)),
     _recipe("Q2_K_S", 21, "Q2_K", value=_GROUPED_Q4, down=(("Q4_K", _early(8)),)),
     _recipe("Q4_0", 2, "Q4_0", down=(("Q4_1", _with_importance(_early(8))),)),
+    replace(_recipe("Q4_1", 3, "Q4_1"), outdone=True),
     _recipe("Q5_0", 8, "Q5_0", down=(("Q5_1", _with_importance(_early(8))),)),
+    replace(_recipe("Q5_1", 9, "Q5_1"), outdone=True),
     _recipe("IQ4_NL", 25, "IQ4_NL", value=_GROUPED_Q5, down=_EARLY_Q5_UNCALIBRATED),
     _recipe("IQ4_XS", 30, "IQ4_XS", value=_GROUPED_Q5, down=_EARLY_Q5_UNCALIBRATED),
     _recipe("IQ3_M", 27, "IQ3_S", value=(("Q4_K", _always),), output="Q4_K", down=(("Q4_K", _early(8)),)),
@@ -250,6 +258,8 @@ _ALL = (
         dict.fromkeys((Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN), (("MXFP4", _always),)),
     ),
     _recipe("Q2_0", 41, "Q2_0", embedding="Q4_K"),
+    replace(_recipe("TQ2_0", 37, "TQ2_0", embedding="Q4_K"), outdone=True),
+    replace(_recipe("TQ1_0", 36, "TQ1_0", embedding="Q4_K"), outdone=True),
     _experts_low("EXPERTS_Q4", 15, "Q4_K", "Q4_K"),
     _experts_low("EXPERTS_Q3", 23, "IQ3_XXS", "Q3_K"),
     _experts_low("EXPERTS_Q2", 19, "IQ2_XXS", "Q2_K"),

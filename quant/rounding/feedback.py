@@ -62,11 +62,11 @@ def quantize_with_feedback(x: Tensor, name: str, moments: SecondMoments, threads
     format.row_bytes(x.shape[1])
     cholesky = moments.cholesky(format.block_size)
     values = x.T.to(torch.float32).contiguous()
-    errors = torch.zeros_like(values)  # of the blocks so far
+    errors = torch.zeros_like(values, dtype=cholesky.carried.dtype)  # of the blocks so far
     parts = []
     for start in range(0, len(values), format.block_size):
         here = slice(start, start + format.block_size)
-        wanted_values = values[here] + cholesky.carried[:start, here].T @ errors[:start]
+        wanted_values = values[here] + (cholesky.carried[:start, here].T @ errors[:start]).float()
         triangle = cholesky.triangle[here, here]
         data = blocks.quantize(wanted_values.T, name, triangle.diagonal().square(), threads).T
         levels, stored = _choose(grid, format, data, wanted_values, triangle, threads)

@@ -22,18 +22,20 @@ class Cholesky(NamedTuple):
     """
 
     triangle: Tensor  # [columns, columns], upper
-    carried: Tensor  # [columns, columns]; only what is above the blocks counts
+    carried: Tensor  # [columns, columns], of the dtype that products are computed in; what is above the blocks counts
 
 
 class SecondMoments:
     """Mean products of the inputs of a matrix, and from how many tokens they are.
 
-    `means` are float32 [columns, columns], of which the upper triangle counts.
+    `means` are float32 [columns, columns], of which the upper triangle counts. Products that carry errors from block to
+    block are computed in `dtype`: they only say what to aim at.
     """
 
-    def __init__(self, means: Tensor, tokens: float) -> None:
+    def __init__(self, means: Tensor, tokens: float, dtype: torch.dtype = torch.float32) -> None:
         self.means = means
         self.tokens = tokens
+        self._dtype = dtype
         self._padded: dict[int, SecondMoments] = {}
         self._triangle: Tensor | None = None
         self._factors: dict[int, Cholesky] = {}
@@ -42,15 +44,18 @@ class SecondMoments:
         """The same with columns that have no inputs, so that there are so many."""
         missing = columns - len(self.means)
         if missing and columns not in self._padded:
-            self._padded[columns] = SecondMoments(functional.pad(self.means, (0, missing, 0, missing)), self.tokens)
+            self._padded[columns] = self._filled_up(missing)
         return self._padded[columns] if missing else self
+
+    def _filled_up(self, missing: int) -> SecondMoments:
+        return SecondMoments(functional.pad(self.means, (0, missing, 0, missing)), self.tokens, self._dtype)
 
     def cholesky(self, size: int) -> Cholesky:
         """For blocks of so many columns."""
         if size not in self._factors:
             if self._triangle is None:
                 self._triangle = self._factorized()
-            self._factors[size] = Cholesky(self._triangle, divided(self._triangle, size))
+            self._factors[size] = Cholesky(self._triangle, divided(self._triangle, size).to(self._dtype))
         return self._factors[size]
 
     def _factorized(self) -> Tensor:
@@ -75,10 +80,16 @@ class SecondMoments:
 
 def divided(triangle: Tensor, size: int) -> Tensor:
     """Each `size` columns of an upper triangle divided by their block of the diagonal, from the right."""
-    columns = triangle.unflatten(1, (-1, size)).movedim(1, 0)  # [blocks, columns, size]
-    blocks = columns.unflatten(1, (-1, size)).diagonal(dim1=0, dim2=1).movedim(-1, 0)  # [blocks, size, size]
-    quotients: Tensor = torch.linalg.solve_triangular(blocks, columns, upper=True, left=False)
-    return quotients.movedim(0, 1).flatten(1)
+    if size == 1:
+        return triangle / triangle.diagonal()
+    blocks = triangle.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    identity = torch.eye(size, device=triangle.device).expand_as(blocks)
+    inverses: Tensor = torch.linalg.solve_triangular(blocks, identity, upper=True)
+    quotients = torch.zeros_like(triangle)
+    for number, inverse in enumerate(inverses):
+        stop = (number + 1) * size  # zeros below the diagonal stay zeros
+        quotients[:stop, stop - size : stop] = triangle[:stop, stop - size : stop] @ inverse
+    return quotients
 
 
 def products_of(states: Tensor) -> Tensor:

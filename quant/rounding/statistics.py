@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...archs.weights import Role, Weight
+from ...archs.weights import Weight
 from .moments import SecondMoments, products_of
 
 PRIOR: Final = 16  # tokens that the average over all experts counts for beside an expert's own
@@ -34,26 +34,35 @@ class Statistics:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
-        self._pooled: dict[str, Tensor] = {}
+        self._layer: dict[str, tuple[Tensor, int]] = {}  # sums of squares that all experts' tokens make, and how many
         self._expert_stacks: list[str] = []
 
     @classmethod
     def of_tensors(cls, tensors: Iterator[Tensor]) -> Statistics:
-        """What `tensors` gave."""
+        """What `tensors` gave: enough for an importance matrix."""
         statistics = cls()
         names, statistics._expert_stacks = (bytes(next(tensors).tolist()).decode().split("\n") for _ in range(2))
         for name in names:
             statistics.sums[name], statistics.counts[name] = next(tensors), next(tensors)
-            statistics._pooled[name] = statistics.sums[name].sum(dim=0)
         return statistics
 
     def tensors(self) -> Iterator[Tensor]:
-        """Everything as tensors, the names (UTF-8) of all weights and of stacks of experts first."""
+        """Sums and counts as tensors, the names (UTF-8) of all weights and of stacks of experts first."""
         for names in (self.sums, self._expert_stacks):
             yield torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8, device="cpu")
         for name, sums in self.sums.items():
             yield sums
             yield self.counts[name]
+
+    def add_layer(self, weights: Sequence[Weight], states: Tensor) -> None:
+        """Count in what all experts of a layer read, [tokens, columns], before any of them runs.
+
+        weights: the stacks that read it; which expert reads which token does not matter here.
+        """
+        squares = states.square().sum(dim=0).double()
+        for weight in weights:
+            before, tokens = self._layer.get(weight.name, (torch.zeros_like(squares), 0))
+            self._layer[weight.name] = before + squares, tokens + len(states)
 
     def add(self, weight: Weight, expert: int | None, states: Tensor) -> None:
         """Count in what a matrix is multiplied with, [inputs, columns]."""
@@ -61,37 +70,40 @@ class Statistics:
         if name not in self.sums:
             self.sums[name] = torch.zeros(weight.matrices, columns, dtype=torch.float64, device=states.device)
             self.counts[name] = torch.zeros(weight.matrices, dtype=torch.int64, device=states.device)
-            self._pooled[name] = torch.zeros(columns, dtype=torch.float64, device=states.device)
             if weight.experts is not None:
                 self._expert_stacks.append(name)
-        squares = states.square().sum(dim=0).double()
-        self.sums[name][expert or 0] += squares
+        self.sums[name][expert or 0] += states.square().sum(dim=0).double()
         self.counts[name][expert or 0] += len(states)
-        self._pooled[name] += squares
 
     def of(self, weight: Weight, expert: int | None) -> Tensor | None:
         """The mean square of each input of one matrix, float64 [columns]; None where nothing has passed.
 
-        An expert's own mean is drawn towards that of all experts so far, the more so the less it has seen:
-        (n * own + k * pooled) / (n + k). Inner neurons of two experts have nothing in common but their size, so the
-        pooled mean of down projections is one for all columns. Columns that pad a weight have no inputs: 0.
+        An expert's own mean is drawn towards a prior, the more so the less it has seen: (n own + k prior) / (n + k).
+        The prior of gate and up projections is the mean over all tokens of the layer. Inner neurons of two experts have
+        nothing in common: that of down projections is one value for all columns, the expert's own mean. So no expert's
+        figures depend on which others came before. Columns that pad a weight have no inputs: 0.
         """
-        if weight.name not in self.sums:
-            return None
-        counts = self.counts[weight.name]
-        own, count = self.sums[weight.name][expert or 0], counts[expert or 0]
-        if weight.experts is None:
-            mean = own / count
+        matrix, known = expert or 0, weight.name in self.sums
+        if weight.experts is not None and (known or self._layer):
+            mean = self._mean_of_expert(weight, matrix)
+        elif known:
+            mean = self.sums[weight.name][matrix] / self.counts[weight.name][matrix]
         else:
-            pooled = self.pooled(weight)
-            if weight.role is Role.EXPERT_DOWN:
-                pooled = pooled.mean().expand_as(pooled)
-            mean = (own + PRIOR * pooled) / (count + PRIOR)
+            return None
         return functional.pad(mean, (0, weight.columns - len(mean)))
 
-    def pooled(self, weight: Weight) -> Tensor:
-        """The mean square of each input of all experts, float64 [columns]."""
-        return self._pooled[weight.name] / self.counts[weight.name].sum()
+    def _mean_of_expert(self, weight: Weight, expert: int) -> Tensor:
+        sums = self.sums.get(weight.name)
+        device = "cpu" if sums is None else sums.device
+        alike = torch.ones(weight.columns, dtype=torch.float64, device=device)
+        squares, tokens = self._layer.get(weight.name, (alike, 1))
+        prior = squares / tokens
+        if sums is None:  # no expert has been reached so far
+            return prior
+        own, count = sums[expert], int(self.counts[weight.name][expert])
+        if weight.name not in self._layer and count:
+            prior = own.mean() / count
+        return (own + PRIOR * prior) / (count + PRIOR)
 
     def moments(self, weight: Weight, expert: int | None) -> SecondMoments | None:
         return None
@@ -107,7 +119,7 @@ class Statistics:
     def clear(self) -> None:
         self.sums.clear()
         self.counts.clear()
-        self._pooled.clear()
+        self._layer.clear()
         self._expert_stacks.clear()
 
 
@@ -120,7 +132,7 @@ class _Sum:
         self.made: SecondMoments | None = None
 
     def add(self, products: Tensor, tokens: int) -> None:
-        self.products = products.clone() if self.products is None else self.products.add_(products)
+        self.products = products if self.products is None else self.products.add_(products)
         self.tokens += tokens
         self.made = None
 
@@ -129,13 +141,22 @@ class SecondMomentStatistics(Statistics):
     """Statistics that know the mean products of inputs too, until an expert or the layer is done.
 
     Weights that read the same states one after another (gate and up; queries, keys and values) share theirs.
+
+    dtype: of the products that carry rounding errors, see `SecondMoments`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self._dtype = dtype
         self._own: dict[tuple[str, int | None], _Sum] = {}
-        self._shared: dict[str, _Sum] = {}  # by all experts of weights that read the layer's states
+        self._shared: dict[str, _Sum] = {}  # of all tokens of the layer, by weights that read its states
         self._last: tuple[Tensor, tuple[str, int | None]] | None = None
+
+    def add_layer(self, weights: Sequence[Weight], states: Tensor) -> None:
+        super().add_layer(weights, states)
+        shared = self._shared.setdefault(weights[0].name, _Sum())
+        shared.add(products_of(states), len(states))
+        self._shared.update({weight.name: shared for weight in weights})
 
     def add(self, weight: Weight, expert: int | None, states: Tensor) -> None:
         super().add(weight, expert, states)
@@ -144,20 +165,16 @@ class SecondMomentStatistics(Statistics):
         key, last = (weight.name, expert), self._last
         if last and states is last[0]:
             self._own[key] = self._own[last[1]]
-            if last[1][0] in self._shared:
-                self._shared[weight.name] = self._shared[last[1][0]]
             return
-        products = products_of(states)
-        self._own.setdefault(key, _Sum()).add(products, len(states))
-        if weight.experts is not None and weight.role is not Role.EXPERT_DOWN:
-            self._shared.setdefault(weight.name, _Sum()).add(products, len(states))
+        self._own.setdefault(key, _Sum()).add(products_of(states), len(states))
         self._last = states, key
 
     def moments(self, weight: Weight, expert: int | None) -> SecondMoments | None:
         """The mean products of the inputs of one matrix; None where nothing has passed.
 
-        What all experts have read so far counts for as many tokens as there are columns beside what the expert has.
-        Inner neurons of two experts have nothing in common: those of down projections borrow their size alone.
+        What all tokens of the layer are like counts for as many tokens as there are columns beside what the expert has
+        read. Inner neurons of two experts have nothing in common: down projections borrow nothing, but each input's
+        square is drawn towards the mean of all.
         """
         shared = self._shared.get(weight.name)
         own = self._own.get((weight.name, expert)) or shared
@@ -170,15 +187,15 @@ class SecondMomentStatistics(Statistics):
     def _made(self, weight: Weight, own: _Sum, shared: _Sum | None) -> SecondMoments:
         assert own.products is not None
         if own is shared or weight.experts is None:
-            return SecondMoments(own.products / own.tokens, own.tokens)
+            return SecondMoments(own.products / own.tokens, own.tokens, self._dtype)
         if shared:
             assert shared.products is not None
             prior = min(len(own.products), shared.tokens)
             products = torch.add(own.products, shared.products, alpha=prior / shared.tokens)
         else:
             prior, products = PRIOR, own.products.clone()
-            products.diagonal().add_(PRIOR * self.pooled(weight).mean())
-        return SecondMoments(products.div_(own.tokens + prior), own.tokens + prior)
+            products.diagonal().add_(PRIOR * products.diagonal().mean() / own.tokens)
+        return SecondMoments(products.div_(own.tokens + prior), own.tokens + prior, self._dtype)
 
     def release(self, expert: int | None = None) -> None:
         self._last = None
@@ -194,6 +211,6 @@ class SecondMomentStatistics(Statistics):
         self._last = None
 
 
-def statistics_for(error_feedback: bool) -> Statistics:
-    """What rounding has to know of inputs: without error feedback their squares are enough."""
-    return SecondMomentStatistics() if error_feedback else Statistics()
+def statistics_for(error_feedback: bool, dtype: torch.dtype) -> Statistics:
+    """What rounding has to know of inputs, computing in `dtype`: without error feedback their squares are enough."""
+    return SecondMomentStatistics(dtype) if error_feedback else Statistics()

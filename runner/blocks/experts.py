@@ -51,7 +51,9 @@ class RoutedTokens:
         chunk, down = len(self._chosen), self.operation.latent_down
         states = self._input_scale * self._normalize(residual) if self._normalize else normed
         chosen, shares = route(self.operation.router, states, self._tokens[chunk], self.weights)
-        self._inputs[chunk] = self.weights.project(normed, down) if down else normed
+        inputs = self.weights.project(normed, down) if down else normed
+        self.weights.announce([stack for stack in (self.operation.gate, self.operation.up) if stack], inputs)
+        self._inputs[chunk] = inputs
         self._chosen.append(chosen)
         self._shares.append(shares)
 

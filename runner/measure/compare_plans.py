@@ -27,14 +27,14 @@ def divergences(measuring: Measuring, plans: Sequence[Plan], tokens: Tensor) -> 
     rounded = (_rounded(quantizer, plan) for plan in plans)
     candidates = [layer_pass.begin(name, tokens, weights) for name, weights in zip(names, rounded, strict=True)]
     graphs = [stream.weights.graph for stream in layer_pass.streams.values()]
-    measuring.progress.begin("Comparing plans", len(reference.weights.graph.layers), "layers")
+    measuring.progress.begin("Comparing plans", len(reference.weights.graph.layers), "layers", layer_pass.passed)
     for layers in zip(*(graph.layers for graph in graphs), strict=True):
         index = layers[0].index
         if not layer_pass.is_done(index):
             layer_pass.advance(layers)
             statistics.clear()
             layer_pass.save(index)
-        measuring.progress.advance(1, f"layer {index}")
+            measuring.progress.advance(1, f"layer {index}")
     measuring.end(layer_pass, statistics)
     return compare_heads(reference, candidates, tokens)
 

@@ -16,9 +16,9 @@ from ...progress import NoProgress, Progress
 from ...sources.model import Model, pieces
 from ..activations import Activations
 from ..engines import OnnxModel, open_runnable
-from ..settings import Compute, Evaluation, dtype_name
+from ..settings import Compute, Evaluation
 from ..stream import Stream, advance, word_logits
-from ..texts import evaluated_text, with_bos
+from ..texts import beyond_context, evaluated_text, with_bos
 from ..weights import ModelWeights
 from .logits import compare, logit_source, score
 from .scores import Divergence, Scores
@@ -29,7 +29,10 @@ _LARGEST_EXPONENT = 700.0  # of a float64; what a broken model gives may be beyo
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood of `tokens` scored tokens, with its standard error."""
+    """exp of the mean negative log-likelihood of `tokens` scored tokens, with its standard error.
+
+    `context_length` is what the model is made for.
+    """
 
     perplexity: float
     error: float
@@ -37,10 +40,16 @@ class Perplexity:
     context: int
     chunks: int
     compute_dtype: str
+    context_length: int
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.perplexity)
 
     @property
     def problems(self) -> tuple[str, ...]:
-        return () if math.isfinite(self.perplexity) else ("the perplexity is not a finite number: the model is broken",)
+        broken = () if self.is_finite else ("the perplexity is not a finite number: the model is broken",)
+        return (*broken, *beyond_context(self.context, self.context_length))
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Parity:
         layer_errors: after each layer, |candidate - reference| / |reference| of the hidden states.
         tokens: number of scored positions.
         compute_dtype: what the products of both were computed in, "float32" or "bfloat16".
+        context_length: what both models are made for.
         tokenization: what the candidate's tokenizer gives other ids; None where moecast cannot run it. All other
             figures are of the reference's tokens, in both models.
     """
@@ -73,6 +83,7 @@ class Parity:
     context: int
     chunks: int
     compute_dtype: str
+    context_length: int
     tokenization: Tokenization | None = None
 
     @property
@@ -89,7 +100,7 @@ class Parity:
         problems = [] if self.is_finite else ["the comparison is not a finite number: one of the models is broken"]
         if self.tokenization and self.tokenization.first:
             problems.append(f"token ids differ on {self.tokenization}: {self.tokenization.first}")
-        return tuple(problems)
+        return (*problems, *beyond_context(self.context, self.context_length))
 
 
 def perplexity(
@@ -111,9 +122,9 @@ def perplexity(
     if isinstance(model, OnnxModel):
         score(logit_source(model, inputs, _scored_positions(context), progress), scores, len(tokens), progress)
     else:
-        _score_stream(Stream(model, inputs, weights=ModelWeights(model, compute.dtype)), scores, progress)
+        _score_stream(Stream(model, inputs, weights=ModelWeights(model, compute.torch_dtype)), scores, progress)
     value, error = _perplexity_of(scores)
-    return Perplexity(value, error, len(scores.labels), context, len(tokens), dtype_name(compute.dtype))
+    return Perplexity(value, error, len(scores.labels), context, len(tokens), compute.dtype, model.context_length)
 
 
 def _score_stream(stream: Stream, scores: Scores, progress: Progress) -> None:
@@ -149,7 +160,7 @@ def parity(
     layer_errors: tuple[float, ...] = ()
     if isinstance(reference, Model) and isinstance(candidate, Model):
         streams = [
-            Stream(model, text, weights=ModelWeights(model, compute.dtype))
+            Stream(model, text, weights=ModelWeights(model, compute.torch_dtype))
             for model, text in zip((reference, candidate), inputs, strict=True)
         ]
         layer_errors = _advance_together(streams[0], streams[1], progress)
@@ -158,11 +169,12 @@ def parity(
         divergence = Divergence(labels(tokens))
         positions = _scored_positions(evaluation.context)
         first, second = (
-            logit_source(model, text, positions, progress, compute.dtype)
+            logit_source(model, text, positions, progress, compute.torch_dtype)
             for model, text in zip((reference, candidate), inputs, strict=True)
         )
         compare(first, second, divergence, len(tokens), progress)
-    found = summarize(divergence, layer_errors, evaluation.context, len(tokens), compute.dtype)
+    length = min(reference.context_length, candidate.context_length)
+    found = summarize(divergence, layer_errors, evaluation.context, len(tokens), compute.dtype, length)
     tokenization = compare_tokenizers(reference.tokenizer, candidate.tokenizer, evaluated_text(Path(evaluation.text)))
     return replace(found, tokenization=tokenization)
 
@@ -258,7 +270,12 @@ def _standard_error(values: Tensor) -> float:
 
 
 def summarize(
-    divergence: Divergence, layer_errors: tuple[float, ...], context: int, chunks: int, compute_dtype: torch.dtype
+    divergence: Divergence,
+    layer_errors: tuple[float, ...],
+    context: int,
+    chunks: int,
+    compute_dtype: str,
+    context_length: int,
 ) -> Parity:
     """What a comparison of all scored tokens amounts to."""
     kld = divergence.kld
@@ -278,5 +295,6 @@ def summarize(
         tokens=len(kld),
         context=context,
         chunks=chunks,
-        compute_dtype=dtype_name(compute_dtype),
+        compute_dtype=compute_dtype,
+        context_length=context_length,
     )

@@ -55,7 +55,7 @@ def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph])
     elif graph.embedding.name in probed:
         errors.note_embedding(reference.tokens)
     probes.embed(graph.embedding.name)
-    progress.begin("Measuring", len(graph.layers), "layers")
+    progress.begin("Measuring", len(graph.layers), "layers", layer_pass.passed)
     for layer in graph.layers:
         here = [weight.name for weight in weights_in(layer)]
         if layer_pass.is_done(layer.index):
@@ -66,7 +66,7 @@ def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph])
             probes.restore_source()
             statistics.clear()
             layer_pass.save(layer.index, packed(errors.squares))
-        progress.advance(1, f"layer {layer.index}: {len(probes.streams)} of {len(probed)} weights")
+            progress.advance(1, f"layer {layer.index}: {len(probes.streams)} of {len(probed)} weights")
     measuring.end(layer_pass, statistics)
     if graph.head.name in probed:
         errors.note_head(reference)

@@ -39,6 +39,8 @@ def parse_source(text: str) -> Path | HubSource:
         raise BadInput(f"the URL holds a user name or token: leave it out and set HF_TOKEN; {EXPECTED}")
     if is_there(path.is_file):
         raise BadInput(f"{text} is a file: {EXPECTED}")
+    if re.match(r"[./~\\]|[A-Za-z]:[/\\]", text) or text.endswith(("/", "\\")):
+        raise BadInput(f"{text}: no such folder, {EXPECTED}")
     host, _, rest = text.partition("/")
     address = f"https://{text}" if host.lower() in constants.HF_URL_HOSTS and rest else text
     _refuse_quantized_name(address)

@@ -6,7 +6,6 @@ whatever it sends, expand what it has compressed, and follow a listing to other 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ import httpx2
 from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from ... import __version__
-from ...errors import Interrupted
+from ...documents import parse_json
+from ...errors import BadInput, Interrupted
 from .transfer import Retries, Watch
 
 TIMEOUT = 10.0  # seconds without a byte
@@ -38,7 +38,7 @@ class Connection:
         self._known = self._anonymous | ({"Authorization": f"Bearer {token}"} if token else {})
 
     def read_json(self, address: str, watch: Watch) -> Any:
-        """The answer to a GET as JSON. Raises Interrupted, JSONDecodeError and what the client raises."""
+        """The answer to a GET as JSON. Raises Interrupted and what the client raises."""
         return self._read_json(address, watch)[0]
 
     def read_pages(self, address: str, watch: Watch) -> Iterator[Any]:
@@ -95,9 +95,11 @@ class Connection:
                 f"{self.endpoint} goes on with its listing at {httpx2.URL(following).host!r}: a mirror may be at fault"
             )
         try:
-            return json.loads(content), following
-        except (UnicodeDecodeError, RecursionError) as error:
-            raise json.JSONDecodeError(str(error), "", 0) from None
+            return parse_json(content, address), following
+        except BadInput:
+            raise Interrupted(
+                f"{self.endpoint} does not answer like a Hugging Face Hub: check HF_ENDPOINT and the network's proxy"
+            ) from None
 
     @contextmanager
     def _answer(self, address: str, asked: dict[str, str]) -> Iterator[httpx2.Response]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -29,7 +28,7 @@ def explained(source: HubSource) -> Iterator[None]:
     """Turns what the client raises into Interrupted: nothing is wrong with what was fetched before."""
     try:
         yield
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, RevisionResolutionError, json.JSONDecodeError) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, RevisionResolutionError) as error:
         raise Interrupted(_explanation(error, source)) from error
 
 
@@ -52,8 +51,6 @@ def _explanation(error: BaseException, source: HubSource) -> str:
         return f"{error.filename or 'the download'} cannot be written: {error.strerror}"
     if isinstance(error, OfflineModeIsEnabled):
         return f"{source.url} cannot be read while HF_HUB_OFFLINE is set: unset it"
-    if isinstance(error, json.JSONDecodeError):
-        return f"{endpoint} does not answer like a Hugging Face Hub: check HF_ENDPOINT and the network's proxy"
     if error.__cause__ is not None and not isinstance(error, httpx2.HTTPError):
         return _explanation(error.__cause__, source)
     return (

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TypeGuard
 
 from ...archs.expressions import TensorInfo
+from ...documents import parse_json
 from ...errors import BadInput, Interrupted
 from ..checkpoint import tensor_bytes
 
@@ -23,12 +23,15 @@ def read_remote_header(read: Callable[[int, int], bytes], file: str, size: int, 
     text = start[8 : 8 + length]
     text += read(8 + len(text), 8 + length) if len(text) < length else b""
     try:
-        header = json.loads(text)
+        header = parse_json(text, file)
+    except BadInput as error:
+        raise _damaged(file, origin, str(error)) from None
+    try:
         header.pop("__metadata__", None)
         tensors = [_tensor(name, entry, file, 8 + length) for name, entry in header.items()]
     except BadInput:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(file, origin, f"{type(error).__name__}: {str(error)[:100]}") from None
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.length))
     end = 8 + length

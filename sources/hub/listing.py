@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from ...errors import BadInput, Interrupted
 from ...paths import is_hexadecimal, is_plain_name
+from ..chat_templates import TEMPLATE_FOLDER
 from ..checkpoint import INDEX_FILE, SINGLE_FILE, read_index
+from ..model_card import CARD, LARGEST_CARD
 from .address import HubSource
 from .connection import Connection
 from .transfer import Watch
@@ -19,7 +22,7 @@ from .transfer import Watch
 _COMPANIONS = (
     "config.json", "generation_config.json", "hf_quant_config.json", "chat_template.json", "chat_template.jinja",
     "tokenizer*.json", "tokenizer.model", "*.tiktoken", "tiktoken.model", "vocab.json", "vocab.txt", "merges.txt",
-    "added_tokens.json", "special_tokens_map.json",
+    "added_tokens.json", "special_tokens_map.json", f"{TEMPLATE_FOLDER}/*.jinja",
 )  # fmt: skip
 _MOST_COMPANION = 1 << 28  # bytes of a file that is no shard
 _MOST_SHARD = 1 << 44
@@ -91,7 +94,9 @@ def needed_files(
     source: HubSource, commit: str, files: Mapping[str, HubFile], fetch: Callable[[HubFile], Path]
 ) -> tuple[HubFile, ...]:
     """Companions of the weights, then the weights: those the index names, whatever else the repository holds."""
-    names = [name for name in files if "/" not in name and any(fnmatchcase(name, p) for p in _COMPANIONS)]
+    names = [name for name in files if any(map(partial(_matches, name), _COMPANIONS))]
+    if CARD in files and files[CARD].bytes <= LARGEST_CARD:
+        names.append(CARD)
     if INDEX_FILE in files:
         names.append(INDEX_FILE)
         _check_sizes(source, [files[name] for name in names])
@@ -121,6 +126,11 @@ def _file(entry: Mapping[str, Any], source: HubSource) -> HubFile:
     if type(size) is not int or not 0 <= size <= _MOST_SHARD:
         raise _strange(source, f"a size of {name} that is none: {str(size)[:80]}")
     return HubFile(name, size, sha256, str(blob_id))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a name fits a pattern and lies in as many folders."""
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
 
 
 def _check_sizes(source: HubSource, companions: list[HubFile]) -> None:

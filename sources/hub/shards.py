@@ -7,8 +7,7 @@ import time
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ...archs.expressions import TensorInfo, stored_tensors
 from ...archs.graph import Graph
@@ -20,6 +19,9 @@ from ..model import Model
 from ..storage import Storage
 from .repository import HubCheckpoint
 from .transfer import Meter, Watch
+
+if TYPE_CHECKING:
+    import torch
 
 _FETCHERS = 2  # shards that arrive at the same time
 _NEVER = 1 << 62

@@ -43,6 +43,10 @@ class Watch:
     def alive(self) -> None:
         """Something moves. Raises Stopped when nobody waits for it any more."""
         self._heard = max(self._heard, time.monotonic())
+        self.require_wanted()
+
+    def require_wanted(self) -> None:
+        """Raises Stopped when nobody waits for a result any more."""
         if self.stopped.is_set():
             raise Stopped
 
@@ -135,15 +139,18 @@ class Retries:
     def run(self, action: Callable[[], Result], watch: Watch, reached: Callable[[], int] = lambda: 0) -> Result:
         """What the action gives in the end; growth of `reached` shows that the connection is worth more patience.
 
-        Raises Interrupted for a pause that is longer than anybody should wait, else what the action has raised last.
+        Raises Interrupted for a pause that is longer than anybody should wait, Stopped when nobody waits any more, else
+        what the action has raised last.
         """
         attempt, best = 0, reached()
         while True:
+            watch.require_wanted()
             try:
                 result = action()
                 self._answered = True
                 return result
             except (HfHubHTTPError, httpx2.TransportError) as error:
+                watch.require_wanted()  # no word of another try after the error that ended everything
                 if reached() >= best + WORTH_PATIENCE:
                     attempt, best = 0, reached()
                 asked = self._pause_after(error)

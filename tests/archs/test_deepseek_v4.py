@@ -54,6 +54,7 @@ def test_generated_list_is_that_of_the_shard_headers() -> None:
     assert {(t.name, t.dtype, t.shape) for t in real} == {(t.name, t.dtype, t.shape) for t in generated}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "parameters", "active"),
     [("flash", 284_332_240_471, 13e9), ("flash-0731", 284_332_240_471, 13e9), ("flash-base", 284_332_240_471, 13e9),
@@ -130,6 +131,7 @@ def stock_bytes(plan: Plan) -> int:
     return total
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "quant"), [(name, quant) for name in STOCK_SIZES for quant in STOCK_SIZES[name]])
 def test_planned_size_is_that_of_llama_quantize(name: str, quant: str) -> None:
     """To 0.5 %, and within 1.1 % for all that we spare."""

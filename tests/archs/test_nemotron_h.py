@@ -29,6 +29,7 @@ def without_drafting(graph: Graph) -> Graph:
     return dataclasses.replace(graph, predictions=())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("model", "encoding", "count", "total"),
     [  # as the headers of the published files say
@@ -44,6 +45,7 @@ def test_lists_have_the_published_totals(model: str, encoding: str, count: int, 
     assert total is None or sum(tensor.length for tensor in tensors) == total
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize(
     ("model", "parameters"),
@@ -87,6 +89,7 @@ def test_mixed_encodings_are_read_tensor_by_tensor() -> None:
     assert isinstance(experts.shared.down.source, Nvfp4) and isinstance(experts.shared.up.source, Scaled)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("quant", "nano", "super_", "ultra"),
     [  # as `llama-quantize --dry-run` prints them for these models without drafting; the last digit is rounded
@@ -189,6 +192,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
     return Config(dict(config._values) | values, "config.json")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("quant", "nano", "super_"),
     [  # measured with llama-quantize on padded files of the real shapes
@@ -198,7 +202,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
 )  # fmt: skip
 def test_padded_sizes(quant: str, nano: float, super_: float) -> None:
     for model, gibibytes in (("nano", nano), ("super", super_)):
-        plan = plan_file(real_graph(model), recipe_named(quant), Form(mtp=False))
+        plan = plan_file(real_graph(model), recipe_named(quant), Form(padding=True, mtp=False))
         assert plan.bytes / GIB == pytest.approx(gibibytes, abs=0.06)
         assert not any("instead of" in problem for problem in plan.problems)
     assert plan_file(real_graph("ultra"), recipe_named(quant)).problems == ()
@@ -218,6 +222,23 @@ def test_padding_and_drafting_of_lightning() -> None:
         assert unpadded.graph == graph
 
 
+@pytest.mark.parametrize(
+    ("quant", "nano", "widths"),
+    [  # the first two pad everything, which has the size above; then some widths, then none
+        ("Q4_K_M", 21.1, (2816, 2048, 3840)), ("IQ2_XXS", 9.1, (2816, 2048, 3840)),
+        ("Q3_K_L", 18.1, (2816, 1856, 3840)), ("Q5_K_M", 24.2, (2688, 1856, 3840)),
+        ("IQ4_XS", 16.9, (2688, 1856, 3712)),
+    ],
+)  # fmt: skip
+def test_widths_are_padded_where_that_saves_bytes(quant: str, nano: float, widths: tuple[int, ...]) -> None:
+    plan = plan_file(real_graph("nano"), recipe_named(quant))
+    assert plan.bytes / GIB == pytest.approx(nano, abs=0.06)
+    experts = next(operation for operation in plan.graph.operations() if isinstance(operation, MoE))
+    assert experts.shared
+    assert (plan.graph.hidden_size, experts.expert_size, experts.shared.up.shape[0]) == widths
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize(("model", "excess"), [("nano", 0.001), ("lightning", 0.01), ("super", 0.01), ("ultra", 0.01)])
 def test_native_is_as_large_as_the_checkpoint(model: str, excess: float) -> None:
     """NVFP4 costs 4.5 bits in both; FP8 grows to the 8.5 bits of Q8_0, routers and scalars to float32."""

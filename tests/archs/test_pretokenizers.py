@@ -45,6 +45,7 @@ def test_probe_texts(pair: tuple[Tokenizer, Engine]) -> None:
         assert ours.encode(text) == engine.tokenize(text, add_special=True), text
 
 
+@pytest.mark.whole
 def test_every_kind_of_character(pair: tuple[Tokenizer, Engine]) -> None:
     ours, engine = pair
     for character in _some_of_every_category():

@@ -16,6 +16,7 @@ from moecast.archs.architecture import Architecture
 from moecast.archs.config import Config
 from moecast.archs.harmless import check_repeated, refuse_unread, refuse_unread_metadata
 from moecast.errors import BadInput
+from moecast.sources.checkpoint import read_tensors
 from transformers import AutoConfig
 
 Values = dict[str, Any]
@@ -322,6 +323,20 @@ def test_two_names_of_one_quantity_have_to_agree(family: str, first: str, second
 def test_numbers_have_a_range(family: str, key: str, value: float) -> None:
     with pytest.raises(BadInput, match=rf"config\.json: {key} is .*expected a positive number"):
         read(example(family) | {key: value})
+
+
+def test_layers_of_own_sizes_are_refused_by_their_key() -> None:
+    """Nemotron Puzzle: what does not fit is a tensor's shape, and why is a key that nobody read."""
+    folder = EXAMPLES / EXAMPLE["nemotron_h"]
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"n_routed_experts": 2 * values["n_routed_experts"]}
+    read_graph, tensors = nemotron_h.MIXTURE.from_checkpoint, read_tensors(folder)
+    with pytest.raises(BadInput) as bare:
+        read_graph(Config(values, "config.json"), tensors)
+    values["block_configs"] = [{"num_experts": 4}]
+    with pytest.raises(BadInput, match=r"^config\.json: block_configs gives layers sizes of their own") as named:
+        read_graph(Config(values, "config.json"), tensors)
+    assert str(named.value).endswith(str(bare.value))
 
 
 @pytest.mark.parametrize("value", [2**32, 10**30, 0, -1])

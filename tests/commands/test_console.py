@@ -78,7 +78,10 @@ def test_a_log_hears_of_long_tasks_every_few_seconds(
         progress.begin("Converting", 10, "tensors")
         for number in range(3):  # after one, six and seven seconds
             progress.advance(1, f"blk.{number}")
-    assert capsys.readouterr().err.splitlines() == ["Converting: 10 tensors", "Converting: 20% blk.1"]
+    assert capsys.readouterr().err.splitlines() == [
+        "Converting: 10 tensors",
+        "Converting: 20% blk.1, 0:00:24 left",
+    ]
 
 
 def test_a_task_of_nothing_divides_by_nothing(capsys: pytest.CaptureFixture[str]) -> None:

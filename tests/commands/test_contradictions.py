@@ -10,6 +10,7 @@ from moecast.cli import main
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "minimax-m2-tiny")
 
+FILES = ("a.txt", "i.gguf", "other.gguf", "plan.json")
 CONTRADICTIONS = [
     "convert --quant Q4_0 --size 3MB",
     "convert --quant Q4_0 --bpw 4",
@@ -43,6 +44,19 @@ CONTRADICTIONS = [
     "convert --to onnx --mtp",
     "convert --to onnx --bpw 4",
     "convert --to gguf --activations int8",
+    "convert --calibration-chunks 1 --no-calibration",
+    "convert --calibration-chunks 1 --imatrix i.gguf",
+    "convert --fit --quant Q4_0",
+    "convert --fit --size 3MB",
+    "convert --fit --bpw 4",
+    "convert --fit --plan plan.json",
+    "convert --fit --like other.gguf",
+    "convert --fit --bpw 4 --measure",
+    "convert --fit --to onnx",
+    "convert --ram 8GB",
+    "convert --vram 8GB",
+    "convert --quiet --verbose",
+    "plan --calibration-chunks 1 --no-calibration",
     "plan --fit --quant Q4_0",
     "plan --fit --size 3MB",
     "plan --fit --bpw 4",
@@ -79,7 +93,9 @@ RANGES = [
     "run -p a --temperature nan",
     "run -p a --seed -1",
     "perplexity --chunks 0",
-    "imatrix -o i.gguf --chunks 0",
+    "convert --calibration-chunks 0",
+    "imatrix -o o.gguf --chunks 0",
+    "imatrix -o o.gguf --calibration-chunks 0",
     f"parity {EXAMPLE} --max-kld nan",
 ]
 
@@ -87,10 +103,12 @@ RANGES = [
 @pytest.mark.parametrize("line", [*CONTRADICTIONS, *RANGES])
 def test_is_refused(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in FILES:
+        Path(name).touch()
     command, *options = line.split()
     result = CliRunner().invoke(main, [command, EXAMPLE, *options])
     assert result.exit_code == 2, (result.output, result.exception)
     message = result.stderr.splitlines()[-1]
     given = [option.partition("=")[0] for option in options if option.startswith("-")]
     assert message.startswith("Error: ") and any(option in message for option in given), message
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES}

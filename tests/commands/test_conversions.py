@@ -15,6 +15,7 @@ from moecast.convert import onepass
 from moecast.errors import Interrupted
 from moecast.quant.planning.recipes import RECIPES
 from moecast.sources.gguf import read_gguf
+from moecast.sources.imatrix import read_imatrix
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minimax-m2-tiny"
 
@@ -82,4 +83,40 @@ def test_a_resumed_conversion_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
         assert _run(*arguments).exit_code == 2
     result = _run(*arguments, "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["resumed"] is True
-    assert "Time of earlier runs" not in _run(*arguments, "--overwrite").stdout
+    assert "in all runs" not in _run(*arguments, "--overwrite").stdout
+
+
+def test_fit_writes_what_plan_shows(tmp_path: Path) -> None:
+    """What plan says of a machine that is too small for all of it in 8 bits, tensor by tensor."""
+    machine = ("--fit", "--ram", 2**30 + 55_500_000, "--vram", 0)
+    plan = json.loads(_run("plan", EXAMPLE, *machine, "-c", 32768, "--json").stdout)
+    assert plan["bits_per_weight"] < 8
+    options = ("--no-verify", "--no-calibration", "--json")
+    made = json.loads(_run("convert", EXAMPLE, "-o", tmp_path, *machine, *options).stdout)
+    _, tensors = read_gguf(Path(made["files"][0]))
+    assert {t.name: t.dtype for t in tensors} == {t["name"]: t["type"] for t in plan["tensors"]}
+    dry = json.loads(_run("convert", EXAMPLE, "-o", tmp_path, *machine, "--dry-run", "--json").stdout)
+    assert dry["tensors"] == plan["tensors"]
+
+
+def test_chunks_of_calibration(tmp_path: Path) -> None:
+    """Both commands read the same beginning of the text."""
+    for name, line in {
+        "a": ("imatrix", EXAMPLE, "--chunks", 2, "-o"),
+        "b": ("imatrix", EXAMPLE, "--calibration-chunks", 2, "-o"),
+        "c": ("convert", EXAMPLE, "--quant", "Q4_0", "--calibration-chunks", 2, "-o", tmp_path, "--imatrix-out"),
+    }.items():
+        result = _run(*line, tmp_path / f"{name}.gguf", "-c", 32, *(["--no-verify"] if name == "c" else []))
+        assert result.exit_code == 0, result.output
+    first, second, third = (read_imatrix(tmp_path / f"{name}.gguf") for name in "abc")
+    assert first.chunks == second.chunks == third.chunks == 2
+    for name, means in first.means.items():
+        assert means.equal(second.means[name]) and means.equal(third.means[name])
+
+
+@pytest.mark.parametrize(
+    ("quant", "calibrates"),
+    [("EXPERTS_Q4", True), ("EXPERTS_Q2", True), ("MXFP4_MOE", True), ("Q4_0", True), ("Q8_0", False), ("BF16", False)],
+)
+def test_recipes_calibrate_where_any_type_is_coarse(quant: str, calibrates: bool) -> None:
+    assert RECIPES[quant].wants_importance is calibrates

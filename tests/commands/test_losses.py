@@ -10,6 +10,7 @@ from typing import Any
 import checkpoints
 import pytest
 from click.testing import CliRunner
+from gguf_parts import GGUFParts, u16
 from moecast.cli import main
 from safetensors.torch import load_file, save_file
 
@@ -88,6 +89,21 @@ def test_numbers_beyond_f16(minimax: Path, tmp_path: Path) -> None:
     assert _problems(minimax, output, "--no-verify", "--overwrite") == []
 
 
+def test_numbers_beyond_the_scales_of_blocks(minimax: Path, tmp_path: Path) -> None:
+    """A block's scale is a float16, so that Q8_0 ends at 127 times 65504."""
+    index = json.loads((minimax / "model.safetensors.index.json").read_text())["weight_map"]
+    file = minimax / index["lm_head.weight"]
+    tensors = load_file(file)
+    output, most = tmp_path / "m.gguf", 127 * 65504.0
+    tensors["lm_head.weight"][3, 5] = most
+    save_file(tensors, file)
+    assert _problems(minimax, output, "--no-verify") == []
+    tensors["lm_head.weight"][3, 5] = -4 * most
+    save_file(tensors, file)
+    [line] = _problems(minimax, output, "--no-verify", "--overwrite")
+    assert line == "output.weight holds 3.33e+07, of which Q8_0 keeps 8.32e+06: BF16 would hold it"
+
+
 def test_a_context_beyond_the_models(minimax: Path, tmp_path: Path) -> None:
     _edit(minimax / "config.json", max_position_embeddings=32)
     line = "--context 64 is beyond the 32 tokens the model is made for"
@@ -96,3 +112,23 @@ def test_a_context_beyond_the_models(minimax: Path, tmp_path: Path) -> None:
         main, ["plan", str(minimax), "--fit", "--ram", "8GB", "--vram", "0", "-c", "64", "--json"]
     )
     assert result.exit_code == 0 and line in json.loads(result.stdout)["problems"]
+    result = CliRunner().invoke(main, ["perplexity", str(minimax), "-c", "64", "--chunks", "1", "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["problems"] == [line]
+    shown = CliRunner().invoke(main, ["parity", str(minimax), str(minimax), "-c", "64", "--chunks", "1"])
+    assert shown.exit_code == 0 and f"Note: {line}" in shown.stdout
+    said = CliRunner().invoke(main, ["run", str(minimax), "-p", "Once " * 40, "-n", "1"])
+    assert said.exit_code == 0 and "--tokens 1 are beyond the 32 tokens the model is made for" in said.stderr
+    quiet = CliRunner().invoke(main, ["run", str(minimax), "-p", "Once", "-n", "1"])
+    assert quiet.exit_code == 0 and quiet.stderr == ""
+
+
+def test_keys_that_are_known_to_change_nothing(minimax: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "m.gguf", tmp_path / "q.gguf"
+    _problems(minimax, source, "--no-verify")
+    parts = GGUFParts.of(source.read_bytes())
+    parts.set("minimax-m2.tilt", u16(3))
+    source.write_bytes(parts.to_bytes())
+    arguments = ["quantize", str(source), str(output), "--quant", "Q4_0", "--allow-requantize", "--dry-run"]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 2 and refused.stderr.endswith("pass --ignore-config minimax-m2.tilt\n")
+    assert CliRunner().invoke(main, [*arguments, "--ignore-config", "minimax-m2.tilt"]).exit_code == 0

@@ -122,3 +122,11 @@ def test_scores_as_a_table_and_as_json() -> None:
     assert same["mean_kld"] == 0 and shown["Mean KL divergence"].startswith("0.000000 ± ")
     assert same["top1_agreement"] == 1 and shown["Same top token"] == "100.00%"
     assert shown["Perplexity, result"] == f"{same['perplexity_candidate']:.4f} (+0.00%)"
+
+
+def test_plan_lists_every_tensor() -> None:
+    options = ("--quant", "Q4_K_M", "--no-pad")
+    rows = {row[0]: row[1:4] for row in _rows(_run("plan", "minimax-m2-tiny", *options, "--tensors").stdout)}
+    for tensor in json.loads(_run("plan", "minimax-m2-tiny", *options, "--json").stdout)["tensors"]:
+        shape = " x ".join(map(str, tensor["shape"]))
+        assert rows[tensor["name"]] == [tensor["type"], shape, str(tensor["bytes"])]

@@ -44,7 +44,7 @@ def _raising(error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     monkeypatch.setattr("moecast.sources.locate.open_headers", run)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    result = CliRunner().invoke(main, ["inspect", "anything"])
+    result = CliRunner().invoke(main, ["inspect", "owner/anything"])
     return result.exit_code, result.stderr
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
@@ -151,6 +151,7 @@ def test_failed_conversion_keeps_the_file_it_would_replace(minimax_fp8: Checkpoi
 )
 def test_disk_full(limit: int, command: str, options: list[str], minimax: Checkpoint, tmp_path: Path) -> None:
     """A process that may not write files this large gets the same refusal from the system as on a full disk."""
+    resource: Any = pytest.importorskip("resource")
     output = [option.format(tmp_path) for option in options]
     result = subprocess.run(
         [sys.executable, "-m", "moecast.cli", command, str(minimax.folder), *output],

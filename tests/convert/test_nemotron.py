@@ -28,7 +28,7 @@ from moecast.runner import parity
 from moecast.runner.settings import Evaluation
 from moecast.sources.model import Model, open_model
 from moecast.sources.storage import Storage
-from nemotron_checkpoints import DENSE, GROUPED, LATENT, WITH_DENSE_LAYER
+from nemotron_checkpoints import DENSE, GROUPED, LATENT, PARTLY_PADDED, WITH_DENSE_LAYER
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "latent": LATENT,
     "groups": LATENT | GROUPED,
     "dense": DENSE,
+    "partly padded": PARTLY_PADDED,
     "every expert": LATENT | {"num_experts_per_tok": 16},
 }
 Make = Callable[..., Path]
@@ -91,10 +92,25 @@ def test_bfloat16_file_in_llama(made: Make, kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M", "Q3_K_M", "IQ4_XS"])
 def test_quantized_file_in_llama(made: Make, quant: str, tmp_path: Path) -> None:
     """llama.cpp rounds activations to 8 bits; every width is padded where the blocks are of 256."""
-    result = convert(made("groups"), tmp_path, quant, calibration=None, verify=False)
+    result = convert(made("groups"), tmp_path, quant, calibration=None, verify=False, padding=True)
     assert not any("instead of" in problem for problem in result.problems)
     assert any("128 to 256, 192 to 256, 320 to 512, 448 to 512" in p for p in result.problems) == (quant != "Q8_0")
     assert divergence(result.files[0]) < 3e-3
+
+
+@pytest.mark.parametrize("quant", ["Q4_K_M", "Q3_K_M"])
+def test_partly_padded_file_in_llama(made: Make, quant: str, tmp_path: Path) -> None:
+    """The widths that make the file smaller are padded, the experts' own, which would make it larger, is not."""
+    result = convert(
+        made("partly padded"), tmp_path, quant, calibration=None, file=checkpoints.TEXT, context=128, chunks=4
+    )
+    assert any("which changes no result: 480 to 512; that makes the file" in problem for problem in result.problems)
+    fields = gguf.GGUFReader(result.files[0]).fields
+    keys = ("embedding_length", "expert_feed_forward_length", "expert_shared_feed_forward_length")
+    assert [fields[f"nemotron_h_moe.{key}"].contents() for key in keys] == [512, 160, 512]
+    assert divergence(result.files[0]) < 3e-3
+    assert result.parity
+    assert llama_perplexity(result.files[0]) == pytest.approx(result.parity.perplexity_candidate, rel=0.01)
 
 
 def test_dense_layer_beside_experts_is_refused(tmp_path: Path) -> None:
@@ -249,10 +265,12 @@ def test_drafting_block_is_folded_in(made: Make, tmp_path: Path) -> None:
 
 def test_drafting_block_or_padding_of_the_hidden_size(made: Make, tmp_path: Path) -> None:
     folder = made("latent", drafting=True)
-    result = convert(folder, tmp_path / "padded", "Q4_K_M", calibration=None, verify=False)
+    unpadded = convert(folder, tmp_path / "unpadded", "Q4_K_M", calibration=None, verify=False)  # is smaller
+    assert "nemotron_h_moe.nextn_predict_layers" in gguf.GGUFReader(unpadded.files[0]).fields
+    result = convert(folder, tmp_path / "padded", "Q4_K_M", calibration=None, verify=False, padding=True)
     assert any("left out multi-token prediction" in problem for problem in result.problems)
     assert gguf.GGUFReader(result.files[0]).fields["nemotron_h_moe.embedding_length"].contents() == 256
-    kept = convert(folder, tmp_path / "kept", "Q4_K_M", mtp=True, calibration=None, verify=False)
+    kept = convert(folder, tmp_path / "kept", "Q4_K_M", mtp=True, calibration=None, verify=False, padding=True)
     fields = gguf.GGUFReader(kept.files[0]).fields
     assert fields["nemotron_h_moe.embedding_length"].contents() == 192
     assert fields["nemotron_h_moe.expert_feed_forward_length"].contents() == 512

@@ -87,7 +87,7 @@ def test_importance_reaches_every_expert(full: Path, imatrix: Path, tmp_path: Pa
         expected = quantize(values[expert], "Q4_K", importance)
         assert np.array_equal(stored[name].data.reshape(16, 256, -1)[expert], expected.numpy())
     fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
-    assert fields["quantize.imatrix.file"].contents() == str(imatrix)
+    assert fields["quantize.imatrix.file"].contents() == imatrix.name
     assert fields["quantize.imatrix.chunks_count"].contents() == 5
     model = open_model(tmp_path / "out.gguf")
     tokens = torch.arange(1, 97)[None]
@@ -125,6 +125,7 @@ def test_second_rounding_must_be_allowed(full: Path, tmp_path: Path) -> None:
         (["--tensor-type", "ffn_norm=q8_0"], "'ffn_norm' matches no tensor"),
         (["--tensor-type", "(=q8_0"], "'(' is not a regular expression"),
         (["--tensor-type", "attn_q=q9_9"], "Q9_9"),
+        (["--tensor-type", "attn_q=i32"], "--tensor-type gives I32, which holds no weights"),
         (["--tensor-type", "attn_q"], "expected REGEX=TYPE"),
         (["--imatrix", "nowhere.gguf"], "nowhere.gguf cannot be read"),
         (["--quant", "nothing"], "--quant is 'nothing'"),

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from conftest import Checkpoint
 from moecast.cli import main
 from moecast.convert import Calibration, Goal, HubAccess, Output
-from moecast.convert.plans.choose import measures, with_error_feedback
+from moecast.convert.plans.choose import with_error_feedback
 from moecast.errors import BadInput
 
 
@@ -73,4 +73,4 @@ def test_options_refused_together(minimax: Checkpoint, tmp_path: Path, arguments
 )
 def test_what_follows(goal: Goal, calibration: Calibration, feeds_back: bool, measured: bool) -> None:
     assert with_error_feedback(calibration, goal).error_feedback is feeds_back
-    assert measures(goal) is measured
+    assert goal.measures is measured

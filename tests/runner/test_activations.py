@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from moecast.runner.activations import Activations, Workspace
 
@@ -23,8 +24,17 @@ def test_disk_is_like_memory(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_workspace_that_is_left_keeps_no_file_open(tmp_path: Path) -> None:
+    """Even where somebody holds on to its activations."""
+    with Workspace(0, tmp_path) as room:
+        kept = _filled(room.activations(2, 6, 8)), room.activations(2, 6, 8)
+    with pytest.raises(ValueError, match="closed file"):
+        kept[1][0]
+
+
 def test_more_lanes_than_a_shell_allows_files(tmp_path: Path) -> None:
     """Probes of a real model are hundreds of lanes, each with three activations."""
+    resource: Any = pytest.importorskip("resource")
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, allowed[1]))
     try:

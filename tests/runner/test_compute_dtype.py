@@ -22,7 +22,7 @@ pytestmark = pytest.mark.numeric
 FOLDERS = sorted(path.parent for path in checkpoints.EXAMPLES.glob("*/config.json"))
 TEXT = Path(__file__).parent.parent / "data" / "imatrix" / "text.txt"
 CHUNKS = {"file": TEXT, "context": 256, "chunks": 4}
-EVALUATION, BF16 = Evaluation(TEXT, 256, 4), Compute(torch.bfloat16)
+EVALUATION, BF16 = Evaluation(TEXT, 256, 4), Compute("bfloat16")
 
 
 class Stopping(NoProgress):
@@ -77,7 +77,7 @@ def test_results_differ_by_rounding(folder: Path, tmp_path: Path) -> None:
     assert (exact.compute_dtype, rounded.compute_dtype) == ("float32", "bfloat16")
     assert rounded.perplexity != exact.perplexity
     assert rounded.perplexity == pytest.approx(exact.perplexity, rel=3e-3)
-    made = convert(folder, tmp_path, "Q2_K", calibration=TEXT, **CHUNKS, compute_dtype=torch.bfloat16)
+    made = convert(folder, tmp_path, "Q2_K", calibration=TEXT, **CHUNKS, compute_dtype="bfloat16")
     found = parity(folder, made.files[0], EVALUATION, BF16)
     assert made.parity is not None and made.parity.compute_dtype == "bfloat16"
     assert made.parity.mean_kld == pytest.approx(found.mean_kld, rel=2e-3)  # padding changes what is rounded
@@ -92,6 +92,6 @@ def test_resuming_with_other_products(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(FOLDERS[0], output, "Q2_K", **arguments, progress=Stopping())
     with pytest.raises(BadInput, match="compute dtype"):
-        convert(FOLDERS[0], output, "Q2_K", **arguments, compute_dtype=torch.bfloat16)
+        convert(FOLDERS[0], output, "Q2_K", **arguments, compute_dtype="bfloat16")
     convert(FOLDERS[0], output, "Q2_K", **arguments)
     assert output.exists()

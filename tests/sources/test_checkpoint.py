@@ -170,10 +170,10 @@ def test_names_that_no_system_takes(minimax_fp8: Checkpoint, tmp_path: Path, nam
 @pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
 def test_folder_whose_name_is_no_utf8(minimax: Checkpoint, tmp_path: Path) -> None:
     folder = checkpoints.copied(minimax.folder, tmp_path / os.fsdecode(b"m\xff"))
-    with pytest.raises(
-        BadInput, match=r"model\.safetensors: its name is not UTF-8, and safetensors opens no such file"
-    ):
-        open_model(folder)
+    model, expected = open_model(folder), open_model(minimax.folder)
+    for weight, other in zip(model.graph.weights(), expected.graph.weights(), strict=True):
+        expert = 0 if weight.stack else None
+        assert torch.equal(model.load(weight, expert), expected.load(other, expert))
 
 
 def test_shard_that_git_lfs_did_not_fetch(minimax_fp8: Checkpoint, tmp_path: Path) -> None:

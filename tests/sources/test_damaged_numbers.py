@@ -10,6 +10,7 @@ import pytest
 import torch
 from moecast.archs.expressions import Mxfp4, Nvfp4, Read, TensorInfo
 from moecast.archs.weights import Role
+from moecast.convert import convert
 from moecast.errors import BadInput
 from moecast.quant import quantize
 from moecast.sources.decode import evaluate
@@ -64,6 +65,22 @@ def test_ids_of_hash_tables_are_those_of_experts(tmp_path: Path, wrong: int | No
     with pytest.raises(BadInput, match="in row 321"):
         model.load(weight, rows=(300, 400))
     assert len(model.load(weight, rows=(0, 321))) == 321
+
+
+def test_row_of_a_hash_table_names_an_expert_once(tmp_path: Path) -> None:
+    changed = table()
+    changed[321, -1] = changed[321, 0]
+    folder = with_table(tmp_path / "model", changed)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXAMPLE / name, folder)
+    says = rf"^{TABLE} in .*/model.safetensors holds {changed[321, 0]} twice in row 321, expected different "
+    model = open_model(folder)
+    weight = next(weight for weight in model.graph.weights() if weight.role is Role.HASH_TABLE)
+    with pytest.raises(BadInput, match=says):
+        model.load(weight, rows=(300, 400))
+    with pytest.raises(BadInput, match=says) as refused:
+        convert(folder, tmp_path / "out.gguf", "BF16", evaluation=None)
+    assert str(refused.value).count(TABLE) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])

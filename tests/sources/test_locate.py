@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from checkpoints import EXAMPLES
 from huggingface_hub import constants
-from moecast.convert.requantize import Exceptions, requantize
+from moecast.convert.requantize import requantize
 from moecast.errors import BadInput
 from moecast.progress import NoProgress
 from moecast.sources.hub.access import HubAccess
@@ -103,7 +103,7 @@ def test_gguf_files_are_known_by_their_content(gguf: Path, tmp_path: Path, name:
     path, provenance = locate(str(file), HubAccess(), NoProgress())
     assert path == file and provenance == {}
     assert _shapes(open_model(path)) == _shapes(open_headers(str(file))) == _shapes(open_model(gguf))
-    requantize(path, tmp_path / "out" / "again.gguf", "Q4_0", exceptions=Exceptions(allow_requantize=True))
+    requantize(path, tmp_path / "out" / "again.gguf", "Q4_0", allow_requantize=True)
 
 
 @pytest.mark.parametrize("suffix", [".part", ".incomplete", ".crdownload", ".tmp"])

@@ -20,6 +20,7 @@ from moecast.convert.gguf.tokenizer import (
     tokenizer_problems,
     vocabulary_error,
     vocabulary_metadata,
+    written_tokenizer,
 )
 from moecast.errors import BadInput
 from moecast.progress import NoProgress
@@ -54,6 +55,10 @@ class Notes(NoProgress):
 
     def note(self, line: str) -> None:
         self.lines.append(line)
+
+
+def problems_of(source: Tokenizer, metadata: dict[str, Any]) -> tuple[str, ...]:
+    return tokenizer_problems(source, metadata, written_tokenizer(metadata))
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ def test_splits_that_llama_does_not_know_are_reported(tmp_path: Path) -> None:
     source = minimax(tmp_path, lines=[*vocabularies.LINES, *hindi * 3], size=600)
     source = replace(source, eos=source.bos, end_of_generation=frozenset())
     metadata = tokenizer_metadata(source, source.vocabulary_size, None, "minimax-m2", NoProgress())
-    [line] = tokenizer_problems(source, metadata)
+    [line] = problems_of(source, metadata)
     assert line.startswith(
         "llama.cpp's 'minimax-m2' will split some text in another way than tokenizer.json: "
         "Hindi (1 of 18 texts), first at character "
@@ -174,7 +179,7 @@ def test_a_contradicting_name_is_reported_with_the_right_one(tmp_path: Path) -> 
     source = replace(trained("gpt-2", tmp_path, lines=NUMBERS), eos=0)
     metadata = tokenizer_metadata(source, source.vocabulary_size, "deepseek-v3", "gpt-2", NoProgress())
     assert metadata["tokenizer.ggml.pre"] == "deepseek-v3"
-    [line] = tokenizer_problems(source, metadata)
+    [line] = problems_of(source, metadata)
     assert line.startswith("llama.cpp's 'deepseek-v3' ('gpt-2' would be its own) will split some text in another way")
 
 
@@ -183,7 +188,7 @@ def test_the_splitter_of_the_tokenizer_wins_over_the_usual_one(own: str, tmp_pat
     source = replace(trained(own, tmp_path, lines=[*vocabularies.LINES, *NUMBERS]), eos=0)
     notes = Notes()
     metadata = tokenizer_metadata(source, source.vocabulary_size, None, "minimax-m2", notes)
-    assert metadata["tokenizer.ggml.pre"] == own and tokenizer_problems(source, metadata) == ()
+    assert metadata["tokenizer.ggml.pre"] == own and problems_of(source, metadata) == ()
     assert notes.lines == [f"tokenizer.json splits text as llama.cpp's '{own}' does, not as 'minimax-m2'"]
     with Engine(vocabularies.write_vocabulary(tmp_path / "v.gguf", metadata), vocab_only=True) as engine:
         assert engine.tokenize(NUMBERS[0], add_special=True) == source.encode(NUMBERS[0])
@@ -200,7 +205,7 @@ def test_a_splitter_spelled_otherwise_is_found_by_what_it_does(tmp_path: Path) -
     [spelling] = row.sources[0]
     source = respelled(tmp_path, spelling.replace(r"\p{N}+|", r"[\p{N}]+|"), lines=[*vocabularies.LINES, *NUMBERS])
     metadata = tokenizer_metadata(source, source.vocabulary_size, None, "deepseek-v3", NoProgress())
-    assert metadata["tokenizer.ggml.pre"] == "gpt-2" and tokenizer_problems(source, metadata) == ()
+    assert metadata["tokenizer.ggml.pre"] == "gpt-2" and problems_of(source, metadata) == ()
 
 
 def test_a_splitter_that_llama_lacks_is_refused_without_pre(tmp_path: Path) -> None:
@@ -208,7 +213,7 @@ def test_a_splitter_that_llama_lacks_is_refused_without_pre(tmp_path: Path) -> N
     with pytest.raises(BadInput, match=r"as no splitter of llama.cpp does: .* is the nearest .* with --pre"):
         tokenizer_metadata(source, source.vocabulary_size, None, "minimax-m2", NoProgress())
     metadata = tokenizer_metadata(source, source.vocabulary_size, "gpt-2", "minimax-m2", NoProgress())
-    assert len(tokenizer_problems(source, metadata)) == 1
+    assert len(problems_of(source, metadata)) == 1
 
 
 def test_shares_of_tokens_that_differ(tmp_path: Path) -> None:
@@ -232,7 +237,7 @@ def test_shares_of_tokens_that_differ(tmp_path: Path) -> None:
 def test_a_name_outside_the_table_is_written_and_reported(tmp_path: Path) -> None:
     metadata = tokenizer_metadata(minimax(tmp_path), 600, "falcon", "minimax-m2", NoProgress())
     assert metadata["tokenizer.ggml.pre"] == "falcon"
-    [line] = tokenizer_problems(minimax(tmp_path), metadata)
+    [line] = problems_of(minimax(tmp_path), metadata)
     assert line == "what llama.cpp's 'falcon' does to a text cannot be checked: moecast has no such splitter"
 
 
@@ -258,7 +263,7 @@ def test_stripping_tokens_are_reported(tmp_path: Path) -> None:
     source = replace(read_tokenizer_folder(vocabularies.save(backend, tmp_path)), eos=0)
     metadata = vocabulary_metadata(source, 600, "gpt-2")
     assert vocabulary_error(source, metadata) is None
-    line, _ = tokenizer_problems(source, metadata)
+    line, _ = problems_of(source, metadata)
     assert "json: token <x> (1 of 17 texts), first at character 1 ' <x> b" in line
 
 
@@ -290,7 +295,7 @@ def test_merges_that_cannot_happen_are_left_out(tmp_path: Path) -> None:
     spaced = read_tokenizer_folder(tmp_path)
     metadata = vocabulary_metadata(spaced, 602, "minimax-m2")
     assert metadata["tokenizer.ggml.merges"] == vocabulary_metadata(source, 602, "minimax-m2")["tokenizer.ggml.merges"]
-    assert vocabulary_error(spaced, metadata) is None and tokenizer_problems(spaced, metadata) == ()
+    assert vocabulary_error(spaced, metadata) is None and problems_of(spaced, metadata) == ()
 
 
 def test_chat_templates(tmp_path: Path) -> None:
@@ -366,4 +371,24 @@ def test_losses_are_said(tmp_path: Path, change: dict[str, Any], notes: list[str
     """EOS (501) has a place of its own, and <|im_end|> (502) needs none: llama.cpp knows its text."""
     source = replace(minimax(tmp_path), **change)
     metadata = tokenizer_metadata(source, 600, None, "minimax-m2", NoProgress())
-    assert [*tokenizer_problems(source, metadata)] == notes
+    assert [*problems_of(source, metadata)] == notes
+
+
+def test_vocabulary_is_taken_apart_once_and_rebuilt_for_one_splitter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another row splits as this one does; each rebuilding of a vocabulary of 200000 tokens takes a second."""
+    source = trained("tekken", tmp_path)
+    rebuilt: list[str] = []
+
+    def counting(metadata: dict[str, Any]) -> Tokenizer:
+        rebuilt.append(metadata["tokenizer.ggml.pre"])
+        return read_tokenizer_metadata(metadata)
+
+    monkeypatch.setattr("moecast.convert.gguf.tokenizer.read_tokenizer_metadata", counting)
+    parsed: list[str] = []
+    read = json.loads
+    monkeypatch.setattr("moecast.sources.tokenizer.json.loads", lambda text: parsed.append(text) or read(text))
+    metadata = tokenizer_metadata(source, source.vocabulary_size, None, "tekken", NoProgress())
+    assert problems_of(source, metadata) == problems_of(source, metadata)
+    assert rebuilt == ["tekken"] * 3 and len(parsed) == 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import checkpoints
+import moecast.convert.encode
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -17,7 +19,7 @@ from moecast.archs.graph import Branch, Operation, SubLayer
 from moecast.archs.weights import Weight
 from moecast.cli import main
 from moecast.convert.onnx.model import build_model
-from moecast.errors import BadInput
+from moecast.errors import BadInput, Interrupted, MoecastError
 from moecast.quant.planning.onnx_plan import plan_onnx
 from moecast.quant.planning.recipes import recipe_named
 from moecast.runner.engines import OnnxModel, open_runnable, read_description
@@ -68,6 +70,21 @@ def test_failure_leaves_what_was_there(minimax: Checkpoint, converted: Path, tmp
     before = _contents(converted)
     _assert_refused(_convert(damaged, converted.parent, "--overwrite", "--no-verify"), name)
     assert _contents(converted) == before
+
+
+@pytest.mark.parametrize("error", [BadInput("a weight is not finite"), Interrupted("the connection is lost")])
+def test_a_folder_that_is_gone_hides_no_error(
+    minimax: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: MoecastError
+) -> None:
+    """Somebody removes the folder while it is being filled, and then something else goes wrong."""
+
+    def gone(*arguments: object) -> None:
+        for folder in tmp_path.glob("*onnx*"):
+            shutil.rmtree(folder)
+        raise error
+
+    monkeypatch.setattr(moecast.convert.encode, "quantize_weight", gone)
+    _assert_refused(_convert(minimax.folder, tmp_path / "model-onnx", "--no-verify"), str(error))
 
 
 @pytest.mark.parametrize(

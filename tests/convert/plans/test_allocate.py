@@ -14,7 +14,7 @@ from conversions import convert
 from moecast.cli import main
 from moecast.convert.plans.allocate import choose_measured_plan, split_tokens, stock_within, winner, without
 from moecast.convert.plans.choose import Budget, plan_for
-from moecast.convert.requantize import Exceptions, requantize
+from moecast.convert.requantize import requantize
 from moecast.convert.settings import Goal
 from moecast.errors import BadInput
 from moecast.progress import NoProgress
@@ -51,8 +51,8 @@ def test_a_probe_is_a_file_with_one_weight_rounded(full: Path, tmp_path: Path) -
     tokens = chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, 3)
     damage = measure_damage(Measuring(model), tokens, [model.graph])
     for name in ("token_embd.weight", "blk.0.attn_v.weight", "blk.1.ffn_down_exps.weight", "output.weight"):
-        types = Exceptions([(f"^{name}$", "IQ2_XXS")])
-        file = requantize(full, tmp_path / f"{name}.gguf", "F32", exceptions=types).files[0]
+        goal = Goal("F32", tensor_types=[(f"^{name}$", "IQ2_XXS")])
+        file = requantize(full, tmp_path / f"{name}.gguf", goal).files[0]
         expected = typical_divergence(model, open_model(file), tokens)
         assert damage.sensitivity[name] * damage.probe[name] == pytest.approx(expected, rel=1e-3)
         assert damage.errors[name]["Q8_0"] < damage.errors[name]["Q4_K"] < damage.errors[name]["IQ2_XXS"] < 0.3

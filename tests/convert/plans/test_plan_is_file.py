@@ -59,6 +59,7 @@ def stored(file: Path) -> Iterator[tuple[str, str, list[int], int]]:
         yield tensor.name, tensor.tensor_type.name, tensor.shape.tolist()[::-1], tensor.n_bytes
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("nothing_is_computed")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
@@ -114,6 +115,41 @@ def test_onnx(family: str, recipe: str, tmp_path: Path) -> None:
     plan = run("plan", EXAMPLES / family, *given)
     model = convert(EXAMPLES / family, tmp_path, *given, "--no-calibration")
     assert sum(file.stat().st_size for file in model.parent.glob("*.onnx_data")) == plan["bytes"]
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_types_of_single_tensors(family: str, text: Path, tmp_path: Path) -> None:
+    """As in `quantize`: expressions are searched in GGUF names, the first that matches counts, all else stays."""
+    overrides = ["--tensor-type", r"BLK\.1\.ffn_down=q5_1", "--tensor-type", "ffn=q8_0"]
+    given = ("--quant", "Q4_0", "--no-pad", "--calibration", text)
+    usual = {tensor["name"]: tensor["type"] for tensor in run("plan", EXAMPLES / family, *given)["tensors"]}
+    plan = run("plan", EXAMPLES / family, *given, *overrides)
+    assert planned(plan) == planned(run("convert", EXAMPLES / family, "--dry-run", *given, *overrides))
+    assert planned(plan) == list(stored(convert(EXAMPLES / family, tmp_path / "model.gguf", *given, *overrides)))
+    types = {tensor["name"]: tensor["type"] for tensor in plan["tensors"]}
+    changed = {name for name in types if types[name] != usual[name]}
+    assert {types[name] for name in changed} == {"Q5_1", "Q8_0"} and all("ffn" in name for name in changed)
+    for name, type in usual.items():
+        if type in ("F32", "I32") or "ffn" not in name:
+            assert types[name] == type
+        else:
+            assert types[name] == ("Q5_1" if name.startswith("blk.1.ffn_down") else "Q8_0")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--size", "4MB", "--tensor-type", "ffn=q8_0"), "--size and --bpw choose the type of every tensor"),
+        (("--to", "onnx", "--tensor-type", "ffn=q8_0"), "--tensor-type names tensors and types of GGUF files"),
+        (("--tensor-type", "nothing_like_this=q8_0"), "'nothing_like_this' matches no tensor"),
+        (("--tensor-type", "ffn=f64"), "--tensor-type gives F64, which holds no weights"),
+    ],
+)
+def test_types_of_single_tensors_that_cannot_be(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    for command in (("plan",), ("convert", "-o", str(tmp_path))):
+        result = CliRunner().invoke(main, [command[0], str(EXAMPLES / FAMILIES[0]), *command[1:], *options])
+        assert result.exit_code == 2 and message in result.stderr
 
 
 @pytest.mark.parametrize("recipe", ["IQ3_XXS", "Q4_0"])

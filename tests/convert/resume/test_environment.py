@@ -3,7 +3,6 @@ that somebody has written by hand remove nothing of anybody's."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from conversions import convert
 from moecast.archs.expressions import TensorInfo
 from moecast.convert.resume import journal
 from moecast.convert.resume.journal import Journal
+from moecast.convert.resume.records import Spent, entry, sealed
 from moecast.errors import BadInput, Interrupted, MoecastError
 from moecast.progress import NoProgress
 from moecast.sources.storage import Storage
@@ -104,25 +104,37 @@ def test_records_name_files_in_the_making_alone(tmp_path: Path, name: object) ->
     for victim in victims:
         victim.write_bytes(b"x")
     name = name.format(tmp_path) if isinstance(name, str) else name
-    lines = [json.dumps(FINGERPRINT), json.dumps([["out", "a weight", 0]]), json.dumps([["started", name, 1]])]
     records = folder / ".out.journal" / "records"
     for fingerprint in (FINGERPRINT, FINGERPRINT | {"quant": "Q8_0"}):
         records.parent.mkdir(exist_ok=True)
-        records.write_text("\n".join(lines) + "\n")
+        records.write_bytes(_record([["out", "a weight", 0]], [["started", name]], [["saved", name, 1, 0]]))
         with Journal(folder / "out", fingerprint, overwrite=True) as record:
             assert list(record.done("started")) == [] and record.bytes_on_disk >= 0
+            assert not isinstance(name, str) or not record.holds(name)
         assert all(victim.read_bytes() == b"x" for victim in victims)
 
 
 @pytest.mark.parametrize(
-    "line", ["[[]]", "[7]", '[[{"a": 1}]]', '[["started"]]', '[["started", ".a.part"]]', "[[[1]]]"]
-)
-def test_records_of_no_meaning_end_the_record(tmp_path: Path, line: str) -> None:
+    "keys",
+    [
+        [[]], [7], [[{"a": 1}]], [["started"]], [["started", ".a.part", 1]], [[[1]]], {"a": 1}, None,
+        [["saved", "a"]], [["saved", "../a", 1, 1]], [["saved", "a", "1", 1]],
+    ],
+)  # fmt: skip
+def test_lines_of_no_meaning_say_nothing(tmp_path: Path, keys: Any) -> None:
+    """Even where their checksums are right; lines around them count."""
     (tmp_path / ".out.journal").mkdir()
-    lines = [json.dumps(FINGERPRINT), '[["out","first",0]]', line, '[["out","second",0]]']
-    (tmp_path / ".out.journal" / "records").write_text("\n".join(lines) + "\n")
+    content = _record([["out", "first", 0]], keys, [["out", "second", 0]])
+    (tmp_path / ".out.journal" / "records").write_bytes(content)
     with Journal(tmp_path / "out", FINGERPRINT) as record:
-        assert ("out", "first", 0) in record and ("out", "second", 0) not in record
+        assert ("out", "first", 0) in record and ("out", "second", 0) in record
+        assert {key for kind in ("started", "saved") for key in record.done(kind)} == set()
+
+
+def _record(*lines: Any) -> bytes:
+    """The content of a record with such keys in its lines."""
+    header = sealed({"fingerprint": FINGERPRINT, "version": "1"})
+    return header + b"".join(sealed(entry(keys, Spent()), int(header[:8], 16)) for keys in lines)
 
 
 def test_an_output_may_be_called_as_its_system_allows(tmp_path: Path) -> None:
@@ -133,7 +145,8 @@ def test_an_output_may_be_called_as_its_system_allows(tmp_path: Path) -> None:
         record.add(("out", "first", 0))
         raise Interrupted("the disk is full")
     with Journal(tmp_path / "llama3:8b 'x'.gguf", FINGERPRINT) as record:
-        assert record.started(part)
+        assert list(record.done("started")) == [("started", part.name)]
+    assert not part.exists()
 
 
 def test_the_short_text_leaves_experts_out(minimax_fp8: Checkpoint, tmp_path: Path) -> None:

@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
-from moecast.quant import dequantize, format_named, quantize
+from moecast.quant import dequantize, quantize
 from moecast.quant.formats.lattice_search import Lattice, even_signs
+from quantizer_properties import (
+    expect_bytes_of_blocks_alone,
+    expect_no_rows_of_no_rows,
+    expect_nothing_of_no_importance,
+    expect_padding_to_stay_zero,
+    expect_scaling_to_scale_the_result,
+)
 from synthetic import Floats, edges, heavy_tailed, importance, normal, relative_error
 
 LATTICES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
@@ -18,6 +25,7 @@ OTHERS = ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "NVFP4")
 NEED_IMPORTANCE = ("IQ1_S", "IQ2_XXS", "IQ2_XS")  # ggml refuses to go without
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("sample", [heavy_tailed, normal])
 @pytest.mark.parametrize("name", (*LATTICES, *OTHERS))
@@ -39,29 +47,18 @@ def test_error_is_below_ggmls(name: str, sample: Callable[[int, int, int], Float
 
 @pytest.mark.parametrize("name", (*LATTICES, *OTHERS))
 def test_bytes_depend_on_the_block_alone(name: str) -> None:
-    x, columns = heavy_tailed(1, 65, 512), importance(1, 512)
-    data = quantize(x, name, columns)
-    assert data.shape == (65, format_named(name).row_bytes(512))
-    np.testing.assert_array_equal(quantize(x[7:8], name, columns), data[7:8])
-    np.testing.assert_array_equal(quantize(x[::-1], name, columns), data[::-1])
-    tensor = quantize(torch.from_numpy(x), name, torch.from_numpy(columns), threads=1)
-    np.testing.assert_array_equal(tensor.numpy(), data)
+    expect_bytes_of_blocks_alone(name, 65)
 
 
 @pytest.mark.parametrize("name", (*LATTICES, *(name for name in OTHERS if name != "NVFP4")))
 def test_scaling_by_a_power_of_two_scales_the_result(name: str) -> None:
     """NVFP4 alone has scales so coarse and so few that it matters how large the weights are."""
-    x = heavy_tailed(2, 4, 512)
-    np.testing.assert_array_equal(
-        dequantize(quantize(x * 1024, name), name), 16 * dequantize(quantize(x * 64, name), name)
-    )
+    expect_scaling_to_scale_the_result(name)
 
 
 @pytest.mark.parametrize("name", (*LATTICES, *OTHERS))
 def test_no_rows(name: str) -> None:
-    data = quantize(np.zeros((0, 256), np.float32), name)
-    assert data.shape == (0, format_named(name).row_bytes(256))
-    assert dequantize(data, name).shape == (0, 256)
+    expect_no_rows_of_no_rows(name)
 
 
 @pytest.mark.parametrize("name", (*LATTICES, *OTHERS))
@@ -84,9 +81,7 @@ def test_edges(name: str) -> None:
 
 @pytest.mark.parametrize("name", (*LATTICES, *OTHERS))
 def test_importance_of_nothing_is_no_importance(name: str) -> None:
-    """An expert that the calibration text never reached; ggml would write zeros."""
-    x = heavy_tailed(4, 4, 512)
-    np.testing.assert_array_equal(quantize(x, name, np.zeros(512, np.float32)), quantize(x, name))
+    expect_nothing_of_no_importance(name)
 
 
 @pytest.mark.parametrize("name", (*LATTICES, *OTHERS))
@@ -99,12 +94,7 @@ def test_unimportant_columns_still_count(name: str) -> None:
 
 @pytest.mark.parametrize("name", ("TQ1_0", "TQ2_0", "Q2_0", "NVFP4"))
 def test_padding_stays_exactly_zero(name: str) -> None:
-    x = heavy_tailed(3, 8, 512)
-    x[:, 416:] = 0
-    x[5] = 0
-    y = dequantize(quantize(x, name, importance(3, 512)), name)
-    assert not y[:, 416:].any()
-    assert not y[5].any()
+    expect_padding_to_stay_zero(name)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -5,9 +5,15 @@ from collections.abc import Callable
 import ggml
 import numpy as np
 import pytest
-import torch
 from moecast.errors import BadInput
-from moecast.quant import dequantize, format_named, quantize
+from moecast.quant import dequantize, quantize
+from quantizer_properties import (
+    expect_bytes_of_blocks_alone,
+    expect_no_rows_of_no_rows,
+    expect_nothing_of_no_importance,
+    expect_padding_to_stay_zero,
+    expect_scaling_to_scale_the_result,
+)
 from synthetic import Floats, edges, heavy_tailed, importance, normal, relative_error
 
 QUANTIZED = (
@@ -40,31 +46,17 @@ def test_floats_equal_ggmls(name: str) -> None:
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_bytes_depend_on_the_block_alone(name: str) -> None:
-    """Neither on the rows around it, nor on how many are given at once, nor on the kind of array or thread count."""
-    x, columns = heavy_tailed(1, 1025, 512), importance(1, 512)
-    data = quantize(x, name, columns)
-    assert data.shape == (1025, format_named(name).row_bytes(512))
-    np.testing.assert_array_equal(quantize(x[7:8], name, columns), data[7:8])
-    np.testing.assert_array_equal(quantize(x[::-1], name, columns), data[::-1])
-    tensor = quantize(torch.from_numpy(x), name, torch.from_numpy(columns), threads=1)
-    assert isinstance(tensor, torch.Tensor)
-    np.testing.assert_array_equal(tensor.numpy(), data)
+    expect_bytes_of_blocks_alone(name, 1025)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_scaling_by_a_power_of_two_scales_the_result(name: str) -> None:
-    """The search works in units of the block, so only float16's range cares how large weights are."""
-    x = heavy_tailed(2, 4, 512)
-    np.testing.assert_array_equal(
-        dequantize(quantize(x * 1024, name), name), 16 * dequantize(quantize(x * 64, name), name)
-    )
+    expect_scaling_to_scale_the_result(name)
 
 
 @pytest.mark.parametrize("name", (*QUANTIZED, *FLOATS))
 def test_no_rows(name: str) -> None:
-    data = quantize(np.zeros((0, 256), np.float32), name)
-    assert data.shape == (0, format_named(name).row_bytes(256))
-    assert dequantize(data, name).shape == (0, 256)
+    expect_no_rows_of_no_rows(name)
 
 
 @pytest.mark.parametrize("name", (*QUANTIZED, *FLOATS))
@@ -88,19 +80,12 @@ def test_edges(name: str) -> None:
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_padding_stays_exactly_zero(name: str) -> None:
-    x = heavy_tailed(3, 8, 512)
-    x[:, 416:] = 0
-    x[5] = 0
-    y = dequantize(quantize(x, name, importance(3, 512)), name)
-    assert not y[:, 416:].any()
-    assert not y[5].any()
+    expect_padding_to_stay_zero(name)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_importance_of_nothing_is_no_importance(name: str) -> None:
-    x = heavy_tailed(4, 4, 512)
-    np.testing.assert_array_equal(quantize(x, name, np.zeros(512, np.float32)), quantize(x, name))
-    np.testing.assert_array_equal(quantize(x, name, np.full(512, 7e-9, np.float32)), quantize(x, name))
+    expect_nothing_of_no_importance(name)
 
 
 def test_every_expert_has_its_importance() -> None:

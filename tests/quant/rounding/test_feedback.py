@@ -13,7 +13,7 @@ from moecast.quant.formats import native
 from moecast.quant.formats.quantize import CODECS
 from moecast.quant.rounding import feedback
 from moecast.quant.rounding.moments import SecondMoments
-from moecast.quant.rounding.statistics import SecondMomentStatistics
+from moecast.quant.rounding.statistics import SecondMomentStatistics, Statistics
 from torch import Tensor
 
 FORMATS = sorted(name for name, codec in CODECS.items() if codec.grid)
@@ -152,26 +152,58 @@ def test_moments_are_mean_products() -> None:
 def test_weights_of_the_same_states_share_moments() -> None:
     statistics = SecondMomentStatistics()
     gate, up = _weight(Role.EXPERT_GATE, 4), _weight(Role.EXPERT_UP, 4)
-    for _ in range(2):
-        states = torch.randn(20, 8)
+    layer = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    for part in layer.split(30):
+        statistics.add_layer([gate, up], part)
+    for states in layer[:40].split(20):
         statistics.add(gate, 1, states)
         statistics.add(up, 1, states)
     found = statistics.moments(up, 1)
-    assert found is statistics.moments(gate, 1)
-    assert found.tokens == 40 + 8  # its own, and as many of all experts' as there are columns
-    assert statistics.moments(gate, 2) is statistics.moments(up, 2)  # nobody's own
+    assert found and found is statistics.moments(gate, 1)
+    own, all_tokens = layer[:40].T @ layer[:40], layer.T @ layer / 60
+    assert found.tokens == 40 + 8  # its own, and as many of the layer's as there are columns
+    torch.testing.assert_close(found.means.triu(), ((own + 8 * all_tokens) / 48).triu())
+    unreached = statistics.moments(gate, 2)
+    assert unreached and unreached is statistics.moments(up, 2)
+    torch.testing.assert_close(unreached.means.triu(), all_tokens.triu())
     statistics.release(1)
     other = statistics.moments(gate, 1)
-    assert other and other.tokens == 40
+    assert other and other.tokens == 60
 
 
-def test_inner_neurons_of_experts_borrow_size_alone() -> None:
+def test_inner_neurons_of_experts_borrow_nothing() -> None:
+    """But each input's square is drawn towards the mean of all that the expert has."""
     statistics, down = SecondMomentStatistics(), _weight(Role.EXPERT_DOWN, 4)
-    first, second = torch.randn(200, 8) * 3, torch.randn(4, 8)
-    statistics.add(down, 0, first)
-    statistics.add(down, 1, second)
+    states = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    statistics.add(down, 1, states)
     found = statistics.moments(down, 1)
     assert found
-    size = (first.square().sum() + second.square().sum()) / (204 * 8)
-    torch.testing.assert_close(found.means.triu(), ((second.T @ second + 16 * size * torch.eye(8)) / 20).triu())
+    size = states.square().mean()
+    torch.testing.assert_close(found.means.triu(), ((states.T @ states + 16 * size * torch.eye(8)) / 20).triu())
     assert statistics.moments(down, 2) is None
+
+
+@pytest.mark.parametrize("kind", [Statistics, SecondMomentStatistics])
+def test_the_order_of_experts_changes_nothing(kind: type[Statistics]) -> None:
+    """So experts can be done in groups, on any device or machine, to the same bytes."""
+    stacks = [_weight(role, 4) for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)]
+    layer = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    inner = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(1))
+    found = []
+    for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
+        statistics = kind()
+        statistics.add_layer(stacks[:2], layer)
+        here = []
+        for expert in order:
+            for stack in stacks if expert < 3 else ():
+                states = inner[expert] if stack.role is Role.EXPERT_DOWN else layer[expert::3]
+                statistics.add(stack, expert, states)
+            for stack in stacks:  # what an expert is rounded by is asked for before the next one runs
+                moments = statistics.moments(stack, expert)
+                here.append((expert, stack.name, statistics.of(stack, expert), moments.means if moments else None))
+            statistics.release(expert)
+        found.append(sorted(here, key=lambda entry: entry[:2]))
+    for (*_, means, moments), (*_, other_means, other_moments) in zip(*found, strict=True):
+        assert (means is None) == (other_means is None) and (moments is None) == (other_moments is None)
+        assert means is None or torch.equal(means, other_means)
+        assert moments is None or torch.equal(moments, other_moments)

@@ -14,8 +14,7 @@ from moecast.archs.graph import Rope, SubLayer, sequential
 from moecast.archs.weights import Role
 from moecast.quant.planning.padding import pad
 from moecast.sources.model import Model
-from torch import Tensor
-from toy_models import tokens_of
+from toy_models import logits_of, tokens_of
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 LAYERS, TOP_K = 2, 3
@@ -36,25 +35,15 @@ def oracle() -> Qwen2MoeForCausalLM:
         num_experts=12,
         num_experts_per_tok=TOP_K,
     )
-    model = Qwen2MoeForCausalLM(config).float().eval()
+    model = Qwen2MoeForCausalLM(config)
     for layer in model.model.layers:
         layer.self_attn.o_proj.bias = torch.nn.Parameter(torch.empty(96))
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if "norm" in name:
-                tensor.uniform_(0.5, 1.5)
-            else:
-                tensor.normal_(0, 1.0 if "embed" in name or "bias" in name else tensor.shape[-1] ** -0.5)
-    return model
+    return toys.randomized(model)
 
 
 @pytest.fixture(scope="module")
 def model(oracle: Qwen2MoeForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    state = {name.removeprefix("model."): tensor for name, tensor in oracle.state_dict().items()}
-    state |= {"embedding": state["embed_tokens.weight"], "head": state["lm_head.weight"]}
-    for index in range(LAYERS):
-        state |= toys.split_experts(state, f"layers.{index}.mlp")
-    toy = toys.Toy(tmp_path_factory.mktemp("qwen"), state)
+    toy = toys.toy_of(oracle, tmp_path_factory.mktemp("qwen"))
 
     def layer(index: int) -> tuple[SubLayer, ...]:
         prefix = f"layers.{index}"
@@ -79,14 +68,9 @@ def model(oracle: Qwen2MoeForCausalLM, tmp_path_factory: pytest.TempPathFactory)
     return toy.model(toy.graph([layer(index) for index in range(LAYERS)], toy.norm("norm.weight")))
 
 
-def _expected(oracle: Qwen2MoeForCausalLM, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return oracle(tokens).logits
-
-
 def test_logits_equal_transformers(model: Model, oracle: Qwen2MoeForCausalLM) -> None:
     tokens = tokens_of(50)
-    expected = _expected(oracle, tokens)
+    expected = logits_of(oracle, tokens)
     assert relative_error(runner_logits(model, tokens), expected) < 1e-5
     padded = pad(model.graph, 128)
     assert padded.hidden_size == 128
@@ -97,4 +81,4 @@ def test_logits_equal_transformers(model: Model, oracle: Qwen2MoeForCausalLM) ->
 def test_onnx(model: Model, oracle: Qwen2MoeForCausalLM, tmp_path: Path) -> None:
     tokens = tokens_of(40, seed=1)
     engine = toys.onnx_of(model, tmp_path / "onnx")
-    assert relative_error(onnx_models.onnx_logits(engine, tokens[0], 9), _expected(oracle, tokens)[0]) < 1e-5
+    assert relative_error(onnx_models.onnx_logits(engine, tokens[0], 9), logits_of(oracle, tokens)[0]) < 1e-5

@@ -12,8 +12,7 @@ from forward import relative_error, runner_logits
 from moecast.archs.graph import Branch, Rope, SubLayer
 from moecast.quant.planning.padding import pad
 from moecast.sources.model import Model
-from torch import Tensor
-from toy_models import tokens_of
+from toy_models import logits_of, tokens_of
 from transformers import Cohere2Config, Cohere2ForCausalLM
 
 HIDDEN, LAYERS, WINDOW, CAP = 96, 4, 24, 2.0
@@ -36,21 +35,12 @@ def oracle() -> Cohere2ForCausalLM:
         attn_implementation="eager",
         pad_token_id=0,
     )
-    model = Cohere2ForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if "norm" in name:
-                tensor.uniform_(0.5, 1.5)
-            else:
-                tensor.normal_(0, 1.0 if "embed" in name else tensor.shape[-1] ** -0.5)
-    return model
+    return toys.randomized(Cohere2ForCausalLM(config))
 
 
 @pytest.fixture(scope="module")
 def model(oracle: Cohere2ForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    state = {name.removeprefix("model."): tensor for name, tensor in oracle.state_dict().items()}
-    state |= {"embedding": state["embed_tokens.weight"], "head": state["embed_tokens.weight"]}
-    toy = toys.Toy(tmp_path_factory.mktemp("cohere"), state)
+    toy = toys.toy_of(oracle, tmp_path_factory.mktemp("cohere"))
 
     def layer(index: int) -> SubLayer:
         norm = toy.norm(f"layers.{index}.input_layernorm.weight", 1e-5, centered=True)
@@ -65,21 +55,16 @@ def model(oracle: Cohere2ForCausalLM, tmp_path_factory: pytest.TempPathFactory) 
     return toy.model(graph)
 
 
-def _expected(oracle: Cohere2ForCausalLM, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return oracle(tokens).logits
-
-
 def test_logits_equal_transformers(model: Model, oracle: Cohere2ForCausalLM) -> None:
     assert {"full_attention", "sliding_attention"} == {*oracle.config.layer_types}
     tokens = tokens_of(4 * WINDOW)
-    assert relative_error(runner_logits(model, tokens), _expected(oracle, tokens)) < 1e-5
+    assert relative_error(runner_logits(model, tokens), logits_of(oracle, tokens)) < 1e-5
 
 
 @pytest.mark.parametrize("sizes", [[1] * 40, [30, 1, 1, 64], [96]])
 def test_pieces_equal_the_whole(model: Model, oracle: Cohere2ForCausalLM, sizes: list[int]) -> None:
     tokens = tokens_of(sum(sizes), seed=1)
-    assert relative_error(toys.logits_in_pieces(model, tokens, sizes), _expected(oracle, tokens)) < 1e-5
+    assert relative_error(toys.logits_in_pieces(model, tokens, sizes), logits_of(oracle, tokens)) < 1e-5
 
 
 def test_a_shared_norm_is_one_weight(model: Model) -> None:
@@ -92,7 +77,7 @@ def test_onnx(model: Model, oracle: Cohere2ForCausalLM, tmp_path: Path) -> None:
     tokens = tokens_of(3 * WINDOW, seed=2)
     for pieces in (None, 7):
         found = onnx_models.onnx_logits(engine, tokens[0], pieces)
-        assert relative_error(found, _expected(oracle, tokens)[0]) < 1e-5
+        assert relative_error(found, logits_of(oracle, tokens)[0]) < 1e-5
 
 
 def test_padding_leaves_a_hidden_size_whose_mean_is_removed(model: Model, oracle: Cohere2ForCausalLM) -> None:
@@ -101,4 +86,4 @@ def test_padding_leaves_a_hidden_size_whose_mean_is_removed(model: Model, oracle
     assert {w.columns for w in padded.weights() if w.name.endswith("down_proj.weight")} == {160}
     tokens = tokens_of(40, seed=3)
     found = runner_logits(Model(model.path, model.architecture, padded, (), {}), tokens)
-    assert relative_error(found, _expected(oracle, tokens)) < 1e-5
+    assert relative_error(found, logits_of(oracle, tokens)) < 1e-5

@@ -14,7 +14,7 @@ from moecast.archs.weights import Role
 from moecast.quant.planning.padding import pad
 from moecast.sources.model import Model
 from torch import Tensor
-from toy_models import tokens_of
+from toy_models import logits_of, tokens_of
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
 LAYERS, EPSILON = 2, 1e-6
@@ -33,21 +33,12 @@ def oracle() -> Olmo2ForCausalLM:
         rms_norm_eps=EPSILON,
         pad_token_id=0,
     )
-    model = Olmo2ForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if "norm" in name:
-                tensor.uniform_(0.5, 1.5)
-            else:
-                tensor.normal_(0, 1.0 if "embed" in name else tensor.shape[-1] ** -0.5)
-    return model
+    return toys.randomized(Olmo2ForCausalLM(config))
 
 
 @pytest.fixture(scope="module")
 def model(oracle: Olmo2ForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    state = {name.removeprefix("model."): tensor for name, tensor in oracle.state_dict().items()}
-    state |= {"embedding": state["embed_tokens.weight"], "head": state["lm_head.weight"]}
-    toy = toys.Toy(tmp_path_factory.mktemp("olmo"), state)
+    toy = toys.toy_of(oracle, tmp_path_factory.mktemp("olmo"))
 
     def layer(index: int) -> tuple[SubLayer, ...]:
         prefix = f"layers.{index}"
@@ -68,14 +59,9 @@ def model(oracle: Olmo2ForCausalLM, tmp_path_factory: pytest.TempPathFactory) ->
     return toy.model(toy.graph([layer(index) for index in range(LAYERS)], toy.norm("norm.weight", EPSILON)))
 
 
-def _expected(oracle: Olmo2ForCausalLM, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return oracle(tokens).logits
-
-
 def test_logits_equal_transformers(model: Model, oracle: Olmo2ForCausalLM) -> None:
     tokens = tokens_of(60)
-    assert relative_error(runner_logits(model, tokens), _expected(oracle, tokens)) < 1e-5
+    assert relative_error(runner_logits(model, tokens), logits_of(oracle, tokens)) < 1e-5
 
 
 def test_padding_changes_no_result(model: Model, oracle: Olmo2ForCausalLM) -> None:
@@ -84,13 +70,13 @@ def test_padding_changes_no_result(model: Model, oracle: Olmo2ForCausalLM) -> No
     assert padded.hidden_size == 128
     tokens = tokens_of(60, seed=1)
     found = runner_logits(Model(model.path, model.architecture, padded, (), {}), tokens)
-    assert relative_error(found, _expected(oracle, tokens)) < 1e-5
+    assert relative_error(found, logits_of(oracle, tokens)) < 1e-5
 
 
 def test_onnx(model: Model, oracle: Olmo2ForCausalLM, tmp_path: Path) -> None:
     tokens = tokens_of(40, seed=2)
     found = onnx_models.onnx_logits(toys.onnx_of(model, tmp_path / "onnx"), tokens[0])
-    assert relative_error(found, _expected(oracle, tokens)[0]) < 1e-5
+    assert relative_error(found, logits_of(oracle, tokens)[0]) < 1e-5
 
 
 def _rms(states: Tensor, weight: Tensor) -> Tensor:

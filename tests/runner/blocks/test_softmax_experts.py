@@ -12,8 +12,7 @@ from forward import relative_error, runner_logits
 from moecast.archs.graph import Rope, SubLayer, sequential
 from moecast.quant.planning.padding import pad
 from moecast.sources.model import Model
-from torch import Tensor
-from toy_models import tokens_of
+from toy_models import logits_of, tokens_of
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 LAYERS, TOP_K = 2, 3
@@ -34,22 +33,11 @@ def _oracle(normalized: bool) -> Qwen3MoeForCausalLM:
         num_experts_per_tok=TOP_K,
         norm_topk_prob=normalized,
     )
-    model = Qwen3MoeForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if "norm" in name:
-                tensor.uniform_(0.5, 1.5)
-            else:
-                tensor.normal_(0, 1.0 if "embed" in name else tensor.shape[-1] ** -0.5)
-    return model
+    return toys.randomized(Qwen3MoeForCausalLM(config))
 
 
 def _model(oracle: Qwen3MoeForCausalLM, folder: Path) -> Model:
-    state = {name.removeprefix("model."): tensor for name, tensor in oracle.state_dict().items()}
-    state |= {"embedding": state["embed_tokens.weight"], "head": state["lm_head.weight"]}
-    for index in range(LAYERS):
-        state |= toys.split_experts(state, f"layers.{index}.mlp")
-    toy, config = toys.Toy(folder, state), oracle.config
+    toy, config = toys.toy_of(oracle, folder), oracle.config
 
     def layer(index: int) -> tuple[SubLayer, ...]:
         prefix = f"layers.{index}"
@@ -70,16 +58,11 @@ def _model(oracle: Qwen3MoeForCausalLM, folder: Path) -> Model:
     return toy.model(toy.graph([layer(index) for index in range(LAYERS)], toy.norm("norm.weight")))
 
 
-def _expected(oracle: Qwen3MoeForCausalLM, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return oracle(tokens).logits
-
-
 @pytest.mark.parametrize("normalized", [True, False])
 def test_logits_equal_transformers(normalized: bool, tmp_path: Path) -> None:
     oracle = _oracle(normalized)
     model, tokens = _model(oracle, tmp_path), tokens_of(50)
-    expected = _expected(oracle, tokens)
+    expected = logits_of(oracle, tokens)
     assert relative_error(runner_logits(model, tokens), expected) < 1e-5
     padded = pad(model.graph, 128)
     assert padded.hidden_size == 128
@@ -91,4 +74,4 @@ def test_logits_equal_transformers(normalized: bool, tmp_path: Path) -> None:
 def test_onnx(normalized: bool, tmp_path: Path) -> None:
     oracle, tokens = _oracle(normalized), tokens_of(40, seed=1)
     engine = toys.onnx_of(_model(oracle, tmp_path / "toy"), tmp_path / "onnx")
-    assert relative_error(onnx_models.onnx_logits(engine, tokens[0], 9), _expected(oracle, tokens)[0]) < 1e-5
+    assert relative_error(onnx_models.onnx_logits(engine, tokens[0], 9), logits_of(oracle, tokens)[0]) < 1e-5

@@ -15,13 +15,16 @@ from moecast.sources.hub.transfer import Watch
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     folder = write_checkpoint(tmp_path / "published")
-    (folder / "tokenizer.d").mkdir()
+    for name in ("tokenizer.d", "docs", "additional_chat_templates/older"):
+        (folder / name).mkdir()
     unwanted = (
         "pytorch_model.bin",
         "weights.pt",
         "modeling.py",
         "stray.safetensors",
-        "README.md",
+        "docs/README.md",
+        "additional_chat_templates/older/tools.jinja",
+        "additional_chat_templates/README.md",
         "tokenizer.d/extra.json",
     )
     for name in unwanted:

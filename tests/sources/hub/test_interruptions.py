@@ -109,7 +109,7 @@ def test_a_busy_hub_is_waited_for(
     server.fail(where, Fault(status=503), times=2)
     assert same(fetch(source(server)), checkpoint)
     assert sum(wait >= 30 for wait in waits) == 1
-    assert len(waits) == 3
+    assert len(waits) >= 3
 
 
 def test_a_hub_that_stays_broken_is_named(server: HubServer) -> None:

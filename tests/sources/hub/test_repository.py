@@ -120,7 +120,7 @@ class Watcher(NoProgress):
         self.total = 0
         self.advances: list[tuple[int, str]] = []
 
-    def begin(self, task: str, total: int, unit: str) -> None:
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
         assert unit == "bytes"
         self.total = total
 
