@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import sys
 import threading
 from contextlib import suppress
 from importlib import import_module
@@ -121,6 +122,16 @@ def lock(descriptor: int) -> bool:
             raise BlockingIOError(error.errno, os.strerror(error.errno)) from None
         return False
     return bool(fcntl or msvcrt)
+
+
+def cache_folder() -> Path:
+    """Where this system's users keep what programs can make again; it need not be there yet."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local", "moecast", "Cache")
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/moecast"
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(named if os.path.isabs(named) else Path.home() / ".cache", "moecast")
 
 
 def bytes_on_disk(path: Path) -> int:

@@ -38,11 +38,11 @@ if platform.system() == "Darwin":  # Python may be built for both processors, wh
     os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
 INTEL = platform.machine().lower() in ("x86_64", "amd64")
 BASELINE = ("-msse4.2",) if INTEL else ()
-OTHERS = {
-    "scalar": (),  # what every processor has
+NEWER = {
     "avx2": ("-mavx2",),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=256"),
 }
+OTHERS = {"scalar": (), **(NEWER if INTEL else {})}  # scalar: what every processor has, and what a GPU computes
 
 
 class BuildKernels(build_ext):
@@ -65,7 +65,6 @@ class BuildKernels(build_ext):
             others = {
                 name: [pool.submit(self._objects, source, name, flags) for source in FAMILIES]
                 for name, flags in OTHERS.items()
-                if INTEL
             }
         built = {name: jobs for name, jobs in others.items() if all(job.exception() is None for job in jobs)}
         for name in others.keys() - built.keys():
@@ -91,7 +90,10 @@ class BuildKernels(build_ext):
         self.compiler.cc = found
 
     def _objects(self, source: str, instruction_set: str, flags: tuple[str, ...]) -> list[str]:
-        return self._compile(source, instruction_set, flags, [("INSTRUCTION_SET", instruction_set)])
+        macros = [("INSTRUCTION_SET", instruction_set)]
+        if instruction_set == "scalar":
+            macros.append(("ONE_LANE", "1"))
+        return self._compile(source, instruction_set, flags, macros)
 
     def _compile(self, source: str, folder: str, flags: tuple[str, ...], macros: list[tuple[str, str]]) -> list[str]:
         output = os.path.join(self.build_temp, folder)

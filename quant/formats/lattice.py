@@ -143,14 +143,19 @@ def _shifted(scale: Tensor, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def digits(name: str) -> tuple[Tensor, int]:
     """The places of a lattice's levels among all that it has, uint8 [points, 8 or 4], and how many it has."""
-    lattice = _lattice(name, 1, torch.device("cpu"))
+    lattice = _lattice(name, 1)
     return lattice.digits.to(torch.uint8).contiguous(), int(lattice.digits.max()) + 1
 
 
 @cache
-def _lattice(name: str, divisor: int, device: torch.device) -> Lattice:
+def _lattice(name: str, divisor: int) -> Lattice:
     """A format's lattice in levels that odd multiples of the step scale: the points over a power of two."""
-    return Lattice(_points(name, device) / divisor)
+    return Lattice(_points(name, torch.device("cpu")) / divisor)
+
+
+@cache
+def _lattice_on(device: torch.device, name: str, divisor: int) -> Lattice:
+    return _lattice(name, divisor).to(device)
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ class _Signed:
 
         weights = weights.view_as(magnitudes)
         step, multiples, codes, product = search_odd_multiples(
-            magnitudes, weights, unit, [lattice.levels], self.spans, largest=31, nearest=nearest
+            magnitudes, weights, unit, [lattice.rising], self.spans, largest=31, nearest=nearest
         )
         step = half(step * lengthening(magnitudes, weights, step * product), unit)
         stored = multiples.to(torch.int64) >> 1
@@ -219,7 +224,7 @@ class _Signed:
         return self.join(data[:2], self.multiples(data), numbers, _packed(levels.unflatten(0, (32, 8)) < 0))
 
     def _lattice(self, device: torch.device) -> Lattice:
-        return _lattice(self.name, self.divisor, device)
+        return _lattice_on(device, self.name, self.divisor)
 
     def _signs(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Which values [n, lanes] are stored as negative, and what their points have to be near: [n / 8, 8, lanes]."""
@@ -299,7 +304,7 @@ def _shifted_codes(
     Returns the step [lanes], divided by the unit, the halved multiples [sub_blocks, lanes] and
     [sub_blocks, points, lanes] point numbers, with bit 11 set for a shift down.
     """
-    lattice = _lattice("IQ1_S", 1, values.device)
+    lattice = _lattice_on(values.device, "IQ1_S", 1)
     values, weights = values.unflatten(0, (sub_blocks, -1)), weights.unflatten(0, (sub_blocks, -1))
     part_weights, point_weights = (weights.unflatten(1, parts) for parts in ((shifts, -1), (shifts, -1, 8)))
 
@@ -317,7 +322,7 @@ def _shifted_codes(
         codes = numbers | torch.where(down, 1 << 11, 0)
         return Choice((lattice.point(numbers) + shift).flatten(1, 3), codes.flatten(1, 2))
 
-    levels = [lattice.levels + shift for shift in (_IQ1_SHIFT, -_IQ1_SHIFT)]
+    levels = [tuple(level + shift for level in lattice.rising) for shift in (_IQ1_SHIFT, -_IQ1_SHIFT)]
     step, multiples, codes, _ = search_odd_multiples(values, weights, unit, levels, (), largest=15, nearest=nearest)
     return step, multiples.to(torch.int64) >> 1, codes
 

@@ -10,6 +10,7 @@ are fitted to those points.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Final, NamedTuple
 
 import torch
@@ -60,6 +61,7 @@ class Lattice:
         """points: float32 [points, 4 or 8], of at most 4 levels for 8 values and at most 8 for 4."""
         self.points = points
         self.levels, self.digits = torch.unique(points, return_inverse=True)
+        self.rising: tuple[float, ...] = tuple(self.levels.tolist())
         middle = points.shape[1] // 2
         places = torch.arange(middle - 1, -1, -1, device=points.device)
         first, second = self.digits.split(middle, dim=1)
@@ -70,6 +72,15 @@ class Lattice:
         self._partners = {place: seconds[firsts == place].sort().values for place in firsts.unique().tolist()}
         self._numbers = torch.zeros(len(halves) << TAG_BITS, dtype=torch.int64, device=points.device)
         self._numbers[firsts << TAG_BITS | self._tags[seconds]] = torch.arange(len(points), device=points.device)
+
+    def to(self, device: torch.device) -> Lattice:
+        """The same on a device."""
+        moved = copy(self)
+        for name, part in vars(self).items():
+            if isinstance(part, Tensor):
+                setattr(moved, name, part.to(device))
+        moved._partners = {place: partners.to(device) for place, partners in self._partners.items()}
+        return moved
 
     def nearest(self, values: Tensor, weights: Tensor) -> Tensor:
         """The numbers of the nearest points: [..., 4 or 8, lanes] -> int64 [..., lanes]."""
@@ -133,7 +144,7 @@ def search_odd_multiples(
     values: Tensor,
     weights: Tensor,
     unit: Tensor,
-    levels: list[Tensor],
+    levels: list[tuple[float, ...]],
     spans: tuple[float, ...],
     largest: int,
     nearest: Callable[[Tensor], Choice],
@@ -152,8 +163,9 @@ def search_odd_multiples(
     def starts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         peak = values.abs().amax(-2)
         for relative in PEAKS:
-            for choices in levels:
-                scaled = values * spread(reciprocal(peak * (1 / (relative * float(choices[-1])))))
+            for rising in levels:
+                scaled = values * spread(reciprocal(peak * (1 / (relative * rising[-1]))))
+                choices = torch.tensor(rising, device=values.device)
                 middles = (choices[1:] + choices[:-1]) * 0.5
                 fit = fit_of(choices[torch.bucketize(scaled, middles)])
                 yield fit.gain, *fit

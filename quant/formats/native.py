@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_int, c_int64, c_void_p
+from collections.abc import Iterable
+from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_int, c_int64, c_void_p, string_at
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -19,13 +20,13 @@ from torch import Tensor
 
 from ...errors import BadInput
 from . import lattice
-from .kernel_sources import digest
-from .table import Format, format_named
+from .kernel_sources import SOURCES, digest
+from .table import Format, Work, format_named
 
 TORCH: Final = "torch"
-_TYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as kernels number them
+_WORKS: Final = ("decode", "encode", "choose")  # a kernel that does one does those before it too
 _LIBRARY: Final = Path(__file__).parents[1] / f"_kernels.{'dll' if sys.platform == 'win32' else 'so'}"
-_SOURCES: Final = _LIBRARY.with_name("kernels")
 
 
 def available() -> bool:
@@ -55,7 +56,7 @@ def kernel_status() -> str:
 
 def sources() -> str:
     """A digest of the kernels' code; where torch serves in their place too, because it makes the same bytes."""
-    if found := digest(_SOURCES):
+    if found := digest(SOURCES):
         return found
     library = _library()
     return str(library.kernels_sources().decode()) if library else "none"
@@ -69,44 +70,50 @@ def path() -> str:
     return choice
 
 
-def can_quantize(format: Format, rows: Tensor) -> bool:
-    """Whether kernels write this format from such rows."""
-    return rows.device.type == "cpu" and _support(path(), format) > 1
+def only_torch() -> bool:
+    """Whether MOECAST_KERNELS says that no kernels shall work, on no device."""
+    return os.environ.get("MOECAST_KERNELS") == TORCH
+
+
+def can(work: Work, format: Format, device: torch.device) -> bool:
+    """Whether there are kernels for it."""
+    return _support(path(), format) > _WORKS.index(work)
+
+
+def prepare(work: Work, formats: Iterable[Format], device: torch.device) -> None:
+    """These kernels are ready."""
 
 
 def quantize(rows: Tensor, format: Format, weights: Tensor | None, result: Tensor, threads: int) -> int | None:
-    """Quantize rows [rows, columns] with weights [columns] to uint8 `result` [rows, row bytes].
-
-    Returns the first row that holds a value that is not finite, if any; then the result is incomplete.
-    """
-    rows = (rows if rows.dtype in _TYPES else rows.to(torch.float32)).contiguous()
-    bad: int = _loaded().kernels_quantize(
-        path().encode(),
-        format.id,
-        rows.data_ptr(),
-        _TYPES[rows.dtype],
-        None if weights is None else weights.data_ptr(),
-        result.data_ptr(),
-        *rows.shape,
-        threads,
-    )
-    return None if bad < 0 else bad
-
-
-def can_dequantize(format: Format, data: Tensor) -> bool:
-    """Whether kernels read this format from such bytes."""
-    return data.device.type == "cpu" and _support(path(), format) > 0
+    """As `devices.Kernels` says it."""
+    rows = (rows if rows.dtype in TYPES else rows.to(torch.float32)).contiguous()
+    share = len(rows) // (1 if weights is None else len(weights))
+    for expert, start in enumerate(range(0, len(rows), share or 1)):
+        bad: int = _loaded().kernels_quantize(
+            path().encode(),
+            format.id,
+            rows[start].data_ptr(),
+            TYPES[rows.dtype],
+            None if weights is None else weights[expert].data_ptr(),
+            result[start].data_ptr(),
+            share,
+            rows.shape[1],
+            threads,
+        )
+        if bad >= 0:
+            return start + bad
+    return None
 
 
 def dequantize(data: Tensor, format: Format, result: Tensor, threads: int) -> None:
-    """Read uint8 rows [rows, row bytes] into float32 or bfloat16 `result` [rows, columns]."""
+    """As `devices.Kernels` says it."""
     data = data.contiguous()
     _loaded().kernels_dequantize(
         path().encode(),
         format.id,
         data.data_ptr(),
         result.data_ptr(),
-        _TYPES[result.dtype],
+        TYPES[result.dtype],
         data.numel() // format.block_bytes,
         threads,
     )
@@ -131,9 +138,12 @@ class Choosing(Structure):
     )
 
 
-def can_choose(format: Format, target: Tensor) -> bool:
-    """Whether kernels choose levels for this format's scales."""
-    return target.device.type == "cpu" and _support(path(), format) > 2
+def choosing(inputs: list[Tensor], levels: Tensor, stored: Tensor, sweeps: int) -> Choosing:
+    """A task for kernels: what `choose` takes, in its order and contiguous, and where the result goes."""
+    target, scales = inputs[:2]
+    places = [part.data_ptr() for part in inputs]
+    results = levels.data_ptr(), stored.data_ptr()
+    return Choosing(*places[:3], scales.shape[-2], *places[3:], *results, target.shape[-1], sweeps)
 
 
 def choose(
@@ -146,15 +156,25 @@ def choose(
     sweeps: int,
     threads: int,
 ) -> tuple[Tensor, Tensor]:
-    """The levels of blocks whose scales are chosen and what they stand for, as `quant.feedback` explains it."""
+    """As `devices.Kernels` says it."""
     inputs = [part.contiguous() for part in (target, *scales, carried, metric, *weights)]
     levels, stored = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
-    places = [part.data_ptr() for part in inputs]
-    task = Choosing(
-        *places[:3], len(scales[0]), *places[3:], levels.data_ptr(), stored.data_ptr(), target.shape[1], sweeps
-    )
-    _loaded().kernels_choose(path().encode(), format.id, byref(task), threads)
+    parts = [*inputs, levels, stored]
+    for expert in zip(*parts, strict=True) if target.ndim > 2 else [parts]:
+        *given, chosen, meant = expert
+        task = choosing(given, chosen, meant, sweeps)
+        _loaded().kernels_choose(path().encode(), format.id, byref(task), threads)
     return levels, stored
+
+
+def lattice_points(name: str) -> Tensor | None:
+    """The points of a format's lattice, laid out as kernels want them, uint8; None where nothing lays them out."""
+    _hand_over_lattices()
+    if (library := _library()) is None:
+        return None
+    size = c_int64()
+    place = library.kernels_lattice(format_named(name).id, byref(size))
+    return torch.frombuffer(bytearray(string_at(place, size.value)), dtype=torch.uint8)
 
 
 @cache
@@ -187,7 +207,7 @@ def _library() -> CDLL | None:
         library = _declared(CDLL(str(_LIBRARY)))
     except (OSError, AttributeError):  # never built, for another system, or from older sources
         return None
-    return library if digest(_SOURCES) in (None, library.kernels_sources().decode()) else None
+    return library if digest(SOURCES) in (None, library.kernels_sources().decode()) else None
 
 
 def _declared(library: CDLL) -> CDLL:
@@ -197,6 +217,7 @@ def _declared(library: CDLL) -> CDLL:
     library.kernels_support.restype, library.kernels_support.argtypes = c_int, [c_char_p, c_int]
     library.kernels_set_lattice.restype = None
     library.kernels_set_lattice.argtypes = [c_int, c_void_p, c_int, c_int, c_int]
+    library.kernels_lattice.restype, library.kernels_lattice.argtypes = c_void_p, [c_int, POINTER(c_int64)]
     library.kernels_quantize.restype = c_int64
     library.kernels_quantize.argtypes = [
         c_char_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int

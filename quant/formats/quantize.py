@@ -1,6 +1,6 @@
 """Rows in, blocks out, and back: `quantize` and `dequantize` for every format.
 
-The C++ kernels do the work where there are any, and torch otherwise; both give the same bytes.
+The device's kernels do the work where there are any, and torch otherwise; all give the same bytes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 from typing import Final, TypeVar
 
 import numpy as np
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import BadInput
-from . import affine, codebook, lattice, native, symmetric, ternary
+from . import affine, codebook, lattice, symmetric, ternary
+from .devices import kernels_for
 from .lanes import Codec, unit_of
 from .table import Format, format_named
 
@@ -51,10 +53,7 @@ def quantize(x: Array, name: str, importance: Array | None = None, threads: int 
     encode = _encoder(format)
     rows = _matrix(x)
     result = torch.empty((len(rows), format.row_bytes(rows.shape[1])), dtype=torch.uint8, device=rows.device)
-    experts = _experts(importance, rows)
-    share = len(rows) // len(experts)
-    for number, weights in enumerate(experts):
-        part = slice(number * share, (number + 1) * share)
+    for part, weights in _experts(importance, rows):
         bad_row = _quantize(rows[part], format, encode, weights, result[part], threads or torch.get_num_threads())
         if bad_row is not None:
             raise BadInput(f"row {part.start + bad_row} holds a value that is not finite")
@@ -77,8 +76,8 @@ def dequantize(data: Array, name: str, threads: int | None = None, type: torch.d
         )
     columns = rows.shape[1] // format.block_bytes * format.block_size
     result = torch.empty((len(rows), columns), dtype=type, device=rows.device)
-    if native.can_dequantize(format, rows):
-        native.dequantize(rows, format, result, threads or torch.get_num_threads())
+    if kernels := kernels_for("decode", format, rows.device):
+        kernels.dequantize(rows, format, result, threads or torch.get_num_threads())
         return _like(data, result)
     with _threads(threads):
         for start, chunk in _chunks(rows, columns):
@@ -98,21 +97,26 @@ def _quantize(
     result: Tensor,
     threads: int,
 ) -> int | None:
-    """Fill uint8 `result` [rows, row bytes]; the first row that holds a value that is not finite, if any."""
-    if native.can_quantize(format, rows):
-        return native.quantize(rows, format, weights, result, threads)
+    """Fill uint8 `result` [rows, row bytes]; the first row that holds a value that is not finite, if any.
+
+    weights: [experts, columns], of so many rows each, or none.
+    """
+    if kernels := kernels_for("encode", format, rows.device):
+        return kernels.quantize(rows, format, weights, result, threads)
+    share = len(rows) // (1 if weights is None else len(weights))
     with _threads(threads):
         for start, chunk in _chunks(rows, rows.shape[1]):
+            expert = torch.arange(start, start + len(chunk), device=rows.device) // share
             values = chunk.to(torch.float32)
             finite = torch.isfinite(values).all(dim=1)
             if not finite.all():
                 return start + int(finite.long().argmin())
-            result[start : start + len(chunk)] = encode(values, weights)
+            result[start : start + len(chunk)] = encode(values, None if weights is None else weights[expert])
     return None
 
 
 def _encoder(format: Format) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """What turns float32 [rows, columns] with weights [columns], or none, into bytes [rows, row bytes]."""
+    """What turns float32 [rows, columns] with their weights, or none, into bytes [rows, row bytes]."""
     if format.name in FLOATS:
         return lambda values, _: _to_float(values, FLOATS[format.name])
     codec = CODECS.get(format.name)
@@ -128,7 +132,7 @@ def _encode(codec: Codec, format: Format, values: Tensor, weights: Tensor | None
     if weights is None:
         data = (codec.encode_unweighted or codec.encode)(lanes * (1 / unit), unit, torch.ones_like(lanes))
     else:
-        data = codec.encode(lanes * (1 / unit), unit, _to_lanes(weights.expand_as(values), format.block_size))
+        data = codec.encode(lanes * (1 / unit), unit, _to_lanes(weights, format.block_size))
     return data.T.reshape(len(values), format.row_bytes(values.shape[1]))
 
 
@@ -158,10 +162,11 @@ def _chunks(rows: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:
         yield start, rows[start : start + count]
 
 
-def _experts(importance: Array | None, rows: Tensor) -> list[Tensor | None]:
-    """The weights of each expert's columns; one expert if there is one importance for all."""
+def _experts(importance: Array | None, rows: Tensor) -> Iterator[tuple[slice, Tensor | None]]:
+    """Consecutive rows, with the weights of each of their experts' columns, [experts, columns], or none."""
     if importance is None:
-        return [None]
+        yield slice(0, len(rows)), None
+        return
     weights = torch.as_tensor(importance, dtype=torch.float64)
     experts = len(weights) if weights.ndim == 2 else 1
     if weights.ndim not in (1, 2) or weights.shape[-1] != rows.shape[1] or not experts or len(rows) % experts:
@@ -171,14 +176,22 @@ def _experts(importance: Array | None, rows: Tensor) -> list[Tensor | None]:
         )
     if not torch.isfinite(weights).all() or (weights < 0).any():
         raise BadInput("importance has a value that is negative or not finite")
-    return [_weights(expert, rows.device) for expert in weights.view(experts, -1)]
+    share, start = len(rows) // experts, 0
+    for plain, group in groupby(map(_weights, weights.view(experts, -1)), key=lambda weights: weights is None):
+        alike = list(group)
+        part = slice(start, start + share * len(alike))
+        yield (
+            part,
+            None if plain else torch.stack([weights for weights in alike if weights is not None]).to(rows.device),
+        )
+        start = part.stop
 
 
-def _weights(importance: Tensor, device: torch.device) -> Tensor | None:
+def _weights(importance: Tensor) -> Tensor | None:
     """Importance relative to its mean, floored: float32 [columns]. None if it says nothing."""
     if (importance == importance[:1]).all():
         return None
-    return (importance / importance.mean()).clamp(min=LEAST_SQUARE).to(device, torch.float32)
+    return (importance / importance.mean()).clamp(min=LEAST_SQUARE).to(torch.float32)
 
 
 @contextmanager

@@ -70,9 +70,10 @@ class Table:
         self._first, self._last = 2 * levels[0], 2 * levels[-1]
         sums = [low + high for low, high in pairwise(levels)]
         places = [bisect_left(sums, doubled) for doubled in range(self._first, self._last + 1)]
-        self._levels = torch.tensor([levels[place] for place in places], dtype=torch.float32)
-        self._codes = torch.tensor([codes[place] for place in places], dtype=torch.uint8)
-        self._decoded = torch.tensor([dict(zip(codes, levels, strict=True)).get(code, 0) for code in range(16)])
+        self._levels = torch.tensor([levels[place] for place in places], dtype=torch.float32, device="cpu")
+        self._codes = torch.tensor([codes[place] for place in places], dtype=torch.uint8, device="cpu")
+        level_of = dict(zip(codes, levels, strict=True))
+        self._decoded = torch.tensor([level_of.get(code, 0) for code in range(16)], device="cpu")
 
     def nearest(self, values: Tensor) -> Tensor:
         return _look_up(self._levels, self._places(values))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from ...errors import BadInput
+
+Work = Literal["decode", "encode", "choose"]  # what kernels do with a format: see devices.Kernels
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ template <int TOP> struct SmallAffine {
 
 struct Q4_1 {
     static constexpr int ID = 3, SIZE = 32, BYTES = 20;
+    using Chosen = Single<Uniform<0, 15>>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -45,6 +46,7 @@ struct Q4_1 {
 
 struct Q5_1 {
     static constexpr int ID = 7, SIZE = 32, BYTES = 24;
+    using Chosen = Single<Uniform<0, 31>>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -102,6 +104,7 @@ template <int COUNT, int TOP, int LARGEST> struct SuperAffine {
 
 struct Q2_K {
     static constexpr int ID = 10, SIZE = 256, BYTES = 84;
+    using Chosen = Single<Uniform<0, 3>>;
     using Super = SuperAffine<16, 3, 15>;
 
     template <bool WEIGHTED>
@@ -141,6 +144,7 @@ inline void unpack_6_bits(const Ints* bytes, Ints* scales, Ints* minima) {
 
 struct Q4_K {
     static constexpr int ID = 12, SIZE = 256, BYTES = 144;
+    using Chosen = Single<Uniform<0, 15>>;
     using Super = SuperAffine<8, 15, 63>;
 
     template <bool WEIGHTED>
@@ -161,6 +165,7 @@ struct Q4_K {
 
 struct Q5_K {
     static constexpr int ID = 13, SIZE = 256, BYTES = 176;
+    using Chosen = Single<Uniform<0, 31>>;
     using Super = SuperAffine<8, 31, 63>;
 
     template <bool WEIGHTED>
@@ -183,10 +188,8 @@ struct Q5_K {
     }
 };
 
-extern const Kernel AFFINE[] = {
-    choosing_kernel<Q4_1, Single<Uniform<0, 15>>>(), choosing_kernel<Q5_1, Single<Uniform<0, 31>>>(),
-    choosing_kernel<Q2_K, Single<Uniform<0, 3>>>(),  choosing_kernel<Q4_K, Single<Uniform<0, 15>>>(),
-    choosing_kernel<Q5_K, Single<Uniform<0, 31>>>(), {},
-};
+KERNEL_TABLE(AFFINE,
+             choosing_kernel<Q4_1>(), choosing_kernel<Q5_1>(), choosing_kernel<Q2_K>(), choosing_kernel<Q4_K>(),
+             choosing_kernel<Q5_K>())
 
 }  // namespace

@@ -57,6 +57,7 @@ template <int TOP> struct Ranges {
 template <int COUNT, int TOP, bool SIGNED, bool WEIGHTED> struct AffineBlock {
     static constexpr int SIZE = COUNT;
     static constexpr bool IS_SIGNED = SIGNED;
+    static constexpr Ranges<TOP> STARTS{};  // not in a function, where NVRTC leaves it all zeros
 
     const Floats* values;
     Weights<WEIGHTED> weights;
@@ -95,13 +96,12 @@ template <int COUNT, int TOP, bool SIGNED, bool WEIGHTED> struct AffineBlock {
             highest = larger(highest, values[i]);
         }
         if (!SIGNED) lowest = smaller(lowest, all(0.0f));
-        static constexpr Ranges<TOP> starts;
         scale = minimum = all(0.0f);
         AffineFit best{};
         Best gains;
-        for (int i = 0; i < starts.COUNT; i++) {
-            Floats new_scale = (highest - lowest) * starts.per_range[i];
-            Floats new_minimum = -lowest - new_scale * starts.below[i];
+        for (int i = 0; i < STARTS.COUNT; i++) {
+            Floats new_scale = (highest - lowest) * STARTS.per_range[i];
+            Floats new_minimum = -lowest - new_scale * STARTS.below[i];
             if (!SIGNED) new_minimum = larger(new_minimum, all(0.0f));
             AffineFit trial = fit(new_scale, new_minimum);
             trial.template solve<SIGNED>(new_scale, new_minimum);

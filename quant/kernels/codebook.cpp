@@ -47,6 +47,7 @@ Floats code_non_linear(const Floats* values, Weights<WEIGHTED> weights, Floats s
 
 struct IQ4_NL {
     static constexpr int ID = 20, SIZE = 32, BYTES = 18;
+    using Chosen = Single<NonLinear>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -67,6 +68,7 @@ struct IQ4_NL {
 
 struct IQ4_XS {
     static constexpr int ID = 23, SIZE = 256, BYTES = 136;
+    using Chosen = Single<NonLinear>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -99,7 +101,6 @@ struct IQ4_XS {
     }
 };
 
-extern const Kernel CODEBOOK[] = {choosing_kernel<IQ4_NL, Single<NonLinear>>(),
-                                  choosing_kernel<IQ4_XS, Single<NonLinear>>(), {}};
+KERNEL_TABLE(CODEBOOK, choosing_kernel<IQ4_NL>(), choosing_kernel<IQ4_XS>())
 
 }  // namespace

@@ -65,7 +65,9 @@ struct Processor {
 const std::vector<InstructionSet>& instruction_sets() {
 #if defined(__x86_64__)
     static const Processor processor;
+#endif
     static const std::vector<InstructionSet> sets = {
+#if defined(__x86_64__)
 #ifdef WITH_AVX512
         {"avx512", kernels_avx512::FAMILIES, processor.avx512()},
 #endif
@@ -73,15 +75,15 @@ const std::vector<InstructionSet>& instruction_sets() {
         {"avx2", kernels_avx2::FAMILIES, processor.avx2()},
 #endif
         {"x86-64-v2", kernels_baseline::FAMILIES, processor.sse42()},
+#elif defined(__aarch64__)
+        {"neon", kernels_baseline::FAMILIES, true},
+#else
+        {"vectors", kernels_baseline::FAMILIES, true},
+#endif
 #ifdef WITH_SCALAR
         {"scalar", kernels_scalar::FAMILIES, true},
 #endif
     };
-#elif defined(__aarch64__)
-    static const std::vector<InstructionSet> sets = {{"neon", kernels_baseline::FAMILIES, true}};
-#else
-    static const std::vector<InstructionSet> sets = {{"scalar", kernels_baseline::FAMILIES, true}};
-#endif
     return sets;
 }
 
@@ -187,4 +189,10 @@ EXPORT void kernels_set_lattice(int format, const uint8_t* digits, int count, in
     }
     SharedMinima(partners, halves, *points);
     LATTICES[format] = points;
+}
+
+// What `kernels_set_lattice` has made of a lattice, for kernels elsewhere, and its size in bytes.
+EXPORT const void* kernels_lattice(int format, int64_t* size) {
+    *size = sizeof(LatticePoints);
+    return LATTICES[format];
 }

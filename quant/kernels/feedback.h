@@ -139,13 +139,11 @@ template <class Levels, int SIZE> class Choice {
     }
 
     Floats row(const float* rows, int i) const {
-        Floats values{};
-        std::memcpy(&values, rows + i * task.lanes + first, count * sizeof(float));
-        return values;
+        return load_some(rows + i * task.lanes + first, count);
     }
 
     void store_row(Floats values, float* rows, int i) const {
-        std::memcpy(rows + i * task.lanes + first, &values, count * sizeof(float));
+        store_some(values, rows + i * task.lanes + first, count);
     }
 };
 
@@ -158,9 +156,10 @@ template <class Levels, int SIZE> void choose(const Choosing& task, int64_t firs
     }
 }
 
-template <class Format, class Levels> constexpr Kernel choosing_kernel() {
+// A format's levels, by which values choose, are its type Chosen.
+template <class Format> constexpr Kernel choosing_kernel() {
     Kernel made = kernel<Format>();
-    made.choose = choose<Levels, Format::SIZE>;
+    made.choose = choose<typename Format::Chosen, Format::SIZE>;
     return made;
 }
 

@@ -36,6 +36,13 @@ struct Kernel {
     void (*choose)(const Choosing& task, int64_t first, int64_t last);
 };
 
+// A table of kernels that ends with an empty one. A GPU has none: its programs name what they are for, see cuda.cu.
+#if defined(__CUDACC__)
+#define KERNEL_TABLE(name, ...)
+#else
+#define KERNEL_TABLE(name, ...) extern const Kernel name[] = {__VA_ARGS__, {}};
+#endif
+
 constexpr int MOST_TERMS = 256;
 
 // The points of a lattice, laid out for the search. They are another package's data, handed over at run time.
@@ -50,4 +57,4 @@ struct LatticePoints {
     uint8_t terms[2048];              // of one list after another
 };
 
-extern const LatticePoints* LATTICES[64];  // by the number of their format
+extern "C" const LatticePoints* LATTICES[64];  // by the number of their format

@@ -5,48 +5,20 @@
 // code for a newer processor in place of code for an older one. For the same reason kernels use no standard templates.
 #pragma once
 
-#include <cstdint>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #define KERNELS_JOIN(prefix, name) prefix##name
 #define KERNELS_NAMESPACE(name) KERNELS_JOIN(kernels_, name)
 
-namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
-
-// With AVX-512 eight lanes as well: its masks and 32 registers are what counts, and tiles of 16 blocks crowd the cache.
-#if defined(__AVX2__)
-constexpr int LANES = 8;
+#if defined(ONE_LANE)
+#include "one_lane.h"
 #else
-constexpr int LANES = 4;
+#include "vectors.h"
 #endif
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 
 constexpr float TINY = 0x1p-116f;  // smaller numbers count as zero, so that no reciprocal overflows
 constexpr int REFINEMENTS = 1;     // rounds in which stored scales and codes adapt to each other
 
-inline Floats all(float value) { return value - Floats{}; }
-inline Ints all(int32_t value) { return value - Ints{}; }
-inline Ints bits(Floats value) { return (Ints)value; }
-inline Floats from_bits(Ints value) { return (Floats)value; }
-inline Ints truncated(Floats value) { return __builtin_convertvector(value, Ints); }
-inline Floats to_float(Ints value) { return __builtin_convertvector(value, Floats); }
-
-inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
-inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
-#if defined(__AVX2__)  // by name, because compilers make a comparison and a selection of the general form
-inline Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
-inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
-#elif defined(__SSE4_2__)
-inline Floats smaller(Floats a, Floats b) { return _mm_min_ps(a, b); }
-inline Floats larger(Floats a, Floats b) { return _mm_max_ps(a, b); }
-#else
-inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-#endif
 inline Floats clamp(Floats value, float low, float high) { return smaller(larger(value, all(low)), all(high)); }
 inline Floats magnitude(Floats value) { return from_bits(bits(value) & 0x7fffffff); }
 

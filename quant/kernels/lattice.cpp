@@ -150,6 +150,7 @@ template <int COUNT> void unpack_nibbles(const Ints* bytes, Ints* numbers) {
 
 struct IQ2_XXS : Signed<Lattice2<16>, 8, true> {
     static constexpr int ID = 16, BYTES = 66;
+    using Chosen = IQ2_XXS;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -173,6 +174,7 @@ struct IQ2_XXS : Signed<Lattice2<16>, 8, true> {
 
 struct IQ3_XXS : Signed<Lattice3XXS, 8, true> {
     static constexpr int ID = 18, BYTES = 98;
+    using Chosen = IQ3_XXS;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -192,6 +194,7 @@ struct IQ3_XXS : Signed<Lattice3XXS, 8, true> {
 
 struct IQ2_XS : Signed<Lattice2<17>, 16, true> {
     static constexpr int ID = 17, BYTES = 74;
+    using Chosen = IQ2_XS;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -215,6 +218,7 @@ struct IQ2_XS : Signed<Lattice2<17>, 16, true> {
 
 struct IQ2_S : Signed<Lattice2<22>, 16, false> {
     static constexpr int ID = 22, BYTES = 82;
+    using Chosen = IQ2_S;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -244,6 +248,7 @@ struct IQ2_S : Signed<Lattice2<22>, 16, false> {
 
 struct IQ3_S : Signed<Lattice3S, 8, false> {
     static constexpr int ID = 21, BYTES = 110;
+    using Chosen = IQ3_S;
     static constexpr float SPANS[] = {1.02f};
 
     template <bool WEIGHTED>
@@ -374,10 +379,8 @@ struct IQ1_M : Shifted<16, 2> {
     }
 };
 
-extern const Kernel LATTICE[] = {
-    choosing_kernel<IQ2_XXS, IQ2_XXS>(), choosing_kernel<IQ2_XS, IQ2_XS>(), choosing_kernel<IQ2_S, IQ2_S>(),
-    choosing_kernel<IQ3_XXS, IQ3_XXS>(), choosing_kernel<IQ3_S, IQ3_S>(),   kernel<IQ1_S>(),
-    kernel<IQ1_M>(),                     {},
-};
+KERNEL_TABLE(LATTICE,
+             choosing_kernel<IQ2_XXS>(), choosing_kernel<IQ2_XS>(), choosing_kernel<IQ2_S>(),
+             choosing_kernel<IQ3_XXS>(), choosing_kernel<IQ3_S>(), kernel<IQ1_S>(), kernel<IQ1_M>())
 
 }  // namespace

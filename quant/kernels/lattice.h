@@ -91,7 +91,7 @@ void nearest_points(const Floats* values, Weights<WEIGHTED> weights, Ints* pairs
     }
     Floats least[POINTS];
     Ints chosen_first[POINTS] = {}, chosen_second[POINTS] = {};
-    for (Floats& distance : least) distance = all(__builtin_inff());
+    for (Floats& distance : least) distance = from_bits(all(0x7f800000));
     for (int place = 0; place < Half::COUNT; place++) {
         if (!*count) {
             count++;

@@ -107,24 +107,38 @@ struct MXFP4 {
     static Floats inverse_of(Ints exponent) { return from_bits((255 - exponent) << 23); }
 
     template <class Input> static void write(const Input* values, float inverse, int exponent, uint8_t* to) {
-        typedef uint8_t Half __attribute__((vector_size(BLOCK / 2)));
         Ints codes[VECTORS], signs[VECTORS];
         for (int i = 0; i < VECTORS; i++) {
             Floats scaled = load(values + i * LANES) * inverse;
             codes[i] = Microfloat::unlimited_code(magnitude(scaled));
             signs[i] = bits(scaled) >> 31;
         }
+        to[0] = exponent;
+        write_codes(codes, signs, to + 1);
+    }
+
+#if defined(ONE_LANE)
+    static void write_codes(const Ints* codes, const Ints* signs, uint8_t* to) {
+        auto signed_code = [&](int i) {
+            Ints code = smaller(codes[i], 7);
+            return code | ((code > 0) & signs[i] & 8);
+        };
+        for (int i = 0; i < BLOCK / 2; i++) to[i] = (signed_code(i) | signed_code(i + BLOCK / 2) << 4)[0];
+    }
+#else
+    static void write_codes(const Ints* codes, const Ints* signs, uint8_t* to) {
+        typedef uint8_t Packed __attribute__((vector_size(BLOCK / 2)));
         BlockOfBytes code, sign;
         narrow(codes, code);
         narrow(signs, sign);
         code = code > 7 ? 7 : code;
         code |= (code > 0) & sign & 8;
-        Half halves[2];
+        Packed halves[2];
         std::memcpy(halves, &code, sizeof code);
-        Half packed = halves[0] | halves[1] << 4;
-        to[0] = exponent;
-        std::memcpy(to + 1, &packed, sizeof packed);
+        Packed packed = halves[0] | halves[1] << 4;
+        std::memcpy(to, &packed, sizeof packed);
     }
+#endif
 };
 
 // Sub-blocks of 16 values whose scales are in E4M3 without a sign. Scales are absolute: magnitudes above 2688 saturate,
@@ -182,8 +196,10 @@ struct NVFP4 {
     }
 };
 
-extern const Kernel MICROFLOAT[] = {
-    {MXFP4::ID, BLOCK, MXFP4::BYTES, MXFP4::encode, decode<MXFP4>, nullptr}, kernel<NVFP4>(), {},
-};
+template <> inline int64_t encode<MXFP4>(const Rows& rows, int64_t first, int64_t last) {
+    return MXFP4::encode(rows, first, last);
+}
+
+KERNEL_TABLE(MICROFLOAT, kernel<MXFP4>(), kernel<NVFP4>())
 
 }  // namespace

@@ -3,7 +3,9 @@
 
 namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 
-constexpr int BYTES = 2 + BLOCK;
+struct Q8_0 {
+    static constexpr int ID = 8, SIZE = BLOCK, BYTES = 2 + BLOCK;
+};
 
 template <class Input> int64_t encode_8_0(const Input* values, uint8_t* bytes, int64_t first, int64_t last) {
     for (; first < last; first += LANES) {
@@ -19,7 +21,7 @@ template <class Input> int64_t encode_8_0(const Input* values, uint8_t* bytes, i
             Ints codes[VECTORS];
             for (int i = 0; i < VECTORS; i++)
                 codes[i] = truncated(rounded(clamp(load(from + block * BLOCK + i * LANES) * inverse, -127, 127)));
-            uint8_t* to = bytes + (first + block) * BYTES;
+            uint8_t* to = bytes + (first + block) * Q8_0::BYTES;
             uint16_t scale = scales[block];
             std::memcpy(to, &scale, sizeof scale);
             BlockOfBytes narrowed;
@@ -32,33 +34,30 @@ template <class Input> int64_t encode_8_0(const Input* values, uint8_t* bytes, i
 
 template <class Output> void decode_8_0(const uint8_t* bytes, Output* values, int64_t first, int64_t last) {
     for (int64_t block = first; block < last; block++) {
-        const uint8_t* from = bytes + block * BYTES;
+        const uint8_t* from = bytes + block * Q8_0::BYTES;
         uint16_t half;
         std::memcpy(&half, from, sizeof half);
         Floats scale = float_from_half(all(int32_t{half}));
         for (int i = 0; i < VECTORS; i++) {
-            Bytes narrow;
-            std::memcpy(&narrow, from + sizeof half + i * LANES, LANES);
-            store(to_float(__builtin_convertvector(narrow, Ints)) * scale, values + block * BLOCK + i * LANES);
+            Floats levels = to_float(load_signed_bytes(from + sizeof half + i * LANES));
+            store(levels * scale, values + block * BLOCK + i * LANES);
         }
     }
 }
 
-struct Q8_0 {
-    static int64_t encode(const Rows& rows, int64_t first, int64_t last) {
-        switch (rows.type) {
-            case 0: return encode_8_0(static_cast<const float*>(rows.values), rows.bytes, first, last);
-            case 1: return encode_8_0(static_cast<const Half*>(rows.values), rows.bytes, first, last);
-            default: return encode_8_0(static_cast<const Brain*>(rows.values), rows.bytes, first, last);
-        }
+template <> inline int64_t encode<Q8_0>(const Rows& rows, int64_t first, int64_t last) {
+    switch (rows.type) {
+        case 0: return encode_8_0(static_cast<const float*>(rows.values), rows.bytes, first, last);
+        case 1: return encode_8_0(static_cast<const Half*>(rows.values), rows.bytes, first, last);
+        default: return encode_8_0(static_cast<const Brain*>(rows.values), rows.bytes, first, last);
     }
+}
 
-    static void decode(const uint8_t* bytes, void* values, int type, int64_t first, int64_t last) {
-        if (type == 0) decode_8_0(bytes, static_cast<float*>(values), first, last);
-        else decode_8_0(bytes, static_cast<Brain*>(values), first, last);
-    }
-};
+template <> inline void decode<Q8_0>(const uint8_t* bytes, void* values, int type, int64_t first, int64_t last) {
+    if (type == 0) decode_8_0(bytes, static_cast<float*>(values), first, last);
+    else decode_8_0(bytes, static_cast<Brain*>(values), first, last);
+}
 
-extern const Kernel ROUNDING[] = {{8, BLOCK, BYTES, Q8_0::encode, Q8_0::decode, nullptr}, {}};
+KERNEL_TABLE(ROUNDING, kernel<Q8_0>())
 
 }  // namespace

@@ -8,12 +8,17 @@ namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 
 constexpr int BLOCK = 32, VECTORS = BLOCK / LANES;
 
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
+#if defined(ONE_LANE)
+struct BlockOfBytes { int8_t each[BLOCK]; };
+#else
 typedef int8_t BlockOfBytes __attribute__((vector_size(BLOCK)));
+#endif
 
 // Whole numbers from -128 to 127, VECTORS vectors of them, to bytes.
 inline void narrow(const Ints* numbers, BlockOfBytes& bytes) {
-#if defined(__AVX2__)  // by name, because compilers narrow each vector by itself
+#if defined(ONE_LANE)
+    for (int i = 0; i < BLOCK; i++) bytes.each[i] = int8_t(numbers[i].lane);
+#elif defined(__AVX2__)  // by name, because compilers narrow each vector by itself
     __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32((__m256i)numbers[0], (__m256i)numbers[1]),
                                         _mm256_packs_epi32((__m256i)numbers[2], (__m256i)numbers[3]));
     packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));

@@ -26,6 +26,7 @@ struct Levels4 : Uniform<-8, 7> {
 
 struct Q4_0 {
     static constexpr int ID = 2, SIZE = 32, BYTES = 18;
+    using Chosen = Single<Uniform<-8, 7>>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -44,6 +45,7 @@ struct Q4_0 {
 
 struct Q5_0 {
     static constexpr int ID = 6, SIZE = 32, BYTES = 22;
+    using Chosen = Single<Uniform<-16, 15>>;
 
     template <bool WEIGHTED>
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
@@ -97,6 +99,7 @@ template <class Levels, int LOWEST, int HIGHEST, bool LENGTHENED> struct SuperSc
 
 struct Q6_K {
     static constexpr int ID = 14, SIZE = 256, BYTES = 210;
+    using Chosen = Single<Uniform<-32, 31>>;
     using Super = SuperScaled<Uniform<-32, 31>, -128, 127, false>;
 
     template <bool WEIGHTED>
@@ -135,6 +138,7 @@ template <> struct Levels3K<true> : Uniform<-4, 3> {
 
 struct Q3_K {
     static constexpr int ID = 11, SIZE = 256, BYTES = 110;
+    using Chosen = Single<Uniform<-4, 3>>;
     template <bool WEIGHTED> using Super = SuperScaled<Levels3K<WEIGHTED>, -32, 31, true>;
 
     template <bool WEIGHTED>
@@ -160,9 +164,7 @@ struct Q3_K {
     }
 };
 
-extern const Kernel SYMMETRIC[] = {
-    choosing_kernel<Q5_0, Single<Uniform<-16, 15>>>(), choosing_kernel<Q4_0, Single<Uniform<-8, 7>>>(),
-    choosing_kernel<Q6_K, Single<Uniform<-32, 31>>>(), choosing_kernel<Q3_K, Single<Uniform<-4, 3>>>(), {},
-};
+KERNEL_TABLE(SYMMETRIC,
+             choosing_kernel<Q5_0>(), choosing_kernel<Q4_0>(), choosing_kernel<Q6_K>(), choosing_kernel<Q3_K>())
 
 }  // namespace

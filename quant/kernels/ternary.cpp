@@ -111,6 +111,7 @@ struct Q1_0 {
 
 struct Q2_0 {
     static constexpr int ID = 42, SIZE = 64, BYTES = 18;
+    using Chosen = Single<Uniform<-1, 2>>;
     using Codes = Coder<TwoBits, SIZE>;
 
     template <bool WEIGHTED>
@@ -127,6 +128,6 @@ struct Q2_0 {
     }
 };
 
-extern const Kernel TERNARY[] = {kernel<TQ1_0>(), kernel<TQ2_0>(), kernel<Q1_0>(), choosing_kernel<Q2_0, Single<Uniform<-1, 2>>>(), {}};
+KERNEL_TABLE(TERNARY, kernel<TQ1_0>(), kernel<TQ2_0>(), kernel<Q1_0>(), choosing_kernel<Q2_0>())
 
 }  // namespace

@@ -9,58 +9,11 @@
 
 namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define KERNELS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define KERNELS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
-#endif
-
-inline Ints interleaved_low(Ints a, Ints b) {
-#if defined(__AVX2__)
-    return KERNELS_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-#else
-    return KERNELS_SHUFFLE(a, b, 0, 4, 1, 5);
-#endif
-}
-
-inline Ints interleaved_high(Ints a, Ints b) {
-#if defined(__AVX2__)
-    return KERNELS_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-#else
-    return KERNELS_SHUFFLE(a, b, 2, 6, 3, 7);
-#endif
-}
-
-// Swaps rows and columns: each round interleaves the first half of the rows with the second.
-inline void transpose(Ints (&rows)[LANES]) {
-    for (int round = 1; round < LANES; round *= 2) {
-        Ints next[LANES];
-        for (int i = 0; i < LANES / 2; i++) {
-            next[2 * i] = interleaved_low(rows[i], rows[i + LANES / 2]);
-            next[2 * i + 1] = interleaved_high(rows[i], rows[i + LANES / 2]);
-        }
-        for (int i = 0; i < LANES; i++) rows[i] = next[i];
-    }
-}
-
 struct Half { uint16_t bits; };
 struct Brain { uint16_t bits; };
-typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
 
-inline Floats load(const float* from) {
-    Floats values;
-    std::memcpy(&values, from, sizeof values);
-    return values;
-}
-
-inline Ints load_shorts(const void* from) {
-    Shorts shorts;
-    std::memcpy(&shorts, from, sizeof shorts);
-    return __builtin_convertvector(shorts, Ints);
-}
-
-inline Floats load(const Half* from) { return float_from_half(load_shorts(from)); }
-inline Floats load(const Brain* from) { return from_bits(load_shorts(from) << 16); }
+inline Floats load(const Half* from) { return float_from_half(load_shorts(&from->bits)); }
+inline Floats load(const Brain* from) { return from_bits(load_shorts(&from->bits) << 16); }
 
 // Where each lane's block begins. Lanes beyond the last block repeat it, and their results are dropped.
 template <class Input> struct Starts {
@@ -72,7 +25,7 @@ template <int SIZE, class Input> void load_values(const Starts<Input>& starts, F
         Ints rows[LANES];
         for (int lane = 0; lane < LANES; lane++) {
             const Input* from = starts.lane[lane] + first;
-            __builtin_prefetch(from + SIZE * LANES);  // most likely the same place of the next tile
+            prefetch(from + SIZE * LANES);  // most likely the same place of the next tile
             rows[lane] = bits(load(from));
         }
         transpose(rows);
@@ -140,14 +93,11 @@ template <int BYTES> void load_bytes(const uint8_t* blocks, int64_t count, Ints*
     }
 }
 
-inline void store(Floats values, float* to) { std::memcpy(to, &values, sizeof values); }
-
 // The nearest bfloat16, a tie going to the even one; what is not a number stays that.
 inline void store(Floats values, Brain* to) {
     Ints number = bits(values), nearest = number + 0x7fff + (number >> 16 & 1);
     Ints upper = values == values ? nearest : (number | 0x400000);
-    Shorts shorts = __builtin_convertvector(upper >> 16 & 0xffff, Shorts);
-    std::memcpy(to, &shorts, sizeof shorts);
+    store_shorts(upper >> 16 & 0xffff, &to->bits);
 }
 
 template <int SIZE, class Output> void store_values(const Floats* values, Output* blocks, int64_t count) {
@@ -176,14 +126,6 @@ template <int SIZE> Ints largest_bits(const Floats* values) {
     for (int i = 0; i < SIZE; i += 4)
         for (int j = 0; j < 4; j++) largest[j] = larger(largest[j], bits(magnitude(values[i + j])));
     return larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
-}
-
-// Whether a bit is set in any lane.
-inline bool any(Ints lanes) {
-    int64_t any = 0, parts[sizeof lanes / sizeof any];
-    std::memcpy(parts, &lanes, sizeof lanes);
-    for (int64_t part : parts) any |= part;
-    return any;
 }
 
 // The first lane of a largest magnitude that is not finite, or -1.

@@ -118,7 +118,7 @@ def typical_error(name: str) -> float:
 
     from ..formats.quantize import dequantize, quantize
 
-    rows = torch.randn(_SAMPLE, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(_SAMPLE, generator=torch.Generator().manual_seed(0), device="cpu")
     return float((dequantize(quantize(rows, name), name) - rows).square().sum() / rows.square().sum())
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...archs.weights import Weight
-from ..formats import native
 from ..formats import quantize as blocks
+from ..formats.devices import kernels_for
 from ..formats.lanes import Grid, reciprocal
 from ..formats.table import Format, format_named
 from .moments import SecondMoments, divided
@@ -87,9 +87,9 @@ def _choose(
     """
     scales, metric = grid.scales(data), triangle @ triangle.T
     carried, weights = divided(triangle, grid.group), (triangle.diagonal().square(), metric.diagonal())
-    if native.can_choose(format, wanted_values):
+    if kernels := kernels_for("choose", format, wanted_values.device):
         threads = threads or torch.get_num_threads()
-        return native.choose(format, wanted_values, scales, carried.T, metric, weights, _SWEEPS, threads)
+        return kernels.choose(format, wanted_values, scales, carried.T, metric, weights, _SWEEPS, threads)
     scale, minimum = (part.repeat_interleave(len(wanted_values) // len(part), dim=0) for part in scales)
     inverse, levels, stored = reciprocal(scale), torch.empty_like(wanted_values), torch.empty_like(wanted_values)
     groups = [slice(start, start + grid.group) for start in range(0, len(wanted_values), grid.group)]

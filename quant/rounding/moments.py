@@ -95,7 +95,7 @@ def divided(triangle: Tensor, size: int) -> Tensor:
 def products_of(states: Tensor) -> Tensor:
     """Sums over tokens of products of two columns: [columns, columns], the upper triangle and some of the rest."""
     columns = states.shape[1]
-    products = torch.zeros(columns, columns)
+    products = torch.zeros(columns, columns, device=states.device)
     for start in range(0, columns, _STRIP):
         torch.mm(states[:, start : start + _STRIP].T, states[:, start:], out=products[start : start + _STRIP, start:])
     return products

@@ -49,7 +49,7 @@ class Statistics:
     def tensors(self) -> Iterator[Tensor]:
         """Sums and counts as tensors, the names (UTF-8) of all weights and of stacks of experts first."""
         for names in (self.sums, self._expert_stacks):
-            yield torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8)
+            yield torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8, device="cpu")
         for name, sums in self.sums.items():
             yield sums
             yield self.counts[name]
@@ -68,8 +68,8 @@ class Statistics:
         """Count in what a matrix is multiplied with, [inputs, columns]."""
         name, columns = weight.name, states.shape[1]
         if name not in self.sums:
-            self.sums[name] = torch.zeros(weight.matrices, columns, dtype=torch.float64)
-            self.counts[name] = torch.zeros(weight.matrices, dtype=torch.int64)
+            self.sums[name] = torch.zeros(weight.matrices, columns, dtype=torch.float64, device=states.device)
+            self.counts[name] = torch.zeros(weight.matrices, dtype=torch.int64, device=states.device)
             if weight.experts is not None:
                 self._expert_stacks.append(name)
         self.sums[name][expert or 0] += states.square().sum(dim=0).double()
@@ -93,11 +93,14 @@ class Statistics:
         return functional.pad(mean, (0, weight.columns - len(mean)))
 
     def _mean_of_expert(self, weight: Weight, expert: int) -> Tensor:
-        squares, tokens = self._layer.get(weight.name, (torch.ones(weight.columns, dtype=torch.float64), 1))
+        sums = self.sums.get(weight.name)
+        device = "cpu" if sums is None else sums.device
+        alike = torch.ones(weight.columns, dtype=torch.float64, device=device)
+        squares, tokens = self._layer.get(weight.name, (alike, 1))
         prior = squares / tokens
-        if weight.name not in self.sums:  # no expert has been reached so far
+        if sums is None:  # no expert has been reached so far
             return prior
-        own, count = self.sums[weight.name][expert], int(self.counts[weight.name][expert])
+        own, count = sums[expert], int(self.counts[weight.name][expert])
         if weight.name not in self._layer and count:
             prior = own.mean() / count
         return (own + PRIOR * prior) / (count + PRIOR)

@@ -8,6 +8,7 @@ import torch
 from moecast.errors import BadInput
 from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.formats import native
+from moecast.quant.formats.quantize import CODECS
 from synthetic import Floats, heavy_tailed, importance
 
 INSTRUCTION_SETS = native.paths()[:-1]
@@ -35,13 +36,46 @@ def test_bytes_are_torchs(kernels: str, name: str, weighted: bool, monkeypatch: 
     """Rows of three blocks, so that the lanes of a register hold parts of several rows, and the last ones nothing."""
     size = 3 * format_named(name).block_size
     x, columns = heavy_tailed(20, 21, size), importance(20, size) if weighted else None
-    x[3] = 0
+    x[3], x[9] = 0, 0.37
     x[5] *= 1e-40 / np.abs(x[5]).max()
     x[7] *= 1e37 / np.abs(x[7]).max()
-    assert native.can_quantize(format_named(name), torch.from_numpy(x))
+    assert native.can("encode", format_named(name), torch.device("cpu"))
     expected = with_torch(monkeypatch, x, name, columns)
     np.testing.assert_array_equal(quantize(x, name, columns), expected)
     np.testing.assert_array_equal(quantize(x[:1], name, columns), expected[:1])
+    x[11, -1] = np.nan
+    with pytest.raises(BadInput, match="row 11 holds a value that is not finite"):
+        quantize(x, name, columns)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_are_torchs(kernels: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 3 * format_named(name).block_size
+    data = torch.from_numpy(quantize(heavy_tailed(23, 7, size), name))
+    for type in (torch.float32, torch.bfloat16):
+        values = dequantize(data, name, type=type)
+        with monkeypatch.context() as patch:
+            patch.setenv("MOECAST_KERNELS", native.TORCH)
+            assert torch.equal(values, dequantize(data, name, type=type))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if CODECS[name].grid])
+def test_levels_are_those_of_the_fastest(kernels: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For 21 lanes of each of two experts."""
+    format, grid = format_named(name), CODECS[name].grid
+    assert grid and native.can("choose", format, torch.device("cpu"))
+    size = format.block_size
+    target = torch.from_numpy(heavy_tailed(24, 42, size)).view(2, 21, size)
+    data = [torch.from_numpy(quantize(part.numpy(), name)).T for part in target]
+    scales, minima = (torch.stack(parts) for parts in zip(*map(grid.scales, data), strict=True))
+    triangle = torch.randn(2, size, size, generator=torch.Generator().manual_seed(5)).triu() * 0.1 + torch.eye(size)
+    metric = triangle @ triangle.mT
+    weights = triangle.diagonal(dim1=1, dim2=2).square(), metric.diagonal(dim1=1, dim2=2)
+    inputs = target.mT, (scales, minima), triangle.mT, metric, weights
+    made = native.choose(format, *inputs, sweeps=2, threads=1)
+    monkeypatch.setenv("MOECAST_KERNELS", INSTRUCTION_SETS[0])
+    for ours, expected in zip(made, native.choose(format, *inputs, sweeps=2, threads=1), strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("type", [torch.bfloat16, torch.float16, torch.float64])
