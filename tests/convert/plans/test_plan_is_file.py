@@ -163,7 +163,9 @@ def test_a_file_with_numbers(recipe: str, text: Path, tmp_path: Path) -> None:
 def test_an_importance_matrix_counts_as_calibration(tmp_path: Path) -> None:
     given = ("--quant", "IQ3_XXS", "--no-pad")
     plain, weighed = (run("plan", EXAMPLES / "nemotron-3-tiny", *given, *o) for o in ((), ("--no-calibration",)))
-    found = run("plan", EXAMPLES / "nemotron-3-tiny", *given, "--no-calibration", "--imatrix", tmp_path / "any.gguf")
+    matrix = tmp_path / "any.gguf"
+    matrix.touch()  # a plan asks what it is for, not what it holds
+    found = run("plan", EXAMPLES / "nemotron-3-tiny", *given, "--no-calibration", "--imatrix", matrix)
     assert planned(found) == planned(plain) != planned(weighed)
 
 
