@@ -20,6 +20,7 @@ from mutations import damaged_bytes
 FEW, MANY = 4, 70  # of each kind
 CHECKPOINT = EXAMPLES / "minimax-m2-tiny"
 CALIBRATED = ("--calibration", "{0.parent}/excerpt", "--imatrix-out", "{0}/i.gguf")
+CONVERTING = 60  # seconds of the processor: there is work to do
 KINDS = {
     "compared": ("--no-calibration", "--quant", "Q4_0", "--no-pad"),
     "calibrated": (
@@ -78,7 +79,7 @@ def _convert(folder: Path, options: tuple[str, ...], *more: str) -> Result:
     text = ("-f", str(EXAMPLES / "text" / "evaluation.txt"), "-c", "16", "--chunks", "2")
     output = folder / ("out" if "onnx" in options else "out.gguf")
     given = (option.format(folder) for option in options)
-    with bounded():
+    with bounded(CONVERTING):
         return CliRunner().invoke(main, ["convert", str(CHECKPOINT), "-o", str(output), *given, *text, *more])
 
 

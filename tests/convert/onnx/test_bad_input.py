@@ -197,7 +197,7 @@ STATE = {"input": "past.0", "output": "present.0", "shape": [1, 2], "fill": 0.0}
 )
 def test_descriptions_that_do_not_add_up(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     """Nothing is allocated by what a description says before all of it is known to be reasonable."""
-    description = {"operators": ["Add"], "vocabulary_size": 512, "states": [STATE]}
+    description = {"operators": ["Add"], "vocabulary_size": 512, "context_length": 64, "states": [STATE]}
     file = tmp_path / "moecast.json"
     file.write_text(json.dumps(description))
     assert read_description(tmp_path)["states"] == [STATE]
