@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from checkpoints import edit_config, from_fp8_blocks, to_fp8_blocks, write_sharded, write_tokenizer
+from checkpoints import from_fp8_blocks, to_fp8_blocks, write_sharded, write_tokenizer
+from nemotron_checkpoints import edit
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -98,11 +99,10 @@ def save_qwen3_fp8(folder: Path, model: Qwen3MoeForCausalLM) -> Qwen3MoeForCausa
             stored[name] = tensor.bfloat16()
             tensors[name] = stored[name].float()
     write_sharded(folder, stored, shards=3)
-    edit_config(
+    edit(
         folder,
-        num_local_experts=None,
+        remove=("num_local_experts", "rope_parameters"),
         num_experts=model.config.num_experts,
-        rope_parameters=None,
         rope_scaling=None,
         rope_theta=model.config.rope_parameters["rope_theta"],
         quantization_config={"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
