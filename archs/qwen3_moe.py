@@ -135,7 +135,7 @@ def _read_config(config: Config) -> _Dimensions:
         scaling="yarn" if yarn else "none",
         yarn_factor=yarn.factor if yarn else 1.0,
         yarn_context=yarn.original_context if yarn else 0,
-        window=config.integer("sliding_window", default=0) if windowed else 0,
+        window=config.integer("sliding_window") if windowed else 0,
         dense=dense,
         dense_size=config.integer("intermediate_size") if dense else 0,
     )
