@@ -185,7 +185,7 @@ def _build(d: _Dimensions, source: Source) -> Graph:
     def layer(index: int) -> Layer:
         blk = f"blk.{index}"
         mixed = sequential(builder.norm(f"{blk}.attn_norm.weight", d.hidden), attention(blk))
-        inner = builder.dense(blk, d.dense_size) if index in d.dense else experts(blk)
+        inner = builder.gated_mlp(blk, d.dense_size) if index in d.dense else experts(blk)
         return Layer(index, (mixed, sequential(builder.norm(f"{blk}.ffn_norm.weight", d.hidden), inner)))
 
     graph = builder.graph(NAME, tuple(layer(index) for index in range(d.layers)))

@@ -286,7 +286,7 @@ class Builder:
             output_bias=bias("attn_output", attention.output),
         )
 
-    def dense(self, blk: str, size: int) -> MLP:
+    def gated_mlp(self, blk: str, size: int) -> MLP:
         """A dense SwiGLU layer of that inner width."""
         return MLP(
             gate=self.weight(f"{blk}.ffn_gate.weight", Role.DENSE_GATE, size, self.hidden),
