@@ -62,8 +62,8 @@ def qwen3_model(seed: int = 0, **overrides: Any) -> Qwen3MoeForCausalLM:
                 tensor.uniform_(0.5, 1.5)
             elif name.endswith("bias"):
                 tensor.normal_(0, 0.3)
-            elif "embed_tokens" in name:
-                tensor.normal_()
+            elif "embed_tokens" in name:  # as a head too it would name the token that it was given
+                tensor.normal_(0, tensor.shape[-1] ** -0.5 if model.config.tie_word_embeddings else 1.0)
             elif "o_proj" in name or "down_proj" in name:
                 tensor.normal_(0, 0.25 * tensor.shape[-1] ** -0.5)
             else:
