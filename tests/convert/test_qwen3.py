@@ -13,6 +13,8 @@ import qwen3_checkpoints as qwen3
 import torch
 from conversions import convert
 from forward import random_tokens, relative_error, runner_logits
+from moecast.convert.plans.choose import plan_for
+from moecast.convert.settings import Goal
 from moecast.errors import BadInput
 from moecast.runner.engines import OnnxModel
 from moecast.runner.generate import generate
@@ -98,9 +100,12 @@ def test_metadata(tmp_path: Path) -> None:
 @pytest.mark.parametrize("overrides", BEYOND_LLAMA.values(), ids=BEYOND_LLAMA)
 def test_what_llama_computes_otherwise_is_refused(overrides: dict[str, Any], tmp_path: Path) -> None:
     folder = qwen3.save_qwen3(tmp_path / "model", qwen3.qwen3_model(**overrides))
-    keys = {"num_hidden_layers", "sliding_window"}
-    with pytest.raises(BadInput, match=next(key for key in overrides if key not in keys)):
+    key = next(key for key in overrides if key not in ("num_hidden_layers", "sliding_window"))
+    with pytest.raises(BadInput, match=f"{key}.*, which llama.cpp does not do for qwen3moe: use --to onnx"):
+        plan_for(open_model(folder), Goal("F32"))
+    with pytest.raises(BadInput, match=key):
         unquantized(folder, tmp_path / "out")
+    assert plan_for(open_model(folder), Goal("F32"), file_format="onnx").tensors
 
 
 def test_nvfp4_is_kept_code_for_code(tmp_path: Path) -> None:
