@@ -14,10 +14,10 @@ from ...archs.graph import Rope, Yarn
 def rotate(states: Tensor, rope: Rope, positions: Tensor) -> Tensor:
     """Rotates [..., tokens, head size] by `positions` [tokens], in float32; by their negatives it rotates back."""
     angles = positions[:, None] * frequencies(rope)
-    magnitude = rope.yarn.magnitude if rope.yarn else 1.0
-    cosine, sine = magnitude * angles.cos(), magnitude * angles.sin()  # [tokens, size / 2]
+    cosine, sine = angles.cos(), angles.sin()  # [tokens, size / 2]
     start = states.shape[-1] - rope.size if rope.last else 0
     before, turning, after = states.split((start, rope.size, states.shape[-1] - start - rope.size), dim=-1)
+    turning = turning * rope.yarn.magnitude if rope.yarn else turning
     first, second = turning.unflatten(-1, (-1, 2)).unbind(-1) if rope.interleaved else turning.chunk(2, dim=-1)
     turned = (first * cosine - second * sine, second * cosine + first * sine)
     joined = torch.stack(turned, dim=-1).flatten(-2) if rope.interleaved else torch.cat(turned, dim=-1)
