@@ -18,11 +18,11 @@ class Architecture:
     Attributes:
         name: `general.architecture` of its GGUF files.
         model_types: values of `model_type` in config.json that it reads.
-        example: folder of its tiny trained checkpoint in `examples/`.
         pre_tokenizer: llama.cpp's name of its text splitter (`tokenizer.ggml.pre`).
         from_checkpoint: config.json and the stored tensors to a graph.
         from_gguf: GGUF metadata and the stored tensors to a graph.
         gguf_metadata: the keys that llama.cpp needs to run the graph; int means u32, float f32.
+        example: folder of its tiny trained checkpoint in `examples/`, None where it has none.
         draft_metadata: the same for the file of a graph's draft, where such drafts occur.
         harmless: keys of config.json that change no number in this family, see `archs/harmless.py`.
         harmless_metadata: the same of GGUF metadata, without the architecture's name.
@@ -30,11 +30,11 @@ class Architecture:
 
     name: str
     model_types: tuple[str, ...]
-    example: str
     pre_tokenizer: str
     from_checkpoint: Callable[[Config, Sequence[TensorInfo]], Graph]
     from_gguf: Callable[[Config, Sequence[TensorInfo]], Graph]
     gguf_metadata: Callable[[Graph], Mapping[str, Any]]
+    example: str | None = None
     draft_metadata: Callable[[Graph], Mapping[str, Any]] | None = None
     harmless: Collection[str] = ()
     harmless_metadata: Collection[str] = ()

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar, get_type_hints
 
 from ..errors import BadInput
 from .config import Config
-from .graph import Attention, Graph, Operation, Rope
+from .graph import Attention, Graph, Operation, Rope, Yarn
 
 T = TypeVar("T", bound=Operation)
 FromGraph = Callable[[Graph], Any]  # None where a graph has nothing of the kind, then the key is not written
@@ -83,6 +83,11 @@ def of(kind: type[T], get: Callable[[T], Any]) -> FromGraph:
 def of_rope(get: Callable[[Rope], Any]) -> FromGraph:
     """What `get` finds in the rotary embedding of the first attention, None where there is none."""
     return of(Attention, lambda attention: get(attention.rope) if attention.rope else None)
+
+
+def of_yarn(get: Callable[[Yarn], Any]) -> FromGraph:
+    """What `get` finds in the scaling of that embedding, None where there is none."""
+    return of_rope(lambda rope: get(rope.yarn) if rope.yarn else None)
 
 
 def first(graph: Graph, kind: type[T]) -> T | None:

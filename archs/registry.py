@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from ..errors import BadInput
-from . import deepseek_v4, minimax_m2, nemotron_h
+from . import deepseek_v4, minimax_m2, nemotron_h, qwen3_moe
 from .architecture import Architecture
 from .config import Config
 
 
 def architectures() -> tuple[Architecture, ...]:
     """Every architecture that moecast knows."""
-    return (minimax_m2.ARCHITECTURE, nemotron_h.MIXTURE, nemotron_h.DENSE, deepseek_v4.ARCHITECTURE)
+    return (
+        minimax_m2.ARCHITECTURE,
+        nemotron_h.MIXTURE,
+        nemotron_h.DENSE,
+        deepseek_v4.ARCHITECTURE,
+        qwen3_moe.ARCHITECTURE,
+    )
 
 
 def architecture_named(name: str, origin: str) -> Architecture:

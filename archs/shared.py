@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from .catalogue import Catalogue
 from .config import Config
 from .dimensions import Dimensions
 from .expressions import Expression, TensorInfo
-from .graph import MLP, Activation, Attention, Graph, HashRouter, Layer, MoE, Norm, Rope, Router
+from .graph import MLP, Activation, Attention, Graph, HashRouter, Layer, MoE, Norm, Rope, Router, Yarn
 from .weights import Role, Weight
 
 # The names that most families have in transformers, for `Names`.
@@ -31,6 +32,20 @@ ATTENTION_NAMES = {
     "attn_k_norm.weight": ("self_attn.k_norm.weight",),
     "ffn_norm.weight": ("post_attention_layernorm.weight",),
 }
+
+ATTENTION_BIAS_NAMES = {
+    "attn_q.bias": ("self_attn.q_proj.bias",),
+    "attn_k.bias": ("self_attn.k_proj.bias",),
+    "attn_v.bias": ("self_attn.v_proj.bias",),
+    "attn_output.bias": ("self_attn.o_proj.bias",),
+}
+DENSE_NAMES = {
+    "ffn_gate.weight": ("mlp.gate_proj.weight",),
+    "ffn_up.weight": ("mlp.up_proj.weight",),
+    "ffn_down.weight": ("mlp.down_proj.weight",),
+}
+
+_YARN_FAST, _YARN_SLOW = 32.0, 1.0  # rotations within the original context
 
 Source = Callable[[str, tuple[int, ...]], Expression]  # GGUF name and shape of a weight -> its numbers
 
@@ -63,6 +78,31 @@ def rope_section(config: Config) -> Config:
     """
     old = config.section("rope_scaling")
     return old if old.keys() else config.section("rope_parameters")
+
+
+def yarn_of(factor: float, original_context: int) -> Yarn:
+    """YaRN as its authors and llama.cpp have it, with their limits and magnitude."""
+    return Yarn(factor, original_context, _YARN_FAST, _YARN_SLOW, 1 + 0.1 * max(math.log(factor), 0))
+
+
+def read_yarn(rope: Config, context: int) -> Yarn | None:
+    """The scaling that a section of rotary settings asks for. Raises BadInput for any other than YaRN with its usual
+    constants.
+
+    Args:
+        context: tokens that the model was trained with, unless the section says so.
+    """
+    kind = rope.text("rope_type", "type", default="default")
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise BadInput(f"{rope.origin}: rope type is {kind!r}, expected 'yarn' or 'default'")
+    yarn = yarn_of(rope.number("factor"), rope.integer("original_max_position_embeddings", default=context))
+    rope.expect("beta_fast", yarn.fast)
+    rope.expect("beta_slow", yarn.slow)
+    rope.expect("attention_factor", yarn.magnitude)
+    rope.expect("truncate", True)
+    return yarn
 
 
 def scale_block(config: Config) -> tuple[int, int]:
@@ -229,6 +269,30 @@ class Builder:
             query_norm=self.norm(f"{blk}.attn_q_norm.weight", norms[0]) if norms else None,
             key_norm=self.norm(f"{blk}.attn_k_norm.weight", norms[1]) if norms else None,
             rope=rope,
+        )
+
+    def biased(self, blk: str, attention: Attention) -> Attention:
+        """The same with a bias for each projection."""
+        assert attention.key and attention.value
+
+        def bias(kind: str, projection: Weight) -> Weight:
+            return self.weight(f"{blk}.{kind}.bias", Role.BIAS, projection.shape[0])
+
+        return replace(
+            attention,
+            query_bias=bias("attn_q", attention.query),
+            key_bias=bias("attn_k", attention.key),
+            value_bias=bias("attn_v", attention.value),
+            output_bias=bias("attn_output", attention.output),
+        )
+
+    def gated_mlp(self, blk: str, size: int) -> MLP:
+        """A dense SwiGLU layer of that inner width."""
+        return MLP(
+            gate=self.weight(f"{blk}.ffn_gate.weight", Role.DENSE_GATE, size, self.hidden),
+            up=self.weight(f"{blk}.ffn_up.weight", Role.DENSE_UP, size, self.hidden),
+            down=self.weight(f"{blk}.ffn_down.weight", Role.DENSE_DOWN, self.hidden, size),
+            activation=Activation.SWIGLU,
         )
 
     def experts(

@@ -253,7 +253,8 @@ def demo(output: Path) -> None:
     from .console import make_progress
     from .report import show_conversion, show_model
 
-    source = Path(__file__).parents[1] / "examples" / architectures()[0].example
+    example = next(architecture.example for architecture in architectures() if architecture.example)
+    source = Path(__file__).parents[1] / "examples" / example
     show_model(open_headers(str(source)), as_json=False)
     with make_progress() as progress:
         output_file, evaluation = Output(output, overwrite=True), Evaluation(chunks=32)

@@ -41,14 +41,15 @@ class Norm:
 class Yarn:
     """Slows by `factor` the rotations that turn less than `slow` times within `original_context` tokens.
 
-    Those that turn more than `fast` times stay, the ones between are blended (Peng et al. 2023; their attention
-    factor is not used).
+    Those that turn more than `fast` times stay, the ones between are blended. What is rotated is multiplied by
+    `magnitude` (Peng et al. 2023, whose choice is 1 + 0.1 ln(factor)).
     """
 
     factor: float
     original_context: int
     fast: float
     slow: float
+    magnitude: float = 1.0
 
 
 @dataclass(frozen=True)

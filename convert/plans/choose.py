@@ -47,6 +47,8 @@ def plan_for(
     does not belong to this model, and what the file format cannot hold.
     """
     require_sound(goal, calibration, file_format)
+    if file_format == "gguf":
+        model.architecture.gguf_metadata(model.graph)  # which refuses what llama.cpp cannot run
     if goal.tensor_types:
         without = plan_for(model, replace(goal, tensor_types=()), form, calibration)
         return override_types(without, goal.tensor_types)

@@ -17,6 +17,7 @@ def rotate(states: Tensor, rope: Rope, positions: Tensor) -> Tensor:
     cosine, sine = angles.cos(), angles.sin()  # [tokens, size / 2]
     start = states.shape[-1] - rope.size if rope.last else 0
     before, turning, after = states.split((start, rope.size, states.shape[-1] - start - rope.size), dim=-1)
+    turning = turning * rope.yarn.magnitude if rope.yarn else turning
     first, second = turning.unflatten(-1, (-1, 2)).unbind(-1) if rope.interleaved else turning.chunk(2, dim=-1)
     turned = (first * cosine - second * sine, second * cosine + first * sine)
     joined = torch.stack(turned, dim=-1).flatten(-2) if rope.interleaved else torch.cat(turned, dim=-1)

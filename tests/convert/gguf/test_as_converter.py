@@ -1,0 +1,72 @@
+"""Unquantized files against those of llama.cpp's own converter: the same tensors, byte for byte, and the same keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoints
+import gguf
+import pytest
+import qwen3_checkpoints as qwen3
+from conversions import convert
+from llama_converter import converted
+from moecast.sources.model import open_model
+from trained_examples import EXAMPLES
+
+pytestmark = pytest.mark.whole
+
+Save = Callable[[Path], object]
+
+
+def example(name: str) -> Save:
+    """A trained checkpoint in the published format."""
+    return lambda folder: checkpoints.copied(EXAMPLES / name, folder)
+
+
+CHECKPOINTS: dict[str, Save] = {
+    "MiniMax": lambda folder: checkpoints.save_minimax(folder, checkpoints.minimax_model()),
+    "MiniMax in FP8": example("minimax-m2-tiny"),
+    "Nemotron": example("nemotron-3-tiny"),
+    "Qwen3": lambda folder: qwen3.save_qwen3(folder, qwen3.qwen3_model()),
+    "Qwen3 with YaRN": lambda folder: qwen3.save_qwen3(folder, qwen3.qwen3_model(**qwen3.VARIANTS["yarn"])),
+    "Qwen3 in FP8": lambda folder: qwen3.save_qwen3_fp8(folder, qwen3.qwen3_model()),
+}
+# The lists of layers, which the converter takes from transformers' class, where layers have other names.
+MISREAD = {"nemotron_h_moe.attention.head_count_kv", "nemotron_h_moe.feed_forward_length"}
+
+
+@pytest.mark.parametrize("file_type", ["f32", "bf16"])
+@pytest.mark.parametrize("save", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_same_tensors_and_keys(save: Save, file_type: str, tmp_path: Path) -> None:
+    save(tmp_path / "model")
+    written = converted(tmp_path / "model", tmp_path / "theirs.gguf", file_type)
+    made = convert(tmp_path / "model", tmp_path, file_type, calibration=None, verify=False).files[0]
+    theirs, ours = gguf.GGUFReader(written), gguf.GGUFReader(made)
+    stored = {tensor.name: tensor for tensor in theirs.tensors}
+    assert {tensor.name for tensor in ours.tensors} == stored.keys()
+    for tensor in ours.tensors:
+        expected = stored[tensor.name]
+        assert (tensor.tensor_type, [*tensor.shape]) == (expected.tensor_type, [*expected.shape]), tensor.name
+        assert tensor.data.tobytes() == expected.data.tobytes(), tensor.name
+    architecture = ours.fields["general.architecture"].contents()
+    keys = [key for key in ours.fields.keys() & theirs.fields.keys() if key.startswith(f"{architecture}.")]
+    assert len(keys) > 8
+    for key in {*keys} - MISREAD:
+        assert ours.fields[key].contents() == theirs.fields[key].contents(), key
+    if MISREAD.isdisjoint(keys):
+        graphs = [open_model(path).graph for path in (written, made)]
+        assert [(w.name, w.shape) for w in graphs[0].weights()] == [(w.name, w.shape) for w in graphs[1].weights()]
+
+
+def test_deepseek_keeps_the_same_codes(tmp_path: Path) -> None:
+    """Its converter has one form for all files: MXFP4 experts, code for code; matrices of FP8 it rounds to Q8_0."""
+    folder = EXAMPLES / "deepseek-v4-tiny"
+    theirs = gguf.GGUFReader(converted(folder, tmp_path / "theirs.gguf", "bf16"))
+    ours = gguf.GGUFReader(convert(folder, tmp_path, "native", calibration=None, verify=False).files[0])
+    stored = {tensor.name: tensor for tensor in theirs.tensors}
+    assert {tensor.name for tensor in ours.tensors} == stored.keys()
+    alike = [tensor for tensor in ours.tensors if tensor.tensor_type == stored[tensor.name].tensor_type]
+    for tensor in alike:
+        assert tensor.data.tobytes() == stored[tensor.name].data.tobytes(), tensor.name
+    assert sum(tensor.tensor_type == gguf.GGMLQuantizationType.MXFP4 for tensor in alike) == 9

@@ -1,0 +1,151 @@
+"""Changes of configurations: other spellings of the same, and other values, family by family."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+from moecast.archs import deepseek_v4
+from transformers import AutoConfig
+
+Values = dict[str, Any]
+RATIOS = {value: key for key, value in deepseek_v4.RATIOS.items()}
+
+
+def replaced(**values: Any) -> Callable[[Values], Values]:
+    return lambda config: config | values
+
+
+def without(*keys: str) -> Callable[[Values], Values]:
+    return lambda config: {key: value for key, value in config.items() if key not in keys}
+
+
+def renamed(old: str, new: str) -> Callable[[Values], Values]:
+    return lambda config: {new if key == old else key: value for key, value in config.items()}
+
+
+def inside(section: str, **values: Any) -> Callable[[Values], Values]:
+    """Values in a section, which is made where there is none."""
+    return lambda config: config | {section: (config.get(section) or {}) | values}
+
+
+def _flat(config: Values) -> Values:
+    """YaRN in one `rope_parameters`."""
+    yarn = config.get("rope_scaling") or {}
+    if "type" not in yarn or "rope_parameters" in config:
+        return config
+    kept = {key: value for key, value in config.items() if key != "rope_scaling"}
+    flat = {"rope_type": yarn["type"], "rope_theta": config.get("rope_theta", 1e4)}
+    return kept | {"rope_parameters": flat | {key: value for key, value in yarn.items() if key != "type"}}
+
+
+def _sections(config: Values) -> Values:
+    """The same in a section of its own, beside the other embedding's."""
+    flat = _flat(config).get("rope_parameters", {})
+    if "factor" not in flat or "main" in flat:
+        return config
+    compress = flat | {"rope_theta": 7e4, "attention_factor": 1.0}
+    kept = {key: value for key, value in config.items() if key != "rope_scaling"}
+    return kept | {"rope_parameters": {"main": {"rope_type": "default", "rope_theta": 3e4}, "compress": compress}}
+
+
+def _saved(config: Values) -> Values:
+    """As transformers writes it again."""
+    values = {key: value for key, value in copy.deepcopy(config).items() if key != "model_type"}
+    saved: Values = json.loads(AutoConfig.for_model(config["model_type"], **values).to_json_string())
+    if "time_step_limit" in saved:
+        saved["time_step_limit"] = [0.0, float("inf")]  # written in a way of its own
+    return saved
+
+
+def _letters_as_words(config: Values) -> Values:
+    words = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
+    if "hybrid_override_pattern" not in config:
+        return config
+    kinds = [words[kind] for kind in config["hybrid_override_pattern"]]
+    return without("hybrid_override_pattern")(config) | {"layers_block_type": kinds}
+
+
+def _ratios_as_words(config: Values) -> Values:
+    """`layer_types` counts before `compress_ratios`."""
+    count = config["num_hidden_layers"]
+    if "compress_ratios" not in config:
+        return config
+    return config | {"layer_types": [RATIOS[ratio] for ratio in reversed(config["compress_ratios"][:count])]}
+
+
+COMMON = [
+    _saved,
+    replaced(num_experts_per_tok=1),
+    replaced(attention_dropout=0.1, use_cache=False, temperature=0.7),
+    replaced(rope_scaling=None),
+    replaced(sliding_window_pattern=None, unheard_of=None, other={}),
+]
+CHANGES: dict[str, list[Callable[[Values], Values]]] = {
+    "minimax_m2": [
+        *COMMON,
+        replaced(rope_theta=12345.0),
+        inside("rope_parameters", rope_theta=777.0, rope_type="default"),
+        inside("rope_scaling", rope_theta=888.0, type="default"),
+        inside("rope_parameters", partial_rotary_factor=0.25),
+        replaced(partial_rotary_factor=0.75),
+        without("rotary_dim"),
+        without("rope_theta"),
+        renamed("num_local_experts", "num_experts"),
+        replaced(rms_norm_eps=3e-5),
+        replaced(scoring_func="sigmoid"),
+        replaced(rope_scaling={"type": "default"}),
+    ],
+    "deepseek_v4": [
+        *COMMON,
+        _flat,
+        _sections,
+        _ratios_as_words,
+        without("rope_theta"),
+        without("compress_rope_theta"),
+        replaced(rope_theta=12345.0),
+        replaced(compress_rope_theta=54321.0),
+        replaced(routed_scaling_factor=2.25),
+        renamed("n_routed_experts", "num_local_experts"),
+        replaced(mlp_layer_types=["hash_moe", "hash_moe", "moe"]),
+        replaced(compress_rate_csa=4, compress_rate_hca=128),
+        without("rope_scaling"),
+    ],
+    "nemotron_h": [
+        *COMMON,
+        _letters_as_words,
+        renamed("n_groups", "mamba_n_groups"),
+        renamed("conv_kernel", "mamba_d_conv"),
+        replaced(n_group=4, topk_group=2),
+        replaced(routed_scaling_factor=1.5),
+        replaced(layer_norm_epsilon=2e-5),
+        without("n_group", "topk_group"),
+        replaced(rope_theta=777.0, partial_rotary_factor=0.5),
+        replaced(mamba_dt_min=0.1, mamba_expand=3, mamba_chunk_size=64),
+        renamed("n_routed_experts", "num_local_experts"),
+    ],
+}
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+CHANGES["qwen3_moe"] = [
+    *COMMON,
+    replaced(rope_theta=12345.0),
+    replaced(rope_scaling=YARN),
+    replaced(rope_scaling={"type": "yarn", "factor": 2.0}),
+    inside("rope_parameters", rope_theta=777.0, rope_type="default"),
+    without("norm_topk_prob"),
+    without("head_dim"),
+    without("rope_theta"),
+    without("decoder_sparse_step", "mlp_only_layers", "attention_bias", "sliding_window"),
+    renamed("num_experts", "num_local_experts"),
+    replaced(mlp_only_layers=[0, 5], decoder_sparse_step=2),
+    replaced(mlp_only_layers=None, decoder_sparse_step=3),
+    replaced(sliding_window=4096),
+    replaced(sliding_window=4096, use_sliding_window=True, max_window_layers=12),
+    replaced(attention_bias=True),
+    replaced(qkv_bias=False, use_qk_norm=True, shared_expert_intermediate_size=0),
+    replaced(intermediate_size=777),
+]
