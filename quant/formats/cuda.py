@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import lattice, native, nvrtc
+from .lanes import Coupling
 from .table import Format, Work, format_named
 
 _THREADS: Final = 64  # in a block of the grid; 64 to 128 were the fastest
@@ -68,22 +69,16 @@ def dequantize(data: Tensor, format: Format, result: Tensor, threads: int) -> No
 
 
 def choose(
-    format: Format,
-    target: Tensor,
-    scales: tuple[Tensor, Tensor],
-    carried: Tensor,
-    metric: Tensor,
-    weights: tuple[Tensor, Tensor],
-    sweeps: int,
-    threads: int,
-) -> tuple[Tensor, Tensor]:
+    format: Format, wanted: Tensor, coupling: Coupling, sweeps: int, threads: int
+) -> tuple[Tensor, Tensor, int | None]:
     """As `devices.Kernels` says it."""
-    inputs = [part.contiguous() for part in (target, *scales, carried, metric, *weights)]
-    levels, stored = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
-    task = native.choosing(inputs, levels, stored, sweeps)
-    experts = target.shape[0] if target.ndim > 2 else 1
-    _launch("choose", format, target.device, (target.shape[-1], experts), task)
-    return levels, stored
+    wanted, coupling, data, stored = native.contiguous(wanted, coupling, format)
+    lanes, experts = wanted.shape[-2], len(wanted) if wanted.ndim > 2 else 1
+    bad = torch.full((1,), lanes * experts, dtype=torch.int64, device=wanted.device)
+    task = native.choosing(wanted, coupling, data, stored, sweeps)
+    _launch("choose", format, wanted.device, (lanes, experts), task, c_void_p(bad.data_ptr()))
+    first = int(bad)
+    return data, stored, first if first < lanes * experts else None
 
 
 def _launch(work: Work, format: Format, device: torch.device, grid: tuple[int, int], *arguments: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import cuda, native
+from .lanes import Coupling
 from .table import Format, Work
 
 
@@ -39,17 +40,15 @@ class Kernels(Protocol):
     def choose(
         self,
         format: Format,
-        target: Tensor,
-        scales: tuple[Tensor, Tensor],
-        carried: Tensor,
-        metric: Tensor,
-        weights: tuple[Tensor, Tensor],
+        wanted: Tensor,
+        coupling: Coupling,
         sweeps: int,
         threads: int,
-    ) -> tuple[Tensor, Tensor]:
-        """The levels of blocks whose scales are chosen and what they stand for: see quant/rounding/feedback.py.
+    ) -> tuple[Tensor, Tensor, int | None]:
+        """Round blocks with error feedback: wanted [lanes, block_size] -> uint8 [lanes, block_bytes], what they hold.
 
-        All tensors may be of several experts, in a dimension before the others.
+        See quant/rounding/feedback.py. All tensors may be of several experts, in a dimension before the others.
+        The third part of the result is the first lane of all that holds a value that is not finite, if any.
         """
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_int, c_int64, c_void_p, string_at
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from ...errors import BadInput
 from . import lattice
 from .kernel_sources import SOURCES, digest
+from .lanes import Coupling
 from .table import Format, Work, format_named
 
 TORCH: Final = "torch"
@@ -123,48 +124,49 @@ class Choosing(Structure):
     """The arguments of `choose` as the kernels want them, see quant/kernels/kernels.h."""
 
     _fields_ = (
-        ("target", c_void_p),
-        ("scales", c_void_p),
-        ("minima", c_void_p),
-        ("sub_blocks", c_int),
+        ("wanted", c_void_p),
+        ("search_weights", c_void_p),
         ("carried", c_void_p),
+        ("slopes", c_void_p),
         ("metric", c_void_p),
         ("first_weights", c_void_p),
         ("weights", c_void_p),
-        ("levels", c_void_p),
+        ("bytes", c_void_p),
         ("stored", c_void_p),
         ("lanes", c_int64),
         ("sweeps", c_int),
     )
 
 
-def choosing(inputs: list[Tensor], levels: Tensor, stored: Tensor, sweeps: int) -> Choosing:
-    """A task for kernels: what `choose` takes, in its order and contiguous, and where the result goes."""
-    target, scales = inputs[:2]
-    places = [part.data_ptr() for part in inputs]
-    results = levels.data_ptr(), stored.data_ptr()
-    return Choosing(*places[:3], scales.shape[-2], *places[3:], *results, target.shape[-1], sweeps)
+def choosing(wanted: Tensor, coupling: Coupling, data: Tensor, stored: Tensor, sweeps: int) -> Choosing:
+    """A task for kernels, of contiguous tensors."""
+    places = [None if part is None else part.data_ptr() for part in (wanted, *coupling, data, stored)]
+    return Choosing(*places, wanted.shape[-2], sweeps)
+
+
+def contiguous(wanted: Tensor, coupling: Coupling, format: Format) -> tuple[Tensor, Coupling, Tensor, Tensor]:
+    """What `choose` takes, as kernels want it, and room for what it gives."""
+    wanted = wanted.contiguous()
+    parts = (None if part is None else part.contiguous() for part in coupling)
+    data = torch.empty(*wanted.shape[:-1], format.block_bytes, dtype=torch.uint8, device=wanted.device)
+    return wanted, Coupling(*parts), data, torch.empty_like(wanted)  # type: ignore[arg-type]
 
 
 def choose(
-    format: Format,
-    target: Tensor,
-    scales: tuple[Tensor, Tensor],
-    carried: Tensor,
-    metric: Tensor,
-    weights: tuple[Tensor, Tensor],
-    sweeps: int,
-    threads: int,
-) -> tuple[Tensor, Tensor]:
+    format: Format, wanted: Tensor, coupling: Coupling, sweeps: int, threads: int
+) -> tuple[Tensor, Tensor, int | None]:
     """As `devices.Kernels` says it."""
-    inputs = [part.contiguous() for part in (target, *scales, carried, metric, *weights)]
-    levels, stored = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
-    parts = [*inputs, levels, stored]
-    for expert in zip(*parts, strict=True) if target.ndim > 2 else [parts]:
-        *given, chosen, meant = expert
-        task = choosing(given, chosen, meant, sweeps)
-        _loaded().kernels_choose(path().encode(), format.id, byref(task), threads)
-    return levels, stored
+    wanted, coupling, data, stored = contiguous(wanted, coupling, format)
+    for expert in range(len(wanted)) if wanted.ndim > 2 else (None,):
+        parts: list[Any] = [wanted, coupling, data, stored]
+        if expert is not None:
+            of_expert = (None if part is None else part[expert] for part in coupling)
+            parts = [wanted[expert], Coupling(*of_expert), data[expert], stored[expert]]  # type: ignore[arg-type]
+        task = choosing(*parts, sweeps=sweeps)
+        bad: int = _loaded().kernels_choose(path().encode(), format.id, byref(task), threads)
+        if bad >= 0:
+            return data, stored, (expert or 0) * wanted.shape[-2] + bad
+    return data, stored, None
 
 
 def lattice_points(name: str) -> Tensor | None:
@@ -222,7 +224,7 @@ def _declared(library: CDLL) -> CDLL:
     library.kernels_quantize.argtypes = [
         c_char_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int
     ]  # fmt: skip
-    library.kernels_choose.restype = None
+    library.kernels_choose.restype = c_int64
     library.kernels_choose.argtypes = [c_char_p, c_int, POINTER(Choosing), c_int]
     library.kernels_dequantize.restype = None
     library.kernels_dequantize.argtypes = [c_char_p, c_int, c_void_p, c_void_p, c_int, c_int64, c_int]

@@ -12,14 +12,14 @@ struct Rows {
     uint8_t* bytes;
 };
 
-// Blocks, one to a lane, that are to choose levels for the scales they have: quant/feedback.py explains the fields.
+// Blocks, one to a lane, to be rounded with error feedback: quant/formats/lanes.py (Coupling) explains the fields.
 struct Choosing {
-    const float* target;  // [size, lanes]
-    const float *scales, *minima;  // [sub_blocks, lanes]
-    int sub_blocks;
-    const float *carried, *metric;  // [size, size]: a row for each value that errors and changes reach
-    const float *first_weights, *weights;  // [size], of values in turn and later
-    float *levels, *stored;  // [size, lanes], the result
+    const float* wanted;                      // [lanes, size]
+    const float* search_weights;              // [size], of values in the search for scales; null: all 1
+    const float *carried, *slopes, *metric;   // [size, size]: a row for each value that errors and changes reach
+    const float *first_weights, *weights;     // [size], of values in turn and later
+    uint8_t* bytes;                           // [lanes, block_bytes], the result
+    float* stored;                            // [lanes, size], what it stands for
     int64_t lanes;
     int sweeps;
 };
@@ -32,8 +32,8 @@ struct Kernel {
     int64_t (*encode)(const Rows& rows, int64_t first, int64_t last);
     // Values of the type, which is numbered as for Rows and not float16.
     void (*decode)(const uint8_t* bytes, void* values, int type, int64_t first, int64_t last);
-    // Lanes first to last; null where levels are not all that there is to a format but scales.
-    void (*choose)(const Choosing& task, int64_t first, int64_t last);
+    // Lanes first to last; null where levels are not all that there is to a format but scales. Returns as `encode` does.
+    int64_t (*choose)(const Choosing& task, int64_t first, int64_t last);
 };
 
 // A table of kernels that ends with an empty one. A GPU has none: its programs name what they are for, see cuda.cu.

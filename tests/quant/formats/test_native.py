@@ -9,7 +9,7 @@ from moecast.errors import BadInput
 from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.formats import native
 from moecast.quant.formats.quantize import CODECS
-from synthetic import Floats, heavy_tailed, importance
+from synthetic import Floats, coupled, heavy_tailed, importance
 
 INSTRUCTION_SETS = native.paths()[:-1]
 NAMES = (
@@ -61,21 +61,19 @@ def test_values_are_torchs(kernels: str, name: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", [name for name in NAMES if CODECS[name].grid])
 def test_levels_are_those_of_the_fastest(kernels: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For 21 lanes of each of two experts."""
-    format, grid = format_named(name), CODECS[name].grid
-    assert grid and native.can("choose", format, torch.device("cpu"))
-    size = format.block_size
-    target = torch.from_numpy(heavy_tailed(24, 42, size)).view(2, 21, size)
-    data = [torch.from_numpy(quantize(part.numpy(), name)).T for part in target]
-    scales, minima = (torch.stack(parts) for parts in zip(*map(grid.scales, data), strict=True))
-    triangle = torch.randn(2, size, size, generator=torch.Generator().manual_seed(5)).triu() * 0.1 + torch.eye(size)
-    metric = triangle @ triangle.mT
-    weights = triangle.diagonal(dim1=1, dim2=2).square(), metric.diagonal(dim1=1, dim2=2)
-    inputs = target.mT, (scales, minima), triangle.mT, metric, weights
-    made = native.choose(format, *inputs, sweeps=2, threads=1)
-    monkeypatch.setenv("MOECAST_KERNELS", INSTRUCTION_SETS[0])
-    for ours, expected in zip(made, native.choose(format, *inputs, sweeps=2, threads=1), strict=True):
-        assert torch.equal(ours, expected)
+    """For 21 lanes of each of two experts; their scales are the search's, and what they stand for is what is read."""
+    format = format_named(name)
+    assert native.can("choose", format, torch.device("cpu"))
+    wanted, coupling = coupled(24, 2, 21, name)
+    data, stored, bad = native.choose(format, wanted, coupling, sweeps=2, threads=1)
+    assert bad is None
+    torch.testing.assert_close(dequantize(data.flatten(0, 1), name).view_as(stored), stored, rtol=0, atol=0)
+    with monkeypatch.context() as patch:
+        patch.setenv("MOECAST_KERNELS", INSTRUCTION_SETS[0])
+        for ours, expected in zip((data, stored), native.choose(format, wanted, coupling, 2, 1), strict=False):
+            assert torch.equal(ours, expected)
+    wanted[1, 9, 3] = torch.nan
+    assert native.choose(format, wanted, coupling, sweeps=2, threads=1)[2] == 21 + 9
 
 
 @pytest.mark.parametrize("type", [torch.bfloat16, torch.float16, torch.float64])
