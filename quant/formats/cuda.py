@@ -69,16 +69,23 @@ def dequantize(data: Tensor, format: Format, result: Tensor, threads: int) -> No
 
 
 def choose(
-    format: Format, wanted: Tensor, coupling: Coupling, sweeps: int, threads: int
-) -> tuple[Tensor, Tensor, int | None]:
+    format: Format,
+    values: Tensor,
+    added: Tensor | None,
+    coupling: Coupling,
+    errors: Tensor,
+    sweeps: int,
+    threads: int,
+) -> tuple[Tensor, int | None]:
     """As `devices.Kernels` says it."""
-    wanted, coupling, data, stored = native.contiguous(wanted, coupling, format)
-    lanes, experts = wanted.shape[-2], len(wanted) if wanted.ndim > 2 else 1
-    bad = torch.full((1,), lanes * experts, dtype=torch.int64, device=wanted.device)
-    task = native.choosing(wanted, coupling, data, stored, sweeps)
-    _launch("choose", format, wanted.device, (lanes, experts), task, c_void_p(bad.data_ptr()))
+    blocks = native.blocks(format, values, added, coupling, errors)
+    experts = len(values) if values.ndim > 2 else 1
+    total = experts * values.shape[-2]
+    bad = torch.full((1,), total, dtype=torch.int64, device=values.device)
+    grid = values.shape[-2], experts
+    _launch("choose", format, values.device, grid, blocks.task(sweeps), c_void_p(bad.data_ptr()))
     first = int(bad)
-    return data, stored, first if first < lanes * experts else None
+    return blocks.data, first if first < total else None
 
 
 def _launch(work: Work, format: Format, device: torch.device, grid: tuple[int, int], *arguments: Any) -> None:

@@ -40,15 +40,19 @@ class Kernels(Protocol):
     def choose(
         self,
         format: Format,
-        wanted: Tensor,
+        values: Tensor,
+        added: Tensor | None,
         coupling: Coupling,
+        errors: Tensor,
         sweeps: int,
         threads: int,
-    ) -> tuple[Tensor, Tensor, int | None]:
-        """Round blocks with error feedback: wanted [lanes, block_size] -> uint8 [lanes, block_bytes], what they hold.
+    ) -> tuple[Tensor, int | None]:
+        """Round blocks with error feedback: float32 [lanes, block_size] -> uint8 [lanes, block_bytes].
 
+        added: to the values, what errors of other blocks make of them; of the type of `errors`, float32 or bfloat16.
+        errors: [lanes, block_size], filled with the values less what the blocks hold.
         See quant/rounding/feedback.py. All tensors may be of several experts, in a dimension before the others.
-        The third part of the result is the first lane of all that holds a value that is not finite, if any.
+        The second part of the result is the first lane of all that holds a value that is not finite, if any.
         """
 
 

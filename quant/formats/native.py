@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_int, c_int64, c_void_p, string_at
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,7 +124,9 @@ class Choosing(Structure):
     """The arguments of `choose` as the kernels want them, see quant/kernels/kernels.h."""
 
     _fields_ = (
-        ("wanted", c_void_p),
+        ("values", c_void_p),
+        ("added", c_void_p),
+        ("type", c_int),
         ("search_weights", c_void_p),
         ("carried", c_void_p),
         ("slopes", c_void_p),
@@ -132,41 +134,69 @@ class Choosing(Structure):
         ("first_weights", c_void_p),
         ("weights", c_void_p),
         ("bytes", c_void_p),
-        ("stored", c_void_p),
+        ("errors", c_void_p),
         ("lanes", c_int64),
+        ("value_stride", c_int64),
+        ("error_stride", c_int64),
         ("sweeps", c_int),
     )
 
 
-def choosing(wanted: Tensor, coupling: Coupling, data: Tensor, stored: Tensor, sweeps: int) -> Choosing:
-    """A task for kernels, of contiguous tensors."""
-    places = [None if part is None else part.data_ptr() for part in (wanted, *coupling, data, stored)]
-    return Choosing(*places, wanted.shape[-2], sweeps)
+class Blocks(NamedTuple):
+    """What `choose` works on; perhaps of several experts."""
+
+    values: Tensor
+    added: Tensor | None
+    coupling: Coupling
+    errors: Tensor
+    data: Tensor
+
+    def of(self, expert: int) -> Blocks:
+        coupling = Coupling(*(None if part is None else part[expert] for part in self.coupling))  # type: ignore[arg-type]
+        added = None if self.added is None else self.added[expert]
+        return Blocks(self.values[expert], added, coupling, self.errors[expert], self.data[expert])
+
+    def task(self, sweeps: int) -> Choosing:
+        """For kernels, which hold on to nothing."""
+        coupling = (_place(part) for part in self.coupling)
+        lanes, strides = self.values.shape[-2], (self.values.stride(-2), self.errors.stride(-2))
+        types = _place(self.added), TYPES[self.errors.dtype]
+        results = self.data.data_ptr(), self.errors.data_ptr()
+        return Choosing(self.values.data_ptr(), *types, *coupling, *results, lanes, *strides, sweeps)
 
 
-def contiguous(wanted: Tensor, coupling: Coupling, format: Format) -> tuple[Tensor, Coupling, Tensor, Tensor]:
-    """What `choose` takes, as kernels want it, and room for what it gives."""
-    wanted = wanted.contiguous()
+def blocks(format: Format, values: Tensor, added: Tensor | None, coupling: Coupling, errors: Tensor) -> Blocks:
+    """Laid out for kernels: contiguous, but that values and errors may be columns of something wider."""
+    assert errors.stride(-1) == 1 and (errors.ndim == 2 or errors.is_contiguous())
+    if values.stride(-1) != 1 or values.ndim > 2:
+        values = values.contiguous()
     parts = (None if part is None else part.contiguous() for part in coupling)
-    data = torch.empty(*wanted.shape[:-1], format.block_bytes, dtype=torch.uint8, device=wanted.device)
-    return wanted, Coupling(*parts), data, torch.empty_like(wanted)  # type: ignore[arg-type]
+    data = torch.empty(*values.shape[:-1], format.block_bytes, dtype=torch.uint8, device=values.device)
+    added = None if added is None else added.contiguous()
+    return Blocks(values, added, Coupling(*parts), errors, data)  # type: ignore[arg-type]
 
 
 def choose(
-    format: Format, wanted: Tensor, coupling: Coupling, sweeps: int, threads: int
-) -> tuple[Tensor, Tensor, int | None]:
+    format: Format,
+    values: Tensor,
+    added: Tensor | None,
+    coupling: Coupling,
+    errors: Tensor,
+    sweeps: int,
+    threads: int,
+) -> tuple[Tensor, int | None]:
     """As `devices.Kernels` says it."""
-    wanted, coupling, data, stored = contiguous(wanted, coupling, format)
-    for expert in range(len(wanted)) if wanted.ndim > 2 else (None,):
-        parts: list[Any] = [wanted, coupling, data, stored]
-        if expert is not None:
-            of_expert = (None if part is None else part[expert] for part in coupling)
-            parts = [wanted[expert], Coupling(*of_expert), data[expert], stored[expert]]  # type: ignore[arg-type]
-        task = choosing(*parts, sweeps=sweeps)
-        bad: int = _loaded().kernels_choose(path().encode(), format.id, byref(task), threads)
+    task = blocks(format, values, added, coupling, errors)
+    experts = [task.of(expert) for expert in range(len(values))] if values.ndim > 2 else [task]
+    for number, expert in enumerate(experts):
+        bad: int = _loaded().kernels_choose(path().encode(), format.id, byref(expert.task(sweeps)), threads)
         if bad >= 0:
-            return data, stored, (expert or 0) * wanted.shape[-2] + bad
-    return data, stored, None
+            return task.data, number * values.shape[-2] + bad
+    return task.data, None
+
+
+def _place(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def lattice_points(name: str) -> Tensor | None:

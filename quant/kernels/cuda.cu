@@ -41,7 +41,9 @@ extern "C" __global__ void choose(Choosing task, unsigned long long* bad) {
     constexpr int64_t SIZE = FORMAT::SIZE;
     int64_t lane = place_in_grid(), expert = blockIdx.y, before = expert * task.lanes;
     if (lane >= task.lanes) return;
-    task.wanted += before * SIZE;
+    int bytes = task.type == 0 ? 4 : 2;
+    task.values += before * task.value_stride;
+    if (task.added) task.added = static_cast<const uint8_t*>(task.added) + before * SIZE * bytes;
     if (task.search_weights) task.search_weights += expert * SIZE;
     task.carried += expert * SIZE * SIZE;
     task.slopes += expert * SIZE * SIZE;
@@ -49,7 +51,7 @@ extern "C" __global__ void choose(Choosing task, unsigned long long* bad) {
     task.first_weights += expert * SIZE;
     task.weights += expert * SIZE;
     task.bytes += before * FORMAT::BYTES;
-    task.stored += before * SIZE;
+    task.errors = static_cast<uint8_t*>(task.errors) + before * task.error_stride * bytes;
     if (kernels_cuda::choose<FORMAT>(task, lane, lane + 1) >= 0) atomicMin(bad, before + lane);
 }
 #endif

@@ -66,14 +66,23 @@ template <class Format> class Choice {
 
     int64_t lanes(int v) const { return count - v * LANES < LANES ? count - v * LANES : LANES; }
 
+    void load_added(int64_t start, int64_t lanes, Floats* added) const {
+        if (task.type == 0) load_blocks<SIZE>(static_cast<const float*>(task.added), start, lanes, added);
+        else load_blocks<SIZE>(static_cast<const Brain*>(task.added), start, lanes, added);
+    }
+
     // Loads values and finds their scales.
     int64_t search() {
         Floats weights[SIZE];
         for (int i = 0; task.search_weights && i < SIZE; i++) weights[i] = all(task.search_weights[i]);
         for (int v = 0; v < VECTORS; v++) {
-            int64_t start = first + v * LANES;
-            load_blocks<SIZE>(task.wanted, v * LANES < count ? start : first, lanes(v), values[v]);
+            int64_t start = v * LANES < count ? first + v * LANES : first;  // a vector without lanes repeats the first
             Floats units[SIZE];
+            load_blocks<SIZE>(task.values, start, lanes(v), values[v], task.value_stride);
+            if (task.added) {
+                load_added(start, lanes(v), units);
+                for (int i = 0; i < SIZE; i++) values[v][i] = values[v][i] + units[i];
+            }
             for (int i = 0; i < SIZE; i++) units[i] = values[v][i];
             int bad;
             Floats unit = to_unit<SIZE>(units, bad);
@@ -210,7 +219,15 @@ template <class Format> class Choice {
         int64_t start = first + v * LANES;
         Format::put_levels(levels[v], bytes[v]);
         store_bytes<Format::BYTES>(bytes[v], task.bytes + start * Format::BYTES, lanes(v));
-        store_values<SIZE>(values[v], task.stored + start * SIZE, lanes(v));
+        Floats errors[SIZE];
+        load_blocks<SIZE>(task.values, start, lanes(v), errors, task.value_stride);
+        for (int i = 0; i < SIZE; i++) errors[i] = errors[i] - values[v][i];
+        if (task.type == 0) store_errors(errors, static_cast<float*>(task.errors), start, lanes(v));
+        else store_errors(errors, static_cast<Brain*>(task.errors), start, lanes(v));
+    }
+
+    template <class Output> void store_errors(const Floats* errors, Output* to, int64_t start, int64_t lanes) const {
+        store_values<SIZE>(errors, to + start * task.error_stride, lanes, task.error_stride);
     }
 };
 

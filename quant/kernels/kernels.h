@@ -14,13 +14,15 @@ struct Rows {
 
 // Blocks, one to a lane, to be rounded with error feedback: quant/formats/lanes.py (Coupling) explains the fields.
 struct Choosing {
-    const float* wanted;                      // [lanes, size]
+    const float* values;                      // [lanes, size], value_stride from lane to lane
+    const void* added;                        // [lanes, size], what errors of other blocks add to them; null: nothing
+    int type;                                 // of added and errors, numbered as for Rows and not float16
     const float* search_weights;              // [size], of values in the search for scales; null: all 1
     const float *carried, *slopes, *metric;   // [size, size]: a row for each value that errors and changes reach
     const float *first_weights, *weights;     // [size], of values in turn and later
     uint8_t* bytes;                           // [lanes, block_bytes], the result
-    float* stored;                            // [lanes, size], what it stands for
-    int64_t lanes;
+    void* errors;                             // [lanes, size], error_stride from lane to lane: values less what it holds
+    int64_t lanes, value_stride, error_stride;
     int sweeps;
 };
 

@@ -62,47 +62,49 @@ def quantize_with_feedback(x: Tensor, name: str, moments: SecondMoments, threads
     cholesky = moments.cholesky(format.block_size)
     values = x.to(torch.float32)
     errors = torch.empty_like(values, dtype=cholesky.carried.dtype)  # of the blocks so far
+    added = errors.new_empty(len(x), format.block_size)
     parts = []
     for number, triangle in enumerate(cholesky.blocks):
         start = number * format.block_size
         here = slice(start, start + format.block_size)
-        wanted = values[:, here]
         if start:
-            wanted = wanted + (errors[:, :start] @ cholesky.carried[:start, here])
-        data, stored = _round(name, wanted, triangle, threads)
-        torch.sub(values[:, here], stored, out=errors[:, here])
-        parts.append(data)
+            torch.mm(errors[:, :start], cholesky.carried[:start, here], out=added)
+        parts.append(_round(name, values[:, here], added if start else None, triangle, errors[:, here], threads))
     return torch.cat(parts, dim=1)
 
 
-def _round(name: str, wanted: Tensor, triangle: Tensor, threads: int | None) -> tuple[Tensor, Tensor]:
-    """Blocks that cost little, ``sum(((stored - wanted) @ triangle)²)``: their bytes, and what they stand for.
+def _round(
+    name: str, values: Tensor, added: Tensor | None, triangle: Tensor, errors: Tensor, threads: int | None
+) -> Tensor:
+    """The bytes of blocks that cost little, ``sum(((values + added - stored) @ triangle)²)``; fills in `errors`.
 
     Scales come from the search without feedback. Then levels are chosen value by value, each making good what those
     before it cost (Babai 1986); and then changed where that helps, from the first value to the last and back.
 
-    wanted: [rows, block_size]; triangle: [block_size, block_size], upper.
+    values, added, errors: [rows, block_size], the last being values less what is stored; triangle: [block_size,
+    block_size], upper.
     """
     format, grid = format_named(name), blocks.CODECS[name].grid
     assert grid
     coupling = _coupling(triangle, grid.group)
-    if kernels := kernels_for("choose", format, wanted.device):
-        data, stored, bad = kernels.choose(format, wanted, coupling, _SWEEPS, threads or torch.get_num_threads())
+    if kernels := kernels_for("choose", format, values.device):
+        threads = threads or torch.get_num_threads()
+        data, bad = kernels.choose(format, values, added, coupling, errors, _SWEEPS, threads)
         if bad is not None:
             raise blocks.not_finite(bad)
-        return data, stored
-    data = blocks.quantize(wanted, name, coupling.first_weights, threads).T
-    levels, stored = _choose(grid, data, wanted.T, coupling)
-    return grid.with_levels(data, levels).T, stored.T
+        return data
+    wanted = values if added is None else values + added
+    lanes = blocks.quantize(wanted, name, coupling.first_weights, threads).T
+    levels, stored = _choose(grid, lanes, wanted.T, coupling)
+    torch.sub(values, stored.T, out=errors)
+    return grid.with_levels(lanes, levels).T
 
 
 def _coupling(triangle: Tensor, group: int) -> Coupling:
     """How the values of a block go together, for levels that are chosen by groups."""
     metric, squares = triangle @ triangle.T, triangle.diagonal().square()
-    slopes = torch.empty_like(triangle)
-    for start in range(0, len(triangle), group):
-        here = slice(start, start + group)
-        slopes[:, here] = triangle[:, here] @ triangle[here, here].T
+    groups = torch.arange(len(triangle), device=triangle.device) // group
+    slopes = triangle @ (triangle * (groups == groups[:, None])).T
     weights = blocks.relative_weights(squares.double())
     return Coupling(weights, divided(triangle, group).T, slopes, metric, squares, metric.diagonal())
 

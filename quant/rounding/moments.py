@@ -29,13 +29,13 @@ class SecondMoments:
     """Mean products of the inputs of a matrix, and from how many tokens they are.
 
     `means` are float32 [columns, columns], of which the upper triangle counts. Products that carry errors from block to
-    block are computed in `dtype`: they only say what to aim at.
+    block only say what to aim at: they are computed in `dtype`, and in bfloat16 where the processor does that faster.
     """
 
     def __init__(self, means: Tensor, tokens: float, dtype: torch.dtype = torch.float32) -> None:
         self.means = means
         self.tokens = tokens
-        self._dtype = dtype
+        self._dtype = torch.bfloat16 if _multiplies_bfloat16(means.device) else dtype
         self._padded: dict[int, SecondMoments] = {}
         self._triangle: Tensor | None = None
         self._factors: dict[int, Cholesky] = {}
@@ -55,7 +55,7 @@ class SecondMoments:
         if size not in self._factors:
             if self._triangle is None:
                 self._triangle = self._factorized()
-            self._factors[size] = _taken_apart(self._triangle, size, self._dtype)
+            self._factors[size] = taken_apart(self._triangle, size, self._dtype)
         return self._factors[size]
 
     def _factorized(self) -> Tensor:
@@ -73,6 +73,13 @@ class SecondMoments:
         moments = self.means / (mean * (1 + shrinkage))
         moments.diagonal().copy_((squares / mean).clamp(min=LEAST_SQUARE))
         return factorize(moments)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are faster than of float32 there."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def factorize(moments: Tensor) -> Tensor:
@@ -95,7 +102,8 @@ def _inverse(triangles: Tensor) -> Tensor:
     return inverse
 
 
-def _taken_apart(triangle: Tensor, size: int, dtype: torch.dtype) -> Cholesky:
+def taken_apart(triangle: Tensor, size: int, dtype: torch.dtype) -> Cholesky:
+    """A triangle by blocks of `size` columns."""
     carried, blocks = torch.empty_like(triangle, dtype=dtype), []
     for start in range(0, len(triangle), size):
         here = slice(start, start + size)

@@ -135,15 +135,19 @@ def test_nothing_is_quantized_to_nothing(device: torch.device) -> None:
 @pytest.mark.parametrize("name", CHOOSING)
 def test_levels_are_the_cpus(device: torch.device, name: str) -> None:
     """Three experts at once."""
-    format, inputs = format_named(name), coupled(33, 3, 70, name)
-    expected = native.choose(format, *inputs, sweeps=2, threads=1)
-    made = cuda.choose(format, *_moved(inputs, device), sweeps=2, threads=1)
+    format, (values, coupling) = format_named(name), coupled(33, 3, 70, name)
+    added = (values.flip(1) * 0.1).bfloat16()
+    cpu, gpu = torch.empty_like(added), torch.empty_like(added, device=device)
+    data, _ = native.choose(format, values, added, coupling, cpu, sweeps=2, threads=1)
+    on_gpu = _moved(coupling, device)
+    made, bad = cuda.choose(format, values.to(device), added.to(device), on_gpu, gpu, sweeps=2, threads=1)
+    assert bad is None and torch.equal(made.cpu(), data) and torch.equal(gpu.cpu(), cpu)
     for expert in range(3):
-        one = native.choose(format, *_moved(inputs, torch.device("cpu"), expert), sweeps=2, threads=1)
-        for part, all_experts, on_gpu in zip(one[:2], expected[:2], made[:2], strict=True):
-            assert torch.equal(part, all_experts[expert]) and torch.equal(part, on_gpu[expert].cpu())
-    inputs[0][2, 5, 3] = torch.inf
-    assert cuda.choose(format, *_moved(inputs, device), sweeps=2, threads=1)[2] == 2 * 70 + 5
+        alone, errors = _moved(coupling, torch.device("cpu"), expert), torch.empty_like(cpu[0])
+        one, _ = native.choose(format, values[expert], added[expert], alone, errors, sweeps=2, threads=1)
+        assert torch.equal(one, data[expert]) and torch.equal(errors, cpu[expert])
+    values[2, 5, 3] = torch.inf
+    assert cuda.choose(format, values.to(device), None, on_gpu, gpu, sweeps=2, threads=1)[1] == 2 * 70 + 5
 
 
 def native_bytes(rows: Tensor, name: str) -> Tensor:
@@ -153,12 +157,10 @@ def native_bytes(rows: Tensor, name: str) -> Tensor:
     return result
 
 
-def _moved(
-    inputs: tuple[Tensor, Coupling], device: torch.device, expert: int | None = None
-) -> tuple[Tensor, Coupling]:
-    """Tensors on a device, or those of one expert."""
-    wanted, *parts = ((part if expert is None else part[expert]).to(device) for part in (inputs[0], *inputs[1]))
-    return wanted, Coupling(*parts)
+def _moved(coupling: Coupling, device: torch.device, expert: int | None = None) -> Coupling:
+    """On a device, or that of one expert."""
+    parts = (None if part is None else part if expert is None else part[expert] for part in coupling)
+    return Coupling(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
 
 
 def test_torch_takes_over_where_nvrtc_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
