@@ -136,6 +136,7 @@ def test_nothing_is_quantized_to_nothing(device: torch.device) -> None:
 def test_levels_are_the_cpus(device: torch.device, name: str) -> None:
     """Three experts at once."""
     format, (values, coupling) = format_named(name), coupled(33, 3, 70, name)
+    assert native.can("choose", format, torch.device("cpu"))
     added = (values.flip(1) * 0.1).bfloat16()
     cpu, gpu = torch.empty_like(added), torch.empty_like(added, device=device)
     data, _ = native.choose(format, values, added, coupling, cpu, sweeps=2, threads=1)
