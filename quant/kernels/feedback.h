@@ -37,8 +37,8 @@ template <class Format> class Choice {
     int64_t run() {
         if (int64_t bad = search(); bad >= 0) return bad;
         in_turn();
-        if (task.sweeps > 0) forwards();
-        if (task.sweeps > 1) backwards();
+        if (task.sweeps > 0) improve_all();
+        if (task.sweeps > 1) improve_again();
         for (int v = 0; v < VECTORS && v * LANES < count; v++) store(v);
         return -1;
     }
@@ -59,8 +59,8 @@ template <class Format> class Choice {
     int64_t first, count;
     Values values;   // what is wanted, then what is stored
     Values levels;
-    Values slope;    // before `forwards` the errors; half of how the error of outputs changes with each value
-    Values changes;  // that slopes of other blocks do not know of yet: before `forwards`, from what was wanted in turn
+    Values slope;    // before `improve_all` the errors; half of how the error of outputs changes with each value
+    Values changes;  // that slopes of other blocks do not know of yet: before `improve_all`, from what was wanted in turn
     Floats scale[VECTORS][SUB_BLOCKS], minimum[VECTORS][SUB_BLOCKS], inverse[VECTORS][SUB_BLOCKS];
     Ints bytes[VECTORS][4 * words_of(Format::BYTES)];
 
@@ -121,7 +121,7 @@ template <class Format> class Choice {
     }
 
     // Changes what makes the error smaller, given all others as they are.
-    void forwards() {
+    void improve_all() {
         for (int block = 0; block < SIZE; block += BLOCK) {
             Sums slopes;
             for (auto& each : slopes)
@@ -142,21 +142,22 @@ template <class Format> class Choice {
         }
     }
 
-    // The same once more, the other way round: so each slope lacks the changes of later values alone.
-    void backwards() {
-        for (int block = SIZE - BLOCK; block >= 0; block -= BLOCK) {
+    // The same once more; what is known of the changes of later values is still what they did the first time.
+    void improve_again() {
+        for (int block = 0; block < SIZE; block += BLOCK) {
             Sums slopes;
             for (int v = 0; v < VECTORS; v++)
                 for (int i = 0; i < BLOCK; i++) slopes[v][i] = slope[v][block + i];
+            gather(task.metric, changes, block, 0, block, slopes);
             gather(task.metric, changes, block, block + BLOCK, SIZE, slopes);
-            for (int here = BLOCK - GROUP; here >= 0; here -= GROUP)
+            for (int here = 0; here < BLOCK; here += GROUP)
                 for (int v = 0; v < VECTORS; v++) {
                     Floats change[GROUP];
-                    if (!improve(v, block + here, slopes[v] + here, change)) continue;
+                    bool some = improve(v, block + here, slopes[v] + here, change);
                     for (int i = 0; i < GROUP; i++) {
                         int place = block + here + i;
-                        changes[v][place] = changes[v][place] + change[i];
-                        spread(task.metric, block, place, change[i], 0, here, slopes[v]);
+                        changes[v][place] = change[i];
+                        if (some) spread(task.metric, block, place, change[i], here + GROUP, BLOCK, slopes[v]);
                     }
                 }
         }

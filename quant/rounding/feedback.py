@@ -22,7 +22,7 @@ from ..formats.table import format_named
 from .moments import SecondMoments, divided
 from .statistics import Importance
 
-_SWEEPS: Final = 2  # through the values of a block, there and back, after they have been chosen in turn
+_SWEEPS: Final = 2  # through the values of a block, after they have been chosen in turn; kernels know two at most
 
 
 def quantize_weight(
@@ -79,7 +79,7 @@ def _round(
     """The bytes of blocks that cost little, ``sum(((values + added - stored) @ triangle)²)``; fills in `errors`.
 
     Scales come from the search without feedback. Then levels are chosen value by value, each making good what those
-    before it cost (Babai 1986); and then changed where that helps, from the first value to the last and back.
+    before it cost (Babai 1986); and then changed where that helps, given all others.
 
     values, added, errors: [rows, block_size], the last being values less what is stored; triangle: [block_size,
     block_size], upper.
@@ -129,7 +129,7 @@ def _choose(grid: Grid, data: Tensor, wanted_values: Tensor, coupling: Coupling)
         after = slice(here.stop, None)
         wanted[after] += coupling.carried[after, here] @ (wanted_values[here] - stored[here])
     slope = coupling.slopes @ (stored - wanted)
-    for here in [*groups, *reversed(groups)][: _SWEEPS * len(groups)]:
+    for here in groups * _SWEEPS:
         chosen, changed = nearest(here, stored[here] - slope[here] / weights[here, None], weights)
         change = changed - stored[here]
         better = (change * (2 * slope[here] + metric[here, here] @ change)).sum(0) < 0

@@ -78,8 +78,8 @@ class SecondMoments:
 def _multiplies_bfloat16(device: torch.device) -> bool:
     """Whether products of bfloat16 are faster than of float32 there."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def factorize(moments: Tensor) -> Tensor:
