@@ -1,6 +1,6 @@
 """Error feedback against rounding to what is nearest: squared errors of outputs, on text that calibration has not seen.
 
-    python benchmarks/feedback.py [CHECKPOINT] [--chunks 32]
+    python benchmarks/feedback.py [CHECKPOINT] [--chunks 32] [--time]
 
 For weights of an example (rows of 256), the error of each type with error feedback over that without, both with the
 same calibration: the geometric mean over weights and experts. First by types, and with the choice of levels that GPTQ
@@ -20,7 +20,7 @@ import torch
 from moecast.archs.weights import Role, Weight
 from moecast.quant import dequantize, quantize
 from moecast.quant.rounding import feedback
-from moecast.quant.rounding.moments import SecondMoments
+from moecast.quant.rounding.moments import SecondMoments, products_of
 from moecast.quant.rounding.statistics import SecondMomentStatistics
 from moecast.runner.observe import ObservingWeights, observe_head
 from moecast.runner.stream import Stream
@@ -138,12 +138,48 @@ def by_calibration(model: Model, chunks: int, others: Kept, name: str = "Q3_K") 
         tokens = tokens[: len(tokens) // 4]
 
 
+def times(rows: int = 1536, columns: int = 3072, tokens: int = 2048) -> None:
+    """What a matrix of an expert of MiniMax M2 takes: nanoseconds of one core for each weight."""
+    generator = torch.Generator().manual_seed(0)
+    x, inputs = (torch.randn(count, columns, generator=generator) for count in (rows, tokens))
+    products = products_of(inputs)
+    moments = SecondMoments(products / tokens, tokens)
+
+    def spent(action: Callable[..., object], *arguments: object) -> str:
+        """The least of some times: other programs share the caches."""
+        measured = []
+        for _ in range(4):
+            started = time.process_time()
+            action(*arguments)
+            measured.append(time.process_time() - started)
+        return f"{min(measured) / x.numel() * 1e9:.0f}"
+
+    factors = spent(lambda: SecondMoments(products / tokens, tokens).cholesky(BLOCK))
+    print(f"moments of {tokens} tokens: {spent(products_of, inputs)}, their factors: {factors}\n")
+    print("| type | without | blocks alone | with error feedback |\n|---|---|---|---|")
+    for name in TYPES:
+        without = spent(quantize, x, name, moments.means.diagonal(), 1)
+        alone = spent(blocks_alone, x, name, moments)
+        print(f"| {name} | {without} | {alone} | {spent(feedback.quantize_with_feedback, x, name, moments, 1)} |")
+
+
+def blocks_alone(x: Tensor, name: str, moments: SecondMoments) -> None:
+    """Scales, levels and bytes of all blocks, without what carries errors from one to the next."""
+    for number, triangle in enumerate(moments.cholesky(BLOCK).blocks):
+        values = x[:, number * BLOCK : (number + 1) * BLOCK]
+        feedback._round(name, values, None, triangle, torch.empty_like(values), threads=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path, default=EXAMPLE)
     parser.add_argument("--chunks", type=int, default=32, help="of calibration")
+    parser.add_argument("--time", action="store_true", help="measure only what it takes, for each weight")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.time:
+        times()
+        return
     model = open_model(options.checkpoint)
     calibration = chunk_tokens(model.tokenizer, CALIBRATION_TEXT, CONTEXT, options.chunks)
     others = observed(model, chunk_tokens(model.tokenizer, EVALUATION_TEXT, CONTEXT, 24))

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from moecast.quant import format_named
+from moecast.quant.formats.lanes import Coupling
+from moecast.quant.formats.quantize import CODECS
+from moecast.quant.rounding.feedback import _coupling
 from numpy.typing import NDArray
+from torch import Tensor
 
 Floats = NDArray[np.float32]
 
@@ -19,6 +25,16 @@ def normal(seed: int, rows: int, columns: int) -> Floats:
     """Normal times a lognormal scale for each column and row."""
     generator = np.random.default_rng(seed)
     return (generator.standard_normal((rows, columns)) * _scales(generator, rows, columns)).astype(np.float32)
+
+
+def coupled(seed: int, experts: int, lanes: int, name: str) -> tuple[Tensor, Coupling]:
+    """Blocks of experts to be rounded to a format [experts, lanes, block_size], and how their values go together."""
+    grid, size = CODECS[name].grid, format_named(name).block_size
+    assert grid
+    wanted = torch.from_numpy(heavy_tailed(seed, experts * lanes, size)).view(experts, lanes, size)
+    noise = torch.randn(experts, size, size, generator=torch.Generator().manual_seed(seed))
+    couplings = [_coupling(triangle, grid.group) for triangle in noise.triu() * 0.1 + torch.eye(size)]
+    return wanted, Coupling(*map(torch.stack, zip(*couplings, strict=True)))  # type: ignore[arg-type]
 
 
 def edges() -> dict[str, Floats]:

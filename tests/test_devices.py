@@ -10,6 +10,7 @@ import pytest
 import torch
 from moecast.quant import dequantize, format_named
 from moecast.quant.formats import lattice
+from moecast.quant.formats.lanes import Coupling
 from moecast.quant.formats.quantize import CODECS, _encode
 from moecast.quant.rounding import feedback
 from moecast.quant.rounding.moments import divided, products_of
@@ -82,7 +83,8 @@ def test_quantizers_stay_on_their_device(fake: FakeTensorMode, name: str) -> Non
             assert data.device.type == dequantize(data, name).device.type == DEVICE.type
         if codec.grid:
             block, triangle = data[:, : format.block_bytes].T, torch.empty(size, size, device=DEVICE)
-            levels, stored = feedback._choose(codec.grid, format, block, values[:, :size].T, triangle, None)
+            coupling = Coupling(None, triangle, triangle, triangle, triangle[0], triangle[0])
+            levels, stored = feedback._choose(codec.grid, block, values[:, :size].T, coupling)
             assert stored.device.type == codec.grid.with_levels(block, levels).device.type == DEVICE.type
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import lattice, native, nvrtc
+from .lanes import Coupling
 from .table import Format, Work, format_named
 
 _THREADS: Final = 64  # in a block of the grid; 64 to 128 were the fastest
@@ -69,21 +70,22 @@ def dequantize(data: Tensor, format: Format, result: Tensor, threads: int) -> No
 
 def choose(
     format: Format,
-    target: Tensor,
-    scales: tuple[Tensor, Tensor],
-    carried: Tensor,
-    metric: Tensor,
-    weights: tuple[Tensor, Tensor],
+    values: Tensor,
+    added: Tensor | None,
+    coupling: Coupling,
+    errors: Tensor,
     sweeps: int,
     threads: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, int | None]:
     """As `devices.Kernels` says it."""
-    inputs = [part.contiguous() for part in (target, *scales, carried, metric, *weights)]
-    levels, stored = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
-    task = native.choosing(inputs, levels, stored, sweeps)
-    experts = target.shape[0] if target.ndim > 2 else 1
-    _launch("choose", format, target.device, (target.shape[-1], experts), task)
-    return levels, stored
+    blocks = native.blocks(format, values, added, coupling, errors)
+    experts = len(values) if values.ndim > 2 else 1
+    total = experts * values.shape[-2]
+    bad = torch.full((1,), total, dtype=torch.int64, device=values.device)
+    grid = values.shape[-2], experts
+    _launch("choose", format, values.device, grid, blocks.task(sweeps), c_void_p(bad.data_ptr()))
+    first = int(bad)
+    return blocks.data, first if first < total else None
 
 
 def _launch(work: Work, format: Format, device: torch.device, grid: tuple[int, int], *arguments: Any) -> None:

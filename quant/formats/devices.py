@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import cuda, native
+from .lanes import Coupling
 from .table import Format, Work
 
 
@@ -39,17 +40,19 @@ class Kernels(Protocol):
     def choose(
         self,
         format: Format,
-        target: Tensor,
-        scales: tuple[Tensor, Tensor],
-        carried: Tensor,
-        metric: Tensor,
-        weights: tuple[Tensor, Tensor],
+        values: Tensor,
+        added: Tensor | None,
+        coupling: Coupling,
+        errors: Tensor,
         sweeps: int,
         threads: int,
-    ) -> tuple[Tensor, Tensor]:
-        """The levels of blocks whose scales are chosen and what they stand for: see quant/rounding/feedback.py.
+    ) -> tuple[Tensor, int | None]:
+        """Round blocks with error feedback: float32 [lanes, block_size] -> uint8 [lanes, block_bytes].
 
-        All tensors may be of several experts, in a dimension before the others.
+        added: to the values, what errors of other blocks make of them; of the type of `errors`, float32 or bfloat16.
+        errors: [lanes, block_size], filled with the values less what the blocks hold.
+        See quant/rounding/feedback.py. All tensors may be of several experts, in a dimension before the others.
+        The second part of the result is the first lane of all that holds a value that is not finite, if any.
         """
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,21 @@ class Grid:
     nearest: Callable[[Tensor, Tensor], Tensor]
     with_levels: Callable[[Tensor, Tensor], Tensor]
     group: int = 1
+
+
+class Coupling(NamedTuple):
+    """How the errors of a block's values cost together, for `Kernels.choose`; perhaps of several experts, first of all.
+
+    Matrices are float32 [block_size, block_size] with a row for each value that is reached, the others block_size long.
+    Where values choose levels in groups, "before" and "after" are of groups.
+    """
+
+    search_weights: Tensor | None  # of values in the search for scales; None: all alike
+    carried: Tensor  # what errors of values before change in what is wanted
+    slopes: Tensor  # what differences from what was wanted in turn make of the slopes of values before
+    metric: Tensor  # what changes make of all slopes, which are halves of how the squared error changes
+    first_weights: Tensor  # of values chosen in turn
+    weights: Tensor  # of values given all others: the diagonal of the metric
 
 
 @dataclass(frozen=True)

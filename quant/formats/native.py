@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_int, c_int64, c_void_p, string_at
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from ...errors import BadInput
 from . import lattice
 from .kernel_sources import SOURCES, digest
+from .lanes import Coupling
 from .table import Format, Work, format_named
 
 TORCH: Final = "torch"
@@ -123,48 +124,79 @@ class Choosing(Structure):
     """The arguments of `choose` as the kernels want them, see quant/kernels/kernels.h."""
 
     _fields_ = (
-        ("target", c_void_p),
-        ("scales", c_void_p),
-        ("minima", c_void_p),
-        ("sub_blocks", c_int),
+        ("values", c_void_p),
+        ("added", c_void_p),
+        ("type", c_int),
+        ("search_weights", c_void_p),
         ("carried", c_void_p),
+        ("slopes", c_void_p),
         ("metric", c_void_p),
         ("first_weights", c_void_p),
         ("weights", c_void_p),
-        ("levels", c_void_p),
-        ("stored", c_void_p),
+        ("bytes", c_void_p),
+        ("errors", c_void_p),
         ("lanes", c_int64),
+        ("value_stride", c_int64),
+        ("error_stride", c_int64),
         ("sweeps", c_int),
     )
 
 
-def choosing(inputs: list[Tensor], levels: Tensor, stored: Tensor, sweeps: int) -> Choosing:
-    """A task for kernels: what `choose` takes, in its order and contiguous, and where the result goes."""
-    target, scales = inputs[:2]
-    places = [part.data_ptr() for part in inputs]
-    results = levels.data_ptr(), stored.data_ptr()
-    return Choosing(*places[:3], scales.shape[-2], *places[3:], *results, target.shape[-1], sweeps)
+class Blocks(NamedTuple):
+    """What `choose` works on; perhaps of several experts."""
+
+    values: Tensor
+    added: Tensor | None
+    coupling: Coupling
+    errors: Tensor
+    data: Tensor
+
+    def of(self, expert: int) -> Blocks:
+        coupling = Coupling(*(None if part is None else part[expert] for part in self.coupling))  # type: ignore[arg-type]
+        added = None if self.added is None else self.added[expert]
+        return Blocks(self.values[expert], added, coupling, self.errors[expert], self.data[expert])
+
+    def task(self, sweeps: int) -> Choosing:
+        """For kernels, which hold on to nothing."""
+        coupling = (_place(part) for part in self.coupling)
+        lanes, strides = self.values.shape[-2], (self.values.stride(-2), self.errors.stride(-2))
+        types = _place(self.added), TYPES[self.errors.dtype]
+        results = self.data.data_ptr(), self.errors.data_ptr()
+        return Choosing(self.values.data_ptr(), *types, *coupling, *results, lanes, *strides, sweeps)
+
+
+def blocks(format: Format, values: Tensor, added: Tensor | None, coupling: Coupling, errors: Tensor) -> Blocks:
+    """Laid out for kernels: contiguous, but that values and errors may be columns of something wider."""
+    assert errors.stride(-1) == 1 and (errors.ndim == 2 or errors.is_contiguous())
+    if values.stride(-1) != 1 or values.ndim > 2:
+        values = values.contiguous()
+    parts = (None if part is None else part.contiguous() for part in coupling)
+    data = torch.empty(*values.shape[:-1], format.block_bytes, dtype=torch.uint8, device=values.device)
+    added = None if added is None else added.contiguous()
+    return Blocks(values, added, Coupling(*parts), errors, data)  # type: ignore[arg-type]
 
 
 def choose(
     format: Format,
-    target: Tensor,
-    scales: tuple[Tensor, Tensor],
-    carried: Tensor,
-    metric: Tensor,
-    weights: tuple[Tensor, Tensor],
+    values: Tensor,
+    added: Tensor | None,
+    coupling: Coupling,
+    errors: Tensor,
     sweeps: int,
     threads: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, int | None]:
     """As `devices.Kernels` says it."""
-    inputs = [part.contiguous() for part in (target, *scales, carried, metric, *weights)]
-    levels, stored = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
-    parts = [*inputs, levels, stored]
-    for expert in zip(*parts, strict=True) if target.ndim > 2 else [parts]:
-        *given, chosen, meant = expert
-        task = choosing(given, chosen, meant, sweeps)
-        _loaded().kernels_choose(path().encode(), format.id, byref(task), threads)
-    return levels, stored
+    task = blocks(format, values, added, coupling, errors)
+    experts = [task.of(expert) for expert in range(len(values))] if values.ndim > 2 else [task]
+    for number, expert in enumerate(experts):
+        bad: int = _loaded().kernels_choose(path().encode(), format.id, byref(expert.task(sweeps)), threads)
+        if bad >= 0:
+            return task.data, number * values.shape[-2] + bad
+    return task.data, None
+
+
+def _place(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def lattice_points(name: str) -> Tensor | None:
@@ -222,7 +254,7 @@ def _declared(library: CDLL) -> CDLL:
     library.kernels_quantize.argtypes = [
         c_char_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int
     ]  # fmt: skip
-    library.kernels_choose.restype = None
+    library.kernels_choose.restype = c_int64
     library.kernels_choose.argtypes = [c_char_p, c_int, POINTER(Choosing), c_int]
     library.kernels_dequantize.restype = None
     library.kernels_dequantize.argtypes = [c_char_p, c_int, c_void_p, c_void_p, c_int, c_int64, c_int]

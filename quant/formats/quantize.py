@@ -56,7 +56,7 @@ def quantize(x: Array, name: str, importance: Array | None = None, threads: int 
     for part, weights in _experts(importance, rows):
         bad_row = _quantize(rows[part], format, encode, weights, result[part], threads or torch.get_num_threads())
         if bad_row is not None:
-            raise BadInput(f"row {part.start + bad_row} holds a value that is not finite")
+            raise not_finite(part.start + bad_row)
     return _like(x, result)
 
 
@@ -87,6 +87,11 @@ def dequantize(data: Array, name: str, threads: int | None = None, type: torch.d
                 lanes = _to_lanes(chunk, format.block_bytes)
                 result[start : start + len(chunk)] = CODECS[name].decode(lanes).T.reshape(len(chunk), columns)
     return _like(data, result)
+
+
+def not_finite(row: int) -> BadInput:
+    """What is wrong with rows of which this one cannot be quantized."""
+    return BadInput(f"row {row} holds a value that is not finite")
 
 
 def _quantize(
@@ -177,7 +182,7 @@ def _experts(importance: Array | None, rows: Tensor) -> Iterator[tuple[slice, Te
     if not torch.isfinite(weights).all() or (weights < 0).any():
         raise BadInput("importance has a value that is negative or not finite")
     share, start = len(rows) // experts, 0
-    for plain, group in groupby(map(_weights, weights.view(experts, -1)), key=lambda weights: weights is None):
+    for plain, group in groupby(map(relative_weights, weights.view(experts, -1)), key=lambda weights: weights is None):
         alike = list(group)
         part = slice(start, start + share * len(alike))
         yield (
@@ -187,7 +192,7 @@ def _experts(importance: Array | None, rows: Tensor) -> Iterator[tuple[slice, Te
         start = part.stop
 
 
-def _weights(importance: Tensor) -> Tensor | None:
+def relative_weights(importance: Tensor) -> Tensor | None:
     """Importance relative to its mean, floored: float32 [columns]. None if it says nothing."""
     if (importance == importance[:1]).all():
         return None

@@ -24,9 +24,16 @@ template <int TOP> struct SmallAffine {
         Floats scale = unpack_half(scales), offset = unpack_half(scales + 2);
         for (int i = 0; i < 32; i++) values[i] = scale * to_float(codes[i]) + offset;
     }
+
+    static constexpr int SUB_BLOCKS = 1;
+
+    static void scales(const Ints* bytes, Floats* scale, Floats* minimum) {
+        scale[0] = unpack_half(bytes);
+        minimum[0] = -unpack_half(bytes + 2);
+    }
 };
 
-struct Q4_1 {
+struct Q4_1 : SmallAffine<15> {
     static constexpr int ID = 3, SIZE = 32, BYTES = 20;
     using Chosen = Single<Uniform<0, 15>>;
 
@@ -34,8 +41,11 @@ struct Q4_1 {
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
         Ints codes[32];
         SmallAffine<15>::encode(values, weights, unit, bytes, codes);
-        pack<4, 16>(codes, bytes + 4);
+        pack_codes(codes, bytes);
     }
+
+    static void put_levels(const Floats* levels, Ints* bytes) { put_codes<Q4_1>(levels, bytes); }
+    static void pack_codes(const Ints* codes, Ints* bytes) { pack<4, 16>(codes, bytes + 4); }
 
     static void decode(const Ints* bytes, Floats* values) {
         Ints codes[32];
@@ -44,7 +54,7 @@ struct Q4_1 {
     }
 };
 
-struct Q5_1 {
+struct Q5_1 : SmallAffine<31> {
     static constexpr int ID = 7, SIZE = 32, BYTES = 24;
     using Chosen = Single<Uniform<0, 31>>;
 
@@ -52,8 +62,11 @@ struct Q5_1 {
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
         Ints codes[32];
         SmallAffine<31>::encode(values, weights, unit, bytes, codes);
-        pack_5_bits(codes, bytes + 4);
+        pack_codes(codes, bytes);
     }
+
+    static void put_levels(const Floats* levels, Ints* bytes) { put_codes<Q5_1>(levels, bytes); }
+    static void pack_codes(const Ints* codes, Ints* bytes) { pack_5_bits(codes, bytes + 4); }
 
     static void decode(const Ints* bytes, Floats* values) {
         Ints codes[32];
@@ -93,11 +106,16 @@ template <int COUNT, int TOP, int LARGEST> struct SuperAffine {
         pack_half(half_of(minimum_step * factor, unit), steps + 2);
     }
 
-    static void decode(const Ints* steps, const Ints* scales, const Ints* minima, const Ints* codes, Floats* values) {
+    static void decode(const Floats* scale, const Floats* minimum, const Ints* codes, Floats* values) {
+        for (int i = 0; i < COUNT; i++)
+            for (int j = i * SIZE; j < (i + 1) * SIZE; j++) values[j] = scale[i] * to_float(codes[j]) - minimum[i];
+    }
+
+    static void scales(const Ints* steps, const Ints* multiples, const Ints* minima, Floats* scale, Floats* minimum) {
         Floats scale_step = unpack_half(steps), minimum_step = unpack_half(steps + 2);
         for (int i = 0; i < COUNT; i++) {
-            Floats scale = scale_step * to_float(scales[i]), minimum = minimum_step * to_float(minima[i]);
-            for (int j = i * SIZE; j < (i + 1) * SIZE; j++) values[j] = scale * to_float(codes[j]) - minimum;
+            scale[i] = scale_step * to_float(multiples[i]);
+            minimum[i] = minimum_step * to_float(minima[i]);
         }
     }
 };
@@ -112,14 +130,29 @@ struct Q2_K {
         Ints scales[16], minima[16], codes[256];
         Super::encode(values, weights, unit, bytes + 80, scales, minima, codes);
         for (int i = 0; i < 16; i++) bytes[i] = scales[i] | minima[i] << 4;
-        for (int i = 0; i < 2; i++) pack<2, 32>(codes + 128 * i, bytes + 16 + 32 * i);
+        pack_codes(codes, bytes);
     }
 
     static void decode(const Ints* bytes, Floats* values) {
-        Ints scales[16], minima[16], codes[256];
-        for (int i = 0; i < 16; i++) scales[i] = bytes[i] & 15, minima[i] = bytes[i] >> 4;
+        Floats scale[16], minimum[16];
+        Ints codes[256];
+        scales(bytes, scale, minimum);
         for (int i = 0; i < 2; i++) unpack<2, 32>(bytes + 16 + 32 * i, codes + 128 * i);
-        Super::decode(bytes + 80, scales, minima, codes, values);
+        Super::decode(scale, minimum, codes, values);
+    }
+
+    static constexpr int SUB_BLOCKS = 16;
+
+    static void scales(const Ints* bytes, Floats* scale, Floats* minimum) {
+        Ints multiples[16], minima[16];
+        for (int i = 0; i < 16; i++) multiples[i] = bytes[i] & 15, minima[i] = bytes[i] >> 4;
+        Super::scales(bytes + 80, multiples, minima, scale, minimum);
+    }
+
+    static void put_levels(const Floats* levels, Ints* bytes) { put_codes<Q2_K>(levels, bytes); }
+
+    static void pack_codes(const Ints* codes, Ints* bytes) {
+        for (int i = 0; i < 2; i++) pack<2, 32>(codes + 128 * i, bytes + 16 + 32 * i);
     }
 };
 
@@ -142,7 +175,18 @@ inline void unpack_6_bits(const Ints* bytes, Ints* scales, Ints* minima) {
     }
 }
 
-struct Q4_K {
+// What Q4_K and Q5_K have in common: two steps, and multiples of 6 bits.
+template <class Super> struct SixBits {
+    static constexpr int SUB_BLOCKS = 8;
+
+    static void scales(const Ints* bytes, Floats* scale, Floats* minimum) {
+        Ints multiples[8], minima[8];
+        unpack_6_bits(bytes + 4, multiples, minima);
+        Super::scales(bytes, multiples, minima, scale, minimum);
+    }
+};
+
+struct Q4_K : SixBits<SuperAffine<8, 15, 63>> {
     static constexpr int ID = 12, SIZE = 256, BYTES = 144;
     using Chosen = Single<Uniform<0, 15>>;
     using Super = SuperAffine<8, 15, 63>;
@@ -152,18 +196,25 @@ struct Q4_K {
         Ints scales[8], minima[8], codes[256];
         Super::encode(values, weights, unit, bytes, scales, minima, codes);
         pack_6_bits(scales, minima, bytes + 4);
-        for (int i = 0; i < 4; i++) pack<4, 32>(codes + 64 * i, bytes + 16 + 32 * i);
+        pack_codes(codes, bytes);
     }
 
     static void decode(const Ints* bytes, Floats* values) {
-        Ints scales[8], minima[8], codes[256];
-        unpack_6_bits(bytes + 4, scales, minima);
+        Floats scale[8], minimum[8];
+        Ints codes[256];
+        scales(bytes, scale, minimum);
         for (int i = 0; i < 4; i++) unpack<4, 32>(bytes + 16 + 32 * i, codes + 64 * i);
-        Super::decode(bytes, scales, minima, codes, values);
+        Super::decode(scale, minimum, codes, values);
+    }
+
+    static void put_levels(const Floats* levels, Ints* bytes) { put_codes<Q4_K>(levels, bytes); }
+
+    static void pack_codes(const Ints* codes, Ints* bytes) {
+        for (int i = 0; i < 4; i++) pack<4, 32>(codes + 64 * i, bytes + 16 + 32 * i);
     }
 };
 
-struct Q5_K {
+struct Q5_K : SixBits<SuperAffine<8, 31, 63>> {
     static constexpr int ID = 13, SIZE = 256, BYTES = 176;
     using Chosen = Single<Uniform<0, 31>>;
     using Super = SuperAffine<8, 31, 63>;
@@ -173,18 +224,25 @@ struct Q5_K {
         Ints scales[8], minima[8], codes[256];
         Super::encode(values, weights, unit, bytes, scales, minima, codes);
         pack_6_bits(scales, minima, bytes + 4);
+        pack_codes(codes, bytes);
+    }
+
+    static void put_levels(const Floats* levels, Ints* bytes) { put_codes<Q5_K>(levels, bytes); }
+
+    static void pack_codes(const Ints* codes, Ints* bytes) {
         pack_each<1, 32>([&](int i) { return codes[i] >> 4; }, bytes + 16);
         for (int i = 0; i < 256; i += 64)
             pack_each<4, 32>([&](int j) { return codes[i + j] & 15; }, bytes + 48 + i / 2);
     }
 
     static void decode(const Ints* bytes, Floats* values) {
-        Ints scales[8], minima[8], codes[256], fifth[256];
-        unpack_6_bits(bytes + 4, scales, minima);
+        Floats scale[8], minimum[8];
+        Ints codes[256], fifth[256];
+        scales(bytes, scale, minimum);
         unpack<1, 32>(bytes + 16, fifth);
         for (int i = 0; i < 4; i++) unpack<4, 32>(bytes + 48 + 32 * i, codes + 64 * i);
         for (int i = 0; i < 256; i++) codes[i] |= fifth[i] << 4;
-        Super::decode(bytes, scales, minima, codes, values);
+        Super::decode(scale, minimum, codes, values);
     }
 };
 

@@ -24,6 +24,8 @@ struct NonLinear {
         return code;
     }
 
+    static Ints code_of(Floats level) { return code(level); }
+
     static Floats decoded(Ints codes) {
         Floats level = all(float(LEVELS[0]));
         for (int i = 1; i < 16; i++) level = codes == i ? all(float(LEVELS[i])) : level;
@@ -45,7 +47,7 @@ Floats code_non_linear(const Floats* values, Weights<WEIGHTED> weights, Floats s
     });
 }
 
-struct IQ4_NL {
+struct IQ4_NL : OneScale {
     static constexpr int ID = 20, SIZE = 32, BYTES = 18;
     using Chosen = Single<NonLinear>;
 
@@ -55,8 +57,11 @@ struct IQ4_NL {
         Floats scale = stored(search_scale<NonLinear, 32>(values, weights, unit), unit);
         Floats product = code_non_linear(values, weights, scale, codes);
         pack_half(half_of(scale * lengthening<32>(values, weights, product * scale), unit), bytes);
-        pack<4, 16>(codes, bytes + 2);
+        pack_codes(codes, bytes);
     }
+
+    static void put_levels(const Floats* levels, Ints* bytes) { put_codes<IQ4_NL>(levels, bytes); }
+    static void pack_codes(const Ints* codes, Ints* bytes) { pack<4, 16>(codes, bytes + 2); }
 
     static void decode(const Ints* bytes, Floats* values) {
         Ints codes[32];
@@ -89,14 +94,30 @@ struct IQ4_XS {
         pack_half(half_of(step * lengthening<256>(values, weights, kept), unit), bytes);
     }
 
-    static void decode(const Ints* bytes, Floats* values) {
+    static constexpr int SUB_BLOCKS = 8;
+
+    static void scales(const Ints* bytes, Floats* scale, Floats* minimum) {
         Floats step = unpack_half(bytes);
         for (int i = 0; i < 8; i++) {
             Ints low = bytes[4 + i / 2] >> 4 * (i % 2) & 15, high = bytes[2 + i / 4] >> 2 * (i % 4) & 3;
-            Floats scale = step * to_float((low | high << 4) - 32);
+            scale[i] = step * to_float((low | high << 4) - 32);
+            minimum[i] = all(0.0f);
+        }
+    }
+
+    static void put_levels(const Floats* levels, Ints* bytes) { put_codes<IQ4_XS>(levels, bytes); }
+
+    static void pack_codes(const Ints* codes, Ints* bytes) {
+        for (int i = 0; i < 8; i++) pack<4, 16>(codes + 32 * i, bytes + 8 + 16 * i);
+    }
+
+    static void decode(const Ints* bytes, Floats* values) {
+        Floats scale[8], minimum[8];
+        scales(bytes, scale, minimum);
+        for (int i = 0; i < 8; i++) {
             Ints codes[32];
             unpack<4, 16>(bytes + 8 + 16 * i, codes);
-            for (int j = 0; j < 32; j++) values[32 * i + j] = scale * NonLinear::decoded(codes[j]);
+            for (int j = 0; j < 32; j++) values[32 * i + j] = scale[i] * NonLinear::decoded(codes[j]);
         }
     }
 };

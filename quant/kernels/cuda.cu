@@ -36,20 +36,22 @@ extern "C" __global__ void decode(const uint8_t* bytes, void* values, int type, 
     if (block < blocks) kernels_cuda::decode<FORMAT>(bytes, values, type, block, block + 1);
 }
 #elif defined(CHOOSE)
-extern "C" __global__ void choose(Choosing task) {
+// `bad` as for `encode`, by lanes of all experts.
+extern "C" __global__ void choose(Choosing task, unsigned long long* bad) {
     constexpr int64_t SIZE = FORMAT::SIZE;
-    int64_t lane = place_in_grid(), expert = blockIdx.y;
+    int64_t lane = place_in_grid(), expert = blockIdx.y, before = expert * task.lanes;
     if (lane >= task.lanes) return;
-    int64_t values = expert * SIZE * task.lanes, sub_blocks = expert * task.sub_blocks * task.lanes;
-    task.target += values;
-    task.scales += sub_blocks;
-    task.minima += sub_blocks;
+    int bytes = task.type == 0 ? 4 : 2;
+    task.values += before * task.value_stride;
+    if (task.added) task.added = static_cast<const uint8_t*>(task.added) + before * SIZE * bytes;
+    if (task.search_weights) task.search_weights += expert * SIZE;
     task.carried += expert * SIZE * SIZE;
+    task.slopes += expert * SIZE * SIZE;
     task.metric += expert * SIZE * SIZE;
     task.first_weights += expert * SIZE;
     task.weights += expert * SIZE;
-    task.levels += values;
-    task.stored += values;
-    kernels_cuda::choose<FORMAT::Chosen, FORMAT::SIZE>(task, lane, lane + 1);
+    task.bytes += before * FORMAT::BYTES;
+    task.errors = static_cast<uint8_t*>(task.errors) + before * task.error_stride * bytes;
+    if (kernels_cuda::choose<FORMAT>(task, lane, lane + 1) >= 0) atomicMin(bad, before + lane);
 }
 #endif

@@ -116,6 +116,18 @@ template <class Work> void share(int64_t blocks, int block_size, int threads, Wo
     for (std::thread& helper : helpers) helper.join();
 }
 
+// The first bad block, or -1, of what work(first, last) returns for pieces of 0 ... blocks.
+template <class Work> int64_t first_bad_of(int64_t blocks, int block_size, int threads, Work work) {
+    std::atomic<int64_t> bad{blocks};
+    share(blocks, block_size, threads, [&](int64_t first, int64_t last) {
+        if (first >= bad) return;
+        int64_t found = work(first, last);
+        if (found < 0) return;
+        for (int64_t known = bad; found < known && !bad.compare_exchange_weak(known, found);) {}
+    });
+    return bad < blocks ? int64_t{bad} : -1;
+}
+
 }  // namespace
 
 #if defined(_WIN32)
@@ -146,16 +158,11 @@ EXPORT int kernels_support(const char* instruction_set, int format) {
 EXPORT int64_t kernels_quantize(const char* instruction_set, int format, const void* values, int type,
                                 const float* weights, uint8_t* bytes, int64_t rows, int64_t columns, int threads) {
     const Kernel* kernel = find(instruction_set, format);
-    const int64_t row_blocks = columns / kernel->block_size, blocks = rows * row_blocks;
+    const int64_t row_blocks = columns / kernel->block_size;
     const Rows input{values, type, weights, row_blocks, bytes};
-    std::atomic<int64_t> bad{blocks};
-    share(blocks, kernel->block_size, threads, [&](int64_t first, int64_t last) {
-        if (first >= bad) return;
-        int64_t found = kernel->encode(input, first, last);
-        if (found < 0) return;
-        for (int64_t known = bad; found < known && !bad.compare_exchange_weak(known, found);) {}
-    });
-    return bad < blocks ? bad / row_blocks : -1;
+    int64_t bad = first_bad_of(rows * row_blocks, kernel->block_size, threads,
+                               [&](int64_t first, int64_t last) { return kernel->encode(input, first, last); });
+    return bad < 0 ? bad : bad / row_blocks;
 }
 
 EXPORT void kernels_dequantize(const char* instruction_set, int format, const uint8_t* bytes, void* values, int type,
@@ -165,10 +172,11 @@ EXPORT void kernels_dequantize(const char* instruction_set, int format, const ui
           [&](int64_t first, int64_t last) { kernel->decode(bytes, values, type, first, last); });
 }
 
-EXPORT void kernels_choose(const char* instruction_set, int format, const Choosing* task, int threads) {
+// Returns the first lane that holds a value that is not finite, or -1.
+EXPORT int64_t kernels_choose(const char* instruction_set, int format, const Choosing* task, int threads) {
     const Kernel* kernel = find(instruction_set, format);
-    share(task->lanes, kernel->block_size, threads,
-          [&](int64_t first, int64_t last) { kernel->choose(*task, first, last); });
+    return first_bad_of(task->lanes, kernel->block_size, threads,
+                        [&](int64_t first, int64_t last) { return kernel->choose(*task, first, last); });
 }
 
 // Hands over the points of a format's lattice: the places of their `size` levels, 4 or 8, among `levels` rising ones.

@@ -1,7 +1,10 @@
-// The choice of levels for blocks whose scales are chosen, when inputs go together, as quant/feedback.py explains it.
+// Rounding with error feedback, as quant/rounding/feedback.py explains it: the scales of a block come from the search,
+// then its levels are chosen for inputs that go together.
 //
-// Levels are a type with GROUP, how many values choose theirs together, and nearest(values over their scale, weights,
-// levels), which fills in the levels nearest to a group.
+// A format that can do this has SUB_BLOCKS, how many scales it has; scales(bytes, scales, minima), what they are;
+// put_levels(levels, bytes), which stores other levels for the same scales; and Chosen, a type with GROUP, how many
+// values choose their levels together, and nearest(values over their scale, weights, levels), which fills in the
+// levels nearest to a group.
 #pragma once
 
 #include "tiles.h"
@@ -12,154 +15,235 @@ namespace KERNELS_NAMESPACE(INSTRUCTION_SET) {
 template <class Each> struct Single {
     static constexpr int GROUP = 1;
 
+    static Ints code_of(Floats level) { return Each::code_of(level); }
     static void nearest(const Floats* scaled, const Floats*, Floats* levels) { levels[0] = Each::nearest(scaled[0]); }
 };
 
-template <class Levels, int SIZE> class Choice {
+// Stores levels of a format with a code for each, from Chosen::code_of, which its pack_codes(codes, bytes) takes.
+template <class Format> void put_codes(const Floats* levels, Ints* bytes) {
+    Ints codes[Format::SIZE];
+    for (int i = 0; i < Format::SIZE; i++) codes[i] = Format::Chosen::code_of(levels[i]);
+    Format::pack_codes(codes, bytes);
+}
+
+template <class Format> class Choice {
   public:
-    Choice(const Choosing& task, int64_t first, int64_t count) : task(task), first(first), count(count) {
-        for (int i = 0; i < SIZE; i++) target[i] = slope[i] = row(task.target, i);
-        for (int i = 0; i < task.sub_blocks; i++) {
-            scale[i] = row(task.scales, i);
-            minimum[i] = row(task.minima, i);
-            inverse[i] = reciprocal(scale[i]);
+    static constexpr int VECTORS = LANES == 1 ? 1 : 2;  // of lanes at a time, which share what is read of a matrix
+    static constexpr int TILE = VECTORS * LANES;
+
+    Choice(const Choosing& task, int64_t first, int64_t count) : task(task), first(first), count(count) {}
+
+    // Returns the first lane that holds a value that is not finite, or -1.
+    int64_t run() {
+        if (int64_t bad = search(); bad >= 0) return bad;
+        in_turn();
+        if (task.sweeps > 0) improve_all();
+        if (task.sweeps > 1) improve_again();
+        for (int v = 0; v < VECTORS && v * LANES < count; v++) store(v);
+        return -1;
+    }
+
+  private:
+    using Levels = typename Format::Chosen;
+    static constexpr int SIZE = Format::SIZE, GROUP = Levels::GROUP, SUB_BLOCKS = Format::SUB_BLOCKS;
+    static constexpr int BLOCK = 16;  // values that reach others together
+#if defined(__AVX512F__) || defined(ONE_LANE)
+    static constexpr int ROWS = 8;  // of a matrix at a time: as many sums as there are registers for
+#else
+    static constexpr int ROWS = 4;
+#endif
+    using Values = Floats[VECTORS][SIZE];
+    using Sums = Floats[VECTORS][BLOCK];
+
+    const Choosing& task;
+    int64_t first, count;
+    Values values;   // what is wanted, then what is stored
+    Values levels;
+    Values slope;    // before `improve_all` the errors; half of how the error of outputs changes with each value
+    Values changes;  // that slopes of other blocks do not know of yet: before `improve_all`, from what was wanted in turn
+    Floats scale[VECTORS][SUB_BLOCKS], minimum[VECTORS][SUB_BLOCKS], inverse[VECTORS][SUB_BLOCKS];
+    Ints bytes[VECTORS][4 * words_of(Format::BYTES)];
+
+    int64_t lanes(int v) const { return count - v * LANES < LANES ? count - v * LANES : LANES; }
+
+    void load_added(int64_t start, int64_t lanes, Floats* added) const {
+        if (task.type == 0) load_blocks<SIZE>(static_cast<const float*>(task.added), start, lanes, added);
+        else load_blocks<SIZE>(static_cast<const Brain*>(task.added), start, lanes, added);
+    }
+
+    // Loads values and finds their scales.
+    int64_t search() {
+        Floats weights[SIZE];
+        for (int i = 0; task.search_weights && i < SIZE; i++) weights[i] = all(task.search_weights[i]);
+        for (int v = 0; v < VECTORS; v++) {
+            int64_t start = v * LANES < count ? first + v * LANES : first;  // a vector without lanes repeats the first
+            Floats units[SIZE];
+            load_blocks<SIZE>(task.values, start, lanes(v), values[v], task.value_stride);
+            if (task.added) {
+                load_added(start, lanes(v), units);
+                for (int i = 0; i < SIZE; i++) values[v][i] = values[v][i] + units[i];
+            }
+            for (int i = 0; i < SIZE; i++) units[i] = values[v][i];
+            int bad;
+            Floats unit = to_unit<SIZE>(units, bad);
+            if (bad >= 0) return start + (bad < lanes(v) ? bad : 0);
+            for (Ints& byte : bytes[v]) byte = all(0);
+            if (task.search_weights) Format::encode(units, Weights<true>{weights}, unit, bytes[v]);
+            else Format::encode(units, Weights<false>{nullptr}, unit, bytes[v]);
+            Format::scales(bytes[v], scale[v], minimum[v]);
+            for (int i = 0; i < SUB_BLOCKS; i++) inverse[v][i] = reciprocal(scale[v][i]);
         }
+        return -1;
     }
 
     // One group after another, each making good what those before it cost.
     void in_turn() {
-        Floats* wanted = slope;
         for (int block = 0; block < SIZE; block += BLOCK) {
-            Changes errors;
-            for (int here = block; here < block + BLOCK; here += GROUP) {
-                nearest(here, wanted + here, task.first_weights, levels + here, stored + here);
-                for (int i = here; i < here + GROUP; i++) errors.add(i, target[i] - stored[i]);
-                spread(errors, errors.count - GROUP, task.carried, wanted, here + GROUP, block + BLOCK);
-            }
-            spread(errors, 0, task.carried, wanted, block + BLOCK, SIZE);
-        }
-        for (int i = 0; i < SIZE; i++) slope[i] = all(0.0f);
-        for (int block = 0; block < SIZE; block += BLOCK) {
-            Changes errors;
-            for (int i = block; i < block + BLOCK; i++) errors.add(i, stored[i] - target[i]);
-            spread(errors, 0, task.metric, slope, 0, SIZE);
+            Sums wanted;
+            for (int v = 0; v < VECTORS; v++)
+                for (int i = 0; i < BLOCK; i++) wanted[v][i] = values[v][block + i];
+            gather(task.carried, slope, block, 0, block, wanted);
+            for (int here = 0; here < BLOCK; here += GROUP)
+                for (int v = 0; v < VECTORS; v++) {
+                    Floats chosen[GROUP], stored[GROUP];
+                    nearest(v, block + here, wanted[v] + here, task.first_weights, chosen, stored);
+                    for (int i = 0; i < GROUP; i++) {
+                        int place = block + here + i;
+                        Floats error = values[v][place] - stored[i];
+                        slope[v][place] = error;
+                        changes[v][place] = stored[i] - wanted[v][here + i];
+                        levels[v][place] = chosen[i];
+                        values[v][place] = stored[i];
+                        spread(task.carried, block, place, error, here + GROUP, BLOCK, wanted[v]);
+                    }
+                }
         }
     }
 
     // Changes what makes the error smaller, given all others as they are.
-    void improve() {
+    void improve_all() {
         for (int block = 0; block < SIZE; block += BLOCK) {
-            Changes changes;
-            for (int here = block; here < block + BLOCK; here += GROUP) {
-                int before = changes.count;
-                improve(here, changes);
-                spread(changes, before, task.metric, slope, block, block + BLOCK);
-            }
-            spread(changes, 0, task.metric, slope, 0, block);
-            spread(changes, 0, task.metric, slope, block + BLOCK, SIZE);
+            Sums slopes;
+            for (auto& each : slopes)
+                for (Floats& sum : each) sum = all(0.0f);
+            gather(task.slopes, changes, block, block, SIZE, slopes);
+            gather(task.metric, changes, block, 0, block, slopes);
+            for (int here = 0; here < BLOCK; here += GROUP)
+                for (int v = 0; v < VECTORS; v++) {
+                    Floats change[GROUP];
+                    bool some = improve(v, block + here, slopes[v] + here, change);
+                    for (int i = 0; i < GROUP; i++) {
+                        changes[v][block + here + i] = change[i];
+                        if (some) spread(task.metric, block, block + here + i, change[i], 0, BLOCK, slopes[v]);
+                    }
+                }
+            for (int v = 0; v < VECTORS; v++)
+                for (int i = 0; i < BLOCK; i++) slope[v][block + i] = slopes[v][i];
         }
     }
 
-    void store_all() const {
-        for (int i = 0; i < SIZE; i++) {
-            store_row(levels[i], task.levels, i);
-            store_row(stored[i], task.stored, i);
+    // The same once more; what is known of the changes of later values is still what they did the first time.
+    void improve_again() {
+        for (int block = 0; block < SIZE; block += BLOCK) {
+            Sums slopes;
+            for (int v = 0; v < VECTORS; v++)
+                for (int i = 0; i < BLOCK; i++) slopes[v][i] = slope[v][block + i];
+            gather(task.metric, changes, block, 0, block, slopes);
+            gather(task.metric, changes, block, block + BLOCK, SIZE, slopes);
+            for (int here = 0; here < BLOCK; here += GROUP)
+                for (int v = 0; v < VECTORS; v++) {
+                    Floats change[GROUP];
+                    bool some = improve(v, block + here, slopes[v] + here, change);
+                    for (int i = 0; i < GROUP; i++) {
+                        int place = block + here + i;
+                        changes[v][place] = change[i];
+                        if (some) spread(task.metric, block, place, change[i], here + GROUP, BLOCK, slopes[v]);
+                    }
+                }
         }
     }
 
-  private:
-    static constexpr int GROUP = Levels::GROUP, MOST_SUB_BLOCKS = 16;
-    static constexpr int BLOCK = 16;  // values whose changes reach the others together
-
-    struct Changes {
-        int count = 0, places[BLOCK];
-        Floats sizes[BLOCK];
-
-        void add(int place, Floats size) {
-            places[count] = place;
-            sizes[count++] = size;
-        }
-    };
-
-    const Choosing& task;
-    int64_t first, count;
-    Floats target[SIZE], levels[SIZE], stored[SIZE];
-    Floats slope[SIZE];  // half of how the error changes with each value; before that, what each value should be
-    Floats scale[MOST_SUB_BLOCKS], minimum[MOST_SUB_BLOCKS], inverse[MOST_SUB_BLOCKS];
-
-    void nearest(int here, const Floats* wanted, const float* weights, Floats* chosen, Floats* values) const {
+    void nearest(int v, int here, const Floats* wanted, const float* weights, Floats* chosen, Floats* stored) const {
         Floats scaled[GROUP], weight[GROUP];
-        int sub_block = here * task.sub_blocks / SIZE;
+        int sub_block = here * SUB_BLOCKS / SIZE;
         for (int i = 0; i < GROUP; i++) {
-            scaled[i] = (wanted[i] + minimum[sub_block]) * inverse[sub_block];
+            scaled[i] = (wanted[i] + minimum[v][sub_block]) * inverse[v][sub_block];
             weight[i] = all(weights[here + i]);
         }
         Levels::nearest(scaled, weight, chosen);
-        for (int i = 0; i < GROUP; i++) values[i] = scale[sub_block] * chosen[i] - minimum[sub_block];
+        for (int i = 0; i < GROUP; i++) stored[i] = scale[v][sub_block] * chosen[i] - minimum[v][sub_block];
     }
 
-    void improve(int here, Changes& changes) {
-        Floats wanted[GROUP], chosen[GROUP], changed[GROUP], change[GROUP], gain = all(0.0f);
+    // Whether any lane of a group changes, and by how much.
+    bool improve(int v, int here, const Floats* slopes, Floats* change) {
+        Floats wanted[GROUP], chosen[GROUP], changed[GROUP], gain = all(0.0f);
         for (int i = 0; i < GROUP; i++)
-            wanted[i] = stored[here + i] - slope[here + i] * (1 / task.metric[(here + i) * (SIZE + 1)]);
-        nearest(here, wanted, task.weights, chosen, changed);
-        for (int i = 0; i < GROUP; i++) change[i] = changed[i] - stored[here + i];
+            wanted[i] = values[v][here + i] - slopes[i] * (1 / task.weights[here + i]);
+        nearest(v, here, wanted, task.weights, chosen, changed);
+        for (int i = 0; i < GROUP; i++) change[i] = changed[i] - values[v][here + i];
         for (int i = 0; i < GROUP; i++) {
-            Floats sum = 2.0f * slope[here + i];
+            Floats sum = 2.0f * slopes[i];
             for (int j = 0; j < GROUP; j++) sum = sum + task.metric[(here + i) * SIZE + here + j] * change[j];
             gain = gain - change[i] * sum;
         }
         Ints better = gain > 0.0f;
-        if (!any(better)) return;
         for (int i = 0; i < GROUP; i++) {
-            levels[here + i] = better ? chosen[i] : levels[here + i];
-            stored[here + i] = better ? changed[i] : stored[here + i];
-            changes.add(here + i, better ? change[i] : all(0.0f));
+            levels[v][here + i] = better ? chosen[i] : levels[v][here + i];
+            values[v][here + i] = better ? changed[i] : values[v][here + i];
+            change[i] = better ? change[i] : all(0.0f);
+        }
+        return any(better);
+    }
+
+    // Adds to the sums of a block the products of its rows of a matrix with `factors`, from `begin` to `end` of them.
+    static void gather(const float* matrix, const Values& factors, int block, int begin, int end, Sums& sums) {
+        for (int first = 0; first < BLOCK; first += ROWS) {
+            const float* rows = matrix + (block + first) * SIZE;
+            Floats parts[VECTORS][ROWS];
+            for (int v = 0; v < VECTORS; v++)
+                for (int i = 0; i < ROWS; i++) parts[v][i] = sums[v][first + i];
+            for (int place = begin; place < end; place++)
+                for (int i = 0; i < ROWS; i++)
+                    for (int v = 0; v < VECTORS; v++)
+                        parts[v][i] = parts[v][i] + rows[i * SIZE + place] * factors[v][place];
+            for (int v = 0; v < VECTORS; v++)
+                for (int i = 0; i < ROWS; i++) sums[v][first + i] = parts[v][i];
         }
     }
 
-    // Adds to sums[first] ... sums[last - 1] what changes, those from `begin` on, make of them: products with the rows
-    // of a matrix. Several sums at a time stay in registers.
-    static void spread(const Changes& changes, int begin, const float* matrix, Floats* sums, int first, int last) {
-        for (; first + WIDE <= last; first += WIDE) spread<WIDE>(changes, begin, matrix, sums, first);
-        for (; first < last; first++) spread<1>(changes, begin, matrix, sums, first);
+    // Adds what one value makes of sums `begin` to `end` of its block.
+    static void spread(const float* matrix, int block, int place, Floats factor, int begin, int end, Floats* sums) {
+        for (int i = begin; i < end; i++) sums[i] = sums[i] + matrix[(block + i) * SIZE + place] * factor;
     }
 
-    static constexpr int WIDE = 8;
-
-    template <int WIDTH>
-    static void spread(const Changes& changes, int begin, const float* matrix, Floats* sums, int first) {
-        Floats parts[WIDTH];
-        for (int i = 0; i < WIDTH; i++) parts[i] = sums[first + i];
-        for (int change = begin; change < changes.count; change++) {
-            const float* factors = matrix + first * SIZE + changes.places[change];
-            for (int i = 0; i < WIDTH; i++) parts[i] = parts[i] + factors[i * SIZE] * changes.sizes[change];
-        }
-        for (int i = 0; i < WIDTH; i++) sums[first + i] = parts[i];
+    void store(int v) {
+        int64_t start = first + v * LANES;
+        Format::put_levels(levels[v], bytes[v]);
+        store_bytes<Format::BYTES>(bytes[v], task.bytes + start * Format::BYTES, lanes(v));
+        Floats errors[SIZE];
+        load_blocks<SIZE>(task.values, start, lanes(v), errors, task.value_stride);
+        for (int i = 0; i < SIZE; i++) errors[i] = errors[i] - values[v][i];
+        if (task.type == 0) store_errors(errors, static_cast<float*>(task.errors), start, lanes(v));
+        else store_errors(errors, static_cast<Brain*>(task.errors), start, lanes(v));
     }
 
-    Floats row(const float* rows, int i) const {
-        return load_some(rows + i * task.lanes + first, count);
-    }
-
-    void store_row(Floats values, float* rows, int i) const {
-        store_some(values, rows + i * task.lanes + first, count);
+    template <class Output> void store_errors(const Floats* errors, Output* to, int64_t start, int64_t lanes) const {
+        store_values<SIZE>(errors, to + start * task.error_stride, lanes, task.error_stride);
     }
 };
 
-template <class Levels, int SIZE> void choose(const Choosing& task, int64_t first, int64_t last) {
-    for (; first < last; first += LANES) {
-        Choice<Levels, SIZE> choice(task, first, last - first < LANES ? last - first : LANES);
-        choice.in_turn();
-        for (int sweep = 0; sweep < task.sweeps; sweep++) choice.improve();
-        choice.store_all();
+template <class Format> int64_t choose(const Choosing& task, int64_t first, int64_t last) {
+    constexpr int TILE = Choice<Format>::TILE;
+    for (; first < last; first += TILE) {
+        Choice<Format> choice(task, first, last - first < TILE ? last - first : TILE);
+        if (int64_t bad = choice.run(); bad >= 0) return bad;
     }
+    return -1;
 }
 
-// A format's levels, by which values choose, are its type Chosen.
 template <class Format> constexpr Kernel choosing_kernel() {
     Kernel made = kernel<Format>();
-    made.choose = choose<typename Format::Chosen, Format::SIZE>;
+    made.choose = choose<Format>;
     return made;
 }
 

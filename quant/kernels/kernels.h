@@ -12,15 +12,17 @@ struct Rows {
     uint8_t* bytes;
 };
 
-// Blocks, one to a lane, that are to choose levels for the scales they have: quant/feedback.py explains the fields.
+// Blocks, one to a lane, to be rounded with error feedback: quant/formats/lanes.py (Coupling) explains the fields.
 struct Choosing {
-    const float* target;  // [size, lanes]
-    const float *scales, *minima;  // [sub_blocks, lanes]
-    int sub_blocks;
-    const float *carried, *metric;  // [size, size]: a row for each value that errors and changes reach
-    const float *first_weights, *weights;  // [size], of values in turn and later
-    float *levels, *stored;  // [size, lanes], the result
-    int64_t lanes;
+    const float* values;                      // [lanes, size], value_stride from lane to lane
+    const void* added;                        // [lanes, size], what errors of other blocks add to them; null: nothing
+    int type;                                 // of added and errors, numbered as for Rows and not float16
+    const float* search_weights;              // [size], of values in the search for scales; null: all 1
+    const float *carried, *slopes, *metric;   // [size, size]: a row for each value that errors and changes reach
+    const float *first_weights, *weights;     // [size], of values in turn and later
+    uint8_t* bytes;                           // [lanes, block_bytes], the result
+    void* errors;                             // [lanes, size], error_stride from lane to lane: values less what it holds
+    int64_t lanes, value_stride, error_stride;
     int sweeps;
 };
 
@@ -32,8 +34,8 @@ struct Kernel {
     int64_t (*encode)(const Rows& rows, int64_t first, int64_t last);
     // Values of the type, which is numbered as for Rows and not float16.
     void (*decode)(const uint8_t* bytes, void* values, int type, int64_t first, int64_t last);
-    // Lanes first to last; null where levels are not all that there is to a format but scales.
-    void (*choose)(const Choosing& task, int64_t first, int64_t last);
+    // Lanes first to last; null where levels are not all that there is to a format but scales. Returns as `encode` does.
+    int64_t (*choose)(const Choosing& task, int64_t first, int64_t last);
 };
 
 // A table of kernels that ends with an empty one. A GPU has none: its programs name what they are for, see cuda.cu.

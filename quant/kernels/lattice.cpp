@@ -37,10 +37,20 @@ inline Ints looked_up(const uint16_t* table, Ints places) {
     return places;
 }
 
-// Formats that store signs apart from points, with a scale for each of COUNT sub-blocks. With EVEN signs the number of negative ones among eight is even: where it is odd, the value that loses least by it
-// gets the other sign.
-template <class Lattice, int COUNT_, bool EVEN> struct Signed {
+// The eighth sign that goes with seven.
+inline Ints with_eighth(Ints signs) {
+    Ints parity = signs ^ signs >> 4;
+    parity ^= parity >> 2;
+    return signs | ((parity ^ parity >> 1) & 1) << 7;
+}
+
+// Formats that store signs apart from points, with a scale for each of COUNT sub-blocks. With EVEN signs the number of
+// negative ones among eight is even: where it is odd, the value that loses least by it gets the other sign.
+//
+// Format has join(codes, bytes) and split(bytes, codes).
+template <class Format, class Lattice, int COUNT_, bool EVEN> struct Signed {
     using Points = Lattice;
+    using Chosen = Format;
     static constexpr int SIZE = 256, COUNT = COUNT_, SUB_BLOCK = 256 / COUNT, LARGEST = 31;
     static constexpr int POINTS = SUB_BLOCK / Lattice::SIZE, ALL_POINTS = 256 / Lattice::SIZE;
     static constexpr float SHIFTS[] = {0}, SPANS[] = {0.92f, 1.12f};
@@ -57,7 +67,7 @@ template <class Lattice, int COUNT_, bool EVEN> struct Signed {
     }
 
     // For choices with error feedback: eight values with their signs.
-    static constexpr int GROUP = 8;
+    static constexpr int GROUP = 8, SUB_BLOCKS = COUNT;
 
     static void nearest(const Floats* scaled, const Floats* weights, Floats* levels) {
         Floats magnitudes[GROUP];
@@ -70,43 +80,65 @@ template <class Lattice, int COUNT_, bool EVEN> struct Signed {
     }
 
     struct Codes {
-        Ints step, scales[COUNT], numbers[ALL_POINTS], signs[32];
+        Ints step, scales[COUNT], numbers[ALL_POINTS], signs[32];  // the step as bits of float16; scales are halved
     };
 
-    template <class Format, bool WEIGHTED>
-    static Codes search(const Floats* values, Weights<WEIGHTED> weights, Floats unit) {
-        Codes found;
+    template <bool WEIGHTED>
+    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
+        Codes codes;
         Floats magnitudes[SIZE];
         for (int group = 0; group < 32; group++)
-            found.signs[group] = take_signs(values + 8 * group, weights.from(8 * group), magnitudes + 8 * group);
+            codes.signs[group] = take_signs(values + 8 * group, weights.from(8 * group), magnitudes + 8 * group);
         LatticeBlock<Format, WEIGHTED> block(magnitudes, weights, unit);
         Floats step = stored(block.step, unit);
-        found.step = half_of(step * lengthening<256>(magnitudes, weights, step * block.product), unit);
-        for (int i = 0; i < COUNT; i++) found.scales[i] = block.multiples[i];
-        for (int i = 0; i < ALL_POINTS; i++) found.numbers[i] = looked_up(Lattice::points().numbers, block.codes[i]);
-        return found;
+        codes.step = half_of(step * lengthening<256>(magnitudes, weights, step * block.product), unit);
+        for (int i = 0; i < COUNT; i++) codes.scales[i] = block.multiples[i];
+        for (int i = 0; i < ALL_POINTS; i++) codes.numbers[i] = looked_up(Lattice::points().numbers, block.codes[i]);
+        Format::join(codes, bytes);
     }
 
-    static void restore(Floats step, const Codes& codes, Floats* values) {
+    static void decode(const Ints* bytes, Floats* values) {
+        Codes codes;
+        Floats scale[COUNT];
+        Format::split(bytes, codes);
+        multiply(codes, scale);
         for (int i = 0; i < ALL_POINTS; i++) {
-            Floats scale = step * (to_float(codes.scales[i / POINTS]) * 2.0f + 1.0f);
             Ints pair = looked_up(Lattice::points().pairs, codes.numbers[i]);
             for (int j = 0; j < Lattice::SIZE; j++) {
                 int place = Lattice::SIZE * i + j;
                 Ints sign = codes.signs[place / 8] >> place % 8 << 31;
-                values[place] = from_bits(bits(scale * Halves<Lattice>::level(pair, j)) ^ sign);
+                values[place] = from_bits(bits(scale[i / POINTS] * Halves<Lattice>::level(pair, j)) ^ sign);
             }
         }
     }
 
-    // The eighth sign that goes with seven.
-    static Ints with_eighth(Ints signs) {
-        Ints parity = signs ^ signs >> 4;
-        parity ^= parity >> 2;
-        return signs | ((parity ^ parity >> 1) & 1) << 7;
+    static void scales(const Ints* bytes, Floats* scale, Floats* minimum) {
+        Codes codes;
+        Format::split(bytes, codes);
+        multiply(codes, scale);
+        for (int i = 0; i < COUNT; i++) minimum[i] = all(0.0f);
+    }
+
+    static void put_levels(const Floats* levels, Ints* bytes) {
+        Codes codes;
+        Format::split(bytes, codes);
+        for (int i = 0; i < 32; i++) {
+            codes.signs[i] = all(0);
+            for (int j = 0; j < 8; j++) codes.signs[i] |= (levels[8 * i + j] < 0.0f) & 1 << j;
+        }
+        for (int i = 0; i < ALL_POINTS; i++) {
+            Ints pair = Halves<Lattice>::pair(levels + Lattice::SIZE * i);
+            codes.numbers[i] = looked_up(Lattice::points().numbers, pair);
+        }
+        Format::join(codes, bytes);
     }
 
   private:
+    static void multiply(const Codes& codes, Floats* scale) {
+        Floats step = float_from_half(codes.step);
+        for (int i = 0; i < COUNT; i++) scale[i] = step * (to_float(codes.scales[i]) * 2.0f + 1.0f);
+    }
+
     template <bool WEIGHTED>
     static Ints take_signs(const Floats* values, Weights<WEIGHTED> weights, Floats* magnitudes) {
         Ints signs = all(0);
@@ -135,7 +167,7 @@ inline void pack_word(const Ints* signs, Ints scale, Ints* bytes) {
 
 inline void unpack_word(const Ints* bytes, Ints* signs, Ints& scale) {
     Ints word = bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24;
-    for (int i = 0; i < 4; i++) signs[i] = Signed<Lattice3XXS, 8, true>::with_eighth(word >> 7 * i & 127);
+    for (int i = 0; i < 4; i++) signs[i] = with_eighth(word >> 7 * i & 127);
     scale = word >> 28 & 15;
 }
 
@@ -148,13 +180,10 @@ template <int COUNT> void unpack_nibbles(const Ints* bytes, Ints* numbers) {
     for (int i = 0; i < COUNT; i++) numbers[i] = bytes[i / 2] >> i % 2 * 4 & 15;
 }
 
-struct IQ2_XXS : Signed<Lattice2<16>, 8, true> {
+struct IQ2_XXS : Signed<IQ2_XXS, Lattice2<16>, 8, true> {
     static constexpr int ID = 16, BYTES = 66;
-    using Chosen = IQ2_XXS;
 
-    template <bool WEIGHTED>
-    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
-        Codes codes = search<IQ2_XXS>(values, weights, unit);
+    static void join(const Codes& codes, Ints* bytes) {
         pack_half(codes.step, bytes);
         for (int i = 0; i < 8; i++) {
             for (int j = 0; j < 4; j++) bytes[2 + 8 * i + j] = codes.numbers[4 * i + j];
@@ -162,67 +191,55 @@ struct IQ2_XXS : Signed<Lattice2<16>, 8, true> {
         }
     }
 
-    static void decode(const Ints* bytes, Floats* values) {
-        Codes codes;
+    static void split(const Ints* bytes, Codes& codes) {
+        codes.step = bytes[0] | bytes[1] << 8;
         for (int i = 0; i < 8; i++) {
             for (int j = 0; j < 4; j++) codes.numbers[4 * i + j] = bytes[2 + 8 * i + j];
             unpack_word(bytes + 6 + 8 * i, codes.signs + 4 * i, codes.scales[i]);
         }
-        restore(unpack_half(bytes), codes, values);
     }
 };
 
-struct IQ3_XXS : Signed<Lattice3XXS, 8, true> {
+struct IQ3_XXS : Signed<IQ3_XXS, Lattice3XXS, 8, true> {
     static constexpr int ID = 18, BYTES = 98;
-    using Chosen = IQ3_XXS;
 
-    template <bool WEIGHTED>
-    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
-        Codes codes = search<IQ3_XXS>(values, weights, unit);
+    static void join(const Codes& codes, Ints* bytes) {
         pack_half(codes.step, bytes);
         for (int i = 0; i < 64; i++) bytes[2 + i] = codes.numbers[i];
         for (int i = 0; i < 8; i++) pack_word(codes.signs + 4 * i, codes.scales[i], bytes + 66 + 4 * i);
     }
 
-    static void decode(const Ints* bytes, Floats* values) {
-        Codes codes;
+    static void split(const Ints* bytes, Codes& codes) {
+        codes.step = bytes[0] | bytes[1] << 8;
         for (int i = 0; i < 64; i++) codes.numbers[i] = bytes[2 + i];
         for (int i = 0; i < 8; i++) unpack_word(bytes + 66 + 4 * i, codes.signs + 4 * i, codes.scales[i]);
-        restore(unpack_half(bytes), codes, values);
     }
 };
 
-struct IQ2_XS : Signed<Lattice2<17>, 16, true> {
+struct IQ2_XS : Signed<IQ2_XS, Lattice2<17>, 16, true> {
     static constexpr int ID = 17, BYTES = 74;
-    using Chosen = IQ2_XS;
 
-    template <bool WEIGHTED>
-    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
-        Codes codes = search<IQ2_XS>(values, weights, unit);
+    static void join(const Codes& codes, Ints* bytes) {
         pack_half(codes.step, bytes);
         for (int i = 0; i < 32; i++) pack_half(codes.numbers[i] | (codes.signs[i] & 127) << 9, bytes + 2 + 2 * i);
         pack_nibbles<16>(codes.scales, bytes + 66);
     }
 
-    static void decode(const Ints* bytes, Floats* values) {
-        Codes codes;
+    static void split(const Ints* bytes, Codes& codes) {
+        codes.step = bytes[0] | bytes[1] << 8;
         for (int i = 0; i < 32; i++) {
             Ints code = bytes[2 + 2 * i] | bytes[3 + 2 * i] << 8;
             codes.numbers[i] = code & 511;
             codes.signs[i] = with_eighth(code >> 9);
         }
         unpack_nibbles<16>(bytes + 66, codes.scales);
-        restore(unpack_half(bytes), codes, values);
     }
 };
 
-struct IQ2_S : Signed<Lattice2<22>, 16, false> {
+struct IQ2_S : Signed<IQ2_S, Lattice2<22>, 16, false> {
     static constexpr int ID = 22, BYTES = 82;
-    using Chosen = IQ2_S;
 
-    template <bool WEIGHTED>
-    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
-        Codes codes = search<IQ2_S>(values, weights, unit);
+    static void join(const Codes& codes, Ints* bytes) {
         pack_half(codes.step, bytes);
         for (int i = 0; i < 32; i++) {
             bytes[2 + i] = codes.numbers[i] & 255;
@@ -235,25 +252,21 @@ struct IQ2_S : Signed<Lattice2<22>, 16, false> {
         pack_nibbles<16>(codes.scales, bytes + 74);
     }
 
-    static void decode(const Ints* bytes, Floats* values) {
-        Codes codes;
+    static void split(const Ints* bytes, Codes& codes) {
+        codes.step = bytes[0] | bytes[1] << 8;
         for (int i = 0; i < 32; i++) {
             codes.numbers[i] = bytes[2 + i] | (bytes[66 + i / 4] >> i % 4 * 2 & 3) << 8;
             codes.signs[i] = bytes[34 + i];
         }
         unpack_nibbles<16>(bytes + 74, codes.scales);
-        restore(unpack_half(bytes), codes, values);
     }
 };
 
-struct IQ3_S : Signed<Lattice3S, 8, false> {
+struct IQ3_S : Signed<IQ3_S, Lattice3S, 8, false> {
     static constexpr int ID = 21, BYTES = 110;
-    using Chosen = IQ3_S;
     static constexpr float SPANS[] = {1.02f};
 
-    template <bool WEIGHTED>
-    static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
-        Codes codes = search<IQ3_S>(values, weights, unit);
+    static void join(const Codes& codes, Ints* bytes) {
         pack_half(codes.step, bytes);
         for (int i = 0; i < 64; i++) bytes[2 + i] = codes.numbers[i] & 255;
         for (int i = 0; i < 8; i++) {
@@ -264,12 +277,11 @@ struct IQ3_S : Signed<Lattice3S, 8, false> {
         pack_nibbles<8>(codes.scales, bytes + 106);
     }
 
-    static void decode(const Ints* bytes, Floats* values) {
-        Codes codes;
+    static void split(const Ints* bytes, Codes& codes) {
+        codes.step = bytes[0] | bytes[1] << 8;
         for (int i = 0; i < 64; i++) codes.numbers[i] = bytes[2 + i] | (bytes[66 + i / 8] >> i % 8 & 1) << 8;
         for (int i = 0; i < 32; i++) codes.signs[i] = bytes[74 + i];
         unpack_nibbles<8>(bytes + 106, codes.scales);
-        restore(unpack_half(bytes), codes, values);
     }
 };
 

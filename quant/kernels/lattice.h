@@ -35,6 +35,18 @@ template <class Lattice> struct Halves {
         return level;
     }
 
+    // The pair of a point with these levels; their signs do not matter.
+    static Ints pair(const Floats* levels) {
+        Ints pair = all(0);
+        for (int i = 0; i < Lattice::SIZE; i++) {
+            Ints digit = all(0);
+            for (int other = 1; other < LEVEL_COUNT; other++)
+                digit = magnitude(levels[i]) >= Lattice::LEVELS[other] ? all(other) : digit;
+            pair = pair << DIGIT_BITS | digit;
+        }
+        return pair;
+    }
+
     // Weighted squared distances of values from all halves, in lexical order.
     template <bool WEIGHTED> static void distances(const Floats* values, Weights<WEIGHTED> weights, Floats* result) {
         constexpr int COUNT_2 = LEVEL_COUNT * LEVEL_COUNT;

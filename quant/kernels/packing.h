@@ -45,4 +45,14 @@ inline void pack_half(Ints half, Ints* bytes) {
 
 inline Floats unpack_half(const Ints* bytes) { return float_from_half(bytes[0] | bytes[1] << 8); }
 
+// What formats have in common whose blocks begin with their only scale.
+struct OneScale {
+    static constexpr int SUB_BLOCKS = 1;
+
+    static void scales(const Ints* bytes, Floats* scale, Floats* minimum) {
+        scale[0] = unpack_half(bytes);
+        minimum[0] = all(0.0f);
+    }
+};
+
 }  // namespace

@@ -24,7 +24,7 @@ struct Levels4 : Uniform<-8, 7> {
     static constexpr float PEAKS[] = {-8.5f, -9.5f, -7.25f, -8.0f};
 };
 
-struct Q4_0 {
+struct Q4_0 : OneScale {
     static constexpr int ID = 2, SIZE = 32, BYTES = 18;
     using Chosen = Single<Uniform<-8, 7>>;
 
@@ -32,8 +32,11 @@ struct Q4_0 {
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
         Ints codes[32];
         SmallScaled<Levels4>::encode(values, weights, unit, bytes, codes);
-        pack<4, 16>(codes, bytes + 2);
+        pack_codes(codes, bytes);
     }
+
+    static void put_levels(const Floats* levels, Ints* bytes) { put_codes<Q4_0>(levels, bytes); }
+    static void pack_codes(const Ints* codes, Ints* bytes) { pack<4, 16>(codes, bytes + 2); }
 
     static void decode(const Ints* bytes, Floats* values) {
         Ints codes[32];
@@ -43,7 +46,7 @@ struct Q4_0 {
     }
 };
 
-struct Q5_0 {
+struct Q5_0 : OneScale {
     static constexpr int ID = 6, SIZE = 32, BYTES = 22;
     using Chosen = Single<Uniform<-16, 15>>;
 
@@ -51,8 +54,11 @@ struct Q5_0 {
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
         Ints codes[32];
         SmallScaled<Uniform<-16, 15>>::encode(values, weights, unit, bytes, codes);
-        pack_5_bits(codes, bytes + 2);
+        pack_codes(codes, bytes);
     }
+
+    static void put_levels(const Floats* levels, Ints* bytes) { put_codes<Q5_0>(levels, bytes); }
+    static void pack_codes(const Ints* codes, Ints* bytes) { pack_5_bits(codes, bytes + 2); }
 
     static void decode(const Ints* bytes, Floats* values) {
         Ints codes[32];
@@ -88,12 +94,13 @@ template <class Levels, int LOWEST, int HIGHEST, bool LENGTHENED> struct SuperSc
         pack_half(step_bits, step);
     }
 
-    static void decode(const Ints* step, const Ints* multiples, const Ints* levels, Floats* values) {
+    static void decode(const Floats* scale, const Ints* levels, Floats* values) {
+        for (int i = 0; i < 256; i++) values[i] = scale[i / 16] * to_float(levels[i]);
+    }
+
+    static void scales(const Ints* step, const Ints* multiples, Floats* scale, Floats* minimum) {
         Floats whole = unpack_half(step);
-        for (int i = 0; i < 16; i++) {
-            Floats scale = whole * to_float(multiples[i]);
-            for (int j = 16 * i; j < 16 * i + 16; j++) values[j] = scale * to_float(levels[j]);
-        }
+        for (int i = 0; i < 16; i++) scale[i] = whole * to_float(multiples[i]), minimum[i] = all(0.0f);
     }
 };
 
@@ -107,6 +114,20 @@ struct Q6_K {
         Ints codes[256];
         Super::encode(values, weights, unit, bytes + 208, bytes + 192, codes);
         for (int i = 0; i < 16; i++) bytes[192 + i] &= 255;
+        pack_codes(codes, bytes);
+    }
+
+    static constexpr int SUB_BLOCKS = 16;
+
+    static void scales(const Ints* bytes, Floats* scale, Floats* minimum) {
+        Ints multiples[16];
+        for (int i = 0; i < 16; i++) multiples[i] = bytes[192 + i] << 24 >> 24;
+        Super::scales(bytes + 208, multiples, scale, minimum);
+    }
+
+    static void put_levels(const Floats* levels, Ints* bytes) { put_codes<Q6_K>(levels, bytes); }
+
+    static void pack_codes(const Ints* codes, Ints* bytes) {
         for (int i = 0; i < 256; i += 128) {
             pack_each<4, 64>([&](int j) { return codes[i + j] & 15; }, bytes + i / 2);
             pack_each<2, 32>([&](int j) { return codes[i + j] >> 4; }, bytes + 128 + i / 4);
@@ -114,15 +135,16 @@ struct Q6_K {
     }
 
     static void decode(const Ints* bytes, Floats* values) {
-        Ints levels[256], multiples[16];
+        Floats scale[16], minimum[16];
+        Ints levels[256];
+        scales(bytes, scale, minimum);
         for (int i = 0; i < 256; i += 128) {
             Ints high[128];
             unpack<4, 64>(bytes + i / 2, levels + i);
             unpack<2, 32>(bytes + 128 + i / 4, high);
             for (int j = 0; j < 128; j++) levels[i + j] = (levels[i + j] | high[j] << 4) - 32;
         }
-        for (int i = 0; i < 16; i++) multiples[i] = bytes[192 + i] << 24 >> 24;
-        Super::decode(bytes + 208, multiples, levels, values);
+        Super::decode(scale, levels, values);
     }
 };
 
@@ -145,22 +167,37 @@ struct Q3_K {
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
         Ints codes[256], multiples[16];
         Super<WEIGHTED>::encode(values, weights, unit, bytes + 108, multiples, codes);
-        pack_each<1, 32>([&](int i) { return codes[i] >> 2; }, bytes);
-        for (int i = 0; i < 256; i += 128)
-            pack_each<2, 32>([&](int j) { return codes[i + j] & 3; }, bytes + 32 + i / 4);
+        pack_codes(codes, bytes);
         pack_each<4, 8>([&](int i) { return (multiples[i] + 32) & 15; }, bytes + 96);
         pack_each<2, 4>([&](int i) { return (multiples[i] + 32) >> 4; }, bytes + 104);
     }
 
-    static void decode(const Ints* bytes, Floats* values) {
-        Ints levels[256], multiples[16], third[256], high[16];
-        unpack<1, 32>(bytes, third);
-        for (int i = 0; i < 2; i++) unpack<2, 32>(bytes + 32 + 32 * i, levels + 128 * i);
-        for (int i = 0; i < 256; i++) levels[i] = (levels[i] | third[i] << 2) - 4;
+    static constexpr int SUB_BLOCKS = 16;
+
+    static void scales(const Ints* bytes, Floats* scale, Floats* minimum) {
+        Ints multiples[16], high[16];
         unpack<4, 8>(bytes + 96, multiples);
         unpack<2, 4>(bytes + 104, high);
         for (int i = 0; i < 16; i++) multiples[i] = (multiples[i] | high[i] << 4) - 32;
-        Super<true>::decode(bytes + 108, multiples, levels, values);
+        Super<true>::scales(bytes + 108, multiples, scale, minimum);
+    }
+
+    static void put_levels(const Floats* levels, Ints* bytes) { put_codes<Q3_K>(levels, bytes); }
+
+    static void pack_codes(const Ints* codes, Ints* bytes) {
+        pack_each<1, 32>([&](int i) { return codes[i] >> 2; }, bytes);
+        for (int i = 0; i < 256; i += 128)
+            pack_each<2, 32>([&](int j) { return codes[i + j] & 3; }, bytes + 32 + i / 4);
+    }
+
+    static void decode(const Ints* bytes, Floats* values) {
+        Floats scale[16], minimum[16];
+        Ints levels[256], third[256];
+        scales(bytes, scale, minimum);
+        unpack<1, 32>(bytes, third);
+        for (int i = 0; i < 2; i++) unpack<2, 32>(bytes + 32 + 32 * i, levels + 128 * i);
+        for (int i = 0; i < 256; i++) levels[i] = (levels[i] | third[i] << 2) - 4;
+        Super<true>::decode(scale, levels, values);
     }
 };
 

@@ -109,7 +109,7 @@ struct Q1_0 {
     }
 };
 
-struct Q2_0 {
+struct Q2_0 : OneScale {
     static constexpr int ID = 42, SIZE = 64, BYTES = 18;
     using Chosen = Single<Uniform<-1, 2>>;
     using Codes = Coder<TwoBits, SIZE>;
@@ -118,6 +118,12 @@ struct Q2_0 {
     static void encode(const Floats* values, Weights<WEIGHTED> weights, Floats unit, Ints* bytes) {
         Ints codes[SIZE];
         Codes::encode(values, weights, unit, bytes, codes);
+        pack_codes(codes, bytes);
+    }
+
+    static void put_levels(const Floats* levels, Ints* bytes) { put_codes<Q2_0>(levels, bytes); }
+
+    static void pack_codes(const Ints* codes, Ints* bytes) {
         for (int i = 0; i < 16; i++) pack<2, 1>(codes + 4 * i, bytes + 2 + i);
     }
 

@@ -33,9 +33,10 @@ template <int SIZE, class Input> void load_values(const Starts<Input>& starts, F
     }
 }
 
-template <int SIZE, class Input> void load_blocks(const Input* blocks, int64_t first, int64_t count, Floats* values) {
+template <int SIZE, class Input>
+void load_blocks(const Input* blocks, int64_t first, int64_t count, Floats* values, int64_t stride = SIZE) {
     Starts<Input> starts;
-    for (int lane = 0; lane < LANES; lane++) starts.lane[lane] = blocks + (first + (lane < count ? lane : 0)) * SIZE;
+    for (int lane = 0; lane < LANES; lane++) starts.lane[lane] = blocks + (first + (lane < count ? lane : 0)) * stride;
     load_values<SIZE>(starts, values);
 }
 
@@ -100,12 +101,13 @@ inline void store(Floats values, Brain* to) {
     store_shorts(upper >> 16 & 0xffff, &to->bits);
 }
 
-template <int SIZE, class Output> void store_values(const Floats* values, Output* blocks, int64_t count) {
+template <int SIZE, class Output>
+void store_values(const Floats* values, Output* blocks, int64_t count, int64_t stride = SIZE) {
     for (int first = 0; first < SIZE; first += LANES) {
         Ints rows[LANES];
         for (int i = 0; i < LANES; i++) rows[i] = bits(values[first + i]);
         transpose(rows);
-        for (int lane = 0; lane < count; lane++) store(from_bits(rows[lane]), blocks + lane * SIZE + first);
+        for (int lane = 0; lane < count; lane++) store(from_bits(rows[lane]), blocks + lane * stride + first);
     }
 }
 

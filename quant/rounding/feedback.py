@@ -17,12 +17,12 @@ from torch.nn import functional
 from ...archs.weights import Weight
 from ..formats import quantize as blocks
 from ..formats.devices import kernels_for
-from ..formats.lanes import Grid, reciprocal
-from ..formats.table import Format, format_named
+from ..formats.lanes import Coupling, Grid, reciprocal
+from ..formats.table import format_named
 from .moments import SecondMoments, divided
 from .statistics import Importance
 
-_SWEEPS: Final = 2  # through the values of a block, after they have been chosen one after another
+_SWEEPS: Final = 2  # through the values of a block, after they have been chosen in turn; kernels know two at most
 
 
 def quantize_weight(
@@ -57,42 +57,67 @@ def quantize_with_feedback(x: Tensor, name: str, moments: SecondMoments, threads
 
     moments: of the inputs of all columns. Raises BadInput as `quantize` does.
     """
-    format, grid = format_named(name), blocks.CODECS[name].grid
-    assert grid
+    format = format_named(name)
     format.row_bytes(x.shape[1])
     cholesky = moments.cholesky(format.block_size)
-    values = x.T.to(torch.float32).contiguous()
-    errors = torch.zeros_like(values, dtype=cholesky.carried.dtype)  # of the blocks so far
+    values = x.to(torch.float32)
+    errors = torch.empty_like(values, dtype=cholesky.carried.dtype)  # of the blocks so far
+    added = errors.new_empty(len(x), format.block_size)
     parts = []
-    for start in range(0, len(values), format.block_size):
+    for number, triangle in enumerate(cholesky.blocks):
+        start = number * format.block_size
         here = slice(start, start + format.block_size)
-        wanted_values = values[here] + (cholesky.carried[:start, here].T @ errors[:start]).float()
-        triangle = cholesky.triangle[here, here]
-        data = blocks.quantize(wanted_values.T, name, triangle.diagonal().square(), threads).T
-        levels, stored = _choose(grid, format, data, wanted_values, triangle, threads)
-        errors[here] = values[here] - stored
-        parts.append(grid.with_levels(data, levels).T)
+        if start:
+            torch.mm(errors[:, :start], cholesky.carried[:start, here], out=added)
+        parts.append(_round(name, values[:, here], added if start else None, triangle, errors[:, here], threads))
     return torch.cat(parts, dim=1)
 
 
-def _choose(
-    grid: Grid, format: Format, data: Tensor, wanted_values: Tensor, triangle: Tensor, threads: int | None
-) -> tuple[Tensor, Tensor]:
+def _round(
+    name: str, values: Tensor, added: Tensor | None, triangle: Tensor, errors: Tensor, threads: int | None
+) -> Tensor:
+    """The bytes of blocks that cost little, ``sum(((values + added - stored) @ triangle)²)``; fills in `errors`.
+
+    Scales come from the search without feedback. Then levels are chosen value by value, each making good what those
+    before it cost (Babai 1986); and then changed where that helps, given all others.
+
+    values, added, errors: [rows, block_size], the last being values less what is stored; triangle: [block_size,
+    block_size], upper.
+    """
+    format, grid = format_named(name), blocks.CODECS[name].grid
+    assert grid
+    coupling = _coupling(triangle, grid.group)
+    if kernels := kernels_for("choose", format, values.device):
+        threads = threads or torch.get_num_threads()
+        data, bad = kernels.choose(format, values, added, coupling, errors, _SWEEPS, threads)
+        if bad is not None:
+            raise blocks.not_finite(bad)
+        return data
+    wanted = values if added is None else values + added
+    lanes = blocks.quantize(wanted, name, coupling.first_weights, threads).T
+    levels, stored = _choose(grid, lanes, wanted.T, coupling)
+    torch.sub(values, stored.T, out=errors)
+    return grid.with_levels(lanes, levels).T
+
+
+def _coupling(triangle: Tensor, group: int) -> Coupling:
+    """How the values of a block go together, for levels that are chosen by groups."""
+    metric, squares = triangle @ triangle.T, triangle.diagonal().square()
+    groups = torch.arange(len(triangle), device=triangle.device) // group
+    slopes = triangle @ (triangle * (groups == groups[:, None])).T
+    weights = blocks.relative_weights(squares.double())
+    return Coupling(weights, divided(triangle, group).T, slopes, metric, squares, metric.diagonal())
+
+
+def _choose(grid: Grid, data: Tensor, wanted_values: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
     """The levels of blocks whose scales are chosen, and what they stand for, [block_size, lanes] both.
 
-    Minimizes ``sum((triangle.T @ (stored - wanted_values))²)``: first value by value, each making good what those
-    before it cost (Babai 1986), then by going through the values again, changing what helps.
-
-    data: uint8 [block_bytes, lanes]; wanted_values: [block_size, lanes]; triangle: [block_size, block_size], upper.
+    data: uint8 [block_bytes, lanes]; wanted_values: [block_size, lanes].
     """
-    scales, metric = grid.scales(data), triangle @ triangle.T
-    carried, weights = divided(triangle, grid.group), (triangle.diagonal().square(), metric.diagonal())
-    if kernels := kernels_for("choose", format, wanted_values.device):
-        threads = threads or torch.get_num_threads()
-        return kernels.choose(format, wanted_values, scales, carried.T, metric, weights, _SWEEPS, threads)
-    scale, minimum = (part.repeat_interleave(len(wanted_values) // len(part), dim=0) for part in scales)
+    scale, minimum = (part.repeat_interleave(len(wanted_values) // len(part), dim=0) for part in grid.scales(data))
     inverse, levels, stored = reciprocal(scale), torch.empty_like(wanted_values), torch.empty_like(wanted_values)
     groups = [slice(start, start + grid.group) for start in range(0, len(wanted_values), grid.group)]
+    metric, weights = coupling.metric, coupling.weights
 
     def nearest(here: slice, wanted: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         chosen = grid.nearest((wanted + minimum[here]) * inverse[here], weights[here])
@@ -100,12 +125,12 @@ def _choose(
 
     wanted = wanted_values.clone()
     for here in groups:
-        levels[here], stored[here] = nearest(here, wanted[here], weights[0])
+        levels[here], stored[here] = nearest(here, wanted[here], coupling.first_weights)
         after = slice(here.stop, None)
-        wanted[after] += carried[here, after].T @ (wanted_values[here] - stored[here])
-    slope = metric @ (stored - wanted_values)
+        wanted[after] += coupling.carried[after, here] @ (wanted_values[here] - stored[here])
+    slope = coupling.slopes @ (stored - wanted)
     for here in groups * _SWEEPS:
-        chosen, changed = nearest(here, stored[here] - slope[here] / weights[1][here, None], weights[1])
+        chosen, changed = nearest(here, stored[here] - slope[here] / weights[here, None], weights)
         change = changed - stored[here]
         better = (change * (2 * slope[here] + metric[here, here] @ change)).sum(0) < 0
         change = torch.where(better, change, 0.0)

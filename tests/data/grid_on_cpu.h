@@ -34,7 +34,7 @@ extern "C" void launch(unsigned blocks, unsigned experts, unsigned threads, void
 #elif defined(DECODE)
         decode(*(const uint8_t**)arguments[0], *(void**)arguments[1], *(int*)arguments[2], *(int64_t*)arguments[3]);
 #else
-        choose(*(Choosing*)arguments[0]);
+        choose(*(Choosing*)arguments[0], *(unsigned long long**)arguments[1]);
 #endif
     });
 }

@@ -18,9 +18,10 @@ from moecast.errors import BadInput
 from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.formats import cuda, devices, lattice, native, nvrtc
 from moecast.quant.formats.kernel_sources import SOURCES
+from moecast.quant.formats.lanes import Coupling
 from moecast.quant.formats.quantize import CODECS
 from moecast.quant.formats.table import Format, Work
-from synthetic import heavy_tailed, importance
+from synthetic import coupled, heavy_tailed, importance
 from torch import Tensor
 
 GRID = Path(__file__).parents[2] / "data" / "grid_on_cpu.h"
@@ -134,23 +135,20 @@ def test_nothing_is_quantized_to_nothing(device: torch.device) -> None:
 @pytest.mark.parametrize("name", CHOOSING)
 def test_levels_are_the_cpus(device: torch.device, name: str) -> None:
     """Three experts at once."""
-    format, grid = format_named(name), CODECS[name].grid
-    assert grid
-    target = torch.from_numpy(heavy_tailed(33, 3 * 70, format.block_size)).view(3, 70, -1).mT.contiguous()
-    data = [native_bytes(part, name).T for part in target.mT]
-    scales, minima = (torch.stack(parts) for parts in zip(*map(grid.scales, data), strict=True))
-    generator = torch.Generator().manual_seed(4)
-    triangle = torch.randn(3, len(target[0]), len(target[0]), generator=generator).triu() * 0.1
-    triangle.diagonal(dim1=1, dim2=2).copy_(torch.rand(3, len(target[0]), generator=generator) + 0.5)
-    metric = triangle @ triangle.mT
-    weights = triangle.diagonal(dim1=1, dim2=2).square(), metric.diagonal(dim1=1, dim2=2)
-    inputs = (target, (scales, minima), triangle.mT.contiguous(), metric, weights)
-    expected = native.choose(format, *inputs, 2, 1)
-    made = cuda.choose(format, *_moved(inputs, device), 2, 1)
+    format, (values, coupling) = format_named(name), coupled(33, 3, 70, name)
+    assert native.can("choose", format, torch.device("cpu"))
+    added = (values.flip(1) * 0.1).bfloat16()
+    cpu, gpu = torch.empty_like(added), torch.empty_like(added, device=device)
+    data, _ = native.choose(format, values, added, coupling, cpu, sweeps=2, threads=1)
+    on_gpu = _moved(coupling, device)
+    made, bad = cuda.choose(format, values.to(device), added.to(device), on_gpu, gpu, sweeps=2, threads=1)
+    assert bad is None and torch.equal(made.cpu(), data) and torch.equal(gpu.cpu(), cpu)
     for expert in range(3):
-        one = native.choose(format, *_moved(inputs, torch.device("cpu"), expert), 2, 1)
-        for part, all_experts, on_gpu in zip(one, expected, made, strict=True):
-            assert torch.equal(part, all_experts[expert]) and torch.equal(part, on_gpu[expert].cpu())
+        alone, errors = _moved(coupling, torch.device("cpu"), expert), torch.empty_like(cpu[0])
+        one, _ = native.choose(format, values[expert], added[expert], alone, errors, sweeps=2, threads=1)
+        assert torch.equal(one, data[expert]) and torch.equal(errors, cpu[expert])
+    values[2, 5, 3] = torch.inf
+    assert cuda.choose(format, values.to(device), None, on_gpu, gpu, sweeps=2, threads=1)[1] == 2 * 70 + 5
 
 
 def native_bytes(rows: Tensor, name: str) -> Tensor:
@@ -160,12 +158,10 @@ def native_bytes(rows: Tensor, name: str) -> Tensor:
     return result
 
 
-def _moved(value: object, device: torch.device, expert: int | None = None) -> tuple[object, ...]:
-    """Tensors in tuples on a device, or those of one expert."""
-    if isinstance(value, tuple):
-        return tuple(_moved(part, device, expert) for part in value)
-    assert isinstance(value, Tensor)
-    return (value if expert is None else value[expert]).to(device)  # type: ignore[return-value]
+def _moved(coupling: Coupling, device: torch.device, expert: int | None = None) -> Coupling:
+    """On a device, or that of one expert."""
+    parts = (None if part is None else part if expert is None else part[expert] for part in coupling)
+    return Coupling(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
 
 
 def test_torch_takes_over_where_nvrtc_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

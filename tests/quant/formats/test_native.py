@@ -8,8 +8,9 @@ import torch
 from moecast.errors import BadInput
 from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.formats import native
+from moecast.quant.formats.lanes import Coupling
 from moecast.quant.formats.quantize import CODECS
-from synthetic import Floats, heavy_tailed, importance
+from synthetic import Floats, coupled, heavy_tailed, importance
 
 INSTRUCTION_SETS = native.paths()[:-1]
 NAMES = (
@@ -61,21 +62,33 @@ def test_values_are_torchs(kernels: str, name: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", [name for name in NAMES if CODECS[name].grid])
 def test_levels_are_those_of_the_fastest(kernels: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For 21 lanes of each of two experts."""
-    format, grid = format_named(name), CODECS[name].grid
-    assert grid and native.can("choose", format, torch.device("cpu"))
-    size = format.block_size
-    target = torch.from_numpy(heavy_tailed(24, 42, size)).view(2, 21, size)
-    data = [torch.from_numpy(quantize(part.numpy(), name)).T for part in target]
-    scales, minima = (torch.stack(parts) for parts in zip(*map(grid.scales, data), strict=True))
-    triangle = torch.randn(2, size, size, generator=torch.Generator().manual_seed(5)).triu() * 0.1 + torch.eye(size)
-    metric = triangle @ triangle.mT
-    weights = triangle.diagonal(dim1=1, dim2=2).square(), metric.diagonal(dim1=1, dim2=2)
-    inputs = target.mT, (scales, minima), triangle.mT, metric, weights
-    made = native.choose(format, *inputs, sweeps=2, threads=1)
-    monkeypatch.setenv("MOECAST_KERNELS", INSTRUCTION_SETS[0])
-    for ours, expected in zip(made, native.choose(format, *inputs, sweeps=2, threads=1), strict=True):
-        assert torch.equal(ours, expected)
+    """For 21 lanes of each of two experts; their scales are the search's, and what they stand for is what is read."""
+    format = format_named(name)
+    assert native.can("choose", format, torch.device("cpu"))
+    values, coupling = coupled(24, 2, 21, name)
+    added, errors, others = values.flip(1) * 0.1, torch.empty_like(values), torch.empty_like(values)
+    data, bad = native.choose(format, values, added, coupling, errors, sweeps=2, threads=1)
+    assert bad is None
+    assert torch.equal(values - dequantize(data.flatten(0, 1), name).view_as(values), errors)
+    with monkeypatch.context() as patch:
+        patch.setenv("MOECAST_KERNELS", INSTRUCTION_SETS[0])
+        assert torch.equal(native.choose(format, values, added, coupling, others, 2, 1)[0], data)
+        assert torch.equal(errors, others)
+    values[1, 9, 3] = torch.nan
+    assert native.choose(format, values, None, coupling, errors, sweeps=2, threads=1)[1] == 21 + 9
+
+
+def test_blocks_are_columns_of_something_wider(kernels: str) -> None:
+    """And errors may be bfloat16."""
+    format, name = format_named("Q4_K"), "Q4_K"
+    values, coupling = coupled(25, 1, 21, name)
+    alone, wide = torch.empty_like(values[0]), torch.zeros(21, 512, dtype=torch.bfloat16)
+    coupling = Coupling(*(None if part is None else part[0] for part in coupling))  # type: ignore[arg-type]
+    data, _ = native.choose(format, values[0], None, coupling, alone, sweeps=2, threads=1)
+    wider = torch.cat([values[0] + 1, values[0]], dim=1)
+    nothing = torch.zeros(21, 256, dtype=torch.bfloat16)
+    again, _ = native.choose(format, wider[:, 256:], nothing, coupling, wide[:, 256:], sweeps=2, threads=1)
+    assert torch.equal(again, data) and torch.equal(wide[:, 256:], alone.bfloat16()) and not wide[:, :256].any()
 
 
 @pytest.mark.parametrize("type", [torch.bfloat16, torch.float16, torch.float64])

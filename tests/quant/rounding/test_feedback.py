@@ -11,7 +11,7 @@ from moecast.errors import BadInput
 from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.formats import native
 from moecast.quant.formats.quantize import CODECS
-from moecast.quant.rounding import feedback
+from moecast.quant.rounding import feedback, moments
 from moecast.quant.rounding.moments import SecondMoments
 from moecast.quant.rounding.statistics import SecondMomentStatistics, Statistics
 from torch import Tensor
@@ -62,11 +62,11 @@ def test_few_inputs_do_no_harm(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_torch_and_kernels_choose_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But where products summed in another order fall on different sides of a middle between two levels."""
-    moments, rows = _moments(_inputs(4 * COLUMNS)), _rows(40)
+    seen, rows = _moments(_inputs(4 * COLUMNS)), _rows(40)
     made = []
     for path in (native.paths()[0], native.TORCH):
         monkeypatch.setenv("MOECAST_KERNELS", path)
-        made.append(feedback.quantize_with_feedback(rows, name, moments))
+        made.append(feedback.quantize_with_feedback(rows, name, seen))
     assert float((made[0] == made[1]).float().mean()) > 0.99
 
 
@@ -120,6 +120,31 @@ def test_inputs_of_any_size(size: float) -> None:
     expected = feedback.quantize_with_feedback(rows, "Q4_K", _moments(inputs)) if size else quantize(rows, "Q4_K")
     bound = 1.01 if size else 1.05  # those that do without weights search less
     assert _error(data, "Q4_K", rows, inputs) < bound * _error(expected, "Q4_K", rows, inputs)
+
+
+def test_carrying_in_bfloat16_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "_multiplies_bfloat16", lambda device: False)
+    inputs, rows = _inputs(4 * COLUMNS), _rows(100)
+    means, errors = inputs.T @ inputs / len(inputs), []
+    for dtype in (torch.float32, torch.bfloat16):
+        data = feedback.quantize_with_feedback(rows, "Q4_K", SecondMoments(means, len(inputs), dtype))
+        errors.append(_error(data, "Q4_K", rows, inputs))
+    assert errors[1] == pytest.approx(errors[0], rel=0.015)
+
+
+@pytest.mark.parametrize("columns", [512, 608])  # two strips, and two with the rest of a third
+def test_a_triangle_times_itself_is_the_moments(columns: int) -> None:
+    values = torch.randn(4 * columns, columns, generator=torch.Generator().manual_seed(0))
+    means = values.T @ values / len(values)
+    triangle = moments.factorize(means.triu() + torch.full_like(means, torch.nan).tril(-1)).triu()
+    torch.testing.assert_close(triangle @ triangle.T, means, rtol=1e-4, atol=1e-5)
+    for size in (32, columns // 2):
+        blocks, carried = moments.taken_apart(triangle, size, torch.float32)
+        for number, block in enumerate(blocks):
+            here = slice(number * size, (number + 1) * size)
+            assert torch.equal(block, triangle[here, here])
+            expected = triangle[: here.start, here].double() @ block.double().inverse()
+            torch.testing.assert_close(carried[: here.start, here].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_that_is_not_finite() -> None:
