@@ -12,6 +12,8 @@ import moecast.convert.encode
 import pytest
 from conftest import Checkpoint
 from conversions import convert
+from moecast.archs.expressions import TensorInfo, stored_tensors
+from moecast.archs.weights import Weight
 from moecast.convert.gguf.writer import GGUFWriter
 from moecast.convert.onnx.writer import OnnxWriter
 from moecast.convert.writer import Writer
@@ -62,28 +64,28 @@ def test_same_bytes_with_and_without(
 def test_experts_are_read_while_others_are_rounded(
     minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    """While one matrix is rounded, what comes later is read: rounding waits for that, and it always comes."""
-    read: list[StoredRows] = []
+    """The first matrix of a stack is rounded until one of another expert has been read, which always comes."""
+    read: set[TensorInfo] = set()
     came = threading.Condition()
     beside, quantize = Storage._read_beside, moecast.convert.encode.quantize_weight
-    waited = 0
+    begun: set[str] = set()
 
     def noted(storage: Storage, rows: StoredRows) -> Tensor | None:
         data = beside(storage, rows)
         with came:
-            read.append(rows)
+            read.add(rows.tensor)
             came.notify_all()
         return data
 
-    def slow(values: Tensor, weight: Any, expert: int | None, *rest: Any) -> Tensor:
-        nonlocal waited
-        if weight.experts is not None and waited < 2 * weight.experts:  # of 2 layers, 3 stacks each
-            waited += 1
+    def slow(values: Tensor, weight: Weight, expert: int | None, *rest: Any) -> Tensor:
+        if weight.experts is not None and weight.name not in begun:
+            begun.add(weight.name)
+            others = {*stored_tensors(weight.source)} - {*stored_tensors(weight.source.of_expert(expert))}
             with came:
-                assert came.wait_for(lambda: len(read) >= waited, SOON)
+                assert came.wait_for(lambda: not read.isdisjoint(others), SOON)
         return quantize(values, weight, expert, *rest)
 
     monkeypatch.setattr(Storage, "_read_beside", noted)
     monkeypatch.setattr(moecast.convert.encode, "quantize_weight", slow)
     convert(minimax_fp8.folder, tmp_path / "model.gguf", "Q8_0", **options)
-    assert waited == 2 * 16
+    assert len(begun) == 6  # of two layers
