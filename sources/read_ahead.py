@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -135,7 +136,7 @@ class ReadAhead:
     def _run(self) -> None:
         for announced in self._announced:
             with self._changed:
-                self._changed.wait_for(lambda announced=announced: self._stopped or self._decided(announced))
+                self._changed.wait_for(partial(self._is_decided, announced))
                 if self._stopped:
                     return
                 if self._is_late(announced):
@@ -152,10 +153,10 @@ class ReadAhead:
                     self._kept += announced.rows.bytes
                 self._changed.notify_all()
 
-    def _decided(self, announced: _Announced) -> bool:
+    def _is_decided(self, announced: _Announced) -> bool:
         """Whether it can be read now, or need not be."""
         near = announced.step <= self._step + _STEPS
-        return self._is_late(announced) or (near and self._kept + announced.rows.bytes <= self._limit)
+        return self._stopped or self._is_late(announced) or (near and self._kept + announced.rows.bytes <= self._limit)
 
     def _is_late(self, announced: _Announced) -> bool:
         return announced.passed or announced.step < self._step
