@@ -4,8 +4,8 @@
 
 A layer of MiniMax M2's shape (real_shapes.py) is converted to Q4_K, alone and with texts that run through it. The
 source's disk gives so many MB/s, and the output's takes so many, to one reader or writer at a time: who reads or writes
-sleeps for as long as that takes. Runs with and without buffers alternate; the ratio of their medians is what counts, because all else
-that a machine does slows down both. The last lines are for the disks as they are.
+sleeps for as long as that takes. Runs with and without buffers alternate; the ratio of their medians is what counts,
+because all else that a machine does slows down both. The last lines are for the disks as they are.
 """
 
 from __future__ import annotations
