@@ -101,9 +101,12 @@ def main() -> None:
     torch.set_num_threads(1)
     journal.BATCH_SECONDS = 0.0  # every piece is a batch
     folder.mkdir()
-    started = time.monotonic()
-    _, calls = attempt(source, folder, options, (float("inf"), False), None)
-    duration = time.monotonic() - started
+    for _ in range(2):  # the first may fill the Hub's cache, which the others find filled
+        shutil.rmtree(folder)
+        folder.mkdir()
+        started = time.monotonic()
+        _, calls = attempt(source, folder, options, (float("inf"), False), None)
+        duration = time.monotonic() - started
     expected, outcomes, killed, finished = outcome(folder), [], 0, True
     while killed < kills or not finished:
         if finished:
