@@ -21,7 +21,8 @@ from ..quant.rounding.statistics import Importance
 from ..runner.weights import CachedWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import pieces
-from .writer import Writer
+from ..sources.read_ahead import stored_rows
+from .write_behind import WriteBehind
 
 _LARGEST_F16 = torch.finfo(torch.float16).max
 _WIDE = ("F32", "BF16")
@@ -46,17 +47,19 @@ class MeasuredImportance:
 class Encoder:
     """Encodes pieces of planned tensors and writes each of them once, in whatever order they are asked for.
 
-    `source` are the weights to encode; what a stream of the source has loaded just now is not read again.
+    `source` are the weights to encode; what a stream of the source has loaded just now is not read again. Where the
+    order of pieces is known, at most `buffer` bytes are read ahead.
     """
 
     def __init__(
         self,
         source: ModelWeights,
         plan: Plan,
-        writer: Writer,
+        writer: WriteBehind,
         progress: Progress,
-        importance: Importance | None = None,
-        threads: int | None = None,
+        importance: Importance | None,
+        threads: int | None,
+        buffer: int,
     ) -> None:
         self.plan = plan
         self.source = source
@@ -64,6 +67,7 @@ class Encoder:
         self._progress = progress
         self._importance = importance
         self._threads = threads
+        self._buffer = buffer
         self._unfinished: dict[int | None, list[PlannedTensor]] = defaultdict(list)
         for tensor in plan.tensors:
             self._unfinished[tensor.weight.layer].append(tensor)
@@ -109,18 +113,27 @@ class Encoder:
             if tensor.weight.experts is not None and not self._has(tensor.weight, expert, None):
                 self.encode(tensor, expert, None)
 
-    def finish(self, layer: int | None) -> None:
+    def finish_layer(self, layer: int) -> None:
+        """Encode what nobody asked for of a layer, and wait until all of it is written."""
+        self._finish(layer)
+        self._writer.flush()
+
+    def _finish(self, layer: int | None) -> None:
         """Encode what nobody asked for of a layer's tensors; None means those of no layer."""
         for tensor in self._unfinished.pop(layer, ()):
-            for expert, rows in pieces(tensor.weight):
-                if not self._has(tensor.weight, expert, rows):
+            weight = tensor.weight
+            missing = [piece for piece in pieces(weight) if not self._has(weight, *piece)]
+            steps = (stored_rows(weight.source, *piece) for piece in missing)
+            with self.source.model.storage.reading_ahead(steps, self._buffer):
+                for expert, rows in missing:
                     self.encode(tensor, expert, rows)
                     self.source.release()
 
     def finish_all(self) -> None:
-        """Encode what is left."""
+        """Encode what is left, and wait until all is written."""
         for layer in list(self._unfinished):
-            self.finish(layer)
+            self._finish(layer)
+        self._writer.flush()
 
     def _has(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> bool:
         """Whether a piece is written, be it by an earlier run."""

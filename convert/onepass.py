@@ -32,6 +32,7 @@ from .encode import Encoder, QuantizingWeights
 from .gguf.imatrix import ImatrixWriter
 from .resume.journal import Journal
 from .resume.states import SavedStates, holds_statistics, load_statistics, save_statistics
+from .write_behind import WriteBehind
 from .writer import Writer
 
 
@@ -82,16 +83,31 @@ def run_pass(
 
     Args:
         journal: keeps the streams' states after each layer, and those of an earlier run to go on from.
-        workspace: where activations are kept, by default in memory.
+        workspace: where activations are kept, by default in memory, and how much is read ahead and written behind.
 
     Raises BadInput naming a stored tensor, a block or an expert whose numbers are not finite, and a layer where an
     expert has seen too few tokens.
     """
-    progress = progress or NoProgress()
+    progress, workspace = progress or NoProgress(), workspace or Workspace()
     source = ModelWeights(model, compute.torch_dtype)
     statistics = statistics_for(inputs.error_feedback, compute.torch_dtype)
     known = inputs.importance if inputs.calibration is None else statistics
-    encoder = Encoder(source, plan, writer, progress, known, compute.threads)
+    with WriteBehind(writer, workspace.buffer) as behind:
+        encoder = Encoder(source, plan, behind, progress, known, compute.threads, workspace.buffer)
+        return _run(encoder, inputs, statistics, compute, journal, workspace, progress)
+
+
+def _run(
+    encoder: Encoder,
+    inputs: PassInputs,
+    statistics: Statistics,
+    compute: Compute,
+    journal: Journal | None,
+    workspace: Workspace,
+    progress: Progress,
+) -> Parity | None:
+    """The pass, once it is clear what writes."""
+    source, plan, model = encoder.source, encoder.plan, encoder.source.model
     states = _saved_states(journal, model, encoder, inputs) if journal else None
     layer_pass = LayerPass(model, workspace, states)
     if inputs.calibration is not None:
@@ -110,7 +126,7 @@ def run_pass(
                 inputs.imatrix.add(load_statistics(journal, index))
             continue
         layer_pass.advance(layers, partial(encoder.finish_expert, index))  # writes the layer: see QuantizingWeights
-        encoder.finish(index)
+        encoder.finish_layer(index)  # before the journal says that the layer is passed
         if inputs.evaluation is not None:
             errors.append(relative_error(streams[REFERENCE].hidden, streams[CANDIDATE].hidden))
         if inputs.imatrix:

@@ -14,6 +14,7 @@ from ..errors import BadInput
 from ..progress import NoProgress, Progress
 from ..quant.planning.onnx_plan import OnnxPlan
 from ..quant.planning.plan import Form, Plan, plan_tensors
+from ..runner.activations import Workspace
 from ..runner.measure.evaluate import Parity
 from ..runner.measure.tokenization import Tokenization, compare_tokenizers
 from ..runner.memory import QUANTIZING, RUNNING, workspace
@@ -251,7 +252,7 @@ def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Pro
             parity = run_pass(model, plan, writer, inputs, work.compute, journal, room, progress)
         files = [*writer.paths]
         if draft and model.graph.draft:
-            files.append(_write_draft(work, journal, progress))
+            files.append(_write_draft(work, journal, room, progress))
     return _Done(files, parity, writer.problems, resumed, journal.earlier)
 
 
@@ -271,7 +272,7 @@ def _writer(work: _Work, journal: Journal) -> Writer:
     return GGUFWriter(work.path, work.metadata, plan.stored, output.split_max_bytes, output.overwrite, journal)
 
 
-def _write_draft(work: _Work, journal: Journal, progress: Progress) -> Path:
+def _write_draft(work: _Work, journal: Journal, room: Workspace, progress: Progress) -> Path:
     """Multi-token prediction that is a draft of its own goes to a second file."""
     model = work.model
     assert model.graph.draft and model.architecture.draft_metadata
@@ -279,5 +280,5 @@ def _write_draft(work: _Work, journal: Journal, progress: Progress) -> Path:
     metadata = work.metadata | dict(model.architecture.draft_metadata(model.graph))
     path = work.path.with_name(f"{work.path.stem}-mtp.gguf")
     with GGUFWriter(path, metadata, plan.stored, None, work.output.overwrite, journal) as writer:
-        run_pass(model, plan, writer, compute=work.compute, progress=progress)
+        run_pass(model, plan, writer, compute=work.compute, workspace=room, progress=progress)
     return path

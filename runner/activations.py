@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import Interrupted
 from ..files import allow_open_files, read_at, reserve, write_at
 
+BUFFER_BYTES = 64 << 20  # of what is read before its turn comes, and as much of what waits to be written
 _FLOAT = 4  # bytes
 _FILES = 8192  # every activation on disk is an open file, and there are hundreds of streams
 
@@ -45,9 +46,11 @@ class Workspace:
     Args:
         memory: most bytes of them in memory; what comes beyond goes to disk. None: all of them in memory.
         folder: where the scratch files are; they have no names, so nothing stays behind. None: the system's choice.
+        buffer: most bytes to read before their turn comes, and as many may wait to be written.
     """
 
-    def __init__(self, memory: int | None = None, folder: Path | None = None) -> None:
+    def __init__(self, memory: int | None = None, folder: Path | None = None, buffer: int = BUFFER_BYTES) -> None:
+        self.buffer = buffer
         self._left = memory
         self._folder = folder
         self._on_disk: weakref.WeakSet[DiskActivations] = weakref.WeakSet()

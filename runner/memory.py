@@ -11,7 +11,7 @@ from ..archs.weights import Weight
 from ..errors import BadInput
 from ..files import rss_bytes
 from ..sources.model import PIECE_ROWS
-from .activations import Workspace
+from .activations import BUFFER_BYTES, Workspace
 
 RUNNING = 1  # form of a weight: as it is
 QUANTIZING = 3  # forms: as it is, as it is stored, and its pieces while they are joined
@@ -19,6 +19,8 @@ _FLOAT = 4  # bytes
 _FACTORING = 8  # matrices of moments while one is taken apart
 _ROUTE_BYTES, _SCORE_BYTES = 48, 128  # of a token: for each expert it goes to, and for its prediction
 _SLACK = 96 << 20  # what the allocator keeps to itself
+_BUFFERS = 2  # one reads ahead, the other writes behind
+_BUFFER_SHARE = 8  # each takes at most one part in so many of what is left
 
 
 def workspace(
@@ -30,7 +32,7 @@ def workspace(
     copies: int = RUNNING,
     error_feedback: bool = False,
 ) -> Workspace:
-    """Room for activations: what is left of `memory` bytes beside all else that a run holds at its peak.
+    """Room for activations and buffers: what is left of `memory` bytes beside all else that a run holds at its peak.
 
     Args:
         memory: for the whole process; None keeps everything in memory.
@@ -50,7 +52,8 @@ def workspace(
             f"--memory is {memory / 1e9:.2f} GB, but the least that this model takes is {floor / 1e9:.2f} GB; "
             "give it that, or a smaller --context"
         )
-    return Workspace(memory - floor, folder)
+    buffer = min(BUFFER_BYTES, (memory - floor) // _BUFFER_SHARE)
+    return Workspace(memory - floor - _BUFFERS * buffer, folder, buffer)
 
 
 def comparing(plans: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Protocol
@@ -18,12 +19,13 @@ from ..archs.graph import MLP, Attention, CompressedAttention, Graph, Layer, Mam
 from ..archs.weights import Weight
 from ..errors import BadInput
 from ..sources.model import Model, pieces
+from ..sources.read_ahead import StoredRows, stored_rows
 from .activations import Activations, Workspace
 from .blocks.attention import AttentionMixer
 from .blocks.common import DenseMixer, normalizer
 from .blocks.compressed_attention import CompressedAttentionMixer
 from .blocks.context import Context
-from .blocks.experts import Mixture, RoutedTokens, run_experts
+from .blocks.experts import Mixture, RoutedTokens, order_of_experts, run_experts
 from .blocks.mamba import MambaMixer
 from .blocks.residual import residual_of
 from .weights import ModelWeights, Weights, multiply
@@ -104,6 +106,7 @@ class Stream:
         self._positions = (cache.tokens if cache else 0) + torch.arange(tokens.shape[1])
         self._residual = residual_of(self.weights)
         self._workspace = workspace or Workspace()
+        self.buffer = self._workspace.buffer
         self._readers = self.weights.graph.shared_states()
         self.hidden = self._workspace.activations(*tokens.shape, *self._residual.width, whole_chunks=True)
         if cache:
@@ -257,13 +260,39 @@ def advance(
         entered = [(stream, stream.before_experts(layer, number)) for stream, layer in here]
         waiting = [(stream, sublayer) for stream, sublayer in entered if sublayer.experts]
         if waiting:
-            run_experts([experts for _, sublayer in waiting for experts in sublayer.experts], expert_done)
+            routed = [experts for _, sublayer in waiting for experts in sublayer.experts]
+            order = order_of_experts(routed, unwanted=expert_done is not None)
+            with _reading_ahead(waiting, order):
+                run_experts(routed, order, expert_done)
         for stream, sublayer in waiting:
             stream.after_experts(sublayer)
         for stream, _ in here:
             stream.weights.release()
     for stream, layer in pairs:
         stream.leave(layer)
+
+
+@contextmanager
+def _reading_ahead(waiting: Sequence[tuple[Stream, Entered]], order: Sequence[int]) -> Iterator[None]:
+    """While this lasts, the stored numbers of experts are read before it is their turn in an order."""
+    operations: dict[Model, dict[int, MoE]] = {}
+    for stream, sublayer in waiting:
+        here = operations.setdefault(stream.model, {})
+        here.update((id(experts.operation), experts.operation) for experts in sublayer.experts)
+    with ExitStack() as stack:
+        for model, different in operations.items():
+            stacks = [weight for operation in different.values() for weight in operation.stacks]
+            steps = ([*_stored(stacks, expert)] for expert in order)
+            limit = waiting[0][0].buffer // len(operations)
+            stack.enter_context(model.storage.reading_ahead(steps, limit))
+        yield
+
+
+def _stored(stacks: Sequence[Weight], expert: int) -> Iterator[StoredRows]:
+    """What one expert of those that have it is made of."""
+    for stack in stacks:
+        if expert < stack.matrices:
+            yield from stored_rows(stack.source, expert, None)
 
 
 def word_logits(graph: Graph, states: Tensor, rows: Tensor) -> Tensor:

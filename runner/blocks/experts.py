@@ -104,15 +104,25 @@ class RoutedTokens:
 _Piece = tuple[RoutedTokens, Tensor, Tensor]  # tokens of a stream, and the shares of an expert in their answers
 
 
-def run_experts(streams: Sequence[RoutedTokens], expert_done: Callable[[int], None] | None) -> None:
-    """Run routed streams through all experts, first those that most tokens of the first want; see `stream.advance`."""
-    count = max(stream.operation.experts for stream in streams)
-    tokens = torch.zeros(count, dtype=torch.int64)
-    tokens[: streams[0].operation.experts] = streams[0].counts
+def order_of_experts(streams: Sequence[RoutedTokens], unwanted: bool) -> list[int]:
+    """In which order routed streams run through experts: first through those that most tokens of the first want; those
+    that no stream wants come last, or not at all."""
+    tokens = torch.zeros(2, max(stream.operation.experts for stream in streams), dtype=torch.int64)
+    tokens[0, : streams[0].operation.experts] = streams[0].counts
+    for stream in streams:
+        tokens[1, : stream.operation.experts] += stream.counts
+    order = tokens[0].argsort(descending=True, stable=True)
+    return [*map(int, order if unwanted else order[tokens[1, order] > 0])]
+
+
+def run_experts(
+    streams: Sequence[RoutedTokens], order: Sequence[int], expert_done: Callable[[int], None] | None
+) -> None:
+    """Run routed streams through experts in an order; see `stream.advance`."""
     alike: dict[tuple[int, int], list[RoutedTokens]] = {}
     for stream in streams:
         alike.setdefault((id(stream.weights), id(stream.operation)), []).append(stream)
-    for expert in tokens.argsort(descending=True, stable=True).tolist():
+    for expert in order:
         for group in alike.values():
             if expert < group[0].operation.experts:
                 _run(group, expert)

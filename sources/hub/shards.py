@@ -130,6 +130,11 @@ class ShardStorage(Storage):
                 self._await(file)
             return open_descriptor(self._checkpoint.folder / file)
 
+    def _path(self, file: str) -> Path | None:
+        with self._changed:
+            here = self._checkpoint.folder / file if file in self._here else None
+            return self._cached.get(file, here)
+
     def _make_room_for(self, vanished: str) -> None:
         """What the cache does not hold any more has to be fetched like all else."""
         try:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
 from conversions import convert
+from hub_server import HubServer
 from moecast import __version__
 from moecast.archs.graph import Layer
 from moecast.cli import main
@@ -81,10 +83,14 @@ def slow(*values: Any) -> Any:
         slow("a draft", {"mtp": True, "calibration": None, "verify": False}),  # it is a second file
         slow("minimax-m2-tiny", {"file_format": "onnx"} | LANES),
         slow("nemotron-3-tiny", {"size": 2_000_000} | LANES),
+        slow("from the Hub", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
+        slow("from the Hub", {"file_format": "onnx"} | LANES),
     ],
 )
-def test_killed_at_random_moments(tmp_path: Path, example: str, options: dict[str, Any]) -> None:
-    """Ten kills each, fifty together. Every finished output equals the undisturbed one, and nothing else is left."""
+def test_killed_at_random_moments(
+    minimax_fp8: Checkpoint, tmp_path: Path, example: str, options: dict[str, Any]
+) -> None:
+    """Ten kills each, seventy together. Every finished output equals the undisturbed one, and nothing else is left."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     source = checkpoints.EXAMPLES / example
@@ -97,10 +103,15 @@ def test_killed_at_random_moments(tmp_path: Path, example: str, options: dict[st
             "calibration": str(_excerpt(tmp_path)),
             "save_to": str(tmp_path / "out" / "imatrix.gguf"),
         }
-    arguments = [str(source), str(tmp_path / "out"), "10", str(seed), json.dumps(options)]
     paths = os.pathsep.join(filter(None, (str(KILLED.parents[2]), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": paths}
-    result = subprocess.run([sys.executable, str(KILLED), *arguments], capture_output=True, text=True, env=environment)
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with ExitStack() as stack:
+        if example == "from the Hub":
+            source = Path("tiny/moe")
+            environment["HF_ENDPOINT"] = stack.enter_context(HubServer(minimax_fp8.folder)).endpoint
+        arguments = [str(source), str(tmp_path / "out"), "10", str(seed), json.dumps(options)]
+        call = [sys.executable, str(KILLED), *arguments]
+        result = subprocess.run(call, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["outcomes"] >= 1 and report["wrong"] == []

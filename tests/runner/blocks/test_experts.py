@@ -15,7 +15,7 @@ from moecast.archs.graph import Activation, HashRouter, MoE, Router, Score
 from moecast.archs.weights import Role
 from moecast.runner.activations import Workspace
 from moecast.runner.blocks.common import mlp, route
-from moecast.runner.blocks.experts import RoutedTokens, run_experts
+from moecast.runner.blocks.experts import RoutedTokens, order_of_experts, run_experts
 from torch import Tensor
 
 pytestmark = pytest.mark.numeric
@@ -143,7 +143,7 @@ def test_experts_answer_as_those_of_transformers(case: Case) -> None:
     routed = RoutedTokens(case.operation, case.weights, case.tokens[None], Workspace(), "one block")
     routed.route(case.inputs, case.inputs)
     routed.finish_routing()
-    run_experts([routed], None)
+    run_experts([routed], order_of_experts([routed], unwanted=False), None)
     with torch.no_grad():
         expected = case.module(case.inputs[None], *case.arguments)[0]
     assert relative_error(routed.answer(0, case.inputs), expected) < 3e-6
