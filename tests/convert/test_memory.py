@@ -118,8 +118,8 @@ def test_measuring_stays_within_memory(tmp_path: Path) -> None:
     """Probes and plans to compare are many lanes; what does not fit goes to disk, and the plan is the same."""
     folder, text = _write(tmp_path / "model", num_hidden_layers=2, intermediate_size=64), tmp_path / "text.txt"
     words = CALIBRATION.read_text(encoding="utf-8").split()
-    text.write_text(" ".join(words + words[::-1] + words[::2]), encoding="utf-8")
-    options = ["--calibration", str(text), "--size", "3MB", "--no-verify", "-c", "128", "--json"]
+    text.write_text(" ".join(4 * (words + words[::-1] + words[::2])), encoding="utf-8")
+    options = ["--calibration", str(text), "--size", "3MB", "--no-verify", "-c", "512", "--json"]
     command = [sys.executable, "-m", "moecast.cli", "convert", str(folder), *options]
     alone = [*command, "-o", str(tmp_path / "bounded.gguf"), "--no-measure", "--memory", "100MB"]
     floor = _floor(subprocess.run(alone, capture_output=True, text=True))
