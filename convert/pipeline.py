@@ -14,6 +14,7 @@ from ..errors import BadInput
 from ..progress import NoProgress, Progress
 from ..quant.planning.onnx_plan import OnnxPlan
 from ..quant.planning.plan import Form, Plan, plan_tensors
+from ..runner.activations import Workspace
 from ..runner.measure.evaluate import Parity
 from ..runner.measure.tokenization import Tokenization, compare_tokenizers
 from ..runner.memory import QUANTIZING, RUNNING, workspace
@@ -235,13 +236,14 @@ def _identity(work: _Work, evaluation: Evaluation | None) -> dict[str, str]:
 
 def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Progress) -> _Done:
     """Write the files and compare them with their source."""
-    model, plan, inputs, memory = work.model, work.plan, work.inputs, work.compute.memory
+    model, plan, inputs = work.model, work.plan, work.inputs
     copies = RUNNING if inputs.evaluation is None else QUANTIZING
     folder, feedback = work.path.parent, inputs.error_feedback
-    room = workspace(memory, plan.graph, inputs.tokens, inputs.context, folder, copies, feedback)
+    room = workspace(work.compute, plan.graph, inputs.tokens, inputs.context, folder, copies, feedback)
+    identity = identity | {"device": room.device.type}
     with room, Journal(work.path, identity, work.output.overwrite, progress) as journal, ExitStack() as stack:
         resumed = journal.continues
-        check_disk(work.path, plan, model, inputs, memory, journal, progress)
+        check_disk(work.path, plan, model, inputs, work.compute.memory, journal, progress)
         imatrix = _imatrix_writer(work)
         if imatrix:
             inputs = replace(inputs, imatrix=stack.enter_context(imatrix))
@@ -251,7 +253,7 @@ def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Pro
             parity = run_pass(model, plan, writer, inputs, work.compute, journal, room, progress)
         files = [*writer.paths]
         if draft and model.graph.draft:
-            files.append(_write_draft(work, journal, progress))
+            files.append(_write_draft(work, journal, room, progress))
     return _Done(files, parity, writer.problems, resumed, journal.earlier)
 
 
@@ -271,7 +273,7 @@ def _writer(work: _Work, journal: Journal) -> Writer:
     return GGUFWriter(work.path, work.metadata, plan.stored, output.split_max_bytes, output.overwrite, journal)
 
 
-def _write_draft(work: _Work, journal: Journal, progress: Progress) -> Path:
+def _write_draft(work: _Work, journal: Journal, room: Workspace, progress: Progress) -> Path:
     """Multi-token prediction that is a draft of its own goes to a second file."""
     model = work.model
     assert model.graph.draft and model.architecture.draft_metadata
@@ -279,5 +281,5 @@ def _write_draft(work: _Work, journal: Journal, progress: Progress) -> Path:
     metadata = work.metadata | dict(model.architecture.draft_metadata(model.graph))
     path = work.path.with_name(f"{work.path.stem}-mtp.gguf")
     with GGUFWriter(path, metadata, plan.stored, None, work.output.overwrite, journal) as writer:
-        run_pass(model, plan, writer, compute=work.compute, progress=progress)
+        run_pass(model, plan, writer, compute=work.compute, workspace=room, progress=progress)
     return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..archs.expressions import TensorInfo
 from ..errors import BadInput, Interrupted
@@ -16,11 +16,35 @@ if TYPE_CHECKING:
 _OPEN_FILES = 32
 
 
+class Reader(Protocol):
+    """What weights are decoded from: bytes, which lie where the numbers made of them will."""
+
+    @property
+    def device(self) -> torch.device | str:
+        """Where that is."""
+
+    def read(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Stored bytes of rows `start` to `stop` (all by default), as uint8 [rows, bytes per row]."""
+
+
+class OnDevice:
+    """A storage as seen from a device: here bytes become tensors of that device."""
+
+    def __init__(self, storage: Reader, device: torch.device) -> None:
+        self._storage = storage
+        self.device = device
+
+    def read(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return self._storage.read(tensor, start, stop).to(self.device)
+
+
 class Storage:
     """Reads tensor rows from files; keeps a few of them open. Not thread-safe.
 
     Plain reads rather than memory maps: mapped pages would count as this process's memory.
     """
+
+    device = "cpu"
 
     def __init__(self) -> None:
         self._descriptors: OrderedDict[str, int] = OrderedDict()
@@ -35,7 +59,7 @@ class Storage:
 
         stop = tensor.rows if stop is None else stop
         row_bytes = tensor.length // max(tensor.rows, 1)
-        data = torch.empty((stop - start, row_bytes), dtype=torch.uint8)
+        data = torch.empty((stop - start, row_bytes), dtype=torch.uint8, device="cpu")
         try:
             whole = read_at(self._descriptor(tensor.file), data.numpy().data, tensor.offset + start * row_bytes)
         except OSError as error:

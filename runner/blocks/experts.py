@@ -61,7 +61,7 @@ class RoutedTokens:
         """All chunks are routed: bring the tokens into the experts' order."""
         chosen, top_k = torch.cat(self._chosen).flatten(), self.operation.router.top_k
         order = chosen.argsort(stable=True)
-        self.counts = torch.bincount(chosen, minlength=self.operation.experts)
+        self.counts = torch.bincount(chosen, minlength=self.operation.experts).cpu()
         self._rows = (order // top_k).split(self.counts.tolist())
         self._portions = torch.cat(self._shares).flatten()[order].split(self.counts.tolist())
 
@@ -107,7 +107,7 @@ _Piece = tuple[RoutedTokens, Tensor, Tensor]  # tokens of a stream, and the shar
 def run_experts(streams: Sequence[RoutedTokens], expert_done: Callable[[int], None] | None) -> None:
     """Run routed streams through all experts, first those that most tokens of the first want; see `stream.advance`."""
     count = max(stream.operation.experts for stream in streams)
-    tokens = torch.zeros(count, dtype=torch.int64)
+    tokens = torch.zeros(count, dtype=torch.int64, device="cpu")
     tokens[: streams[0].operation.experts] = streams[0].counts
     alike: dict[tuple[int, int], list[RoutedTokens]] = {}
     for stream in streams:
