@@ -80,7 +80,8 @@ def plan(
     require_sound(goal, calibration, file_format)
     if compute != Compute() and not goal.measure:
         raise BadInput(
-            "--memory, --compute-dtype, --device and --vram are for measuring: add --measure, or --fit for a machine of that --vram"
+            "--memory, --compute-dtype, --device and --vram are for measuring: add --measure, or --fit for a machine "
+            "of that --vram"
         )
     if output and exists(output) and not overwrite:
         raise OutputExists(output)

@@ -84,7 +84,7 @@ def run_pass(
 
     Args:
         journal: keeps the streams' states after each layer, and those of an earlier run to go on from.
-        workspace: where activations are kept, by default in memory, and on which device is computed, by default the CPU.
+        workspace: where activations are kept, and on which device is computed; by default in memory, on the CPU.
 
     Raises BadInput naming a stored tensor, a block or an expert whose numbers are not finite, and a layer where an
     expert has seen too few tokens.

@@ -67,7 +67,7 @@ def comparing(plans: int) -> int:
 
 
 def needed(graph: Graph, tokens: int, context: int, copies: int = RUNNING, error_feedback: bool = False) -> int:
-    """An upper bound of the bytes that a run holds where it computes, but for activations; arguments are `workspace`'s."""
+    """An upper bound of what a run holds where it computes, but for activations; arguments are `workspace`'s."""
     moments = _moments(graph) if error_feedback else 0
     return working_set(graph, context, copies) + _routing(graph, tokens) + moments
 

@@ -1,6 +1,6 @@
 """Where a run computes: on a CPU or a GPU, and how much of the GPU's memory there is for it.
 
-What differs between kinds of devices is here, and in the kernels of quant/formats; all else asks tensors where they lie.
+What differs between kinds of devices is here and in the kernels of quant/formats; all else asks tensors where they lie.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def place(wanted: str, vram: int | None, least: int) -> Placement:
     gpu = gpu_named(name)
     if gpu.room(vram) < least:
         raise BadInput(
-            f"{_bound(gpu, vram)}, but the least that this model takes there is {_gb(_floor(gpu, vram, least))}; give it "
-            "that, a smaller --context, or --device cpu"
+            f"{_bound(gpu, vram)}, but the least that this model takes there is {_gb(_floor(gpu, vram, least))}; "
+            "give it that, a smaller --context, or --device cpu"
         )
     return _placed(gpu, vram, least, f"Computing on {gpu}, as --device says")
 
