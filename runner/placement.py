@@ -53,7 +53,8 @@ class Gpu:
 
     def room(self, vram: int | None) -> int:
         """Bytes that tensors may take within `vram` bytes, by default within what is free."""
-        return int(min(self.free, vram or self.free) * (1.0 if vram else _USABLE)) - self.overhead
+        bound = int(self.free * _USABLE) if vram is None else min(self.free, vram)
+        return bound - self.overhead
 
     def __str__(self) -> str:
         return f"{self.device} ({self.name}, {_gb(self.free)} of {_gb(self.total)} free)"
@@ -128,7 +129,7 @@ def _placed(gpu: Gpu, vram: int | None, least: int, why: str) -> Placement:
 
 def _floor(gpu: Gpu, vram: int | None, least: int) -> int:
     """What --vram or the free memory would have to be."""
-    return int((least + gpu.overhead) / (1.0 if vram else _USABLE))
+    return int((least + gpu.overhead) / (_USABLE if vram is None else 1.0))
 
 
 def _bound(gpu: Gpu, vram: int | None) -> str:
