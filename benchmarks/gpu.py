@@ -3,9 +3,9 @@
     python benchmarks/gpu.py [--device cuda] [--minutes 8] [--only kernels minimax-m2 ...]
     python benchmarks/gpu.py --device cpu --tiny
 
-Runs unattended and without a network: checkpoints are of random numbers (real_shapes.py), with the vocabulary of the tiny
-examples. Every part is a process of its own with its share of the time; one that fails or takes too long says so, and the
-others go on. Figures of the CPU are of fewer experts, scaled to all. --tiny is to see that everything works.
+Runs unattended and without a network: checkpoints are of random numbers (real_shapes.py), with the vocabulary of the
+tiny examples. Every part is a process of its own with its share of the time; one that fails or takes too long says so,
+and the others go on. Figures of the CPU are of fewer experts, scaled to all. --tiny is to see that everything works.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import torch
 from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.formats.devices import prepare
-from moecast.quant.rounding.feedback import can_feed_back, quantize_with_feedback
+from moecast.quant.formats.quantize import CODECS
+from moecast.quant.formats.table import Work
+from moecast.quant.rounding.feedback import _choose, can_feed_back
 from moecast.quant.rounding.moments import SecondMoments, products_of
+from moecast.runner.measure.evaluate import perplexity as measure
+from moecast.runner.settings import Compute, Evaluation
 from real_shapes import BUILDERS
 from torch import Tensor
 
-FORMATS = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ3_XXS", "IQ2_XXS", "MXFP4")
+FORMATS = ("Q4_K", "Q6_K", "Q2_K", "IQ4_XS", "Q3_K", "Q5_K", "Q8_0", "MXFP4", "IQ3_XXS", "IQ2_XXS", "Q4_0")
+WORKS: tuple[Work, ...] = ("encode", "decode", "choose")
+COLUMNS = 3072
 CONTEXT = 512
 VRAM = ("8GB", "22GB")
-PARTS = {
-    "kernels": 3.0,
-    "minimax-m2": 3.0,
-    "deepseek-v4-flash": 3.0,
-    "size": 4.0,
-    "perplexity": 1.0,
-}  # shares of the time
+SHARES = {"kernels": 3.0, "minimax-m2": 4.0, "deepseek-v4-flash": 3.0, "size": 3.0, "perplexity": 1.0}  # of the time
 
 
 @dataclass(frozen=True)
@@ -81,39 +82,44 @@ def say(line: str) -> None:
 def kernels(bench: Bench) -> None:
     """Encode, decode and choose of each format, in billions of weights a second; and whether all bytes are equal."""
     device, cpu = torch.device(bench.device), torch.device("cpu")
-    columns, generator = 3072, torch.Generator().manual_seed(0)
-    counts = {device: 64 if bench.tiny else 32768, cpu: 64 if bench.tiny else 2048}
-    values = torch.randn(counts[device], columns, generator=generator)
-    importance = torch.rand(columns, generator=generator, dtype=torch.float64)
-    inputs = torch.randn(2048, columns, generator=generator)
-    formats = [format_named(name) for name in FORMATS]
-    for work in ("encode", "decode", "choose"):
-        prepare(work, [format for format in formats if work != "choose" or can_feed_back(format.name)], device)
+    counts = {cpu: 64 if bench.tiny else 4096} | {device: 64 if bench.tiny else 32768}
+    values = torch.randn(counts[device], COLUMNS, generator=torch.Generator().manual_seed(0))
+    for name in FORMATS:  # each in a thread of its own
+        for work in WORKS if can_feed_back(name) else WORKS[:2]:
+            prepare(work, [format_named(name)], device)
     say("| format | work | device, G weights/s | CPU, G weights/s | times | same bytes |\n|---|---|---:|---:|---:|---|")
     for name in FORMATS:
-        stored = {}
-        for work in ("encode", "decode", "feedback"):
-            if work == "feedback" and not can_feed_back(name):
-                continue
-            speeds = []
-            for place in (device, cpu):
-                rows = values[: min(counts.values()) if work == "feedback" else counts[place]].to(place)
-                if work == "decode":
-                    data = stored["encode", place]
-                    seconds, result = _timed(lambda data=data: dequantize(data, name, bench.threads), place)
-                elif work == "encode":
-                    seconds, result = _timed(lambda rows=rows: quantize(rows, name, importance, bench.threads), place)
-                else:
-                    moments = SecondMoments(products_of(inputs.to(place)) / len(inputs), len(inputs))
-                    moments.cholesky(format_named(name).block_size)
-                    feed = lambda rows=rows, known=moments: quantize_with_feedback(rows, name, known, bench.threads)  # noqa: E731
-                    seconds, result = _timed(feed, place)
-                stored[work, place] = result
-                speeds.append(rows.numel() / seconds / 1e9)
-            found, expected = (stored[work, place][: min(counts.values())].cpu() for place in (device, cpu))
-            share = float((found.view(torch.uint8) == expected.view(torch.uint8)).double().mean())
+        works = {place: _works(name, values[:count].to(place), bench.threads) for place, count in counts.items()}
+        for work in works[device]:
+            timed = [(place, *_timed(works[place][work], place)) for place in (device, cpu)]
+            speeds = [counts[place] * COLUMNS / seconds / 1e9 for place, seconds, _ in timed]
+            found, expected = (result[: counts[cpu]].cpu().contiguous().view(torch.uint8) for *_, result in timed)
+            share = float((found == expected).double().mean())
             same = "all" if share == 1 else f"{share:.3%}"
             say(f"| {name} | {work} | {speeds[0]:.2f} | {speeds[1]:.3f} | {speeds[0] / speeds[1]:.1f} | {same} |")
+
+
+def _works(name: str, rows: Tensor, threads: int) -> dict[str, Callable[[], Tensor]]:
+    """What kernels do with a format, each giving something of so many rows."""
+    format, codec = format_named(name), CODECS[name]
+    importance = torch.rand(COLUMNS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    data = quantize(rows, name, importance, threads)
+    works: dict[str, Callable[[], Tensor]] = {
+        "encode": lambda: quantize(rows, name, importance, threads),
+        "decode": lambda: dequantize(data, name, threads),
+    }
+    if (grid := codec.grid) is not None:
+        inputs = torch.randn(2048, format.block_size, generator=torch.Generator().manual_seed(2))
+        means = SecondMoments(products_of(inputs) / len(inputs), len(inputs))
+        triangle = means.cholesky(format.block_size).triangle.to(rows.device)
+        blocks, lanes = data.reshape(-1, format.block_bytes).T, rows.reshape(-1, format.block_size).T
+
+        def choose() -> Tensor:
+            levels, _ = _choose(grid, format, blocks, lanes, triangle, threads)
+            return levels.T.reshape(len(rows), -1)
+
+        works["choose"] = choose
+    return works
 
 
 def _timed(work: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
@@ -134,7 +140,7 @@ def _wait(device: torch.device) -> None:
 
 
 def layer(bench: Bench, shape: str, layers: int) -> None:
-    """Layers of all experts with error feedback and verification, in little GPU memory; and fewer experts on the CPU."""
+    """Layers with error feedback and verification, in little GPU memory; on the CPU, of fewer experts."""
     say("| | experts | seconds | peak of the GPU, GB | read, GB/s | mean KLD |\n|---|---:|---:|---:|---:|---:|")
     source = bench.checkpoint(shape, layers, bench.experts)
     options = ("--quant", "Q4_K_M", "--error-feedback", *_texts(bench))
@@ -158,16 +164,17 @@ def size(bench: Bench) -> None:
 
 
 def perplexity(bench: Bench) -> None:
-    """Tokens per second."""
+    """Tokens per second, the second time."""
     source = bench.checkpoint("minimax-m2", 1, bench.cpu_experts)
-    chunks = int(bench.chunks(16384))
+    chunks = max(2, int(bench.chunks(16384)))
     say("| | tokens per second |\n|---|---:|")
     for device in dict.fromkeys((bench.device, "cpu")):
         for dtype in ("float32", "bfloat16"):
-            command = ["perplexity", str(source), "--device", device, "--compute-dtype", dtype, "--json"]
-            with _moecast(bench, [*command, "-c", str(CONTEXT), "--chunks", str(max(chunks, 2))]) as run:
-                run.wait()
-            say(f"| {device}, {dtype} | {max(chunks, 2) * CONTEXT / run.seconds:.0f} |")
+            for _ in range(2):
+                started = time.monotonic()
+                measure(source, Evaluation(context=CONTEXT, chunks=chunks), Compute(dtype, device=device))
+                seconds = time.monotonic() - started
+            say(f"| {device}, {dtype} | {chunks * CONTEXT / seconds:.0f} |")
 
 
 def _texts(bench: Bench) -> tuple[str, ...]:
@@ -181,17 +188,18 @@ def _row(bench: Bench, name: str, source: Path, experts: int, *options: str, dev
     command = ["convert", str(source), "-o", str(output), "--overwrite", "--json", "--threads", str(bench.threads)]
     with _moecast(bench, [*command, "--device", device or bench.device, *options]) as run:
         result = run.wait()
+    seconds = float(result["seconds"])
     parity = result["parity"]["mean_kld"] if result.get("parity") else float("nan")
-    speed = _bytes_in(source) / run.seconds / 1e9
-    say(f"| {name} | {experts} | {run.seconds:.1f} | {run.peak / 1e9:.2f} | {speed:.2f} | {parity:.4f} |")
-    return run.seconds
+    speed = _bytes_in(source) / seconds / 1e9
+    say(f"| {name} | {experts} | {seconds:.1f} | {run.peak / 1e9:.2f} | {speed:.2f} | {parity:.4f} |")
+    return seconds
 
 
 class Run:
     """A command of ours in a process of its own, whose GPU memory is watched."""
 
     def __init__(self, command: list[str], watched: bool) -> None:
-        self._started, self.seconds, self.peak = time.monotonic(), 0.0, 0
+        self.peak = 0
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in wait
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
         self._ended = Event()
@@ -199,15 +207,14 @@ class Run:
         if watched:
             self._watcher.start()
 
-    def wait(self) -> dict[str, dict[str, float]]:
+    def wait(self) -> dict[str, Any]:
         printed, _ = self._process.communicate()
-        self.seconds = time.monotonic() - self._started
         self._log.seek(0)
         log = self._log.read()
         self._log.close()
         if self._process.returncode:
             raise RuntimeError(f"moecast exits with {self._process.returncode}: {log[-1500:]}")
-        found: dict[str, dict[str, float]] = json.loads(printed)
+        found: dict[str, Any] = json.loads(printed)
         return found
 
     def end(self) -> None:
@@ -255,7 +262,7 @@ def _all_parts(options: argparse.Namespace) -> None:
     end = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for number, part in enumerate(parts):
-            share = PARTS[part] / sum(PARTS[left] for left in parts[number:])
+            share = SHARES[part] / sum(SHARES[left] for left in parts[number:])
             limit = max(5.0, share * (end - time.monotonic()))
             say(f"\n## {part}: {(RUNS[part].__doc__ or layer.__doc__ or '').strip()}\n")
             command = [sys.executable, __file__, "--part", part, "--folder", folder, "--device", options.device]
