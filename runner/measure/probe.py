@@ -75,7 +75,7 @@ def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph])
     probes.begin(graph.head)
     measured = errors.relative()
     divergences = compare_heads(reference, list(probes.streams.values()), tokens)
-    sensitivity = {}
+    sensitivity: dict[str, float] = {}
     for key, divergence in zip(probes.streams, divergences, strict=True):
         caused = {name: measured.get(name, {}).get(probed[name], 0.0) for name in probes.groups[key]}
         if total := sum(caused.values()):
