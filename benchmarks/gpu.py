@@ -33,7 +33,7 @@ from moecast.quant.rounding.feedback import _choose, can_feed_back
 from moecast.quant.rounding.moments import SecondMoments, products_of
 from moecast.runner.measure.evaluate import perplexity as measure
 from moecast.runner.settings import Compute, Evaluation
-from real_shapes import BUILDERS
+from real_shapes import BUILDERS, ROOT
 from torch import Tensor
 
 FORMATS = ("Q4_K", "Q6_K", "Q2_K", "IQ4_XS", "Q3_K", "Q5_K", "Q8_0", "MXFP4", "IQ3_XXS", "IQ2_XXS", "Q4_0")
@@ -41,6 +41,7 @@ WORKS: tuple[Work, ...] = ("encode", "decode", "choose")
 COLUMNS = 3072
 CONTEXT = 512
 VRAM = ("8GB", "22GB")
+TINY = {"minimax-m2": "minimax-m2-tiny", "deepseek-v4-flash": "deepseek-v4-tiny"}
 SHARES = {"kernels": 3.0, "minimax-m2": 4.0, "deepseek-v4-flash": 3.0, "size": 3.0, "perplexity": 1.0}  # of the time
 
 
@@ -66,7 +67,9 @@ class Bench:
         return str(1 if self.tiny else tokens // CONTEXT)
 
     def checkpoint(self, shape: str, layers: int, experts: int) -> Path:
-        """One of random numbers, made when it is first wanted."""
+        """One of random numbers, made when it is first wanted; or a tiny example."""
+        if self.tiny:
+            return ROOT / "examples" / TINY[shape]
         place = self.folder / f"{shape}-{layers}-{experts}"
         if not place.exists():
             started = time.monotonic()
