@@ -64,7 +64,7 @@ class Bench:
         return 16
 
     def chunks(self, tokens: int) -> str:
-        return str(1 if self.tiny else tokens // CONTEXT)
+        return str(4 if self.tiny else tokens // CONTEXT)
 
     def checkpoint(self, shape: str, layers: int, experts: int) -> Path:
         """One of random numbers, made when it is first wanted; or a tiny example."""
