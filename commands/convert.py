@@ -13,6 +13,7 @@ from .evaluate import exit_if_worse
 from .fitting import Fitting, fitting_options
 from .options import (
     SOURCE,
+    calibrating_options,
     calibration_options,
     calibration_text_options,
     compute_options,
@@ -23,13 +24,12 @@ from .options import (
     json_option,
     max_kld_option,
     measured_goal_options,
-    measuring_options,
     output_options,
     overwrite_option,
+    quantizing_options,
     source_options,
     streaming_source_options,
     text_options,
-    threads_option,
 )
 from .terminal import printable
 
@@ -90,7 +90,7 @@ def convert(
     if dry_run and goal.measure:
         raise BadInput("--dry-run does not measure: use `moecast plan --measure`")
     if fitting:
-        goal = fitting.goal(goal)
+        goal = fitting.goal(goal, compute.vram)
     require_sound(goal, calibration, output.file_format)
 
     from ..convert.pipeline import convert as run
@@ -131,7 +131,7 @@ def convert(
 @ignore_config_option
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Show types and size, write nothing.")
-@threads_option
+@quantizing_options
 @json_option
 def quantize(
     source: Path,
@@ -180,7 +180,7 @@ def quantize(
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The importance matrix, .gguf.")
 @calibration_text_options
 @overwrite_option
-@measuring_options
+@calibrating_options
 @source_options
 @json_option
 def imatrix(

@@ -21,9 +21,15 @@ def examine(folder: Path) -> dict[str, Any]:
     import torch
     from huggingface_hub import constants
 
-    from ..quant.formats import native
+    from ..quant.formats import native, nvrtc
+    from ..runner.placement import gpu_named, names, place
 
-    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    devices = names()
+    gpus = [gpu_named(name) for name in devices if name.startswith("cuda")]
+    try:
+        compiler = nvrtc.version()
+    except RuntimeError:
+        compiler = None
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -31,7 +37,11 @@ def examine(folder: Path) -> dict[str, Any]:
         "kernels": native.kernel_status(),
         "kernel_paths": native.paths(),
         "torch": torch.__version__,
-        "gpus": [{"name": gpu.name, "bytes": gpu.total_memory} for gpu in gpus],
+        "torch_cuda": torch.version.cuda,
+        "nvrtc": compiler,
+        "devices": devices,
+        "gpus": [{"name": gpu.name, "bytes": gpu.total, "free_bytes": gpu.free} for gpu in gpus],
+        "auto": place("auto", None, 0).why,
         "memory_bytes": memory_bytes(),
         "disk_free_bytes": shutil.disk_usage(folder).free,
         "hub_cache": constants.HF_HUB_CACHE,
@@ -44,7 +54,9 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
-    gpus = ", ".join(f"{gpu['name']} ({human_bytes(gpu['bytes'])})" for gpu in facts["gpus"])
+    gpus = ", ".join(
+        f"{gpu['name']} ({human_bytes(gpu['bytes'])}, {human_bytes(gpu['free_bytes'])} free)" for gpu in facts["gpus"]
+    )
     engines = ", ".join(f"{name} {version or 'not installed'}" for name, version in facts["engines"].items())
     print_table(
         "This machine",
@@ -52,12 +64,19 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
             ("Processor", f"{facts['cores']} cores, {' '.join(facts['features']) or facts['processor']}"),
             ("Quantizers", facts["kernels"]),
             ("GPU", gpus or "none that torch can use"),
+            ("CUDA", f"torch {facts['torch_cuda'] or 'is built without it'}, kernels {_kernels(facts['nvrtc'])}"),
+            ("--device", ", ".join(("auto", *facts["devices"]))),
+            ("--device auto", facts["auto"]),
             ("Memory", human_bytes(facts["memory_bytes"])),
             ("Free disk here", human_bytes(facts["disk_free_bytes"])),
             ("Free disk, Hub cache", f"{human_bytes(facts['hub_cache_free_bytes'])} at {facts['hub_cache']}"),
             ("Engines", engines),
         ],
     )
+
+
+def _kernels(compiler: str | None) -> str:
+    return f"by NVRTC {compiler}" if compiler else "in torch alone: install moecast[cuda] for NVRTC"
 
 
 def _processor_features() -> list[str]:

@@ -13,7 +13,8 @@ from .logs import LOGGER
 from .options import (
     SOURCE,
     Number,
-    dtype_option,
+    device_options,
+    evaluating_options,
     json_option,
     low_memory_option,
     max_kld_option,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", type=SOURCE)
 @text_options
-@dtype_option
+@evaluating_options
 @low_memory_option
 @source_options
 @json_option
@@ -69,7 +70,7 @@ def perplexity(
 @click.argument("candidate", type=SOURCE)
 @text_options
 @max_kld_option
-@dtype_option
+@evaluating_options
 @low_memory_option
 @source_options
 @json_option
@@ -138,6 +139,7 @@ def _exit_if(failures: Sequence[str]) -> None:
     "--temperature", type=Number(), default=0.0, show_default=True, help="0 takes the most probable token every time."
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="For the same random choices again.")
+@device_options
 @low_memory_option
 @source_options
 @json_option
@@ -147,6 +149,7 @@ def run(
     tokens: int,
     temperature: float,
     seed: int | None,
+    compute: Compute,
     low_memory: bool,
     access: HubAccess,
     as_json: bool,
@@ -164,7 +167,7 @@ def run(
     from .console import print_json
 
     opened, pieces = _open(model, access, low_memory), []
-    text = generate(opened, prompt, tokens, temperature, seed)
+    text = generate(opened, prompt, tokens, temperature, seed, compute)
     problems = beyond_context(opened, prompt, tokens)
     for problem in problems:
         LOGGER.warning(problem)

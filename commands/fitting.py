@@ -1,4 +1,7 @@
-"""`--fit`: types for the memory of a machine, this one or one that options describe."""
+"""`--fit`: types for the memory of a machine, this one or one that options describe.
+
+--vram is among the options of computing, because it bounds this run too.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,13 @@ class Fitting:
     """The machine that a file is to fit; what is None is as in this one."""
 
     ram: int | None = None
-    vram: int | None = None
     context: int | None = None
 
-    def goal(self, goal: Goal) -> Goal:
-        """What types follow from instead of a goal that was not given. Raises BadInput where one was."""
+    def goal(self, goal: Goal, vram: int | None) -> Goal:
+        """What types follow from instead of a goal that was not given, for a GPU of `vram` bytes.
+
+        Raises BadInput where one was.
+        """
         from ..convert.settings import Goal
         from ..quant.planning.fit import Machine
 
@@ -35,7 +40,7 @@ class Fitting:
                 "--fit finds the size by itself: leave out --quant, --size, --bpw, --plan, --like, --measure and "
                 "--tensor-type"
             )
-        ram, vram = self.ram, self.vram
+        ram = self.ram
         if ram is None or vram is None:
             from .doctor import examine
 
@@ -47,15 +52,14 @@ class Fitting:
 
 def _fitting(fit: bool, **values: int | None) -> Fitting | None:
     if not fit and any(value is not None for value in values.values()):
-        *others, last = (f"--{name}" for name in ("ram", "vram", "context") if name in values)
-        raise BadInput(f"{', '.join(others)} and {last} describe a machine to fit: add --fit")
+        given = [f"--{name}" for name, value in values.items() if value is not None]
+        raise BadInput(f"{' and '.join(given)}: add --fit, whose machine this describes")
     return Fitting(**values) if fit else None
 
 
 _OPTIONS = (
     click.option("--fit", is_flag=True, help=f"Best plan for this machine's memory and {_CONTEXT} tokens of context."),
     click.option("--ram", type=Size(), help="With --fit: a machine with so much RAM instead."),
-    click.option("--vram", type=Size(), help="With --fit: a GPU with so much memory instead, 0 for none."),
 )
 fitting_options = grouped("fitting", _fitting, *_OPTIONS)
 fitting_options_with_context = grouped(

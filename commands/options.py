@@ -372,7 +372,28 @@ _DTYPE_OPTION = click.option(
 _MEMORY_OPTION = click.option(
     "--memory", type=Size(), help="Take no more memory than this, for example 8GB; what does not fit goes to disk."
 )
-threads_option = grouped("compute", _compute, _THREADS_OPTION)
-dtype_option = grouped("compute", _compute, _DTYPE_OPTION)
-measuring_options = grouped("compute", _compute, _DTYPE_OPTION, _MEMORY_OPTION)
-compute_options = grouped("compute", _compute, _THREADS_OPTION, _DTYPE_OPTION, _MEMORY_OPTION)
+_DEVICE_OPTION = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda|cuda:N|mps",
+    help="What to compute on; auto takes a CUDA GPU that has the memory. `moecast doctor` shows which there are.",
+)
+_VRAM = "Take no more of a CUDA GPU's memory than this, for example 20GB; by default, nearly all that is free."
+
+
+def _vram_option(help: str) -> Callable[[Command], Command]:
+    return click.option("--vram", type=Size(), help=help)
+
+
+_DEVICE_OPTIONS = (_DEVICE_OPTION, _vram_option(_VRAM))
+_FITTING_DEVICE_OPTIONS = (
+    _DEVICE_OPTION,
+    _vram_option(f"{_VRAM} With --fit also the GPU memory of the machine that will run the file, 0 for no GPU."),
+)
+device_options = grouped("compute", _compute, *_DEVICE_OPTIONS)
+quantizing_options = grouped("compute", _compute, _THREADS_OPTION, *_DEVICE_OPTIONS)
+evaluating_options = grouped("compute", _compute, _DTYPE_OPTION, *_DEVICE_OPTIONS)
+calibrating_options = grouped("compute", _compute, _DTYPE_OPTION, _MEMORY_OPTION, *_DEVICE_OPTIONS)
+measuring_options = grouped("compute", _compute, _DTYPE_OPTION, _MEMORY_OPTION, *_FITTING_DEVICE_OPTIONS)
+compute_options = grouped("compute", _compute, _THREADS_OPTION, _DTYPE_OPTION, _MEMORY_OPTION, *_FITTING_DEVICE_OPTIONS)

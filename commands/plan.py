@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,10 +75,14 @@ def plan(
     from ..runner.settings import Compute
 
     if fitting:
-        goal = fitting.goal(goal)
+        goal = fitting.goal(goal, compute.vram)
+        compute = replace(compute, vram=None)  # which is told
     require_sound(goal, calibration, file_format)
     if compute != Compute() and not goal.measure:
-        raise BadInput("--memory and --compute-dtype are for measuring: add --measure")
+        raise BadInput(
+            "--memory, --compute-dtype, --device and --vram are for measuring: add --measure, or --fit for a machine "
+            "of that --vram"
+        )
     if output and exists(output) and not overwrite:
         raise OutputExists(output)
 

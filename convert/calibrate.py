@@ -63,11 +63,11 @@ def write_imatrix(
     model = model if isinstance(model, Model) else open_model(model)
     path, text, progress = Path(output), Path(calibration.text or CALIBRATION_TEXT), progress or NoProgress()
     tokens = calibration.tokens(model.tokenizer)
-    room = workspace(compute.memory, model.graph, tokens.numel(), calibration.context, path.parent)
+    room = workspace(compute, model.graph, tokens.numel(), calibration.context, path.parent)
     statistics = Statistics()
     unseen, fewest = 0, []
     facts = {"calibration": text_identity(text, tokens), "compute dtype": compute.dtype}
-    identity = measurement_fingerprint(model, facts)
+    identity = measurement_fingerprint(model, facts | {"device": room.device.type})
     with (
         room,
         Journal(path, identity, overwrite, progress) as journal,
@@ -75,7 +75,8 @@ def write_imatrix(
     ):
         layers = model.graph.layers
         layer_pass = LayerPass(model, room, SavedStates(journal, layers, intact=partial(holds_statistics, journal)))
-        layer_pass.begin(CALIBRATION, tokens, ObservingWeights(ModelWeights(model, compute.torch_dtype), statistics))
+        source = ModelWeights(model, compute.torch_dtype, room.device)
+        layer_pass.begin(CALIBRATION, tokens, ObservingWeights(source, statistics))
         progress.begin("Calibrating", len(layers), "layers", layer_pass.passed)
         for layer in layers:
             if layer_pass.is_done(layer.index):

@@ -91,7 +91,8 @@ class Encoder:
         return rows * weight.columns
 
     def encode(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
-        """One of the `pieces` of a tensor as it is stored, uint8 [rows, row bytes], written if it was not yet.
+        """One of the `pieces` of a tensor as it is stored, uint8 [rows, row bytes], on the device of the source's
+        weights, written if it was not yet.
 
         Raises BadInput naming a stored tensor that is not finite.
         """
@@ -99,11 +100,11 @@ class Encoder:
         written = self._has(weight, expert, rows)
         stored = self._writer.read(weight.name, first_row, _row_count(weight, rows)) if written else None
         if stored is not None:
-            return stored
+            return stored.to(self.source.device)
         data = self._stored(tensor, expert, rows)
         if written:
             return data
-        self._writer.write(weight.name, first_row, data)
+        self._writer.write(weight.name, first_row, data.cpu())
         self._progress.advance(len(data) * weight.columns, f"{weight.name} {tensor.type.name}")
         return data
 
@@ -141,7 +142,7 @@ class Encoder:
 
     def _stored(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
         weight, type_name = tensor.weight, tensor.type.name
-        data = self.source.model.repacked(weight, type_name, expert, rows)
+        data = self.source.model.repacked(weight, type_name, expert, rows, self.source.device)
         if data is not None:
             return data
         values = self.source.load(weight, expert, rows).view(-1, weight.columns)
@@ -188,7 +189,7 @@ class QuantizingWeights(CachedWeights):
     """The weights of the file in the making: asking for one writes it, the answer is what was stored."""
 
     def __init__(self, encoder: Encoder, label: str) -> None:
-        super().__init__(encoder.plan.graph, label, encoder.source.compute_dtype)
+        super().__init__(encoder.plan.graph, label, encoder.source.compute_dtype, encoder.source.device)
         self._encoder = encoder
         self._planned = {tensor.weight.name: tensor for tensor in encoder.plan.tensors}
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from ..errors import BadInput
 from ..files import peak_rss_bytes
 from ..progress import NoProgress, Progress
+from ..quant.formats import devices
 from ..quant.planning.plan import Plan
+from ..quant.rounding.feedback import can_feed_back
 from ..quant.rounding.statistics import Importance, Statistics, statistics_for
 from ..runner.activations import Workspace
 from ..runner.measure.evaluate import Parity, compare_heads, relative_error, summarize
@@ -83,13 +85,15 @@ def run_pass(
 
     Args:
         journal: keeps the streams' states after each layer, and those of an earlier run to go on from.
-        workspace: where activations are kept, by default in memory, and how much is read ahead and written behind.
+        workspace: where activations are kept, how much is read ahead and written behind, and on which device is
+            computed; by default in memory, on the CPU.
 
     Raises BadInput naming a stored tensor, a block or an expert whose numbers are not finite, and a layer where an
     expert has seen too few tokens.
     """
     progress, workspace = progress or NoProgress(), workspace or Workspace()
-    source = ModelWeights(model, compute.torch_dtype)
+    source = ModelWeights(model, compute.torch_dtype, workspace.device)
+    _prepare_kernels(plan, inputs, workspace.device)
     statistics = statistics_for(inputs.error_feedback, compute.torch_dtype)
     known = inputs.importance if inputs.calibration is None else statistics
     with WriteBehind(writer, workspace.buffer) as behind:
@@ -135,7 +139,7 @@ def _run(
                 save_statistics(journal, index, statistics)
         _check_coverage(index, statistics, inputs.min_expert_tokens)
         lines.write(index, errors[-1] if errors else None, statistics)
-        layer_pass.save(index, torch.tensor(errors, dtype=torch.float64))
+        layer_pass.save(index, torch.tensor(errors, dtype=torch.float64, device="cpu"))
         statistics.clear()
     if inputs.calibration is not None and inputs.error_feedback:
         observe_head(streams[CALIBRATION], statistics)
@@ -146,6 +150,16 @@ def _run(
         result = summarize(divergence, tuple(errors), context, chunks, compute.dtype, model.graph.context_length)
     encoder.finish_all()
     return result
+
+
+def _prepare_kernels(plan: Plan, inputs: PassInputs, device: torch.device) -> None:
+    """Have a GPU's kernels compiled while the first layer is read."""
+    formats = {tensor.type.name: tensor.type for tensor in plan.tensors}
+    devices.prepare("encode", formats.values(), device)
+    if inputs.evaluation is not None:
+        devices.prepare("decode", formats.values(), device)
+    if inputs.calibration is not None and inputs.error_feedback:
+        devices.prepare("choose", (format for name, format in formats.items() if can_feed_back(name)), device)
 
 
 def _saved_states(journal: Journal, model: Model, encoder: Encoder, inputs: PassInputs) -> SavedStates:

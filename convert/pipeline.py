@@ -236,13 +236,14 @@ def _identity(work: _Work, evaluation: Evaluation | None) -> dict[str, str]:
 
 def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Progress) -> _Done:
     """Write the files and compare them with their source."""
-    model, plan, inputs, memory = work.model, work.plan, work.inputs, work.compute.memory
+    model, plan, inputs = work.model, work.plan, work.inputs
     copies = RUNNING if inputs.evaluation is None else QUANTIZING
     folder, feedback = work.path.parent, inputs.error_feedback
-    room = workspace(memory, plan.graph, inputs.tokens, inputs.context, folder, copies, feedback)
+    room = workspace(work.compute, plan.graph, inputs.tokens, inputs.context, folder, copies, feedback)
+    identity = identity | {"device": room.device.type}
     with room, Journal(work.path, identity, work.output.overwrite, progress) as journal, ExitStack() as stack:
         resumed = journal.continues
-        check_disk(work.path, plan, model, inputs, memory, journal, progress)
+        check_disk(work.path, plan, model, inputs, work.compute.memory, journal, progress)
         imatrix = _imatrix_writer(work)
         if imatrix:
             inputs = replace(inputs, imatrix=stack.enter_context(imatrix))

@@ -10,7 +10,9 @@ from ..errors import BadInput
 from ..progress import NoProgress, Progress
 from ..quant.formats.table import FORMATS
 from ..quant.planning.plan import Form, Plan
+from ..runner.memory import workspace
 from ..runner.settings import Compute
+from ..runner.texts import DEFAULT_CONTEXT
 from ..sources.imatrix import ImportanceMatrix, read_imatrix
 from ..sources.model import Model, open_model
 from .conversion import Conversion, InputFile
@@ -66,7 +68,8 @@ def requantize(
             if resumed:
                 note_resumption(writer.bytes_there, plan, model, progress)
             inputs = PassInputs(importance=MeasuredImportance(importance) if importance else None)
-            run_pass(model, plan, writer, inputs, compute, progress=progress)
+            room = workspace(compute, plan.graph, 0, DEFAULT_CONTEXT)
+            run_pass(model, plan, writer, inputs, compute, workspace=room, progress=progress)
     made = Conversion.of(writer.paths, plan, model.path.as_posix(), journal.earlier + Spent.since(started))
     missing = missing_entries(importance, plan) if importance else ()
     used = InputFile.of(imatrix) if imatrix else None

@@ -12,13 +12,21 @@ from ..errors import BadInput
 from ..sources.model import Model
 from ..sources.tokenizer import Tokenizer
 from .engines import OnnxModel
+from .memory import workspace
+from .settings import Compute
 from .stream import Cache, Stream
+from .weights import ModelWeights
 
 Engine = Callable[[Tensor], Tensor]  # further token ids int64 [tokens] -> logits of what follows, [vocabulary size]
 
 
 def generate(
-    model: Model | OnnxModel, prompt: str, most: int = 128, temperature: float = 0.0, seed: int | None = None
+    model: Model | OnnxModel,
+    prompt: str,
+    most: int = 128,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    compute: Compute = Compute(),
 ) -> Iterator[str]:
     """Continue a prompt, in pieces of text as they come, until the model ends it or after `most` tokens.
 
@@ -27,6 +35,7 @@ def generate(
         temperature: 0 takes the most probable token every time; otherwise tokens are drawn from the softmax of
             logits / temperature.
         seed: of the draws, for the same text again.
+        compute: how a model that moecast runs itself is computed.
 
     Raises BadInput for a prompt that is empty or no UTF-8, and a negative temperature.
     """
@@ -40,7 +49,8 @@ def generate(
         raise BadInput("--prompt is empty, expected some text")
     if not 0 <= temperature < math.inf:
         raise BadInput(f"--temperature is {temperature}, expected 0 or more")
-    return _text(_tokens(engine_of(model), ids, _chooser(temperature, seed)), tokenizer, most)
+    engine = engine_of(model, len(ids) + most, compute)
+    return _text(_tokens(engine, ids, _chooser(temperature, seed)), tokenizer, most)
 
 
 def beyond_context(model: Model | OnnxModel, prompt: str, most: int) -> tuple[str, ...]:
@@ -51,9 +61,9 @@ def beyond_context(model: Model | OnnxModel, prompt: str, most: int) -> tuple[st
     return (f"--prompt of {count} tokens and --tokens {most} are beyond the {made_for} tokens the model is made for",)
 
 
-def engine_of(model: Model | OnnxModel) -> Engine:
-    """A model that remembers the tokens it has seen."""
-    return _onnx_engine(model) if isinstance(model, OnnxModel) else _stream_engine(model)
+def engine_of(model: Model | OnnxModel, most: int, compute: Compute = Compute()) -> Engine:
+    """A model that remembers the tokens it has seen, `most` of them in the end."""
+    return _onnx_engine(model) if isinstance(model, OnnxModel) else _stream_engine(model, most, compute)
 
 
 def _onnx_engine(model: OnnxModel) -> Engine:
@@ -67,14 +77,15 @@ def _onnx_engine(model: OnnxModel) -> Engine:
     return engine
 
 
-def _stream_engine(model: Model) -> Engine:
-    cache = Cache()
+def _stream_engine(model: Model, most: int, compute: Compute) -> Engine:
+    cache, room = Cache(), workspace(compute, model.graph, most, most)
 
     def engine(tokens: Tensor) -> Tensor:
-        stream = Stream(model, tokens[None], cache)
+        weights = ModelWeights(model, compute.torch_dtype, room.device)
+        stream = Stream(model, tokens[None], cache, weights, workspace=room)
         for layer in model.graph.layers:
             stream.advance(layer)
-        return stream.logits(stream.final_states(slice(-1, None)))[0]
+        return stream.logits(stream.final_states(slice(-1, None)))[0].cpu()
 
     return engine
 
@@ -98,7 +109,7 @@ def _chooser(temperature: float, seed: int | None) -> Callable[[Tensor], int]:
 
 def _tokens(engine: Engine, ids: list[int], choose: Callable[[Tensor], int]) -> Iterator[int]:
     while True:
-        ids = [choose(engine(torch.tensor(ids)))]
+        ids = [choose(engine(torch.tensor(ids, device="cpu")))]
         yield ids[0]
 
 

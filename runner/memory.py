@@ -1,7 +1,8 @@
-"""Memory bounds: how much running a model takes, and what is left of it for activations."""
+"""Memory bounds: how much running a model takes, on which device it can run, and what is left for activations."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from ..errors import BadInput
 from ..files import rss_bytes
 from ..sources.model import PIECE_ROWS
 from .activations import BUFFER_BYTES, Workspace
+from .placement import place
+from .settings import Compute
+
+_log = logging.getLogger(__name__)
 
 RUNNING = 1  # form of a weight: as it is
 QUANTIZING = 3  # forms: as it is, as it is stored, and its pieces while they are joined
@@ -24,18 +29,19 @@ _BUFFER_SHARE = 8  # each takes at most one part in so many of what is left
 
 
 def workspace(
-    memory: int | None,
+    compute: Compute,
     graph: Graph,
     tokens: int,
     context: int,
-    folder: Path | None,
+    folder: Path | None = None,
     copies: int = RUNNING,
     error_feedback: bool = False,
 ) -> Workspace:
-    """Room for activations and buffers: what is left of `memory` bytes beside all else that a run holds at its peak.
+    """A device to compute on, and room for activations and buffers: what is left beside all else that a run holds.
 
     Args:
-        memory: for the whole process; None keeps everything in memory.
+        compute: which device, and the bounds of its memory and of the process's; without one for the latter, what the
+            device does not hold stays in memory.
         graph: what runs `tokens` tokens of all streams, in chunks of `context`.
         copies: how many forms of a weight are held at once: RUNNING, QUANTIZING, or `comparing` plans.
         folder: where activations go that do not fit.
@@ -43,22 +49,30 @@ def workspace(
 
     Raises BadInput when even without activations more is needed, saying how much.
     """
+    least = needed(graph, tokens, context, copies, error_feedback) + _SLACK
+    placement, memory = place(compute.device, compute.vram, least), compute.memory
+    _log.debug(placement.why)
     if memory is None:
-        return Workspace()
-    floor = rss_bytes() + working_set(graph, context, copies) + _routing(graph, tokens) + _SLACK
-    floor += _moments(graph) if error_feedback else 0
+        return Workspace(placement=placement)
+    floor = rss_bytes() + (_in_transit(graph, tokens) + _SLACK if placement.has_own_memory else least)
     if memory < floor:
         raise BadInput(
             f"--memory is {memory / 1e9:.2f} GB, but the least that this model takes is {floor / 1e9:.2f} GB; "
             "give it that, or a smaller --context"
         )
     buffer = min(BUFFER_BYTES, (memory - floor) // _BUFFER_SHARE)
-    return Workspace(memory - floor - _BUFFERS * buffer, folder, buffer)
+    return Workspace(memory - floor - _BUFFERS * buffer, folder, placement, buffer)
 
 
 def comparing(plans: int) -> int:
     """The `copies` of so many plans side by side: what each makes of a weight, the source, and what is being made."""
     return plans + 3
+
+
+def needed(graph: Graph, tokens: int, context: int, copies: int = RUNNING, error_feedback: bool = False) -> int:
+    """An upper bound of what a run holds where it computes, but for activations; arguments are `workspace`'s."""
+    moments = _moments(graph) if error_feedback else 0
+    return working_set(graph, context, copies) + _routing(graph, tokens) + moments
 
 
 def working_set(graph: Graph, context: int, copies: int) -> int:
@@ -79,6 +93,16 @@ def _moments(graph: Graph) -> int:
     layers = [list(weights_in(layer)) for layer in graph.layers]
     largest = max(weight.columns for weights in layers for weight in weights if not weight.role.keep_f32)
     return _FLOAT * (max(map(squares, layers)) + _FACTORING * largest**2)
+
+
+def _in_transit(graph: Graph, tokens: int) -> int:
+    """What the process holds while a GPU computes: a matrix as it is read and as it is written, statistics, scores."""
+    weights = list(graph.weights())
+    matrix = max(weight.elements // (weight.experts or 1) for weight in weights)
+    statistics = max(
+        sum(2 * weight.columns * (weight.experts or 1) for weight in weights_in(layer)) for layer in graph.layers
+    )
+    return _FLOAT * (QUANTIZING * matrix + statistics) + _SCORE_BYTES * tokens
 
 
 def _routing(graph: Graph, tokens: int) -> int:

@@ -18,6 +18,7 @@ class ObservingWeights:
     def __init__(self, inner: Weights, statistics: Statistics) -> None:
         self.graph = inner.graph
         self.label = inner.label
+        self.device = inner.device
         self._inner = inner
         self._statistics = statistics
 

@@ -17,9 +17,10 @@ from ..quant.rounding.statistics import Importance, Statistics, statistics_for
 from ..sources.model import Model
 from .activations import Workspace
 from .observe import ObservingWeights, observe_head
+from .placement import CPU
 from .stream import Stream, advance
 from .texts import with_bos
-from .weights import Weights
+from .weights import ModelWeights, Weights
 
 CALIBRATION, REFERENCE, CANDIDATE = "calibration", "reference", "candidate"  # names of streams
 
@@ -89,8 +90,9 @@ class LayerPass:
         """Keep what all streams have come to after a layer."""
         if self._states:
             names = packed([(name, [*stream.shared]) for name, stream in self.streams.items()])
-            first = (names, torch.empty(0) if facts is None else facts)
-            self._states.save(layer, chain(first, *(stream.states() for stream in self.streams.values())))
+            first = (names, torch.empty(0, device="cpu") if facts is None else facts)
+            states = chain(first, *(stream.states() for stream in self.streams.values()))
+            self._states.save(layer, (tensor.cpu() for tensor in states))
 
     def _add(self, name: str, stream: Stream) -> Stream:
         assert name not in self.streams, f"two streams are called {name}"
@@ -100,7 +102,7 @@ class LayerPass:
 
 def packed(value: object) -> Tensor:
     """Anything that JSON can hold as a tensor, uint8 [bytes]."""
-    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device="cpu")
 
 
 def unpacked(tensor: Tensor) -> Any:
@@ -118,7 +120,7 @@ class Measuring:
         importance: what to weigh columns by where there is no calibration.
         compute_dtype: what products with weights are computed in.
         error_feedback: round with error feedback, where there is calibration; see `quant.feedback`.
-        workspace: where activations are kept, by default in memory.
+        workspace: where activations are kept, by default in memory, and on which device is computed.
         states: keeps what a pass has come to, by default nothing does.
     """
 
@@ -130,6 +132,10 @@ class Measuring:
     error_feedback: bool = False
     workspace: Workspace | None = None
     states: LayerStates | None = None
+
+    def weights(self) -> ModelWeights:
+        """The model's weights as they are stored."""
+        return ModelWeights(self.model, self.compute_dtype, self.workspace.device if self.workspace else CPU)
 
     @property
     def wants_importance(self) -> bool:

@@ -28,6 +28,7 @@ from .blocks.context import Context
 from .blocks.experts import Mixture, RoutedTokens, order_of_experts, run_experts
 from .blocks.mamba import MambaMixer
 from .blocks.residual import residual_of
+from .placement import Placement
 from .weights import ModelWeights, Weights, multiply
 
 _TOKENS = 1024  # embedded at a time
@@ -99,13 +100,13 @@ class Stream:
         workspace: Workspace | None = None,
     ) -> None:
         self.model = model
-        self.tokens = tokens
         self.weights = weights or ModelWeights(model)
+        self.tokens = tokens.to(self.weights.device)
         self.shared: dict[int, Activations] = {}
         self._cache = cache
-        self._positions = (cache.tokens if cache else 0) + torch.arange(tokens.shape[1])
+        self._positions = (cache.tokens if cache else 0) + torch.arange(tokens.shape[1], device=self.weights.device)
         self._residual = residual_of(self.weights)
-        self._workspace = workspace or Workspace()
+        self._workspace = workspace or Workspace(placement=Placement(self.weights.device))
         self.buffer = self._workspace.buffer
         self._readers = self.weights.graph.shared_states()
         self.hidden = self._workspace.activations(*tokens.shape, *self._residual.width, whole_chunks=True)

@@ -33,7 +33,7 @@ def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | N
     count = len(ids) // context if chunks is None else min(chunks, len(ids) // context)
     if count < 1:
         raise BadInput(f"--chunks is {chunks}, expected at least 1")
-    return torch.tensor(ids[: count * context], dtype=torch.int64).view(count, context)
+    return torch.tensor(ids[: count * context], dtype=torch.int64, device="cpu").view(count, context)
 
 
 def evaluated_text(file: Path) -> str:

@@ -12,12 +12,15 @@ from torch.nn import functional
 from ..archs.graph import Graph
 from ..archs.weights import Weight
 from ..sources.model import Model
+from .placement import CPU
 
 _TILE = 32  # tokens: for every number of them, oneDNN compiles a kernel of its own and keeps half a megabyte
 
 
 class Weights(Protocol):
-    """The weights of a graph in use. All numbers are float32; what was loaded is kept until `release`.
+    """The weights of a graph in use. All numbers are float32 and lie on `device`, as states and products do.
+
+    What was loaded is kept until `release`.
 
     Every product with a stored matrix goes through `project`, so that a variant can watch its inputs. `label` names
     the model in messages.
@@ -25,6 +28,7 @@ class Weights(Protocol):
 
     graph: Graph
     label: str
+    device: torch.device
 
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
         """A weight's numbers: one expert of a stack, some rows, or all of it. See `decode.evaluate`."""
@@ -49,10 +53,13 @@ class WeightProducts:
     much, and stay in float32.
     """
 
-    def __init__(self, graph: Graph, label: str, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, graph: Graph, label: str, compute_dtype: torch.dtype = torch.float32, device: torch.device = CPU
+    ) -> None:
         self.graph = graph
         self.label = label
         self.compute_dtype = compute_dtype
+        self.device = device
 
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
         raise NotImplementedError
@@ -78,8 +85,10 @@ class WeightProducts:
 class CachedWeights(WeightProducts):
     """Weights that are read once and kept until `release`; `read` and `read_directly` say where they come from."""
 
-    def __init__(self, graph: Graph, label: str, compute_dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(graph, label, compute_dtype)
+    def __init__(
+        self, graph: Graph, label: str, compute_dtype: torch.dtype = torch.float32, device: torch.device = CPU
+    ) -> None:
+        super().__init__(graph, label, compute_dtype, device)
         # By identity, because a padded graph has other weights of the same names.
         self._kept: dict[tuple[int, int | None, tuple[int, int] | torch.dtype | None], Tensor] = {}
 
@@ -117,15 +126,15 @@ class CachedWeights(WeightProducts):
 class ModelWeights(CachedWeights):
     """The weights of a model as they are stored; streams of one model share them, so each is decoded once for all."""
 
-    def __init__(self, model: Model, compute_dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(model.graph, str(model.path), compute_dtype)
+    def __init__(self, model: Model, compute_dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> None:
+        super().__init__(model.graph, str(model.path), compute_dtype, device)
         self.model = model
 
     def read(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
-        return self.model.load(weight, expert, rows)
+        return self.model.load(weight, expert, rows, self.device)
 
     def read_directly(self, weight: Weight, expert: int | None) -> Tensor | None:
-        return self.model.load_directly(weight, expert, self.compute_dtype)
+        return self.model.load_directly(weight, expert, self.compute_dtype, self.device)
 
 
 def multiply(states: Tensor, matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,4 +1,7 @@
-"""Evaluates weight expressions: stored bytes in, float32 out, one expert or some rows at a time."""
+"""Evaluates weight expressions: stored bytes in, float32 out, one expert or some rows at a time.
+
+Numbers are made where the bytes lie.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from ..archs.expressions import (
 from ..errors import BadInput
 from ..quant import dequantize
 from .fp4 import decode_nvfp4, repack_mxfp4
-from .storage import Storage
+from .storage import Reader
 
 RowRange = tuple[int, int] | None  # (start, stop) within a matrix, None for all of it
 
@@ -45,7 +48,7 @@ _TORCH_DTYPES = {
 }
 
 
-def evaluate(expression: Expression, storage: Storage, expert: int | None = None, rows: RowRange = None) -> Tensor:
+def evaluate(expression: Expression, storage: Reader, expert: int | None = None, rows: RowRange = None) -> Tensor:
     """One matrix of a weight, or `rows` (start, stop) of it, as float32 [rows, columns]; vectors come as [n].
 
     Args:
@@ -55,9 +58,7 @@ def evaluate(expression: Expression, storage: Storage, expert: int | None = None
     return _EVALUATIONS[type(expression)](expression, storage, expert, rows)
 
 
-def evaluate_directly(
-    expression: Expression, storage: Storage, expert: int | None, dtype: torch.dtype
-) -> Tensor | None:
+def evaluate_directly(expression: Expression, storage: Reader, expert: int | None, dtype: torch.dtype) -> Tensor | None:
     """The same matrix in `dtype`, where it is stored so or in blocks that decode to it; None where float32 is between.
 
     Every number is the one of `dtype` that is nearest to what `evaluate` gives.
@@ -72,16 +73,16 @@ def evaluate_directly(
     return data.view(dtype) if stored else dequantize(data, tensor.dtype, type=dtype)
 
 
-def _whole(tensor: TensorInfo, storage: Storage) -> Tensor:
+def _whole(tensor: TensorInfo, storage: Reader) -> Tensor:
     """All numbers of a small tensor, as [n]."""
     return _decode(storage.read(tensor), tensor.dtype).flatten()
 
 
-def _read(tensor: TensorInfo, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _read(tensor: TensorInfo, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     return _decode(_stored(tensor, storage, expert, rows), tensor.dtype)
 
 
-def _stored(tensor: TensorInfo, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _stored(tensor: TensorInfo, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     """The bytes of a matrix of a tensor or a stack, or of some rows of it, uint8 [rows, row bytes]."""
     start, stop = rows or (0, tensor.shape[-2])
     first = (expert or 0) * tensor.shape[-2]
@@ -110,11 +111,11 @@ def _from_float8(data: Tensor) -> Tensor:
     return halves.view(torch.float16).float().mul_(2.0**8)
 
 
-def _evaluate_read(source: Read, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _evaluate_read(source: Read, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     return _whole(source.tensor, storage) if len(source.shape) < 2 else _read(source.tensor, storage, expert, rows)
 
 
-def _evaluate_block_scaled(source: BlockScaled, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _evaluate_block_scaled(source: BlockScaled, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     """float32(code) * float32(scale), one scale for every block of codes."""
     start, stop = rows or (0, source.shape[0])
     block_rows, block_columns = source.block
@@ -128,7 +129,7 @@ def _evaluate_block_scaled(source: BlockScaled, storage: Storage, expert: int | 
     return values
 
 
-def _evaluate_scaled(source: Scaled, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _evaluate_scaled(source: Scaled, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     values, factors = _read(source.codes, storage, expert, rows), _whole(source.scale, storage)
     if factors.numel() == 1:
         return values * factors
@@ -137,24 +138,24 @@ def _evaluate_scaled(source: Scaled, storage: Storage, expert: int | None, rows:
     return values * factors[slice(*rows) if rows else slice(None), None]
 
 
-def _evaluate_nvfp4(source: Nvfp4, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _evaluate_nvfp4(source: Nvfp4, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     start, stop = rows or (0, source.shape[0])
     values = decode_nvfp4(storage.read(source.codes, start, stop), storage.read(source.scale, start, stop))
     return values * _global_scale(source, storage) if source.global_scale else values
 
 
-def _evaluate_mxfp4(source: Mxfp4, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _evaluate_mxfp4(source: Mxfp4, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     start, stop = rows or (0, source.shape[0])
     return _decode(
         repack_mxfp4(storage.read(source.codes, start, stop), storage.read(source.scale, start, stop)), "MXFP4"
     )
 
 
-def _evaluate_global_scales(source: GlobalScales, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _evaluate_global_scales(source: GlobalScales, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     return torch.stack([_global_scale(matrix, storage) for matrix in source.matrices])
 
 
-def _global_scale(matrix: Nvfp4, storage: Storage) -> Tensor:
+def _global_scale(matrix: Nvfp4, storage: Reader) -> Tensor:
     """The factor of a whole NVFP4 matrix, as float32 []."""
     assert matrix.global_scale
     stored = _whole(matrix.global_scale, storage)[0]
@@ -167,26 +168,26 @@ def _global_scale(matrix: Nvfp4, storage: Storage) -> Tensor:
     return value
 
 
-def _evaluate_reshape(source: Reshape, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _evaluate_reshape(source: Reshape, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     values = _whole(source.tensor, storage).reshape(source.shape)
     return values[slice(*rows)] if rows else values
 
 
 def _evaluate_negative_exponential(
-    source: NegativeExponential, storage: Storage, expert: int | None, rows: RowRange
+    source: NegativeExponential, storage: Reader, expert: int | None, rows: RowRange
 ) -> Tensor:
     return -evaluate(source.source, storage, expert, rows).exp()
 
 
-def _evaluate_one_plus(source: OnePlus, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _evaluate_one_plus(source: OnePlus, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     return 1 + evaluate(source.source, storage, expert, rows)
 
 
-def _evaluate_zeros(source: Zeros, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
-    return torch.zeros(source.shape)
+def _evaluate_zeros(source: Zeros, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
+    return torch.zeros(source.shape, device=storage.device)
 
 
-def _evaluate_below(source: Below, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _evaluate_below(source: Below, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     tensor = source.source.tensor
     values = _stored(tensor, storage, None, rows).view(_TORCH_DTYPES[tensor.dtype])
     outside = ((values < 0) | (values >= source.limit)).nonzero()
@@ -209,14 +210,14 @@ def _damaged_table(source: Below, row: int, what: str) -> BadInput:
     )
 
 
-def _evaluate_padded(source: Padded, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _evaluate_padded(source: Padded, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     inner = source.source
     if len(source.shape) == 1:
-        values = torch.zeros(source.shape)
+        values = torch.zeros(source.shape, device=storage.device)
         values[: inner.shape[0]] = evaluate(inner, storage) * source.factor
         return values
     start, stop = rows or (0, source.shape[-2])
-    values = torch.zeros(stop - start, source.shape[-1])
+    values = torch.zeros(stop - start, source.shape[-1], device=storage.device)
     filled = min(stop, inner.shape[-2]) - start
     if filled > 0:
         part = evaluate(inner, storage, expert, (start, start + filled))
@@ -224,21 +225,21 @@ def _evaluate_padded(source: Padded, storage: Storage, expert: int | None, rows:
     return values
 
 
-def _evaluate_side_by_side(source: SideBySide, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _evaluate_side_by_side(source: SideBySide, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     return torch.cat([evaluate(part, storage, expert, rows) for part in source.parts], dim=1)
 
 
-def _evaluate_rows(source: Rows, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _evaluate_rows(source: Rows, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     start, stop = rows or (0, source.stop - source.start)
     return evaluate(source.source, storage, expert, (source.start + start, source.start + stop))
 
 
-def _evaluate_stack(source: Stack, storage: Storage, expert: int | None, rows: RowRange) -> Tensor:
+def _evaluate_stack(source: Stack, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     assert expert is not None
     return evaluate(source.experts[expert], storage, None, rows)
 
 
-_EVALUATIONS: dict[type, Callable[[Any, Storage, int | None, RowRange], Tensor]] = {
+_EVALUATIONS: dict[type, Callable[[Any, Reader, int | None, RowRange], Tensor]] = {
     Read: _evaluate_read,
     BlockScaled: _evaluate_block_scaled,
     Scaled: _evaluate_scaled,

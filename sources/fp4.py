@@ -9,7 +9,7 @@ from ..archs.expressions import Expression, Mxfp4, Nvfp4, Read, TensorInfo
 from ..errors import BadInput
 from ..quant import dequantize
 from ..quant.formats.table import format_named
-from .storage import Storage
+from .storage import Reader
 
 _E4M3_NAN = 0x7F  # the bits above it have the sign set
 _E8M0_NAN = 0xFF
@@ -17,7 +17,7 @@ _E8M0_LARGE = 0xFD  # 2^126: times a code of 4 it is more than float32 holds
 GROUP = 16  # columns that share one E4M3 scale
 # Value of every E2M1 code (OCP Microscaling Formats 1.0, 5.3.3): sign, two bits of exponent, one of mantissa.
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E2M1 = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)])
+_CODES = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], device="cpu")
 
 
 def unpack_nibbles(codes: Tensor) -> Tensor:
@@ -35,13 +35,13 @@ def decode_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:
     Returns:
         float32 [rows, columns].
     """
-    values = _E2M1[unpack_nibbles(codes).int()].view(*scales.shape, GROUP)
+    values = _CODES.to(codes.device)[unpack_nibbles(codes).int()].view(*scales.shape, GROUP)
     factors = scales.view(torch.float8_e4m3fn).float()[..., None]
     return torch.mul(values, factors).flatten(-2)
 
 
 def repack(
-    expression: Expression, type_name: str, storage: Storage, expert: int | None, rows: tuple[int, int] | None
+    expression: Expression, type_name: str, storage: Reader, expert: int | None, rows: tuple[int, int] | None
 ) -> Tensor | None:
     """Rows of a weight in blocks of a ggml type, where its stored codes and scales can be moved there unchanged.
 
@@ -108,7 +108,7 @@ def repack_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
         scales: uint8 [rows, columns / 32], bits of E8M0 numbers.
     """
     first, second = codes.view(*scales.shape, 2, 8).unbind(-2)  # columns 0 to 15 and 16 to 31, two in a byte
-    packed = torch.empty(*scales.shape, 17, dtype=torch.uint8)
+    packed = torch.empty(*scales.shape, 17, dtype=torch.uint8, device=scales.device)
     packed[..., 0] = scales
     packed[..., 1::2] = first & 15 | second << 4
     packed[..., 2::2] = first >> 4 | second & 240

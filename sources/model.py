@@ -21,7 +21,7 @@ from ..documents import is_file, is_folder
 from ..errors import BadInput
 from .checkpoint import read_config, read_tensors
 from .gguf import is_gguf, read_gguf
-from .storage import Storage
+from .storage import OnDevice, Reader, Storage
 from .tokenizer import Tokenizer
 from .tokenizer_folder import read_tokenizer_folder
 from .tokenizer_gguf import read_tokenizer_metadata
@@ -91,25 +91,44 @@ class Model:
         except BadInput as error:
             raise BadInput(f"{self.path}: {error}") from None
 
-    def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """A weight's numbers in float32: one expert of a stack, some rows, or all of it. See `decode.evaluate`."""
+    def load(
+        self,
+        weight: Weight,
+        expert: int | None = None,
+        rows: tuple[int, int] | None = None,
+        device: torch.device | None = None,
+    ) -> torch.Tensor:
+        """A weight's numbers in float32: one expert of a stack, some rows, or all of it. See `decode.evaluate`.
+
+        device: where they are decoded, by default the CPU, here and below.
+        """
         from .decode import evaluate
 
-        return evaluate(weight.source, self.storage, expert, rows)
+        return evaluate(weight.source, self._seen_from(device), expert, rows)
 
-    def load_directly(self, weight: Weight, expert: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+    def load_directly(
+        self, weight: Weight, expert: int | None, dtype: torch.dtype, device: torch.device | None = None
+    ) -> torch.Tensor | None:
         """A matrix in `dtype`, None where it comes in float32 alone. See `evaluate_directly`."""
         from .decode import evaluate_directly
 
-        return evaluate_directly(weight.source, self.storage, expert, dtype)
+        return evaluate_directly(weight.source, self._seen_from(device), expert, dtype)
 
     def repacked(
-        self, weight: Weight, type_name: str, expert: int | None = None, rows: tuple[int, int] | None = None
+        self,
+        weight: Weight,
+        type_name: str,
+        expert: int | None = None,
+        rows: tuple[int, int] | None = None,
+        device: torch.device | None = None,
     ) -> torch.Tensor | None:
         """The same piece in blocks of a ggml type without rounding, None where it must be quantized. See `repack`."""
         from .fp4 import repack
 
-        return repack(weight.source, type_name, self.storage, expert, rows)
+        return repack(weight.source, type_name, self._seen_from(device), expert, rows)
+
+    def _seen_from(self, device: torch.device | None) -> Reader:
+        return OnDevice(self.storage, device) if device else self.storage
 
     def close(self) -> None:
         self.storage.close()

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..archs.expressions import TensorInfo
 from ..errors import BadInput, Interrupted
@@ -20,11 +20,35 @@ if TYPE_CHECKING:
 _OPEN_FILES = 32
 
 
+class Reader(Protocol):
+    """What weights are decoded from: bytes, which lie where the numbers made of them will."""
+
+    @property
+    def device(self) -> torch.device | str:
+        """Where that is."""
+
+    def read(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Stored bytes of rows `start` to `stop` (all by default), as uint8 [rows, bytes per row]."""
+
+
+class OnDevice:
+    """A storage as seen from a device: here bytes become tensors of that device."""
+
+    def __init__(self, storage: Reader, device: torch.device) -> None:
+        self._storage = storage
+        self.device = device
+
+    def read(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return self._storage.read(tensor, start, stop).to(self.device)
+
+
 class Storage:
     """Reads tensor rows from files; keeps a few of them open. For one thread, beside which another may read ahead.
 
     Plain reads rather than memory maps: mapped pages would count as this process's memory.
     """
+
+    device = "cpu"
 
     def __init__(self) -> None:
         self._descriptors: OrderedDict[str, int] = OrderedDict()

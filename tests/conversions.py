@@ -29,6 +29,7 @@ def convert(
     compute_dtype: str = "float32",
     threads: int | None = None,
     memory: int | None = None,
+    device: str = "auto",
     progress: Any = None,
     **others: Any,
 ) -> Conversion:
@@ -41,6 +42,6 @@ def convert(
         form=Form(padding, mtp),
         calibration=Calibration(calibration, context, **calibrating),
         evaluation=Evaluation(file, context, chunks) if verify else None,
-        compute=Compute(compute_dtype, threads, memory),
+        compute=Compute(compute_dtype, threads, memory, device),
         progress=progress,
     )

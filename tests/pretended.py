@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 
 import pytest
@@ -14,10 +15,17 @@ DEVICE = torch.device("privateuseone")  # torch built for CPUs lets tensors pret
 
 def pretend(patch: pytest.MonkeyPatch) -> FakeTensorMode:
     """A mode in which tensors can lie on DEVICE; all others become such without numbers too."""
-    _register()
-    patch.setattr(torch, DEVICE.type, _DummyBackendModule(), raising=False)
+    known_to_torch(patch)
     patch.setattr(FakeTensorMode, "avoid_device_init", True)  # as where torch has no GPU
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def known_to_torch(patch: pytest.MonkeyPatch) -> None:
+    """Tensors can say that they lie on DEVICE."""
+    _register()
+    module = _DummyBackendModule()
+    patch.setattr(torch, DEVICE.type, module, raising=False)
+    patch.setitem(sys.modules, f"torch.{DEVICE.type}", module)  # type: ignore[arg-type]
 
 
 @cache

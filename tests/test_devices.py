@@ -23,21 +23,6 @@ FACTORIES = {
     "randn", "randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
 }  # fmt: skip
 QUICK = {"Q2_0", "Q4_1", "IQ4_NL", "MXFP4"}
-# What still makes tensors on the CPU alone.
-ON_CPU = {
-    "runner/activations.py",
-    "runner/blocks/attention.py",
-    "runner/blocks/compressed_attention.py",
-    "runner/blocks/experts.py",
-    "runner/blocks/mamba.py",
-    "runner/blocks/residual.py",
-    "runner/blocks/rotary.py",
-    "runner/generate.py",
-    "runner/measure/scores.py",
-    "runner/passes.py",
-    "runner/stream.py",
-    "runner/texts.py",
-}
 
 
 def _without_device(file: Path) -> Iterator[int]:
@@ -50,10 +35,9 @@ def _without_device(file: Path) -> Iterator[int]:
 
 
 def test_every_tensor_is_made_on_a_device_that_is_named() -> None:
-    files = [file for folder in ("quant", "runner") for file in (ROOT / folder).rglob("*.py")]
+    files = [file for folder in ("quant", "sources", "runner") for file in (ROOT / folder).rglob("*.py")]
     found = {file.relative_to(ROOT).as_posix(): [*_without_device(file)] for file in files}
-    assert {name: lines for name, lines in found.items() if lines and name not in ON_CPU} == {}
-    assert {name for name in ON_CPU if not found[name]} == set(), "no longer needed"
+    assert {name: lines for name, lines in found.items() if lines} == {}
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from ...runner.measure.compare_plans import divergences
 from ...runner.measure.probe import measure_damage, probes_of, types_of
 from ...runner.memory import comparing, workspace
 from ...runner.passes import Measuring, packed, unpacked
+from ...runner.settings import Compute
 from ..resume.journal import Journal
 from ..resume.states import MeasurementCache
 from .choose import Budget, plan_for_budget, variants
@@ -60,7 +61,7 @@ def choose_measured_plan(
     probes: Tensor,
     held_out: Tensor,
     form: Form = Form(),
-    memory: int | None = None,
+    compute: Compute = Compute(),
     journal: Journal | None = None,
 ) -> Allocation:
     """The plan with the least measured divergence within a budget.
@@ -68,7 +69,8 @@ def choose_measured_plan(
     Args:
         probes: tokens [chunks, context] on which single weights are measured.
         held_out: tokens on which whole plans are compared.
-        memory: most bytes this process may take; activations that do not fit go to scratch files beside the journal.
+        compute: the device, and most bytes of its memory and of this process; activations that do not fit go to scratch
+            files beside the journal.
         journal: keeps what is measured, and what an earlier run has measured.
 
     The largest stock mix within the budget takes part; unless another plan is better than it beyond doubt (one
@@ -77,8 +79,8 @@ def choose_measured_plan(
     graph, forms = measuring.model.graph, variants(measuring.model.graph, form)
     probed = len(probes_of(graph, types_of(forms, measuring.wants_importance)))
     probing, side_by_side = (_calibrated_without(measuring, part) for part in (probes, held_out))
-    probing_room = _room(probing, memory, journal, probes, 1 + probed, comparing(1))
-    comparing_room = _room(side_by_side, memory, journal, held_out, 1 + _MOST_PLANS, comparing(_MOST_PLANS))
+    probing_room = _room(probing, compute, journal, probes, 1 + probed, comparing(1))
+    comparing_room = _room(side_by_side, compute, journal, held_out, 1 + _MOST_PLANS, comparing(_MOST_PLANS))
     cache = MeasurementCache(journal, graph.layers)
     with probing_room:
         probing = replace(probing, workspace=probing_room)
@@ -118,13 +120,13 @@ def without(calibration: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _room(
-    measuring: Measuring, memory: int | None, journal: Journal | None, tokens: Tensor, streams: int, copies: int
+    measuring: Measuring, compute: Compute, journal: Journal | None, tokens: Tensor, streams: int, copies: int
 ) -> Workspace:
     """A workspace for so many streams of `tokens`, and for calibration."""
     calibrating = measuring.calibration.numel() if measuring.calibration is not None else 0
     total, folder = calibrating + streams * tokens.numel(), journal.folder.parent if journal else None
     graph, context = measuring.model.graph, tokens.shape[1]
-    return workspace(memory, graph, total, context, folder, copies, measuring.error_feedback)
+    return workspace(compute, graph, total, context, folder, copies, measuring.error_feedback)
 
 
 def winner(klds: Mapping[str, Tensor]) -> str:

@@ -85,5 +85,5 @@ def measured_plan(
             bool(calibration.error_feedback),
         )
         resumed = journal.continues
-        found = choose_measured_plan(measuring, budget, probes, held_out, form, compute.memory, journal)
+        found = choose_measured_plan(measuring, budget, probes, held_out, form, compute, journal)
         yield MeasuredPlan(found.plan, journal.earlier, resumed)

@@ -28,7 +28,7 @@ class Importance(Protocol):
 class Statistics:
     """Sums of squares of the inputs of weights, and how many inputs there were.
 
-    `sums` are float64 [matrices, columns] by weight name, `counts` int64 [matrices].
+    `sums` are float64 [matrices, columns] by weight name, `counts` int64 [matrices], on the CPU wherever inputs lie.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Statistics:
 
         weights: the stacks that read it; which expert reads which token does not matter here.
         """
-        squares = states.square().sum(dim=0).double()
+        squares = _squares(states)
         for weight in weights:
             before, tokens = self._layer.get(weight.name, (torch.zeros_like(squares), 0))
             self._layer[weight.name] = before + squares, tokens + len(states)
@@ -68,11 +68,11 @@ class Statistics:
         """Count in what a matrix is multiplied with, [inputs, columns]."""
         name, columns = weight.name, states.shape[1]
         if name not in self.sums:
-            self.sums[name] = torch.zeros(weight.matrices, columns, dtype=torch.float64, device=states.device)
-            self.counts[name] = torch.zeros(weight.matrices, dtype=torch.int64, device=states.device)
+            self.sums[name] = torch.zeros(weight.matrices, columns, dtype=torch.float64, device="cpu")
+            self.counts[name] = torch.zeros(weight.matrices, dtype=torch.int64, device="cpu")
             if weight.experts is not None:
                 self._expert_stacks.append(name)
-        self.sums[name][expert or 0] += states.square().sum(dim=0).double()
+        self.sums[name][expert or 0] += _squares(states)
         self.counts[name][expert or 0] += len(states)
 
     def of(self, weight: Weight, expert: int | None) -> Tensor | None:
@@ -94,8 +94,7 @@ class Statistics:
 
     def _mean_of_expert(self, weight: Weight, expert: int) -> Tensor:
         sums = self.sums.get(weight.name)
-        device = "cpu" if sums is None else sums.device
-        alike = torch.ones(weight.columns, dtype=torch.float64, device=device)
+        alike = torch.ones(weight.columns, dtype=torch.float64, device="cpu")
         squares, tokens = self._layer.get(weight.name, (alike, 1))
         prior = squares / tokens
         if sums is None:  # no expert has been reached so far
@@ -121,6 +120,11 @@ class Statistics:
         self.counts.clear()
         self._layer.clear()
         self._expert_stacks.clear()
+
+
+def _squares(states: Tensor) -> Tensor:
+    """Sums over inputs [inputs, columns] of their squares, [columns]."""
+    return states.square().sum(dim=0).cpu().double()
 
 
 class _Sum:

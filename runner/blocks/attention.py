@@ -36,7 +36,9 @@ class AttentionMixer:
 
     def initial_state(self) -> AttentionState:
         """The state before the first token."""
-        nothing = torch.empty(self._operation.key_value_heads, 0, self._operation.head_size)
+        nothing = torch.empty(
+            self._operation.key_value_heads, 0, self._operation.head_size, device=self._weights.device
+        )
         return AttentionState(nothing, nothing)
 
     def __call__(self, states: Tensor, memory: AttentionState, context: Context) -> tuple[Tensor, AttentionState]:
@@ -50,7 +52,8 @@ class AttentionMixer:
         else:
             shared = split_heads(context.shared[o.keys_of], 2 * o.key_value_heads)
             keys, values = shared.chunk(2)
-        distance = positions[:, None] - (positions[-1] + 1 - keys.shape[1] + torch.arange(keys.shape[1]))
+        count = torch.arange(keys.shape[1], device=keys.device)
+        distance = positions[:, None] - (positions[-1] + 1 - keys.shape[1] + count)
         visible = distance >= 0 if o.window is None else (distance >= 0) & (distance < o.window)
         mixed = functional.scaled_dot_product_attention(
             query[None], keys[None], values[None], attn_mask=visible, scale=o.scale, enable_gqa=True

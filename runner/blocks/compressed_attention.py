@@ -58,7 +58,7 @@ class CompressedAttentionMixer:
         """The state before the first token."""
         return CompressedAttentionState(
             tokens=0,
-            keys=torch.empty(0, self._operation.head_size),
+            keys=torch.empty(0, self._operation.head_size, device=self._weights.device),
             compressor=self._compressor.initial_state() if self._compressor else None,
             indexer=self._indexer.compressor.initial_state() if self._indexer else None,
         )
@@ -75,18 +75,19 @@ class CompressedAttentionMixer:
 
     def _run(self, states: Tensor, memory: CompressedAttentionState) -> tuple[Tensor, CompressedAttentionState]:
         o, project = self._operation, self._weights.project
-        positions = memory.tokens + torch.arange(len(states))
+        positions = memory.tokens + torch.arange(len(states), device=states.device)
         latent = self._normalize_query(project(states, o.query_down))
         queries = split_heads(project(latent, o.query_up), o.heads)
         queries = rotate(functional.rms_norm(queries, (o.head_size,), eps=o.query_norm.epsilon), o.rope, positions)
         own = rotate(self._normalize_key(project(states, o.key_value)), o.rope, positions)
         keys = window = torch.cat((memory.keys, own))
-        distance = positions[:, None] - (memory.tokens - len(memory.keys) + torch.arange(len(keys)))
+        distance = positions[:, None] - (memory.tokens - len(memory.keys) + torch.arange(len(keys), device=keys.device))
         visible = (distance >= 0) & (distance < o.window)
         compressed = indexed = None
         if self._compressor and memory.compressor:
             compressed = self._compressor(states, memory.compressor)
-            complete = (positions[:, None] + 1) // self._compressor.ratio > torch.arange(len(compressed.entries))
+            entries = torch.arange(len(compressed.entries), device=keys.device)
+            complete = (positions[:, None] + 1) // self._compressor.ratio > entries
             if self._indexer and memory.indexer:
                 indexed = self._indexer.compressor(states, memory.indexer)
                 complete = self._indexer.choose(states, latent, positions, indexed.entries, complete)
@@ -121,12 +122,13 @@ class CompressorMixer:
     def initial_state(self) -> CompressorState:
         """The state before the first token."""
         width, size = self._block.value.shape[0], self._block.norm.weight.columns
-        nothing, none = torch.empty(0, width), torch.zeros(self.ratio, size)
-        return CompressorState(torch.empty(0, size), nothing, nothing, none, torch.full_like(none, -torch.inf))
+        none = torch.zeros(self.ratio, size, device=self._weights.device)
+        nothing = none.new_empty(0, width)
+        return CompressorState(none[:0], nothing, nothing, none, torch.full_like(none, -torch.inf))
 
     def __call__(self, states: Tensor, memory: CompressorState) -> CompressorState:
         """states: [tokens, hidden size] that follow those the state has seen."""
-        slots = (len(memory.values) + torch.arange(len(states))) % self.ratio
+        slots = (len(memory.values) + torch.arange(len(states), device=states.device)) % self.ratio
         project, block = self._weights.project, self._block
         values = torch.cat((memory.values, project(states, block.value)))
         gates = torch.cat((memory.gates, project(states, block.gate) + self._position[slots]))
@@ -134,7 +136,7 @@ class CompressorMixer:
         ready_values, previous_values = self._slots(values[:complete], memory.previous_values)
         ready_gates, previous_gates = self._slots(gates[:complete], memory.previous_gates)
         pooled = self._normalize((ready_values * ready_gates.softmax(dim=1)).sum(dim=1))
-        starts = self.ratio * (len(memory.entries) + torch.arange(len(pooled)))
+        starts = self.ratio * (len(memory.entries) + torch.arange(len(pooled), device=pooled.device))
         entries = torch.cat((memory.entries, rotate(pooled, self._block.rope, starts)))
         return CompressorState(entries, values[complete:], gates[complete:], previous_values, previous_gates)
 

@@ -61,7 +61,7 @@ class RoutedTokens:
         """All chunks are routed: bring the tokens into the experts' order."""
         chosen, top_k = torch.cat(self._chosen).flatten(), self.operation.router.top_k
         order = chosen.argsort(stable=True)
-        self.counts = torch.bincount(chosen, minlength=self.operation.experts)
+        self.counts = torch.bincount(chosen, minlength=self.operation.experts).cpu()
         self._rows = (order // top_k).split(self.counts.tolist())
         self._portions = torch.cat(self._shares).flatten()[order].split(self.counts.tolist())
 
@@ -107,7 +107,7 @@ _Piece = tuple[RoutedTokens, Tensor, Tensor]  # tokens of a stream, and the shar
 def order_of_experts(streams: Sequence[RoutedTokens], unwanted: bool) -> list[int]:
     """In which order routed streams run through experts: first through those that most tokens of the first want; those
     that no stream wants come last, or not at all."""
-    tokens = torch.zeros(2, max(stream.operation.experts for stream in streams), dtype=torch.int64)
+    tokens = torch.zeros(2, max(stream.operation.experts for stream in streams), dtype=torch.int64, device="cpu")
     tokens[0, : streams[0].operation.experts] = streams[0].counts
     for stream in streams:
         tokens[1, : stream.operation.experts] += stream.counts

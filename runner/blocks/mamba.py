@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...archs.graph import Mamba2
+from ..placement import wide
 from ..weights import Weights
 from .common import normalizer
 from .context import Context
@@ -36,8 +37,9 @@ class MambaMixer:
 
     def initial_state(self) -> MambaState:
         """The state before the first token."""
-        o, (channels, taps) = self._operation, self._convolution.shape
-        return MambaState(torch.zeros(taps - 1, channels), torch.zeros(o.heads, o.head_size, o.state_size))
+        o, (channels, taps), device = self._operation, self._convolution.shape, self._weights.device
+        space = torch.zeros(o.heads, o.head_size, o.state_size, device=device)
+        return MambaState(torch.zeros(taps - 1, channels, device=device), space)
 
     def __call__(self, states: Tensor, memory: MambaState, context: Context) -> tuple[Tensor, MambaState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
@@ -87,12 +89,17 @@ def scan(x: Tensor, step: Tensor, decay: Tensor, b: Tensor, c: Tensor, space: Te
         inputs = (x[part] * step[part, :, None]).transpose(0, 1)  # [heads, tokens, head size]
         keys, queries = (t[part].transpose(0, 1).repeat_interleave(shared, dim=0) for t in (b, c))
         # In float64, because differences of long sums follow.
-        passed = (step[part].double() * decay).cumsum(0).T  # [heads, tokens]
-        later = torch.ones(passed.shape[1], passed.shape[1], dtype=torch.bool).tril()
-        fading = (passed[:, :, None] - passed[:, None, :]).masked_fill(~later, -torch.inf).exp().float()
+        passed = (wide(step[part]) * wide(decay)).cumsum(0).T  # [heads, tokens]
+        later = torch.ones(passed.shape[1], passed.shape[1], dtype=torch.bool, device=passed.device).tril()
+        fading = _exponential((passed[:, :, None] - passed[:, None, :]).masked_fill(~later, -torch.inf), x)
         within = (queries @ keys.transpose(1, 2) * fading) @ inputs
-        before = queries @ space.transpose(1, 2) * passed.exp().float()[..., None]
+        before = queries @ space.transpose(1, 2) * _exponential(passed, x)[..., None]
         outputs.append((within + before).transpose(0, 1))
-        remaining = (passed[:, -1:] - passed).exp().float()[..., None]
-        space = passed[:, -1].exp().float()[:, None, None] * space + (inputs * remaining).transpose(1, 2) @ keys
+        remaining = _exponential(passed[:, -1:] - passed, x)[..., None]
+        space = _exponential(passed[:, -1], x)[:, None, None] * space + (inputs * remaining).transpose(1, 2) @ keys
     return torch.cat(outputs), space
+
+
+def _exponential(powers: Tensor, like: Tensor) -> Tensor:
+    """In float32, on the device of another tensor."""
+    return powers.exp().float().to(like.device)

@@ -93,7 +93,8 @@ class HyperResidual:
         flat = residual.flatten(-2)
         mean_square = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square() / flat.shape[-1]
         normed = functional.linear(flat, function) * torch.rsqrt(mean_square + self.kind.norm_epsilon)
-        return normed * scale.repeat_interleave(torch.tensor(kinds)) + base
+        scales = torch.cat([one.expand(count) for one, count in zip(scale, kinds, strict=True)])
+        return normed * scales + base
 
     def _collapsed(self, read: Tensor, residual: Tensor) -> Tensor:
         return ((read.sigmoid() + self.kind.epsilon).unsqueeze(-2) @ residual).squeeze(-2)

@@ -13,7 +13,7 @@ from ...archs.graph import Rope, Yarn
 
 def rotate(states: Tensor, rope: Rope, positions: Tensor) -> Tensor:
     """Rotates [..., tokens, head size] by `positions` [tokens], in float32; by their negatives it rotates back."""
-    angles = positions[:, None] * frequencies(rope)
+    angles = positions[:, None] * frequencies(rope).to(positions.device)
     cosine, sine = angles.cos(), angles.sin()  # [tokens, size / 2]
     start = states.shape[-1] - rope.size if rope.last else 0
     before, turning, after = states.split((start, rope.size, states.shape[-1] - start - rope.size), dim=-1)
@@ -26,8 +26,8 @@ def rotate(states: Tensor, rope: Rope, positions: Tensor) -> Tensor:
 
 @cache
 def frequencies(rope: Rope) -> Tensor:
-    """base^(-2i/size), slowed where YaRN says so: radians per position, [size / 2]."""
-    frequencies = 1.0 / rope.base ** (torch.arange(0, rope.size, 2, dtype=torch.float32) / rope.size)
+    """base^(-2i/size), slowed where YaRN says so: radians per position, [size / 2], made on the CPU."""
+    frequencies = 1.0 / rope.base ** (torch.arange(0, rope.size, 2, dtype=torch.float32, device="cpu") / rope.size)
     if rope.yarn is None:
         return frequencies
     slowed = _slowed(rope, rope.yarn)
@@ -43,5 +43,5 @@ def _slowed(rope: Rope, yarn: Yarn) -> Tensor:
 
     first = max(math.floor(pair_turning(yarn.fast)), 0)
     last = min(math.ceil(pair_turning(yarn.slow)), rope.size - 1)
-    pairs = torch.arange(rope.size // 2, dtype=torch.float32)
+    pairs = torch.arange(rope.size // 2, dtype=torch.float32, device="cpu")
     return ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ...quant.planning.plan import Plan
 from ..passes import CANDIDATE, REFERENCE, Measuring
-from ..weights import ModelWeights
 from .evaluate import compare_heads
 from .rounded import Quantizer, RoundedWeights
 from .scores import Divergence
@@ -19,7 +18,7 @@ def divergences(measuring: Measuring, plans: Sequence[Plan], tokens: Tensor) -> 
 
     Plans for padded forms of the model's graph may take part. The second half of each chunk is scored.
     """
-    source = ModelWeights(measuring.model, measuring.compute_dtype)
+    source = measuring.weights()
     layer_pass, statistics, importance = measuring.begin(source)
     quantizer = Quantizer(source, importance)
     reference = layer_pass.begin(REFERENCE, tokens, source)

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ...errors import BadInput
 from ...progress import NoProgress, Progress
 from ...sources.model import Model, pieces
-from ..activations import Activations
+from ..activations import Activations, Workspace
 from ..engines import OnnxModel, open_runnable
+from ..memory import working_set, workspace
+from ..placement import wide
 from ..settings import Compute, Evaluation
 from ..stream import Stream, advance, word_logits
 from ..texts import beyond_context, evaluated_text, with_bos
@@ -122,7 +123,9 @@ def perplexity(
     if isinstance(model, OnnxModel):
         score(logit_source(model, inputs, _scored_positions(context), progress), scores, len(tokens), progress)
     else:
-        _score_stream(Stream(model, inputs, weights=ModelWeights(model, compute.torch_dtype)), scores, progress)
+        with workspace(compute, model.graph, inputs.numel(), context) as room:
+            weights = ModelWeights(model, compute.torch_dtype, room.device)
+            _score_stream(Stream(model, inputs, weights=weights, workspace=room), scores, progress)
     value, error = _perplexity_of(scores)
     return Perplexity(value, error, len(scores.labels), context, len(tokens), compute.dtype, model.context_length)
 
@@ -159,24 +162,35 @@ def parity(
     inputs = [with_bos(tokens, model.tokenizer) for model in (reference, candidate)]
     layer_errors: tuple[float, ...] = ()
     if isinstance(reference, Model) and isinstance(candidate, Model):
-        streams = [
-            Stream(model, text, weights=ModelWeights(model, compute.torch_dtype))
-            for model, text in zip((reference, candidate), inputs, strict=True)
-        ]
-        layer_errors = _advance_together(streams[0], streams[1], progress)
-        (divergence,) = compare_heads(streams[0], streams[1:], tokens)
+        with _room_for([reference, candidate], tokens, compute) as room:
+            streams = [
+                Stream(model, text, weights=ModelWeights(model, compute.torch_dtype, room.device), workspace=room)
+                for model, text in zip((reference, candidate), inputs, strict=True)
+            ]
+            layer_errors = _advance_together(streams[0], streams[1], progress)
+            (divergence,) = compare_heads(streams[0], streams[1:], tokens)
     else:
         divergence = Divergence(labels(tokens))
         positions = _scored_positions(evaluation.context)
-        first, second = (
-            logit_source(model, text, positions, progress, compute.torch_dtype)
-            for model, text in zip((reference, candidate), inputs, strict=True)
-        )
-        compare(first, second, divergence, len(tokens), progress)
+        with _room_for([reference, candidate], tokens, compute) as room:
+            first, second = (
+                logit_source(model, text, positions, progress, compute.torch_dtype, room)
+                for model, text in zip((reference, candidate), inputs, strict=True)
+            )
+            compare(first, second, divergence, len(tokens), progress)
     length = min(reference.context_length, candidate.context_length)
     found = summarize(divergence, layer_errors, evaluation.context, len(tokens), compute.dtype, length)
     tokenization = compare_tokenizers(reference.tokenizer, candidate.tokenizer, evaluated_text(Path(evaluation.text)))
     return replace(found, tokenization=tokenization)
+
+
+def _room_for(models: Sequence[Model | OnnxModel], tokens: Tensor, compute: Compute) -> Workspace:
+    """For those of the models that run here, each on all tokens [chunks, context]; room for the largest is for all."""
+    graphs = [model.graph for model in models if isinstance(model, Model)]
+    if not graphs:
+        return Workspace()
+    largest = max(graphs, key=lambda graph: working_set(graph, tokens.shape[1], len(graphs)))
+    return workspace(compute, largest, len(graphs) * tokens.numel(), tokens.shape[1], copies=len(graphs))
 
 
 def _opened(model: Model | OnnxModel | str | Path) -> Model | OnnxModel:
@@ -226,8 +240,8 @@ def relative_error(reference: Activations, candidate: Activations) -> float:
     for chunk in range(len(reference)):
         width = min(reference[chunk].shape[-1], candidate[chunk].shape[-1])
         expected = _unpadded(reference[chunk], width)
-        difference += float((_unpadded(candidate[chunk], width) - expected).square().sum(dtype=torch.float64))
-        size += float(expected.square().sum(dtype=torch.float64))
+        difference += float(wide((_unpadded(candidate[chunk], width) - expected).square()).sum())
+        size += float(wide(expected.square()).sum())
     return math.sqrt(difference / size) if difference else 0.0
 
 

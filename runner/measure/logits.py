@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...progress import Progress
 from ...sources.model import Model
+from ..activations import Workspace
 from ..engines import OnnxModel
 from ..stream import Stream
 from ..weights import ModelWeights
@@ -24,6 +25,7 @@ def logit_source(
     positions: slice,
     progress: Progress,
     compute_dtype: torch.dtype = torch.float32,
+    workspace: Workspace | None = None,
 ) -> LogitSource:
     """A model's logits at `positions` of every chunk of `tokens` [chunks, context].
 
@@ -31,13 +33,14 @@ def logit_source(
     """
     if isinstance(model, OnnxModel):
         return lambda chunk: model.advance(tokens[chunk], model.initial_state())[0][positions]
-    stream = Stream(model, tokens, weights=ModelWeights(model, compute_dtype))
+    workspace = workspace or Workspace()
+    stream = Stream(model, tokens, weights=ModelWeights(model, compute_dtype, workspace.device), workspace=workspace)
     progress.begin(model.path.name, len(model.graph.layers), "layers")
     for layer in model.graph.layers:
         stream.advance(layer)
         progress.advance(1, f"layer {layer.index}")
     states = stream.final_states(positions).unflatten(0, (len(tokens), -1))
-    return lambda chunk: stream.logits(states[chunk])
+    return lambda chunk: stream.logits(states[chunk]).cpu()
 
 
 def score(source: LogitSource, scores: Scores, chunks: int, progress: Progress) -> None:

@@ -24,7 +24,6 @@ from ...quant.formats.table import format_named
 from ...quant.planning.allocation import Damage, allowed_types, typical_damage
 from ..passes import REFERENCE, LayerPass, Measuring, packed, unpacked
 from ..stream import Stream
-from ..weights import ModelWeights
 from .evaluate import compare_heads
 from .rounded import Quantizer, RoundedWeights
 from .rounding_error import ErrorWeights
@@ -44,7 +43,7 @@ def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph])
     Weights that this text does not reach get what is usual in their role.
     """
     graph, progress = measuring.model.graph, measuring.progress
-    source = ModelWeights(measuring.model, measuring.compute_dtype)
+    source = measuring.weights()
     layer_pass, statistics, importance = measuring.begin(source)
     quantizer = Quantizer(source, importance)
     types = types_of(forms, measuring.wants_importance)

@@ -54,7 +54,8 @@ class RoundedWeights(WeightProducts):
     """
 
     def __init__(self, quantizer: Quantizer, graph: Graph, types: Mapping[str, str]) -> None:
-        super().__init__(graph, quantizer.source.label, quantizer.source.compute_dtype)
+        source = quantizer.source
+        super().__init__(graph, source.label, source.compute_dtype, source.device)
         self._quantizer = quantizer
         self._types = types
 

@@ -32,7 +32,7 @@ class ErrorWeights(WeightProducts):
     """
 
     def __init__(self, source: CachedWeights, quantizer: Quantizer, types: Mapping[str, set[str]]) -> None:
-        super().__init__(source.graph, source.label, source.compute_dtype)
+        super().__init__(source.graph, source.label, source.compute_dtype, source.device)
         self._source = source
         self._quantizer = quantizer
         self._types = types

@@ -12,30 +12,33 @@ from torch import Tensor
 class Scores:
     """Running softmax statistics of one model at `labels` [positions]; feed it all vocabulary blocks in order.
 
+    What stays is on the CPU, wherever logits come from.
+
     The running maximum and rescaled sum are those of online softmax (Milakov & Gimelshein 2018).
     """
 
     def __init__(self, labels: Tensor) -> None:
         count = len(labels)
         self.labels = labels
-        self.maximum = torch.full((count,), -torch.inf, dtype=torch.float64)
-        self.total = torch.zeros(count, dtype=torch.float64)
-        self.best = torch.zeros(count, dtype=torch.int64)
-        self.target_logit = torch.zeros(count, dtype=torch.float64)
+        self.maximum = torch.full((count,), -torch.inf, dtype=torch.float64, device="cpu")
+        self.total = torch.zeros(count, dtype=torch.float64, device="cpu")
+        self.best = torch.zeros(count, dtype=torch.int64, device="cpu")
+        self.target_logit = torch.zeros(count, dtype=torch.float64, device="cpu")
 
     def update(self, part: slice, first_word: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Take in `logits` [positions of part, words]; return exp(logits - maximum) and the old sums' rescaling."""
-        block_maximum, block_best = logits.max(dim=1)
+        block_maximum, block_best = (found.cpu() for found in logits.max(dim=1))
         old = self.maximum[part].clone()
         better = block_maximum > old
         self.best[part] = torch.where(better, first_word + block_best, self.best[part])
         self.maximum[part] = torch.where(better, block_maximum.double(), old)
         rescale = torch.exp(old - self.maximum[part])
-        exponentials = torch.exp(logits - self.maximum[part, None].float())
-        self.total[part] = self.total[part] * rescale + exponentials.sum(dim=1).double()
+        exponentials = torch.exp(logits - self.maximum[part, None].float().to(logits.device))
+        self.total[part] = self.total[part] * rescale + exponentials.sum(dim=1).cpu().double()
         local = self.labels[part] - first_word
         rows = torch.where((local >= 0) & (local < logits.shape[1]))[0]
-        self.target_logit[part][rows] = logits[rows, local[rows]].double()
+        found = logits[rows.to(logits.device), local[rows].to(logits.device)]
+        self.target_logit[part][rows] = found.cpu().double()
         return exponentials, rescale
 
     @property
@@ -58,12 +61,12 @@ class Divergence:
     def __init__(self, labels: Tensor) -> None:
         self.reference = Scores(labels)
         self.candidate = Scores(labels)
-        self._difference = torch.zeros(len(labels), dtype=torch.float64)
+        self._difference = torch.zeros(len(labels), dtype=torch.float64, device="cpu")
 
     def update(self, part: slice, first_word: int, reference: Tensor, candidate: Tensor) -> None:
         exponentials, rescale = self.reference.update(part, first_word, reference)
         self.candidate.update(part, first_word, candidate)
-        difference = (exponentials * (reference - candidate)).sum(dim=1).double()
+        difference = (exponentials * (reference - candidate)).sum(dim=1).cpu().double()
         self._difference[part] = self._difference[part] * rescale + difference
 
     @property

@@ -51,7 +51,7 @@ def test_refused_together(make: Callable[..., object], values: dict[str, Any], m
         (["convert", "--no-verify", "--max-kld", "1"], "--max-kld judges the comparison with the source"),
         (["convert", "--dry-run", "--bpw", "4", "--measure"], "--dry-run does not measure"),
         (["plan", "--fit", "--quant", "Q4_K_M"], "--fit finds the size by itself"),
-        (["plan", "--ram", "8GB"], "--ram, --vram and --context describe a machine to fit: add --fit"),
+        (["plan", "--ram", "8GB"], "--ram: add --fit, whose machine this describes"),
     ],
 )
 def test_options_refused_together(minimax: Checkpoint, tmp_path: Path, arguments: list[str], message: str) -> None:
