@@ -27,9 +27,8 @@ from typing import Any
 import torch
 from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.formats.devices import prepare
-from moecast.quant.formats.quantize import CODECS
 from moecast.quant.formats.table import Work
-from moecast.quant.rounding.feedback import _choose, can_feed_back
+from moecast.quant.rounding.feedback import _round, can_feed_back
 from moecast.quant.rounding.moments import SecondMoments, products_of
 from moecast.runner.measure.evaluate import perplexity as measure
 from moecast.runner.settings import Compute, Evaluation
@@ -83,7 +82,8 @@ def say(line: str) -> None:
 
 
 def kernels(bench: Bench) -> None:
-    """Encode, decode and choose of each format, in billions of weights a second; and whether all bytes are equal."""
+    """Encode, decode and choose (encode with error feedback within a block) of each format, in billions of weights a
+    second; and whether all bytes are equal."""
     device, cpu = torch.device(bench.device), torch.device("cpu")
     counts = {cpu: 64 if bench.tiny else 4096} | {device: 64 if bench.tiny else 32768}
     values = torch.randn(counts[device], COLUMNS, generator=torch.Generator().manual_seed(0))
@@ -104,22 +104,22 @@ def kernels(bench: Bench) -> None:
 
 def _works(name: str, rows: Tensor, threads: int) -> dict[str, Callable[[], Tensor]]:
     """What kernels do with a format, each giving something of so many rows."""
-    format, codec = format_named(name), CODECS[name]
+    format = format_named(name)
     importance = torch.rand(COLUMNS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     data = quantize(rows, name, importance, threads)
     works: dict[str, Callable[[], Tensor]] = {
         "encode": lambda: quantize(rows, name, importance, threads),
         "decode": lambda: dequantize(data, name, threads),
     }
-    if (grid := codec.grid) is not None:
+    if can_feed_back(name):
         inputs = torch.randn(2048, format.block_size, generator=torch.Generator().manual_seed(2))
         means = SecondMoments(products_of(inputs) / len(inputs), len(inputs))
-        triangle = means.cholesky(format.block_size).triangle.to(rows.device)
-        blocks, lanes = data.reshape(-1, format.block_bytes).T, rows.reshape(-1, format.block_size).T
+        triangle = means.cholesky(format.block_size).blocks[0].to(rows.device)
+        blocks = rows.reshape(-1, format.block_size)
+        errors = torch.empty_like(blocks)
 
         def choose() -> Tensor:
-            levels, _ = _choose(grid, format, blocks, lanes, triangle, threads)
-            return levels.T.reshape(len(rows), -1)
+            return _round(name, blocks, None, triangle, errors, threads).reshape(len(rows), -1)
 
         works["choose"] = choose
     return works
