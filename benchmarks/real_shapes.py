@@ -25,6 +25,7 @@ from real_models import minimax_m2_tensors
 ROOT = Path(__file__).parent.parent
 SHARD_BYTES = 1 << 30
 FP4_SIZE, FP8_SIZE = 2.9, 100.0  # root mean squares of the codes that are drawn
+FP8_LARGEST = 448.0
 Entry = tuple[str, tuple[int, ...], str]
 
 
@@ -95,7 +96,8 @@ def _write(folder: Path, config: dict[str, Any], entries: Iterator[Entry], examp
 def _numbers(name: str, shape: tuple[int, ...], dtype: str, before: str, generator: torch.Generator) -> Tensor:
     """Numbers of a tensor; scales follow the codes that they belong to, which were of type `before`."""
     if dtype == "F8_E4M3":
-        return (torch.randn(shape, generator=generator) * FP8_SIZE).to(torch.float8_e4m3fn)
+        values = torch.randn(shape, generator=generator) * FP8_SIZE
+        return values.clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)  # beyond, some versions of torch give NaN
     if dtype == "I8":
         return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
     if dtype == "I64":  # the table of experts for each token
