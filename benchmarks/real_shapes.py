@@ -97,7 +97,7 @@ def _numbers(name: str, shape: tuple[int, ...], dtype: str, before: str, generat
     """Numbers of a tensor; scales follow the codes that they belong to, which were of type `before`."""
     if dtype == "F8_E4M3":
         values = torch.randn(shape, generator=generator) * FP8_SIZE
-        return values.clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)  # beyond, some versions of torch give NaN
+        return values.clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)  # beyond, some torch give NaN
     if dtype == "I8":
         return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
     if dtype == "I64":  # the table of experts for each token
