@@ -117,6 +117,9 @@ RELIANCES = (
         lambda state: has("domain", "op_name", "provider")(state.get_all_opkernel_def()[0]),
     ),
     Reliance("transformers.PretrainedConfig._attn_implementation", "tests/deepseek_checkpoints.py", bool),
+    Reliance(
+        "torch.cpu._is_avx512_bf16_supported", "quant/rounding/moments.py", lambda check: check() in (True, False)
+    ),
 )
 
 
