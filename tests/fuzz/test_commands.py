@@ -49,7 +49,8 @@ def options(samples: Samples, folder: Path, random: Random) -> Result:
     given = [option for option in command.params if isinstance(option, click.Option)]
     for option in random.sample(given, min(len(given), random.choice((1, 1, 2, 3)))):
         spelled = random.choice((*option.opts, *option.secondary_opts))
-        if option.name not in ("revision", "token", "tokens"):  # for the Hub, and for whoever wants many words
+        # For the Hub, for whoever wants many words, and what stays whatever happens.
+        if option.name not in ("revision", "token", "tokens", "log_file"):
             arguments += [spelled] if option.is_flag else [spelled, random.choice(VALUES)]
     return _invoke(name, *arguments)
 
