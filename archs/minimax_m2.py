@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 from ..errors import BadInput
 from .architecture import Architecture
-from .catalogue import Catalogue
 from .config import Config
 from .dimensions import Dimensions, constant, of, of_rope, quantity, written
 from .expressions import TensorInfo
@@ -16,7 +16,6 @@ from .shared import (
     ATTENTION_NAMES,
     WHOLE_NAMES,
     Builder,
-    CheckpointSource,
     Experts,
     Names,
     Source,
@@ -26,8 +25,8 @@ from .shared import (
     expect_all,
     gguf_source,
     open_gguf,
+    read_checkpoint,
     rope_section,
-    scale_block,
 )
 from .weights import Role
 
@@ -86,11 +85,7 @@ _NAMES = Names(
 
 
 def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
-    dimensions = _read_config(config)
-    catalogue = Catalogue(tensors, config.origin, scale_block(config))
-    tied = config.flag("tie_word_embeddings", default=False)
-    graph = _build(dimensions, CheckpointSource(catalogue, _NAMES, tied))
-    return replace(graph, notes=catalogue.finish())
+    return read_checkpoint(config, tensors, _NAMES, partial(_build, _read_config(config)))
 
 
 def _read_config(config: Config) -> _Dimensions:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..errors import BadInput
 from .architecture import Architecture
-from .catalogue import Catalogue
 from .config import Config
 from .dimensions import Dimensions, first, of, of_rope, of_yarn, quantity, written
 from .expressions import TensorInfo
@@ -19,7 +19,6 @@ from .shared import (
     DENSE_NAMES,
     WHOLE_NAMES,
     Builder,
-    CheckpointSource,
     Experts,
     Names,
     Source,
@@ -29,9 +28,9 @@ from .shared import (
     expect_all,
     gguf_source,
     open_gguf,
+    read_checkpoint,
     read_yarn,
     rope_section,
-    scale_block,
     yarn_of,
 )
 from .weights import Role
@@ -113,11 +112,7 @@ _NAMES = Names(
 
 
 def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
-    dimensions = _read_config(config)
-    catalogue = Catalogue(tensors, config.origin, scale_block(config))
-    tied = config.flag("tie_word_embeddings", default=False)
-    graph = _build(dimensions, CheckpointSource(catalogue, _NAMES, tied))
-    return replace(graph, notes=catalogue.finish())
+    return read_checkpoint(config, tensors, _NAMES, partial(_build, _read_config(config)))
 
 
 def _read_config(config: Config) -> _Dimensions:

@@ -197,6 +197,15 @@ class CheckpointSource:
         return next(filter(self.catalogue.holds, candidates), candidates[0])
 
 
+def read_checkpoint(
+    config: Config, tensors: Sequence[TensorInfo], names: Names, build: Callable[[Source], Graph]
+) -> Graph:
+    """The graph of a checkpoint that uses each of its tensors; the head may be the embedding."""
+    catalogue = Catalogue(tensors, config.origin, scale_block(config))
+    graph = build(CheckpointSource(catalogue, names, config.flag("tie_word_embeddings", default=False)))
+    return replace(graph, notes=catalogue.finish())
+
+
 def open_gguf(metadata: Config, tensors: Sequence[TensorInfo]) -> tuple[Catalogue, int]:
     """The tensors of a GGUF file and its vocabulary size. Raises BadInput for a file without embedding."""
     catalogue = Catalogue(tensors, metadata.origin)

@@ -73,10 +73,8 @@ class Encoder:
             self._unfinished[tensor.weight.layer].append(tensor)
         if not native.available():
             progress.note(f"Quantizing with {native.kernel_status()}")
-        total, done = (
-            sum(tensor.weight.elements for tensor in plan.tensors),
-            sum(map(self._elements_there, plan.tensors)),
-        )
+        total = sum(tensor.weight.elements for tensor in plan.tensors)
+        done = sum(map(self._elements_there, plan.tensors))
         progress.begin("Converting", total, "weights", done)
 
     def is_written(self, layer: int) -> bool:

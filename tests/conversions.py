@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import moecast.convert.encode
+import pytest
 from moecast.convert.conversion import Conversion
 from moecast.convert.pipeline import convert as convert_checkpoint
+from moecast.convert.resume import journal
 from moecast.convert.settings import Calibration, Goal, Output
 from moecast.quant.planning.plan import Form, Plan
 from moecast.runner.settings import Compute, Evaluation
@@ -45,3 +50,20 @@ def convert(
         compute=Compute(compute_dtype, threads, memory, device),
         progress=progress,
     )
+
+
+@contextmanager
+def stopped_after(pieces: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Conversions inside are stopped, as by Ctrl-C, when they have quantized so many pieces and recorded each."""
+    quantize, left = moecast.convert.encode.quantize_weight, iter(range(pieces))
+
+    def until_stopped(*arguments: object) -> object:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return quantize(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "BATCH_SECONDS", 0.0)
+        patched.setattr(moecast.convert.encode, "quantize_weight", until_stopped)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -7,10 +7,8 @@ from pathlib import Path
 from random import Random
 
 import checkpoints
-import moecast.convert.encode
 import pytest
-from conversions import convert
-from moecast.convert.resume import journal
+from conversions import convert, stopped_after
 from moecast.convert.settings import Goal
 from mutations import damaged_bytes
 
@@ -26,18 +24,8 @@ def _convert(folder: Path) -> bytes:
 
 def _stop(folder: Path, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop a conversion after it has measured, and has written so many pieces."""
-    quantize, left = moecast.convert.encode.quantize_weight, iter(range(pieces))
-
-    def until_stopped(*arguments: object) -> object:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return quantize(*arguments)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patched:
-        patched.setattr(journal, "BATCH_SECONDS", 0.0)
-        patched.setattr(moecast.convert.encode, "quantize_weight", until_stopped)
-        with pytest.raises(KeyboardInterrupt):
-            _convert(folder)
+    with stopped_after(pieces, monkeypatch):
+        _convert(folder)
 
 
 def test_damaged_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

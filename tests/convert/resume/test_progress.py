@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
-import moecast.convert.encode
 import pytest
-from conversions import convert
+from conversions import convert, stopped_after
 from moecast.convert.conversion import Conversion
-from moecast.convert.resume import journal
 from moecast.convert.resume.journal import journal_folder
 from moecast.convert.resume.records import Spent, entry, read_record, sealed
 from moecast.convert.settings import Goal
@@ -61,18 +59,8 @@ def _excerpt(folder: Path) -> Path:
 
 def _stop(output: Path, quant: str | Goal, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop a conversion within its last layers."""
-    quantize, left = moecast.convert.encode.quantize_weight, iter(range(100))
-
-    def until_stopped(*arguments: object) -> object:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return quantize(*arguments)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patched:
-        patched.setattr(journal, "BATCH_SECONDS", 0.0)
-        patched.setattr(moecast.convert.encode, "quantize_weight", until_stopped)
-        with pytest.raises(KeyboardInterrupt):
-            _convert(output, quant)
+    with stopped_after(100, monkeypatch):
+        _convert(output, quant)
 
 
 def _took(output: Path, spent: Spent) -> None:
