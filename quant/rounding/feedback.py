@@ -56,7 +56,7 @@ def quantize_weight(
 
 def _without_feedback(rows: Tensor, name: str, means: Tensor | None, threads: int | None) -> Tensor:
     data: Tensor = blocks.quantize(rows.flatten(0, 1), name, means, threads)
-    return data.view(*rows.shape[:2], -1)
+    return data.view(*rows.shape[:2], data.shape[1])
 
 
 def can_feed_back(name: str) -> bool:
