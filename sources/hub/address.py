@@ -35,8 +35,7 @@ def parse_source(text: str) -> Path | HubSource:
     path = Path(os.path.expanduser(text))
     if text and is_there(path.is_dir):
         return path
-    if re.match(r"\w+://[^/]*@[^/]+/", text):
-        raise BadInput(f"the URL holds a user name or token: leave it out and set HF_TOKEN; {EXPECTED}")
+    _refuse_credentials(text)
     if is_there(path.is_file):
         raise BadInput(f"{text} is a file: {EXPECTED}")
     if _is_path(text):
@@ -56,10 +55,16 @@ def parse_file(text: str) -> tuple[HubSource, str | None]:
 
     Raises BadInput for what names no repository.
     """
+    _refuse_credentials(text)
     found = None if _is_path(text) else _hub_address(text)
     if found is None:
         raise BadInput(f"{text!r} is neither a file on this machine nor one on the Hub, such as owner/name/file")
     return found
+
+
+def _refuse_credentials(text: str) -> None:
+    if re.match(r"\w+://[^/]*@[^/]+/", text):
+        raise BadInput(f"the URL holds a user name or token: leave it out and set HF_TOKEN; {EXPECTED}")
 
 
 def _is_path(text: str) -> bool:

@@ -58,3 +58,6 @@ def test_what_is_not_there_is_one_line(server: HubServer, tmp_path: Path) -> Non
         _located("tiny/nothing/im.gguf")
     with pytest.raises(BadInput, match="neither a file on this machine"):
         _located("/nowhere/im.gguf")
+    with pytest.raises(BadInput, match="leave it out") as refused:
+        _located("https://hf_secret@huggingface.co/tiny/moe/resolve/main/im.gguf")
+    assert "hf_secret" not in str(refused.value)
