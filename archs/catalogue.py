@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from math import prod
 
 from ..errors import BadInput
-from .expressions import BlockScaled, Expression, Mxfp4, Nvfp4, Read, Rows, Scaled, Stack, TensorInfo
+from .encodings import BlockScaled, Mxfp4, Nvfp4, Scaled
+from .expressions import Expression, Read, Rows, Stack, TensorInfo
 from .foreign import foreign_form, what_else
 from .weights import scale_name
 

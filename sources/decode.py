@@ -11,20 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..archs.encodings import BlockScaled, GlobalScales, Mxfp4, Nvfp4, Scaled
 from ..archs.expressions import (
     Below,
-    BlockScaled,
     Expression,
-    GlobalScales,
-    Mxfp4,
     NegativeExponential,
-    Nvfp4,
     OnePlus,
     Padded,
     Read,
     Reshape,
     Rows,
-    Scaled,
     SideBySide,
     Stack,
     TensorInfo,

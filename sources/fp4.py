@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..archs.expressions import Expression, Mxfp4, Nvfp4, Read, TensorInfo
+from ..archs.encodings import Mxfp4, Nvfp4
+from ..archs.expressions import Expression, Read, TensorInfo
 from ..errors import BadInput
 from ..quant import dequantize
 from ..quant.formats.table import format_named

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from ...archs.expressions import GlobalScales, Nvfp4, Padded, Stack
+from ...archs.encodings import GlobalScales, Nvfp4
+from ...archs.expressions import Padded, Stack
 from ...archs.graph import Graph
 from ...archs.weights import Role, Weight, scale_name
 from ...errors import BadInput

@@ -6,20 +6,16 @@ import inspect
 from math import prod
 
 import pytest
-from moecast.archs import expressions
+from moecast.archs import encodings, expressions
 from moecast.archs.catalogue import Catalogue
+from moecast.archs.encodings import BlockScaled, GlobalScales, Mxfp4, Nvfp4, Scaled
 from moecast.archs.expressions import (
-    BlockScaled,
     Expression,
-    GlobalScales,
-    Mxfp4,
     NegativeExponential,
-    Nvfp4,
     Padded,
     Read,
     Reshape,
     Rows,
-    Scaled,
     SideBySide,
     Stack,
     TensorInfo,
@@ -78,8 +74,9 @@ def test_one_expert_depends_on_its_own_matrix() -> None:
 
 
 def test_every_kind_can_be_evaluated() -> None:
-    classes = {kind for _, kind in inspect.getmembers(expressions, inspect.isclass) if hasattr(kind, "of_expert")}
-    assert {kind for kind in classes - {Expression} if not kind.__name__.startswith("_")} == _EVALUATIONS.keys()
+    members = [*inspect.getmembers(expressions, inspect.isclass), *inspect.getmembers(encodings, inspect.isclass)]
+    classes = {kind for name, kind in members if hasattr(kind, "of_expert") and not name.startswith("_")}
+    assert classes - {Expression, expressions.Derived} == _EVALUATIONS.keys()
 
 
 def test_fused_experts_of_another_width_are_named() -> None:

@@ -11,7 +11,8 @@ import pytest
 import real_models
 from moecast.archs import minimax_m2, nemotron_h
 from moecast.archs.config import Config
-from moecast.archs.expressions import BlockScaled, Scaled, TensorInfo
+from moecast.archs.encodings import BlockScaled, Scaled
+from moecast.archs.expressions import TensorInfo
 from moecast.archs.weights import Role
 from moecast.errors import BadInput
 from moecast.sources.checkpoint import read_header, read_tensors

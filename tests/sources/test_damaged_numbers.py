@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from moecast.archs.expressions import Mxfp4, Nvfp4, Read, TensorInfo
+from moecast.archs.encodings import Mxfp4, Nvfp4
+from moecast.archs.expressions import Read, TensorInfo
 from moecast.archs.weights import Role
 from moecast.convert import convert
 from moecast.errors import BadInput

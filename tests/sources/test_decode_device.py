@@ -6,20 +6,16 @@ from math import prod
 
 import pytest
 import torch
+from moecast.archs.encodings import BlockScaled, GlobalScales, Mxfp4, Nvfp4, Scaled
 from moecast.archs.expressions import (
     Below,
-    BlockScaled,
     Expression,
-    GlobalScales,
-    Mxfp4,
     NegativeExponential,
-    Nvfp4,
     OnePlus,
     Padded,
     Read,
     Reshape,
     Rows,
-    Scaled,
     SideBySide,
     Stack,
     TensorInfo,
