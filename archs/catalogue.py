@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from math import prod
 
 from ..errors import BadInput
 from .encodings import BlockScaled, Mxfp4, Nvfp4, Scaled
-from .expressions import Expression, Read, Rows, Stack, TensorInfo
+from .expressions import Expression, Read, Rows, Stack, TensorInfo, first_tensor
 from .foreign import foreign_form, what_else
 from .weights import scale_name
 
@@ -42,7 +43,7 @@ class Catalogue:
         self.block = block
         self._tensors: dict[str, TensorInfo] = {}
         self._claimed: set[str] = set()
-        self._fused: dict[str, Read] = {}
+        self._fused: dict[str, Expression] = {}
         self._left_out: list[str] = []
         for tensor in tensors:
             if tensor.name in self._tensors:
@@ -134,15 +135,30 @@ class Catalogue:
             return Stack(tuple(self.matrix(separate.format(expert)) for expert in range(shape[0])))
         if half is None:
             return self.plain(fused)
-        if fused not in self._fused:
-            self._fused[fused] = self.plain(fused)
-        both = self._fused[fused]
+        both = self.fused(fused)
         if both.shape[-2:-1] != (2 * shape[1],):
+            file = first_tensor(both).file
             raise BadInput(
-                f"{fused} in {both.tensor.file} has shape {list(both.shape)}, expected {2 * shape[1]} rows for each "
+                f"{fused} in {file} has shape {list(both.shape)}, expected {2 * shape[1]} rows for each "
                 "expert: those of its gate, then those of its up projection"
             )
         return Rows(both, half * shape[1], (half + 1) * shape[1])
+
+    def fused(self, name: str) -> Expression:
+        """Claim a tensor that holds parts of several weights; asked for again it is the same one.
+
+        Bytes are the codes of microscaled floats, [experts, rows, groups, 16], with a tensor of scales beside them.
+        """
+        if name not in self._fused:
+            tensor = self._tensors.get(name)
+            self._fused[name] = self._mxfp4(name) if tensor and tensor.dtype == "U8" else self.plain(name)
+        return self._fused[name]
+
+    def _mxfp4(self, blocks: str) -> Mxfp4:
+        codes = self._typed(blocks, "U8", dimensions=4)
+        *leading, groups, size = codes.shape
+        scale = self._typed(f"{blocks.removesuffix('_blocks')}_scales", "U8", dimensions=3)
+        return Mxfp4(replace(codes, shape=(*leading, groups * size)), scale)
 
     def stored(self, name: str) -> Expression:
         """Claim a tensor of a GGUF file together with the `.scale` that llama.cpp multiplies it by."""

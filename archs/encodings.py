@@ -69,7 +69,10 @@ class Scaled(_Codes):
 
 @dataclass(frozen=True)
 class _Nibbles(Derived):
-    """Two 4-bit codes in a byte, the even column in the low nibble, and one scale for each GROUP columns."""
+    """Two 4-bit codes in a byte, the even column in the low nibble, and one scale for each GROUP columns.
+
+    A matrix, or a stack of them.
+    """
 
     codes: TensorInfo
     scale: TensorInfo
@@ -77,16 +80,17 @@ class _Nibbles(Derived):
     GROUP: ClassVar[int]
 
     def __post_init__(self) -> None:
-        rows, columns = self.shape
-        if self.scale.shape != (rows, columns // self.GROUP) or columns % self.GROUP:
+        *rows, columns = self.shape
+        if self.scale.shape != (*rows, columns // self.GROUP) or columns % self.GROUP:
+            expected = ", ".join(f"{size:g}" for size in (*rows, columns / self.GROUP))
             raise BadInput(
                 f"{self.scale.name} in {self.scale.file} has shape {list(self.scale.shape)}, expected "
-                f"[{rows}, {columns / self.GROUP:g}]: one scale for each {self.GROUP} columns of {self.codes.name}"
+                f"[{expected}]: one scale for each {self.GROUP} columns of {self.codes.name}"
             )
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.codes.shape[0], 2 * self.codes.shape[1])
+        return (*self.codes.shape[:-1], 2 * self.codes.shape[-1])
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:

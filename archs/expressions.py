@@ -203,15 +203,50 @@ class SideBySide(_Moved):
 
 @dataclass(frozen=True)
 class Rows(_Wrapped, _Moved):
-    """Rows `start` to `stop` of every matrix of `source` (fused projections hold several weights)."""
+    """Rows `start` to before `stop`, every `step`-th, of all matrices of `source`: fused projections hold several."""
 
     start: int
     stop: int
+    step: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
         *leading, _, columns = self.source.shape
-        return (*leading, self.stop - self.start, columns)
+        return (*leading, len(range(self.start, self.stop, self.step)), columns)
+
+    def span(self, rows: tuple[int, int] | None) -> tuple[int, int]:
+        """From which row of the source to before which some of these, or all of them, lie."""
+        start, stop = rows or (0, self.shape[-2])
+        return self.start + start * self.step, self.start + (stop - 1) * self.step + 1
+
+    def of_expert(self, expert: int | None) -> Expression:
+        return self.source.of_expert(expert)
+
+
+@dataclass(frozen=True)
+class Columns(_Wrapped, _Moved):
+    """Every `step`-th column of `source` from `start` on: what is stored by turns with something else."""
+
+    start: int
+    step: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *leading, columns = self.source.shape
+        return (*leading, len(range(self.start, columns, self.step)))
+
+    def of_expert(self, expert: int | None) -> Expression:
+        return self.source.of_expert(expert)
+
+
+@dataclass(frozen=True)
+class Transposed(_Wrapped, _Moved):
+    """Every matrix of `source` with rows and columns exchanged."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *leading, rows, columns = self.source.shape
+        return (*leading, columns, rows)
 
     def of_expert(self, expert: int | None) -> Expression:
         return self.source.of_expert(expert)

@@ -85,12 +85,13 @@ def yarn_of(factor: float, original_context: int) -> Yarn:
     return Yarn(factor, original_context, _YARN_FAST, _YARN_SLOW, 1 + 0.1 * max(math.log(factor), 0))
 
 
-def read_yarn(rope: Config, context: int) -> Yarn | None:
+def read_yarn(rope: Config, context: int, rounded: tuple[bool, ...] = (True,)) -> Yarn | None:
     """The scaling that a section of rotary settings asks for. Raises BadInput for any other than YaRN with its usual
     constants.
 
     Args:
         context: tokens that the model was trained with, unless the section says so.
+        rounded: whether the family's limits between pairs may be rounded; that they are is what is not said.
     """
     kind = rope.text("rope_type", "type", default="default")
     if kind == "default":
@@ -101,8 +102,8 @@ def read_yarn(rope: Config, context: int) -> Yarn | None:
     rope.expect("beta_fast", yarn.fast)
     rope.expect("beta_slow", yarn.slow)
     rope.expect("attention_factor", yarn.magnitude)
-    rope.expect("truncate", True)
-    return yarn
+    rope.expect("truncate", *rounded)
+    return replace(yarn, rounded=rope.flag("truncate", default=True))
 
 
 def scale_block(config: Config) -> tuple[int, int]:
@@ -320,7 +321,7 @@ class Builder:
             shared: width of the shared expert, 0 where there is none.
         """
         count, size, width = shape
-        gated = activation is Activation.SWIGLU
+        gated = activation is not Activation.RELU_SQUARED
         gate = self.weight(f"{blk}.ffn_gate_exps.weight", Role.EXPERT_GATE, *shape) if gated else None
         return MoE(
             router=router,
@@ -332,8 +333,22 @@ class Builder:
             shared=self._shared(blk, activation, shared, clamp) if shared else None,
         )
 
+    def biased_experts(self, blk: str, experts: MoE) -> MoE:
+        """The same with a bias for each projection of each expert."""
+        assert experts.gate
+
+        def bias(kind: str, projection: Weight) -> Weight:
+            return self.weight(f"{blk}.{kind}.bias", Role.BIAS, *projection.shape[:2])
+
+        return replace(
+            experts,
+            gate_bias=bias("ffn_gate_exps", experts.gate),
+            up_bias=bias("ffn_up_exps", experts.up),
+            down_bias=bias("ffn_down_exps", experts.down),
+        )
+
     def _shared(self, blk: str, activation: Activation, size: int, clamp: float | None) -> MLP:
-        gated = activation is Activation.SWIGLU
+        gated = activation is not Activation.RELU_SQUARED
         gate = self.weight(f"{blk}.ffn_gate_shexp.weight", Role.SHARED_GATE, size, self.hidden) if gated else None
         return MLP(
             gate=gate,

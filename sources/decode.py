@@ -14,6 +14,7 @@ from torch import Tensor
 from ..archs.encodings import BlockScaled, GlobalScales, Mxfp4, Nvfp4, Scaled
 from ..archs.expressions import (
     Below,
+    Columns,
     Expression,
     NegativeExponential,
     OnePlus,
@@ -24,6 +25,7 @@ from ..archs.expressions import (
     SideBySide,
     Stack,
     TensorInfo,
+    Transposed,
     Zeros,
 )
 from ..errors import BadInput
@@ -135,16 +137,14 @@ def _evaluate_scaled(source: Scaled, storage: Reader, expert: int | None, rows: 
 
 
 def _evaluate_nvfp4(source: Nvfp4, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
-    start, stop = rows or (0, source.shape[0])
-    values = decode_nvfp4(storage.read(source.codes, start, stop), storage.read(source.scale, start, stop))
+    codes, scales = (_stored(tensor, storage, expert, rows) for tensor in (source.codes, source.scale))
+    values = decode_nvfp4(codes, scales)
     return values * _global_scale(source, storage) if source.global_scale else values
 
 
 def _evaluate_mxfp4(source: Mxfp4, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
-    start, stop = rows or (0, source.shape[0])
-    return _decode(
-        repack_mxfp4(storage.read(source.codes, start, stop), storage.read(source.scale, start, stop)), "MXFP4"
-    )
+    codes, scales = (_stored(tensor, storage, expert, rows) for tensor in (source.codes, source.scale))
+    return _decode(repack_mxfp4(codes, scales), "MXFP4")
 
 
 def _evaluate_global_scales(source: GlobalScales, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
@@ -226,8 +226,16 @@ def _evaluate_side_by_side(source: SideBySide, storage: Reader, expert: int | No
 
 
 def _evaluate_rows(source: Rows, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
-    start, stop = rows or (0, source.stop - source.start)
-    return evaluate(source.source, storage, expert, (source.start + start, source.start + stop))
+    return evaluate(source.source, storage, expert, source.span(rows))[:: source.step].contiguous()
+
+
+def _evaluate_columns(source: Columns, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
+    return evaluate(source.source, storage, expert, rows)[..., source.start :: source.step].contiguous()
+
+
+def _evaluate_transposed(source: Transposed, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
+    values = evaluate(source.source, storage, expert).T
+    return (values[slice(*rows)] if rows else values).contiguous()
 
 
 def _evaluate_stack(source: Stack, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
@@ -250,5 +258,7 @@ _EVALUATIONS: dict[type, Callable[[Any, Reader, int | None, RowRange], Tensor]] 
     Padded: _evaluate_padded,
     SideBySide: _evaluate_side_by_side,
     Rows: _evaluate_rows,
+    Columns: _evaluate_columns,
+    Transposed: _evaluate_transposed,
     Stack: _evaluate_stack,
 }

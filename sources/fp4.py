@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..archs.encodings import Mxfp4, Nvfp4
-from ..archs.expressions import Expression, Read, TensorInfo
+from ..archs.expressions import Expression, Read, Rows, Stack, TensorInfo
 from ..errors import BadInput
 from ..quant import dequantize
 from ..quant.formats.table import format_named
@@ -51,21 +51,28 @@ def repack(
     Returns:
         uint8 [rows, row bytes]; None where the numbers must be quantized.
     """
-    source = expression.of_expert(expert)
-    start, stop = rows or (0, source.shape[-2] if len(source.shape) > 1 else 1)
-    if isinstance(source, Read) and source.tensor.dtype == type_name and format_named(type_name).block_size > 1:
-        first = (expert or 0) * source.shape[-2]
-        return _finite(storage.read(source.tensor, first + start, first + stop), type_name, source.tensor, expert)
-    if not isinstance(source, Nvfp4 | Mxfp4):
-        return None
-    codes, scales = storage.read(source.codes, start, stop), storage.read(source.scale, start, stop)
-    if type_name == "NVFP4" and isinstance(source, Nvfp4) and not source.global_scale:
-        _check_scales(source.scale, scales, _E4M3_NAN)
+    if isinstance(expression, Stack):
+        assert expert is not None
+        return repack(expression.experts[expert], type_name, storage, None, rows)
+    if isinstance(expression, Rows):
+        blocks = repack(expression.source, type_name, storage, expert, expression.span(rows))
+        return None if blocks is None else blocks[:: expression.step].contiguous()
+    height = expression.shape[-2] if len(expression.shape) > 1 else 1
+    start, stop = ((expert or 0) * height + row for row in rows or (0, height))
+    if isinstance(expression, Read):
+        tensor = expression.tensor
+        if tensor.dtype != type_name or format_named(type_name).block_size == 1:
+            return None
+        return _finite(storage.read(tensor, start, stop), type_name, tensor, expert)
+    if isinstance(expression, Nvfp4) and type_name == "NVFP4" and not expression.global_scale:
+        codes, scales = (storage.read(tensor, start, stop) for tensor in (expression.codes, expression.scale))
+        _check_scales(expression.scale, scales, _E4M3_NAN)
         return repack_nvfp4(codes, scales)
-    if type_name == "MXFP4" and isinstance(source, Mxfp4):
-        _check_scales(source.scale, scales, _E8M0_NAN)
+    if isinstance(expression, Mxfp4) and type_name == "MXFP4":
+        codes, scales = (storage.read(tensor, start, stop) for tensor in (expression.codes, expression.scale))
+        _check_scales(expression.scale, scales, _E8M0_NAN)
         blocks = repack_mxfp4(codes, scales)
-        return _finite(blocks, type_name, source.scale, expert) if (scales >= _E8M0_LARGE).any() else blocks
+        return _finite(blocks, type_name, expression.scale, expert) if (scales >= _E8M0_LARGE).any() else blocks
     return None
 
 

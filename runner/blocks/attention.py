@@ -55,11 +55,24 @@ class AttentionMixer:
         count = torch.arange(keys.shape[1], device=keys.device)
         distance = positions[:, None] - (positions[-1] + 1 - keys.shape[1] + count)
         visible = distance >= 0 if o.window is None else (distance >= 0) & (distance < o.window)
+        mixed = self._attend(query, keys, values, visible).transpose(0, 1).flatten(1)
+        return self._projected(mixed, o.output, o.output_bias), self._remembered(keys, values)
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+        """query [heads, tokens, head size], visible [tokens, keys] -> [heads, tokens, head size]
+
+        A sink is a key of zeros, whose score is the head's logit alone; as a value it adds nothing.
+        """
+        o, mask = self._operation, visible
+        if o.sink:
+            seen = torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf)
+            logits = self._weights.load(o.sink)[:, None, None].expand(-1, len(visible), 1)
+            mask = torch.cat((logits, seen.expand(o.heads, -1, -1)), dim=-1)
+            keys, values = (functional.pad(states, (0, 0, 1, 0)) for states in (keys, values))
         mixed = functional.scaled_dot_product_attention(
-            query[None], keys[None], values[None], attn_mask=visible, scale=o.scale, enable_gqa=True
-        )  # [1, heads, tokens, head size]
-        output = self._projected(mixed[0].transpose(0, 1).flatten(1), o.output, o.output_bias)
-        return output, self._remembered(keys, values)
+            query[None], keys[None], values[None], attn_mask=mask, scale=o.scale, enable_gqa=True
+        )
+        return mixed[0]
 
     def _keys_and_values(self, states: Tensor, memory: AttentionState, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Those of all tokens seen, the new ones last."""

@@ -10,6 +10,7 @@ from moecast.archs import encodings, expressions
 from moecast.archs.catalogue import Catalogue
 from moecast.archs.encodings import BlockScaled, GlobalScales, Mxfp4, Nvfp4, Scaled
 from moecast.archs.expressions import (
+    Columns,
     Expression,
     NegativeExponential,
     Padded,
@@ -19,6 +20,7 @@ from moecast.archs.expressions import (
     SideBySide,
     Stack,
     TensorInfo,
+    Transposed,
     Zeros,
     stored_tensors,
 )
@@ -36,6 +38,7 @@ PLAIN = Read(tensor("plain", "BF16", 4, 64))
 FLOAT = Read(tensor("float", "F32", 4, 64))
 NVFP4 = Nvfp4(tensor("codes", "U8", 4, 32), tensor("scale", "F8_E4M3", 4, 4), tensor("global", "F32", 1))
 MXFP4 = Mxfp4(tensor("codes", "I8", 4, 32), tensor("scale", "F8_E8M0", 4, 2))
+STACKED = Mxfp4(tensor("codes", "U8", 3, 4, 32), tensor("scale", "U8", 3, 4, 2))
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,9 @@ MXFP4 = Mxfp4(tensor("codes", "I8", 4, 32), tensor("scale", "F8_E8M0", 4, 2))
         (SideBySide((PLAIN, PLAIN)), 16, "BF16", ["plain", "plain"]),
         (SideBySide((PLAIN, FLOAT)), 32, None, ["plain", "float"]),
         (Rows(FLOAT, 1, 3), 32, "F32", ["float"]),
+        (Columns(PLAIN, 1, 2), 16, "BF16", ["plain"]),
+        (Transposed(FLOAT), 32, "F32", ["float"]),
+        (STACKED, 4.25, "MXFP4", ["codes", "scale"]),
         (Stack((MXFP4, MXFP4)), 4.25, "MXFP4", ["codes", "scale"] * 2),
     ],
 )  # fmt: skip
@@ -68,7 +74,7 @@ def test_facts(expression: Expression, bits: float, exact: str | None, names: li
 
 def test_one_expert_depends_on_its_own_matrix() -> None:
     stack = Stack((PLAIN, FLOAT))
-    for whole in (stack, Padded(stack, (2, 8, 64)), Rows(stack, 0, 2)):
+    for whole in (stack, Padded(stack, (2, 8, 64)), Rows(stack, 0, 2), Columns(stack, 0, 2), Transposed(stack)):
         assert whole.of_expert(1) == FLOAT
     assert stack.of_expert(None) == stack and PLAIN.of_expert(1) == PLAIN
 

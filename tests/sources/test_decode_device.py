@@ -9,6 +9,7 @@ import torch
 from moecast.archs.encodings import BlockScaled, GlobalScales, Mxfp4, Nvfp4, Scaled
 from moecast.archs.expressions import (
     Below,
+    Columns,
     Expression,
     NegativeExponential,
     OnePlus,
@@ -19,6 +20,7 @@ from moecast.archs.expressions import (
     SideBySide,
     Stack,
     TensorInfo,
+    Transposed,
     Zeros,
 )
 from moecast.sources.decode import _EVALUATIONS, evaluate
@@ -51,6 +53,8 @@ EVERY: list[Expression] = [
     Padded(PLAIN, (8, 64)),
     SideBySide((PLAIN, PLAIN)),
     Rows(PLAIN, 1, 3),
+    Columns(PLAIN, 1, 2),
+    Transposed(PLAIN),
     Stack((MXFP4, PLAIN)),
 ]
 
