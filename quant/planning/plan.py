@@ -244,11 +244,14 @@ def _plan_tensor(weight: Weight, recipe: Recipe, position: Position) -> PlannedT
         return PlannedTensor(weight, format_named("I32"), format_named("I32"))
     exact = exact_format(weight.source)
     wanted = format_named(recipe.type_of(weight.role, position))
-    if recipe.quantized and exact and exact.bits_per_weight < wanted.bits_per_weight:
-        return PlannedTensor(weight, exact, exact)  # more bits than the source has would buy nothing
     if weight.role is Role.HEAD and not format_named(recipe.base).fits(weight.columns):
-        return PlannedTensor(weight, _fitting("Q8_0", weight.columns), wanted)
-    return PlannedTensor(weight, _fitting(wanted.name, weight.columns), wanted)
+        fitting = _fitting("Q8_0", weight.columns)
+    else:
+        fitting = _fitting(wanted.name, weight.columns)
+    if recipe.quantized and exact and exact.bits_per_weight < fitting.bits_per_weight:
+        fitting = exact  # more bits than the source has would buy nothing
+        wanted = exact if exact.bits_per_weight < wanted.bits_per_weight else wanted
+    return PlannedTensor(weight, fitting, wanted)
 
 
 def _plan_native(weight: Weight, graph: Graph) -> tuple[PlannedTensor, ...]:
