@@ -41,8 +41,8 @@ _CLAMP = 7.0  # the only one that llama.cpp has
 _KINDS = {"sliding_attention": True, "full_attention": False}
 _PATTERN = "attention.sliding_window_pattern"
 _UNROUNDED = (
-    "YaRN's limits are not rounded here, which no GGUF key can say: llama.cpp rounds them, a KL divergence of about 0.001 "
-    "from the model"
+    "YaRN's limits are not rounded here, which no GGUF key can say: llama.cpp rounds them, a KL divergence of about "
+    "0.001 from the model"
 )
 # What transformers takes where a configuration says nothing of rotary embeddings.
 _ROPE: Mapping[str, Any] = {
@@ -201,7 +201,8 @@ def _read_kinds(config: Config) -> tuple[bool, ...]:
     if kinds is None:
         return tuple(_by_turns(layers))
     if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in _KINDS for kind in kinds):
-        raise BadInput(f"{config.origin}: layer_types is {kinds!r}, expected one of {', '.join(_KINDS)} for each layer")
+        found, expected = str(kinds)[:60], f"{' or '.join(_KINDS)} for each of {layers} layers"
+        raise BadInput(f"{config.origin}: layer_types is {found}, expected {expected}")
     return tuple(_KINDS[kind] for kind in kinds)
 
 

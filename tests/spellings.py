@@ -130,6 +130,32 @@ CHANGES: dict[str, list[Callable[[Values], Values]]] = {
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+_WINDOW, _FULL = "sliding_attention", "full_attention"
+CHANGES["gpt_oss"] = [
+    *COMMON,
+    replaced(rope_theta=12345.0),
+    replaced(rope_scaling=YARN),
+    replaced(rope_scaling=YARN | {"truncate": False, "beta_fast": 32, "beta_slow": 1}),
+    inside("rope_scaling", truncate=True),
+    inside("rope_scaling", attention_factor=1.3465735902799727),
+    replaced(rope_scaling={"rope_type": "default"}),
+    without("rope_scaling"),
+    without("rope_scaling", "rope_theta"),
+    without("layer_types"),
+    without("head_dim"),
+    without("initial_context_length", "experts_per_token"),
+    without("swiglu_limit"),
+    replaced(layer_types=[_FULL, *[_WINDOW] * 23]),
+    replaced(layer_types=[_FULL] * 24, sliding_window=None),
+    replaced(layer_types=[_FULL] * 23),
+    replaced(sliding_window=4096),
+    replaced(swiglu_limit=5.0, swiglu_alpha=1.702),
+    replaced(swiglu_alpha=1.5),
+    replaced(attention_bias=False),
+    renamed("num_experts_per_tok", "experts_per_token"),
+    renamed("num_local_experts", "num_experts"),
+    replaced(intermediate_size=777),
+]
 CHANGES["qwen3_moe"] = [
     *COMMON,
     replaced(rope_theta=12345.0),

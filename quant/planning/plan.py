@@ -18,6 +18,7 @@ from .exact import exact_format
 from .padding import changed_widths, padded_forms
 from .recipes import DOWN_PROJECTIONS, FALLBACKS, LAST_RESORT, Position, Recipe
 
+_LEAST_GAIN = 0.01  # of a file, for which blocks of the source are rounded anew
 ALIGNMENT = 32  # bytes; GGUF's default, every tensor starts at a multiple of it
 
 
@@ -183,9 +184,19 @@ def _largest_block(plan: Plan) -> int:
 
 
 def _smallest(plans: Sequence[Plan]) -> Plan:
-    """The least bytes; a block for multi-token prediction is not given up for its own."""
-    hidden = min(plans, key=_bytes_without_predictions).graph.hidden_size
+    """The least bytes; neither a block for multi-token prediction is given up for its own, nor for next to nothing
+    what is stored as the source has it."""
+    best = min(plans, key=_bytes_without_predictions)
+    gain = 1 - _bytes_without_predictions(best) / _bytes_without_predictions(plans[0])
+    if gain < _LEAST_GAIN and any(map(_keeps_blocks, plans[0].tensors)):
+        return plans[0]
+    hidden = best.graph.hidden_size
     return min((plan for plan in plans if plan.graph.hidden_size == hidden), key=lambda plan: plan.bytes)
+
+
+def _keeps_blocks(tensor: PlannedTensor) -> bool:
+    """Whether blocks of codes are stored as the source has them, which padding would end."""
+    return tensor.type.block_size > 1 and tensor.type == exact_format(tensor.weight.source)
 
 
 def _bytes_without_predictions(plan: Plan) -> int:
@@ -199,11 +210,14 @@ def _describe_padding(unpadded: Plan, plan: Plan, padded: Plan) -> Iterator[str]
     possible = changed_widths(unpadded.graph, padded.graph)
     before, after, all_padded = map(_bytes_without_predictions, (unpadded, plan, padded))
     if changes:
-        more = "larger" if after > before else "smaller"
-        change = f"{abs(after / before - 1):.1%} {more}"
+        change = _change(before, after)
         yield f"padded rows with zeros, which changes no result: {changes}; that makes the file {change}"
     elif possible:
-        yield f"no rows padded with zeros ({possible}): that would make the file {all_padded / before - 1:.1%} larger"
+        yield f"no rows padded with zeros ({possible}): that would make the file {_change(before, all_padded)}"
+
+
+def _change(before: int, after: int) -> str:
+    return f"{abs(after / before - 1):.1%} {'larger' if after > before else 'smaller'}"
 
 
 def plan_tensors(graph: Graph, recipe: Recipe, calibrated: bool = False) -> Plan:
