@@ -35,7 +35,8 @@ def example(family: str) -> Values:
     values.pop("quantization_config", None)
     if "time_step_limit" in values:
         values["time_step_limit"] = [0.0, float("inf")]
-    values.pop("norm_eps", None)  # another name of layer_norm_epsilon
+    for other_name in ("norm_eps", "experts_per_token"):
+        values.pop(other_name, None)
     return values
 
 
