@@ -9,8 +9,8 @@ from ...archs.graph import MLP, SIGMOID_GAIN, Activation, HashRouter, MoE, Route
 from ...errors import BadInput
 from .builder import Builder
 
-# Operators of experts compute gate * sigmoid(alpha * gate) * (up + beta). With the projection itself as gate and a large
-# alpha that is relu(up)^2, up to 1 / alpha^2.
+# Operators of experts compute gate * sigmoid(alpha * gate) * (up + beta). With the projection itself as gate and a
+# large alpha that is relu(up)^2, up to 1 / alpha^2.
 _SIGMOIDS = {
     Activation.SWIGLU: (1.0, 0.0),
     Activation.SWIGLU_OAI: (SIGMOID_GAIN, 1.0),
