@@ -12,7 +12,7 @@ from dataclasses import replace
 from math import prod
 
 from ..errors import BadInput
-from .encodings import BlockScaled, Mxfp4, Nvfp4, Scaled
+from .encodings import BlockScaled, Int4, Mxfp4, Nvfp4, Packing, Scaled
 from .expressions import Expression, Read, Rows, Stack, TensorInfo, first_tensor
 from .foreign import foreign_form, what_else
 from .weights import scale_name
@@ -20,6 +20,9 @@ from .weights import scale_name
 PLAIN_DTYPES = ("F32", "F16", "BF16")
 _SCALES = ("weight_scale", "weight_scale_inv", "scale")  # multipliers, whatever the name says
 _GLOBAL_SCALES = ("weight_scale_2", "weight_global_scale")
+# Codes, scales, zeros and groups of columns of whole numbers.
+_COMPRESSED_NAMES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
+_GPTQ_NAMES = ("qweight", "scales", "qzeros", "g_idx")
 # They serve the arithmetic of the engine that the checkpoint was made for, no weight depends on them.
 _ACTIVATION_SCALES = ("input_scale", "input_global_scale", "k_scale", "v_scale")
 # What tools leave behind: buffers that are computed anew, scales of activations and of the KV cache.
@@ -36,11 +39,19 @@ class Catalogue:
         tensors: every tensor of the checkpoint.
         origin: what to call the checkpoint in error messages.
         block: rows and columns that share one scale in block-scaled FP8 matrices.
+        packing: which tool packed what is called `qweight`; None where that is not known.
     """
 
-    def __init__(self, tensors: Iterable[TensorInfo], origin: str, block: tuple[int, int] = (128, 128)) -> None:
+    def __init__(
+        self,
+        tensors: Iterable[TensorInfo],
+        origin: str,
+        block: tuple[int, int] = (128, 128),
+        packing: Packing | None = None,
+    ) -> None:
         self.origin = origin
         self.block = block
+        self.packing = packing
         self._tensors: dict[str, TensorInfo] = {}
         self._claimed: set[str] = set()
         self._fused: dict[str, Expression] = {}
@@ -80,6 +91,8 @@ class Catalogue:
         if tensor is not None and tensor.dtype in PLAIN_DTYPES:
             self._drop_scales(module)
             return self.plain(tensor.name)
+        if int4 := self._int4(module):
+            return int4
         if foreign := foreign_form(module, self._tensors):
             raise BadInput(f"{self.origin}: {module} is not in a form that can be read: {foreign}")
         if f"{module}.weight_packed" in self:  # compressed-tensors
@@ -99,6 +112,25 @@ class Catalogue:
             "or scale"
         )
 
+    def _int4(self, module: str) -> Int4 | None:
+        """Whole numbers of 4 bits, if the matrix is stored as those."""
+        packed, packing = self._tensors.get(f"{module}.weight_packed"), self.packing
+        if packed and packed.dtype == "I32":
+            self._typed(f"{module}.weight_shape", "I64", "I32")  # which the others say too
+            packing, names = Packing.COMPRESSED_TENSORS, _COMPRESSED_NAMES
+        elif f"{module}.qweight" in self and packing:
+            names = _GPTQ_NAMES
+        else:
+            return None
+        codes, scale, zero, groups = (f"{module}.{name}" for name in names)
+        return Int4(
+            packing,
+            codes=self._typed(codes, "I32", dimensions=2),
+            scale=self._typed(scale, *PLAIN_DTYPES, dimensions=2),
+            zero=self._typed(zero, "I32", dimensions=2) if zero in self else None,
+            groups=self._typed(groups, "I32", dimensions=1) if groups in self else None,
+        )
+
     def _float8(self, name: str, scale: str) -> Expression:
         """Scaled as a whole, by rows or in blocks: the shape of the scales says it, not their name."""
         rows, columns = self._tensors[name].shape
@@ -116,8 +148,9 @@ class Catalogue:
                 self._left_out.append(name)
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor is there, be it in the two parts of compressed-tensors."""
-        return name in self or (name.endswith(".weight") and f"{name}_packed" in self)
+        """Whether a tensor is there, be it packed."""
+        module = name.removesuffix(".weight")
+        return name in self or (module != name and (f"{name}_packed" in self or f"{module}.qweight" in self))
 
     def holds_below(self, pattern: str) -> bool:
         """Whether there are tensors whose names begin as `pattern` does, up to its `{}`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from math import prod
 from typing import ClassVar
 
@@ -155,3 +156,75 @@ class GlobalScales(Derived):
     @property
     def bits(self) -> float:
         return 32.0
+
+
+class Packing(Enum):
+    """Which tool packed a matrix of whole numbers of 4 bits, eight in a word, the first in the lowest bits."""
+
+    COMPRESSED_TENSORS = "compressed-tensors"  # codes of one row in a word, zeros of one group of columns
+    GPTQ = "gptq"  # codes of one row, all transposed; zeros of one group, each less one
+    GPTQ_V2 = "gptq_v2"  # the same, zeros as they are
+    AWQ = "awq"  # codes of one column, all transposed; zeros of one group; in the order 0, 2, 4, 6, 1, 3, 5, 7
+
+
+@dataclass(frozen=True)
+class Int4(Derived):
+    """Whole numbers of 4 bits: `(code - zero) * scale`, with one zero and one scale of a row for each group of columns.
+
+    Groups of one size follow one another, unless `groups` says of each column which is its own. Without `zero` it is 8.
+    """
+
+    packing: Packing
+    codes: TensorInfo
+    scale: TensorInfo
+    zero: TensorInfo | None = None
+    groups: TensorInfo | None = None
+
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        count = self.scale.shape[1 if self.by_rows else 0]
+        if columns % count and self.groups is None:
+            raise self._unfit(self.scale, f"groups of one size of {columns} columns")
+        self._expect(self.scale, (rows, count))
+        if self.zero:
+            self._expect(self.zero, (-(-rows // 8), count))
+        if self.groups and self.groups.shape != (columns,):
+            raise self._unfit(self.groups, f"[{columns}]")
+
+    def _expect(self, tensor: TensorInfo, shape: tuple[int, int]) -> None:
+        """Raises BadInput for another shape than this, or its transpose."""
+        expected = shape if self.by_rows else shape[::-1]
+        if tensor.shape != expected:
+            raise self._unfit(tensor, str([*expected]))
+
+    def _unfit(self, tensor: TensorInfo, expected: str) -> BadInput:
+        return BadInput(
+            f"{tensor.name} in {tensor.file} has shape {list(tensor.shape)}, expected {expected}: what belongs to "
+            f"{self.codes.name} of {list(self.codes.shape)} words of eight numbers"
+        )
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether tensors begin with the rows of the matrix, not with columns or groups of them."""
+        return self.packing is Packing.COMPRESSED_TENSORS
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        first, last = self.codes.shape
+        match self.packing:
+            case Packing.COMPRESSED_TENSORS:
+                return first, 8 * last
+            case Packing.AWQ:
+                return 8 * last, first
+            case _:
+                return last, 8 * first
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return (self.codes, self.scale, *(tensor for tensor in (self.zero, self.groups) if tensor))
+
+    @property
+    def bits(self) -> float:
+        """Without the order of the columns, which is none of the numbers."""
+        stored = (self.codes, self.scale, *((self.zero,) if self.zero else ()))
+        return 8 * sum(tensor.length for tensor in stored) / prod(self.shape)

@@ -12,6 +12,7 @@ from ..errors import BadInput
 from .catalogue import Catalogue
 from .config import Config
 from .dimensions import Dimensions
+from .encodings import Packing
 from .expressions import Expression, TensorInfo
 from .graph import MLP, Activation, Attention, Graph, HashRouter, Layer, MoE, Norm, Rope, Router, Yarn
 from .weights import Role, Weight
@@ -124,6 +125,28 @@ def _block_structure(quantization: Config) -> Any:
     return next(filter(None, blocks), None)
 
 
+def packing_of(config: Config) -> Packing | None:
+    """Which tool packed whole numbers under names that several use. Raises BadInput for another form of its own."""
+    quantization = config.section("quantization_config")
+    match quantization.text("quant_method", default="none"):
+        case "gptq":
+            quantization.expect("bits", 4)
+            quantization.expect("is_marlin_format", False)
+            quantization.expect("checkpoint_format", "gptq", "gptq_v2")
+            return Packing(quantization.text("checkpoint_format", default="gptq"))
+        case "awq":
+            quantization.expect("bits", 4)
+            quantization.expect("version", "gemm", "GEMM")
+            return Packing.AWQ
+        case _:
+            return None
+
+
+def catalogue_of(config: Config, tensors: Sequence[TensorInfo]) -> Catalogue:
+    """The tensors of a checkpoint, with what its configuration says of their encodings."""
+    return Catalogue(tensors, config.origin, scale_block(config), packing_of(config))
+
+
 @dataclass(frozen=True)
 class Experts:
     """Names of a stack of experts below a layer, see `Catalogue.experts`."""
@@ -202,7 +225,7 @@ def read_checkpoint(
     config: Config, tensors: Sequence[TensorInfo], names: Names, build: Callable[[Source], Graph]
 ) -> Graph:
     """The graph of a checkpoint that uses each of its tensors; the head may be the embedding."""
-    catalogue = Catalogue(tensors, config.origin, scale_block(config))
+    catalogue = catalogue_of(config, tensors)
     graph = build(CheckpointSource(catalogue, names, config.flag("tie_word_embeddings", default=False)))
     return replace(graph, notes=catalogue.finish())
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..archs.encodings import BlockScaled, GlobalScales, Mxfp4, Nvfp4, Scaled
+from ..archs.encodings import BlockScaled, GlobalScales, Int4, Mxfp4, Nvfp4, Scaled
 from ..archs.expressions import (
     Below,
     Columns,
@@ -31,6 +31,7 @@ from ..archs.expressions import (
 from ..errors import BadInput
 from ..quant import dequantize
 from .fp4 import decode_nvfp4, repack_mxfp4
+from .int4 import decode_int4, unpack_codes, unpack_zeros
 from .storage import Reader
 
 RowRange = tuple[int, int] | None  # (start, stop) within a matrix, None for all of it
@@ -147,6 +148,33 @@ def _evaluate_mxfp4(source: Mxfp4, storage: Reader, expert: int | None, rows: Ro
     return _decode(repack_mxfp4(codes, scales), "MXFP4")
 
 
+def _evaluate_int4(source: Int4, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
+    part = slice(*(rows or (0, source.shape[0])))
+    of_tensor = rows if source.by_rows else None
+    codes, scales = (_stored(tensor, storage, None, of_tensor) for tensor in (source.codes, source.scale))
+    numbers, factors = unpack_codes(source.packing, codes), _decode(scales, source.scale.dtype)
+    if not source.by_rows:
+        numbers, factors = numbers[part], factors.T[part]
+    zeros = unpack_zeros(source.packing, storage.read(source.zero))[part] if source.zero else 8
+    return decode_int4(numbers, zeros, factors, _groups(source, storage))
+
+
+def _groups(source: Int4, storage: Reader) -> Tensor | None:
+    """Of each column its group; None where they follow one another, as all being -1 says too."""
+    if source.groups is None:
+        return None
+    groups, count = _whole(source.groups, storage).long(), source.scale.shape[1 if source.by_rows else 0]
+    if (groups == -1).all():
+        return None
+    outside = ((groups < 0) | (groups >= count)).nonzero()
+    if len(outside):
+        raise BadInput(
+            f"{source.groups.name} in {source.groups.file} holds {groups[outside[0, 0]]}, expected numbers of {count} "
+            "groups: the checkpoint is damaged, fetch it again"
+        )
+    return groups
+
+
 def _evaluate_global_scales(source: GlobalScales, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     return torch.stack([_global_scale(matrix, storage) for matrix in source.matrices])
 
@@ -249,6 +277,7 @@ _EVALUATIONS: dict[type, Callable[[Any, Reader, int | None, RowRange], Tensor]] 
     Scaled: _evaluate_scaled,
     Nvfp4: _evaluate_nvfp4,
     Mxfp4: _evaluate_mxfp4,
+    Int4: _evaluate_int4,
     GlobalScales: _evaluate_global_scales,
     Reshape: _evaluate_reshape,
     NegativeExponential: _evaluate_negative_exponential,

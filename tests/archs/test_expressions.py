@@ -8,7 +8,7 @@ from math import prod
 import pytest
 from moecast.archs import encodings, expressions
 from moecast.archs.catalogue import Catalogue
-from moecast.archs.encodings import BlockScaled, GlobalScales, Mxfp4, Nvfp4, Scaled
+from moecast.archs.encodings import BlockScaled, GlobalScales, Int4, Mxfp4, Nvfp4, Packing, Scaled
 from moecast.archs.expressions import (
     Columns,
     Expression,
@@ -27,7 +27,7 @@ from moecast.archs.expressions import (
 from moecast.errors import BadInput
 from moecast.sources.decode import _EVALUATIONS
 
-BYTES = {"F32": 4, "BF16": 2, "I64": 8}
+BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4}
 
 
 def tensor(name: str, dtype: str, *shape: int) -> TensorInfo:
@@ -53,6 +53,7 @@ STACKED = Mxfp4(tensor("codes", "U8", 3, 4, 32), tensor("scale", "U8", 3, 4, 2))
         (Scaled(tensor("codes", "F8_E4M3", 4, 64), tensor("scale", "F32", 4)), 8, None, ["codes", "scale"]),
         (NVFP4, 4.5, None, ["codes", "scale", "global"]),
         (MXFP4, 4.25, "MXFP4", ["codes", "scale"]),
+        (Int4(Packing.AWQ, tensor("words", "I32", 64, 1), tensor("scales", "F16", 4, 8)), 5, None, ["words", "scales"]),
         (GlobalScales((NVFP4,)), 32, None, ["codes", "scale", "global"]),
         (Reshape(PLAIN.tensor, (64, 4)), 16, None, ["plain"]),
         (NegativeExponential(PLAIN), 16, None, ["plain"]),

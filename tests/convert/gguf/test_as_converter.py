@@ -8,6 +8,7 @@ from pathlib import Path
 import checkpoints
 import gguf
 import gpt_oss_checkpoints as gpt_oss
+import int4_packs
 import pytest
 import qwen3_checkpoints as qwen3
 from conversions import convert
@@ -25,6 +26,12 @@ def example(name: str) -> Save:
     return lambda folder: checkpoints.copied(EXAMPLES / name, folder)
 
 
+def packed_qwen3(folder: Path, style: str) -> None:
+    """In whole numbers of 4 bits, which both decode."""
+    plain = qwen3.save_qwen3(folder.parent / "plain", qwen3.qwen3_model(hidden_size=128, moe_intermediate_size=96))
+    int4_packs.repacked(plain, folder, folder.parent / "exact", style)
+
+
 CHECKPOINTS: dict[str, Save] = {
     "MiniMax": lambda folder: checkpoints.save_minimax(folder, checkpoints.minimax_model()),
     "MiniMax in FP8": example("minimax-m2-tiny"),
@@ -32,6 +39,8 @@ CHECKPOINTS: dict[str, Save] = {
     "Qwen3": lambda folder: qwen3.save_qwen3(folder, qwen3.qwen3_model()),
     "Qwen3 with YaRN": lambda folder: qwen3.save_qwen3(folder, qwen3.qwen3_model(**qwen3.VARIANTS["yarn"])),
     "Qwen3 in FP8": lambda folder: qwen3.save_qwen3_fp8(folder, qwen3.qwen3_model()),
+    "Qwen3 packed by GPTQ": lambda folder: packed_qwen3(folder, "gptq order"),
+    "Qwen3 packed by compressed-tensors": lambda folder: packed_qwen3(folder, "compressed"),
     "gpt-oss": lambda folder: gpt_oss.save_gpt_oss(folder, gpt_oss.gpt_oss_model()),
 }
 # The lists of layers, which the converter takes from transformers' class, where layers have other names.
