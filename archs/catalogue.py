@@ -40,6 +40,7 @@ class Catalogue:
         origin: what to call the checkpoint in error messages.
         block: rows and columns that share one scale in block-scaled FP8 matrices.
         packing: which tool packed what is called `qweight`; None where that is not known.
+        uniform: whether its zeros are all 8, and its columns in order.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Catalogue:
         origin: str,
         block: tuple[int, int] = (128, 128),
         packing: Packing | None = None,
+        uniform: bool = False,
     ) -> None:
         self.origin = origin
         self.block = block
         self.packing = packing
+        self.uniform = uniform
         self._tensors: dict[str, TensorInfo] = {}
         self._claimed: set[str] = set()
         self._fused: dict[str, Expression] = {}
@@ -129,6 +132,7 @@ class Catalogue:
             scale=self._typed(scale, *PLAIN_DTYPES, dimensions=2),
             zero=self._typed(zero, "I32", dimensions=2) if zero in self else None,
             groups=self._typed(groups, "I32", dimensions=1) if groups in self else None,
+            uniform=self.uniform and packing is self.packing,
         )
 
     def _float8(self, name: str, scale: str) -> Expression:

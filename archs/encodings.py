@@ -172,6 +172,7 @@ class Int4(Derived):
     """Whole numbers of 4 bits: `(code - zero) * scale`, with one zero and one scale of a row for each group of columns.
 
     Groups of one size follow one another, unless `groups` says of each column which is its own. Without `zero` it is 8.
+    `uniform` says that it is 8 and that groups follow one another, although there are tensors for either.
     """
 
     packing: Packing
@@ -179,6 +180,7 @@ class Int4(Derived):
     scale: TensorInfo
     zero: TensorInfo | None = None
     groups: TensorInfo | None = None
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
@@ -227,4 +229,11 @@ class Int4(Derived):
     def bits(self) -> float:
         """Without the order of the columns, which is none of the numbers."""
         stored = (self.codes, self.scale, *((self.zero,) if self.zero else ()))
-        return 8 * sum(tensor.length for tensor in stored) / prod(self.shape)
+        return 8 * sum(tensor.length for tensor in stored) / float(prod(self.shape))
+
+    @property
+    def exact(self) -> str | None:
+        """Blocks of Q4_0 have one zero for all, and scales of 16 bits."""
+        uniform = self.uniform or not (self.zero or self.groups)
+        size = self.shape[1] // self.scale.shape[1 if self.by_rows else 0]
+        return "Q4_0" if uniform and size % 32 == 0 and self.scale.dtype != "F32" else None

@@ -125,26 +125,25 @@ def _block_structure(quantization: Config) -> Any:
     return next(filter(None, blocks), None)
 
 
-def packing_of(config: Config) -> Packing | None:
-    """Which tool packed whole numbers under names that several use. Raises BadInput for another form of its own."""
-    quantization = config.section("quantization_config")
+def catalogue_of(config: Config, tensors: Sequence[TensorInfo]) -> Catalogue:
+    """The tensors of a checkpoint, with what its configuration alone says of their encodings.
+
+    Raises BadInput for whole numbers of other sizes, or in another form, than are understood.
+    """
+    quantization, packing, uniform = config.section("quantization_config"), None, False
     match quantization.text("quant_method", default="none"):
         case "gptq":
             quantization.expect("bits", 4)
             quantization.expect("is_marlin_format", False)
             quantization.expect("checkpoint_format", "gptq", "gptq_v2")
-            return Packing(quantization.text("checkpoint_format", default="gptq"))
+            packing = Packing(quantization.text("checkpoint_format", default="gptq"))
+            ordered = not quantization.flag("desc_act", default=False)
+            uniform = quantization.flag("sym", default=True) and ordered
         case "awq":
             quantization.expect("bits", 4)
             quantization.expect("version", "gemm", "GEMM")
-            return Packing.AWQ
-        case _:
-            return None
-
-
-def catalogue_of(config: Config, tensors: Sequence[TensorInfo]) -> Catalogue:
-    """The tensors of a checkpoint, with what its configuration says of their encodings."""
-    return Catalogue(tensors, config.origin, scale_block(config), packing_of(config))
+            packing = Packing.AWQ
+    return Catalogue(tensors, config.origin, scale_block(config), packing, uniform)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ..errors import BadInput
 from ..progress import Progress
 from ..quant import dequantize
 from ..quant.formats import native
+from ..quant.planning.exact import exact_format
 from ..quant.planning.plan import Plan, PlannedTensor
 from ..quant.rounding.feedback import quantize_weight
 from ..quant.rounding.moments import SecondMoments
@@ -143,6 +144,8 @@ class Encoder:
         data = self.source.model.repacked(weight, type_name, expert, rows, self.source.device)
         if data is not None:
             return data
+        if tensor.type.block_size > 1 and tensor.type == exact_format(weight.source):
+            self._warn(f"rounded to {type_name} what config.json says has its form: zeros, scales or columns have not")
         values = self.source.load(weight, expert, rows).view(-1, weight.columns)
         if type_name == "I32":
             return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
@@ -169,6 +172,9 @@ class Encoder:
             line = f"{weight.name} holds {largest:.3g}, of which {type_name} keeps {kept:.3g}: BF16 would hold it"
         else:
             return
+        self._warn(line)
+
+    def _warn(self, line: str) -> None:
         if line not in self._writer.problems:
             self._writer.problems.append(line)
 

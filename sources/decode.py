@@ -31,7 +31,7 @@ from ..archs.expressions import (
 from ..errors import BadInput
 from ..quant import dequantize
 from .fp4 import decode_nvfp4, repack_mxfp4
-from .int4 import decode_int4, unpack_codes, unpack_zeros
+from .int4 import decode_int4, read_int4
 from .storage import Reader
 
 RowRange = tuple[int, int] | None  # (start, stop) within a matrix, None for all of it
@@ -149,30 +149,7 @@ def _evaluate_mxfp4(source: Mxfp4, storage: Reader, expert: int | None, rows: Ro
 
 
 def _evaluate_int4(source: Int4, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
-    part = slice(*(rows or (0, source.shape[0])))
-    of_tensor = rows if source.by_rows else None
-    codes, scales = (_stored(tensor, storage, None, of_tensor) for tensor in (source.codes, source.scale))
-    numbers, factors = unpack_codes(source.packing, codes), _decode(scales, source.scale.dtype)
-    if not source.by_rows:
-        numbers, factors = numbers[part], factors.T[part]
-    zeros = unpack_zeros(source.packing, storage.read(source.zero))[part] if source.zero else 8
-    return decode_int4(numbers, zeros, factors, _groups(source, storage))
-
-
-def _groups(source: Int4, storage: Reader) -> Tensor | None:
-    """Of each column its group; None where they follow one another, as all being -1 says too."""
-    if source.groups is None:
-        return None
-    groups, count = _whole(source.groups, storage).long(), source.scale.shape[1 if source.by_rows else 0]
-    if (groups == -1).all():
-        return None
-    outside = ((groups < 0) | (groups >= count)).nonzero()
-    if len(outside):
-        raise BadInput(
-            f"{source.groups.name} in {source.groups.file} holds {groups[outside[0, 0]]}, expected numbers of {count} "
-            "groups: the checkpoint is damaged, fetch it again"
-        )
-    return groups
+    return decode_int4(read_int4(source, storage, rows))
 
 
 def _evaluate_global_scales(source: GlobalScales, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:

@@ -54,6 +54,8 @@ STACKED = Mxfp4(tensor("codes", "U8", 3, 4, 32), tensor("scale", "U8", 3, 4, 2))
         (NVFP4, 4.5, None, ["codes", "scale", "global"]),
         (MXFP4, 4.25, "MXFP4", ["codes", "scale"]),
         (Int4(Packing.AWQ, tensor("words", "I32", 64, 1), tensor("scales", "F16", 4, 8)), 5, None, ["words", "scales"]),
+        (Int4(Packing.COMPRESSED_TENSORS, tensor("words", "I32", 4, 8), tensor("scales", "BF16", 4, 2)), 4.5, "Q4_0",
+         ["words", "scales"]),
         (GlobalScales((NVFP4,)), 32, None, ["codes", "scale", "global"]),
         (Reshape(PLAIN.tensor, (64, 4)), 16, None, ["plain"]),
         (NegativeExponential(PLAIN), 16, None, ["plain"]),

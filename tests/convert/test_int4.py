@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import int4_packs
 import llama
 import pytest
@@ -36,6 +37,33 @@ def test_packed_checkpoint(style: str, tmp_path: Path) -> None:
     path = convert(tmp_path / "packed", tmp_path, "F32", calibration=None, verify=False).files[0]
     theirs = llama.run_isolated(path, TOKENS[0].tolist())
     assert llama.mean_divergence(logits_of(oracle, TOKENS)[0].numpy(), theirs) < 1e-8
+
+
+@pytest.mark.parametrize("quant", ["native", "Q8_0", "Q5_K_M"])
+def test_symmetric_numbers_are_kept_code_for_code(quant: str, tmp_path: Path) -> None:
+    """In Q4_0, whatever larger type was asked for."""
+    from transformers import Qwen3MoeForCausalLM
+
+    plain = qwen3.save_qwen3(tmp_path / "plain", qwen3.qwen3_model(seed=5, **SIZES))
+    int4_packs.repacked(plain, tmp_path / "packed", tmp_path / "exact", "gptq symmetric")
+    path = convert(tmp_path / "packed", tmp_path, quant, calibration=None, verify=False, padding=False).files[0]
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    packed = {name for name in types if ("exps" in name or "attn_" in name) and "norm" not in name}
+    assert {types[name] for name in packed} == {"Q4_0"}
+    if quant == "native":
+        oracle = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "exact", dtype=torch.float32).eval()
+        assert_same_logits(open_model(path), oracle, TOKENS)
+
+
+def test_numbers_that_are_not_what_the_configuration_says(tmp_path: Path) -> None:
+    plain = qwen3.save_qwen3(tmp_path / "plain", qwen3.qwen3_model(num_hidden_layers=1, **SIZES))
+    int4_packs.repacked(plain, tmp_path / "packed", tmp_path / "exact", "gptq")
+    result = convert(tmp_path / "packed", tmp_path, "native", calibration=None, verify=False)
+    assert [line for line in result.problems if "rounded to Q4_0 what config.json says" in line]
+    quantization = int4_packs.CONFIGURATIONS["gptq"] | {"sym": False}
+    int4_packs.edit_config(tmp_path / "packed", quantization_config=quantization)
+    result = convert(tmp_path / "packed", tmp_path / "out", "native", calibration=None, verify=False)
+    assert result.problems == () and result.bits_per_weight > 8
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from moecast.convert import convert
 from moecast.errors import BadInput
 from moecast.quant import quantize
 from moecast.sources.decode import evaluate
-from moecast.sources.fp4 import repack
 from moecast.sources.model import open_model
+from moecast.sources.repack import repack
 from moecast.sources.storage import Storage
 from safetensors.torch import load_file, save_file
 

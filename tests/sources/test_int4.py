@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ggml import dequantize
 from int4_packs import pack
 from moecast.archs.catalogue import Catalogue
 from moecast.archs.encodings import Int4, Packing
@@ -13,6 +14,7 @@ from moecast.errors import BadInput
 from moecast.sources.checkpoint import read_tensors
 from moecast.sources.decode import evaluate
 from moecast.sources.read_ahead import stored_rows
+from moecast.sources.repack import repack
 from moecast.sources.storage import Storage
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,9 +27,9 @@ STYLES = {
 MATRIX = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
 
 
-def catalogue(tensors: dict[str, Tensor], folder: Path, packing: Packing | None) -> Catalogue:
+def catalogue(tensors: dict[str, Tensor], folder: Path, packing: Packing | None, uniform: bool = False) -> Catalogue:
     save_file({f"module.{ending}": tensor for ending, tensor in tensors.items()}, folder / "model.safetensors")
-    return Catalogue(read_tensors(folder), "folder", packing=packing)
+    return Catalogue(read_tensors(folder), "folder", packing=packing, uniform=uniform)
 
 
 @pytest.mark.parametrize("group", [16, 64])
@@ -37,7 +39,7 @@ def test_every_number_is_the_one_that_was_packed(style: str, group: int, tmp_pat
     assert "symmetric" not in style or float((packed.values - MATRIX).abs().max()) < 0.3
     found = catalogue(packed.tensors, tmp_path, STYLES[style])
     source, storage = found.matrix("module"), Storage()
-    assert isinstance(source, Int4) and source.shape == (24, 64) and source.exact is None
+    assert isinstance(source, Int4) and source.shape == (24, 64)
     zeros = 0 if style.startswith("compressed symmetric") else 4
     assert source.bits == 4 + (16 + zeros) / group
     for rows in (None, (0, 5), (7, 24), (8, 16)):
@@ -45,6 +47,34 @@ def test_every_number_is_the_one_that_was_packed(style: str, group: int, tmp_pat
         assert torch.equal(values, packed.values[slice(*rows) if rows else slice(None)]) and values.is_contiguous()
     storage.close()
     assert found.finish() == ()
+
+
+@pytest.mark.parametrize("rows", [None, (0, 5), (8, 16)])
+@pytest.mark.parametrize("style", [style for style in STYLES if not style.startswith("awq")])
+def test_blocks_of_q4_0_hold_what_has_their_form(style: str, rows: tuple[int, int] | None, tmp_path: Path) -> None:
+    """ggml decodes them to the same numbers. A configuration that says it wrongly makes nothing wrong."""
+    packed, uniform = pack(MATRIX, style, 32), "symmetric" in style and "order" not in style
+    found = catalogue(packed.tensors, tmp_path, STYLES[style], uniform=True)
+    source, storage = found.matrix("module"), Storage()
+    assert source.exact == ("Q4_0" if uniform or style.startswith("gptq") else None)
+    blocks = repack(source, "Q4_0", storage, None, rows)
+    assert (blocks is not None) == uniform
+    if blocks is not None:
+        expected = packed.values[slice(*rows) if rows else slice(None)]
+        assert torch.equal(torch.from_numpy(dequantize(blocks.numpy(), "Q4_0")), expected)
+    storage.close()
+
+
+def test_what_blocks_of_q4_0_do_not_hold(tmp_path: Path) -> None:
+    """Groups of another size, and scales that float16 rounds."""
+    (tmp_path / "a").mkdir()
+    source = catalogue(pack(MATRIX, "compressed symmetric", 16).tensors, tmp_path / "a", None).matrix("module")
+    assert source.exact is None
+    packed, storage = pack(1e-6 * MATRIX, "compressed symmetric", 32), Storage()
+    source = catalogue(packed.tensors, tmp_path, None).matrix("module")
+    assert repack(source, "Q4_0", storage, None, None) is None
+    assert torch.equal(evaluate(source, storage), packed.values)
+    storage.close()
 
 
 def test_columns_without_an_order_say_minus_one(tmp_path: Path) -> None:

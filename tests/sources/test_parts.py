@@ -12,8 +12,8 @@ from moecast.archs.expressions import Columns, Expression, Padded, Read, Rows, T
 from moecast.errors import BadInput
 from moecast.sources.checkpoint import read_tensors
 from moecast.sources.decode import evaluate
-from moecast.sources.fp4 import repack
 from moecast.sources.read_ahead import stored_rows
+from moecast.sources.repack import repack
 from moecast.sources.storage import Storage
 from safetensors.torch import save_file
 from torch import Tensor
