@@ -228,8 +228,8 @@ class Int4(Derived):
     @property
     def bits(self) -> float:
         """Without the order of the columns, which is none of the numbers."""
-        stored = (self.codes, self.scale, *((self.zero,) if self.zero else ()))
-        return 8 * sum(tensor.length for tensor in stored) / float(prod(self.shape))
+        lengths = (tensor.length for tensor in (self.codes, self.scale, self.zero) if tensor)
+        return 8 * sum(lengths) / prod(self.shape)
 
     @property
     def exact(self) -> str | None:

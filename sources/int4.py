@@ -81,8 +81,8 @@ def decode_int4(numbers: Numbers) -> Tensor:
     zeros, scales, groups = numbers.zeros.float(), numbers.scales, numbers.groups
     if groups is not None:
         return (numbers.codes.float() - zeros[:, groups]) * scales[:, groups]
-    values = numbers.codes.reshape(*scales.shape, -1).float()
-    return ((values - zeros[..., None]) * scales[..., None]).flatten(1)
+    values: Tensor = numbers.codes.reshape(*scales.shape, -1).float()
+    return values.sub_(zeros[..., None]).mul_(scales[..., None]).flatten(1)
 
 
 def pack_q4_0(numbers: Numbers) -> Tensor | None:
@@ -110,4 +110,5 @@ def _along_rows(words: Tensor, packing: Packing) -> Tensor:
 
 def _along_columns(words: Tensor) -> Tensor:
     """Words [n, m], in bytes, that hold numbers of one column each: [8 n, m]"""
-    return unpack_nibbles(words).unflatten(1, (-1, 8)).transpose(1, 2).flatten(0, 1)
+    eights: Tensor = unpack_nibbles(words).unflatten(1, (-1, 8))  # [n, m, 8]
+    return eights.transpose(1, 2).flatten(0, 1)

@@ -61,18 +61,20 @@ class AttentionMixer:
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
         """query [heads, tokens, head size], visible [tokens, keys] -> [heads, tokens, head size]
 
-        A sink is a key of zeros, whose score is the head's logit alone; as a value it adds nothing.
+        A sink is one key more that all tokens see, and as a value it adds nothing. Its score is the head's logit:
+        queries have that in a dimension of its own, in which the sink is 1 and other keys are 0.
         """
-        o, mask = self._operation, visible
+        o = self._operation
         if o.sink:
-            seen = torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf)
-            logits = self._weights.load(o.sink)[:, None, None].expand(-1, len(visible), 1)
-            mask = torch.cat((logits, seen.expand(o.heads, -1, -1)), dim=-1)
-            keys, values = (functional.pad(states, (0, 0, 1, 0)) for states in (keys, values))
+            logits = self._weights.load(o.sink)[:, None, None] / o.softmax_scale
+            query = torch.cat((query, logits.expand(-1, len(visible), 1)), dim=-1)
+            keys, values = (functional.pad(states, (0, 1, 1, 0)) for states in (keys, values))
+            keys[:, 0, -1] = 1
+            visible = functional.pad(visible, (1, 0), value=True)
         mixed = functional.scaled_dot_product_attention(
-            query[None], keys[None], values[None], attn_mask=mask, scale=o.scale, enable_gqa=True
+            query[None], keys[None], values[None], attn_mask=visible, scale=o.softmax_scale, enable_gqa=True
         )
-        return mixed[0]
+        return mixed[0, ..., : o.head_size]
 
     def _keys_and_values(self, states: Tensor, memory: AttentionState, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Those of all tokens seen, the new ones last."""
