@@ -41,8 +41,8 @@ _CLAMP = 7.0  # the only one that llama.cpp has
 _KINDS = {"sliding_attention": True, "full_attention": False}
 _PATTERN = "attention.sliding_window_pattern"
 _UNROUNDED = (
-    "YaRN's limits are not rounded here, which no GGUF key can say: llama.cpp rounds them, a KL divergence of about "
-    "0.001 from the model"
+    "llama.cpp rounds the limits of YaRN, which this model does not, and no GGUF key can say so: a KL divergence of "
+    "about 0.001 there, none in ONNX"
 )
 # What transformers takes where a configuration says nothing of rotary embeddings.
 _ROPE: Mapping[str, Any] = {
@@ -123,13 +123,15 @@ def _matrices(catalogue: Catalogue, name: str, shape: tuple[int, ...]) -> Expres
     return stored if isinstance(stored, Mxfp4) else Transposed(stored)
 
 
-def _alternate_rows(catalogue: Catalogue, name: str, shape: tuple[int, ...], start: int) -> Expression:
+def _by_turns_with(catalogue: Catalogue, name: str, shape: tuple[int, ...], start: int) -> Expression:
     """Of gate and up projection, whose rows are stored by turns, the one that begins there."""
-    stored = _matrices(catalogue, name, shape)
-    return Rows(stored, start, stored.shape[-2], 2)
+    stored = catalogue.fused(name)
+    return (
+        Rows(stored, start, stored.shape[-2], 2) if isinstance(stored, Mxfp4) else Transposed(Columns(stored, start, 2))
+    )
 
 
-def _alternate_columns(catalogue: Catalogue, name: str, shape: tuple[int, ...], start: int) -> Expression:
+def _bias_by_turns_with(catalogue: Catalogue, name: str, shape: tuple[int, ...], start: int) -> Expression:
     return Columns(catalogue.fused(name), start, 2)
 
 
@@ -155,10 +157,10 @@ _NAMES = Names(
     },
     experts={},
     special={
-        "ffn_gate_exps.weight": partial(_alternate_rows, start=0),
-        "ffn_gate_exps.bias": partial(_alternate_columns, start=0),
-        "ffn_up_exps.weight": partial(_alternate_rows, start=1),
-        "ffn_up_exps.bias": partial(_alternate_columns, start=1),
+        "ffn_gate_exps.weight": partial(_by_turns_with, start=0),
+        "ffn_gate_exps.bias": partial(_bias_by_turns_with, start=0),
+        "ffn_up_exps.weight": partial(_by_turns_with, start=1),
+        "ffn_up_exps.bias": partial(_bias_by_turns_with, start=1),
         "ffn_down_exps.weight": _matrices,
     },
 )
