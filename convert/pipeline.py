@@ -21,14 +21,14 @@ from ..runner.memory import QUANTIZING, RUNNING, workspace
 from ..runner.settings import Compute, Evaluation
 from ..runner.texts import beyond_context, evaluated_text
 from ..sources.hub.access import HubAccess
-from ..sources.imatrix import read_imatrix
+from ..sources.imatrix import SOURCE, read_imatrix
 from ..sources.locate import Source, open_source
 from ..sources.model import Model
 from ..sources.tokenizer import Tokenizer
 from .conversion import Conversion, InputFile
 from .decisions import decisions
 from .encode import MeasuredImportance, missing_entries
-from .gguf.imatrix import ImatrixWriter
+from .gguf.imatrix import ImatrixWriter, Origin
 from .gguf.metadata import gguf_metadata, imatrix_metadata, source_metadata
 from .gguf.tokenizer import tokenizer_problems, written_tokenizer
 from .gguf.writer import GGUFWriter
@@ -240,7 +240,8 @@ def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Pro
     copies = RUNNING if inputs.evaluation is None else QUANTIZING
     folder, feedback = work.path.parent, inputs.error_feedback
     room = workspace(work.compute, plan.graph, inputs.tokens, inputs.context, folder, copies, feedback)
-    identity = identity | {"device": room.device.type}
+    together = f", {room.experts_at_once} experts at a time" if feedback and room.experts_at_once > 1 else ""
+    identity = identity | {"device": room.device.type + together}
     with room, Journal(work.path, identity, work.output.overwrite, progress) as journal, ExitStack() as stack:
         resumed = journal.continues
         check_disk(work.path, plan, model, inputs, work.compute.memory, journal, progress)
@@ -261,7 +262,9 @@ def _imatrix_writer(work: _Work) -> ImatrixWriter | None:
     calibration, tokens = work.calibration, work.inputs.calibration
     if calibration.save_to is None or calibration.text is None or tokens is None:
         return None
-    return ImatrixWriter(Path(calibration.save_to), Path(calibration.text), tokens, work.output.overwrite)
+    source = {key: str(value) for key, value in work.metadata.items() if key.startswith(SOURCE)}
+    origin = Origin.of(Path(calibration.text), tokens, source)
+    return ImatrixWriter(Path(calibration.save_to), origin, work.output.overwrite)
 
 
 def _writer(work: _Work, journal: Journal) -> Writer:
