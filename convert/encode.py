@@ -15,6 +15,7 @@ from ..errors import BadInput
 from ..progress import Progress
 from ..quant import dequantize
 from ..quant.formats import native
+from ..quant.planning.exact import exact_format
 from ..quant.planning.plan import Plan, PlannedTensor
 from ..quant.rounding.feedback import quantize_weight
 from ..quant.rounding.moments import SecondMoments
@@ -165,6 +166,10 @@ class Encoder:
         copied = [data for data in packed if data is not None]
         if len(copied) == len(experts):
             return _side_by_side(copied)
+        if copied:  # whether a matrix is rounded is its own matter
+            return torch.cat([self._stored(tensor, [one], rows) for one in experts])
+        if tensor.type.block_size > 1 and tensor.type == exact_format(weight.source):
+            self._warn(f"rounded to {type_name} what config.json says has its form: zeros, scales or columns have not")
         values = _side_by_side([self.source.load(weight, one, rows).view(-1, weight.columns) for one in experts])
         if type_name == "I32":
             return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
@@ -194,6 +199,9 @@ class Encoder:
             line = f"{weight.name} holds {largest:.3g}, of which {type_name} keeps {kept:.3g}: BF16 would hold it"
         else:
             return
+        self._warn(line)
+
+    def _warn(self, line: str) -> None:
         if line not in self._writer.problems:
             self._writer.problems.append(line)
 

@@ -130,6 +130,27 @@ CHANGES: dict[str, list[Callable[[Values], Values]]] = {
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+_WINDOW, _FULL = "sliding_attention", "full_attention"
+CHANGES["gpt_oss"] = [
+    *COMMON,
+    replaced(rope_theta=12345.0),
+    replaced(rope_scaling=YARN | {"original_max_position_embeddings": 4096}),
+    inside("rope_scaling", truncate=True, beta_fast=32, beta_slow=1),
+    inside("rope_scaling", attention_factor=1.3465735902799727),
+    replaced(rope_scaling={"rope_type": "default"}),
+    without("rope_scaling"),
+    without("rope_scaling", "rope_theta"),
+    without("layer_types"),
+    without("head_dim"),
+    without("initial_context_length"),
+    without("swiglu_limit"),
+    replaced(layer_types=[_FULL, *[_WINDOW] * 23]),
+    replaced(layer_types=[_FULL] * 24, sliding_window=None),
+    replaced(sliding_window=4096),
+    replaced(swiglu_limit=5.0, swiglu_alpha=1.702),
+    renamed("num_local_experts", "num_experts"),
+    replaced(intermediate_size=777),
+]
 CHANGES["qwen3_moe"] = [
     *COMMON,
     replaced(rope_theta=12345.0),

@@ -83,9 +83,9 @@ def _hidden_size_may_grow(graph: Graph) -> bool:
 
 
 def _resized(weight: Weight, rows: int | None = None, columns: int | None = None, factor: float = 1.0) -> Weight:
-    """`factor * weight` with zeros in further rows and columns; a vector has either."""
-    if len(weight.shape) == 1:
-        shape: tuple[int, ...] = (rows or columns or weight.columns,)
+    """`factor * weight` with zeros in further rows and columns; a vector, as any bias, has either."""
+    if len(weight.shape) == 1 or weight.role is Role.BIAS:
+        shape = (*weight.shape[:-1], rows or columns or weight.columns)
     else:
         shape = (*weight.shape[:-2], rows or weight.shape[-2], columns or weight.columns)
     if shape == weight.shape and factor == 1.0:

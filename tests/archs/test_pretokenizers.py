@@ -114,6 +114,12 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+HARMONY = (  # gpt-oss
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _ENDING + "|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _ENDING + "|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 DEEPSEEK = (
     _split(r"\p{N}{1,3}"),
     _split("[一-龥぀-ゟ゠-ヿ]+"),
@@ -131,6 +137,7 @@ DEEPSEEK = (
         (_json(_split(LLAMA3, behavior="Removed", invert=True), BYTE_LEVEL, ignore_merges=True), "llama-bpe"),
         (_json(_split(TEKKEN), BYTE_LEVEL, ignore_merges=True), "tekken"),
         (_json(*DEEPSEEK, BYTE_LEVEL), "deepseek-v3"),
+        (_json(_split(HARMONY), BYTE_LEVEL), "gpt-4o"),
         (_json(_split(LLAMA3.replace("{1,3}", "")), BYTE_LEVEL), "qwen2"),
         (_json(BYTE_LEVEL | {"use_regex": True}), "gpt-2"),
         ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": True}, "model": {"type": "BPE"}}, "gpt-2"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import real_models
-from moecast.archs import deepseek_v4, minimax_m2, nemotron_h, qwen3_moe
+from moecast.archs import deepseek_v4, gpt_oss, minimax_m2, nemotron_h, qwen3_moe
 from moecast.archs.architecture import Architecture
 from moecast.archs.config import Config
 from moecast.archs.harmless import check_repeated, refuse_unread, refuse_unread_metadata
@@ -26,6 +26,7 @@ EXAMPLE = {
     "deepseek_v4": EXAMPLES / "deepseek-v4-tiny" / "config.json",
     "nemotron_h": EXAMPLES / "nemotron-3-tiny" / "config.json",
     "qwen3_moe": real_models.DATA / "qwen3-30b-a3b-config.json",
+    "gpt_oss": real_models.DATA / "gpt-oss-20b-config.json",
 }
 
 
@@ -34,7 +35,8 @@ def example(family: str) -> Values:
     values.pop("quantization_config", None)
     if "time_step_limit" in values:
         values["time_step_limit"] = [0.0, float("inf")]
-    values.pop("norm_eps", None)  # another name of layer_norm_epsilon
+    for other_name in ("norm_eps", "experts_per_token"):
+        values.pop(other_name, None)
     return values
 
 
@@ -48,6 +50,8 @@ def read(values: Values) -> tuple[Any, Architecture]:
             found, architecture = deepseek_v4._read_config(config), deepseek_v4.ARCHITECTURE
         case "qwen3_moe":
             found, architecture = qwen3_moe._read_config(config), qwen3_moe.ARCHITECTURE
+        case "gpt_oss":
+            found, architecture = gpt_oss._read_config(config), gpt_oss.ARCHITECTURE
         case _:
             found, architecture = nemotron_h._read_config(config, drafts=False), nemotron_h.MIXTURE
     config.flag("tie_word_embeddings", default=False)
@@ -62,6 +66,10 @@ def ours(values: Values) -> Values:
         case "qwen3_moe":
             yarn = (d.yarn_factor, d.yarn_context) if d.scaling == "yarn" else None
             of_layers = {"window": d.window, "dense": d.dense, "biased": d.biased, "normalized": d.normalized}
+            return shared | of_layers | {"theta": d.rope_base, "width": d.expert_size, "yarn": yarn}
+        case "gpt_oss":
+            yarn = (d.yarn_factor, d.yarn_context, d.rounded) if d.scaling == "yarn" else None
+            of_layers = {"windows": tuple(d.window if windowed else 0 for windowed in d.windowed), "clamp": d.clamp}
             return shared | of_layers | {"theta": d.rope_base, "width": d.expert_size, "yarn": yarn}
         case "minimax_m2":
             return shared | {"rotary": d.rotary_size, "theta": d.rope_base, "width": d.expert_size}
@@ -102,6 +110,18 @@ def theirs(values: Values) -> Values:
                 "theta": rope["rope_theta"],
                 "width": c.moe_intermediate_size,
                 "yarn": (rope["factor"], rope["original_max_position_embeddings"]) if yarn else None,
+            }
+        case "gpt_oss":
+            rope = c.rope_parameters
+            yarn = (rope["factor"], rope["original_max_position_embeddings"]) if rope["rope_type"] == "yarn" else None
+            return shared | {
+                "epsilon": c.rms_norm_eps,
+                "experts": c.num_local_experts,
+                "windows": tuple(c.sliding_window if kind == "sliding_attention" else 0 for kind in c.layer_types),
+                "clamp": c.swiglu_limit,
+                "theta": rope["rope_theta"],
+                "width": c.intermediate_size,
+                "yarn": (*yarn, rope.get("truncate", True)) if yarn else None,
             }
         case "minimax_m2":
             rope = c.rope_parameters
@@ -217,7 +237,7 @@ def test_unknown_keys_are_refused_until_the_user_says_so(family: str, key: str, 
 @pytest.mark.parametrize(("family", "first", "second"), [
     ("minimax_m2", "num_local_experts", "num_experts"), ("deepseek_v4", "n_routed_experts", "num_local_experts"),
     ("nemotron_h", "layer_norm_epsilon", "norm_eps"), ("nemotron_h", "n_groups", "mamba_n_groups"),
-    ("qwen3_moe", "num_experts", "num_local_experts"),
+    ("qwen3_moe", "num_experts", "num_local_experts"), ("gpt_oss", "num_experts_per_tok", "experts_per_token"),
 ])  # fmt: skip
 def test_two_names_of_one_quantity_have_to_agree(family: str, first: str, second: str) -> None:
     values = example(family)
@@ -230,7 +250,7 @@ def test_two_names_of_one_quantity_have_to_agree(family: str, first: str, second
     ("minimax_m2", "rms_norm_eps"), ("minimax_m2", "rope_theta"), ("deepseek_v4", "hc_eps"),
     ("deepseek_v4", "routed_scaling_factor"), ("deepseek_v4", "swiglu_limit"), ("deepseek_v4", "compress_rope_theta"),
     ("nemotron_h", "layer_norm_epsilon"), ("nemotron_h", "routed_scaling_factor"),
-    ("qwen3_moe", "rms_norm_eps"), ("qwen3_moe", "rope_theta"),
+    ("qwen3_moe", "rms_norm_eps"), ("qwen3_moe", "rope_theta"), ("gpt_oss", "swiglu_limit"), ("gpt_oss", "rope_theta"),
 ])  # fmt: skip
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), -1.0, 0.0, 1e39, 1e-46, 10**40, -5])
 def test_numbers_have_a_range(family: str, key: str, value: float) -> None:
