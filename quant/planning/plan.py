@@ -213,15 +213,17 @@ def plan_tensors(graph: Graph, recipe: Recipe, calibrated: bool = False) -> Plan
     """
     layers = len(graph.layers) + len(graph.predictions)
     heads_per_group = _heads_per_group(graph)
+    experts = max((weight.experts or 0 for weight in graph.weights()), default=0)
     values = sum(weight.role is Role.ATTENTION_V for weight in graph.weights())
     seen: Counter[Role] = Counter()
     tensors: list[PlannedTensor] = []
     for weight in graph.weights():
         kind = Role.EXPERT_DOWN if weight.role in DOWN_PROJECTIONS else weight.role
         if kind is Role.ATTENTION_V:  # where only some layers have attention, llama.cpp counts these alone
-            position = Position(seen[kind], values, seen[kind], heads_per_group, calibrated)
+            layer, of_layers = seen[kind], values
         else:
-            position = Position(weight.layer or 0, layers, seen[kind], heads_per_group, calibrated)
+            layer, of_layers = (weight.layer or 0) if experts else seen[kind], layers
+        position = Position(layer, of_layers, seen[kind], heads_per_group, experts, calibrated)
         seen[kind] += 1
         if recipe.native:
             tensors += _plan_native(weight, graph)
