@@ -82,7 +82,7 @@ class MoE(Operation):
 
     With latent projections the experts live in a smaller space: `latent_up(sum of experts(latent_down x))`; the
     router and the shared expert, whose answer is added, see x itself. With a `shared_gate` [1, hidden size] that
-    answer is multiplied by sigmoid(shared_gate . x).
+    answer is multiplied by sigmoid(shared_gate . x). The sum of all is multiplied by `scale`.
     """
 
     router: Router | HashRouter
@@ -95,6 +95,7 @@ class MoE(Operation):
     shared: MLP | None = None
     shared_gate: Weight | None = None
     clamp: float | None = None
+    scale: float = 1.0
 
     TOKENS: ClassVar[int] = 1024  # that an expert takes at a time
 
