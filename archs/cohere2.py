@@ -251,6 +251,7 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
     dense = [not experts for experts in routed]
     rotated = [op.rope is not None for op in attentions(graph)]
     unlike = {
+        "no layer with a window (layer_types)": not any(op.window for op in attentions(graph)),
         "biases in attention (attention_bias)": attention and attention.output_bias,
         "a head of its own (tie_word_embeddings false)": not mixture and not graph.tied,
         "dense layers after those of experts (mlp_layer_types)": mixture and routed != sorted(routed),

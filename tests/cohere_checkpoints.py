@@ -59,6 +59,7 @@ DENSE_VARIANTS: dict[str, dict[str, Any]] = {
 DENSE_BEYOND_LLAMA: dict[str, dict[str, Any]] = {
     "biases": {"attention_bias": True},
     "head of its own": {"tie_word_embeddings": False},
+    "no window": {"layer_types": [FULL] * 4},
 }
 MIXTURE_VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -76,6 +77,7 @@ MIXTURE_BEYOND_LLAMA: dict[str, dict[str, Any]] = {
     "dense layers between": {"mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]},
     "no experts": {"mlp_layer_types": ["dense"] * 4},
     "biases": {"attention_bias": True},
+    "no window": {"layer_types": [FULL] * 4},
 }
 
 
