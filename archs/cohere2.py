@@ -112,7 +112,7 @@ def _read_config(config: Config) -> Family:
     heads, layers = text.integer("num_attention_heads"), text.integer("num_hidden_layers")
     kind = _mixture if text.text("model_type", default="cohere2") == "cohere2_moe" else _dense
     given = kind(text, layers)
-    windowed = _windowed(text, layers, sum(given["dense"]) if kind is _mixture else 0)
+    windowed = _windowed(text, layers, text.integer("first_k_dense_replace", default=0) if kind is _mixture else 0)
     forced = kind is _mixture and text.integer("prefix_dense_sliding_window_pattern", default=1) == 1
     dimensions = Family.from_config(
         text,
@@ -153,11 +153,9 @@ def _mixture(text: Config, layers: int) -> dict[str, Any]:
     layer_norm, rms_norm = text.number("layer_norm_eps", default=1e-5), text.get("rms_norm_eps")
     sigmoid = text.get("expert_selection_fn") == "sigmoid"
     of_shares, size = text.flag("norm_topk_prob", default=True), text.integer("intermediate_size")
-    dense = _marked(text, "mlp_layer_types", layers, "dense", "sparse")
-    if dense is None:
-        leading = text.integer("first_k_dense_replace", default=0)
-        dense = tuple(index < leading for index in range(layers))
-    text.get("first_k_dense_replace")
+    leading = text.integer("first_k_dense_replace", default=0)
+    listed = _marked(text, "mlp_layer_types", layers, "dense", "sparse")
+    dense = listed or tuple(index < leading for index in range(layers))
     dense_size = text.integer("prefix_dense_intermediate_size", default=size)
     return {
         "head_size": text.integer("head_dim", default=128),
@@ -174,7 +172,7 @@ def _mixture(text: Config, layers: int) -> dict[str, Any]:
 
 
 def _windowed(text: Config, layers: int, leading: int) -> tuple[bool, ...]:
-    """Which layers' attention has a window: as listed, or all but every so many, the first dense ones apart."""
+    """Which layers' attention has a window: as listed, or all but every so many, `leading` ones apart from the rest."""
     listed = _marked(text, "layer_types", layers, "sliding_attention", "full_attention")
     every = text.integer("sliding_window_pattern", default=4)
     if listed is not None:
