@@ -142,6 +142,11 @@ class Graph:
         return self.head.name == self.embedding.name
 
     @property
+    def experts(self) -> int:
+        """How many the largest of its mixtures has, 0 in a dense model."""
+        return max((weight.experts or 0 for weight in self.weights()), default=0)
+
+    @property
     def residual_size(self) -> int:
         """Values of a token between two layers: those of all residual streams."""
         return self.hidden_size * (self.residual.multiplicity if self.residual else 1)

@@ -213,7 +213,7 @@ def plan_tensors(graph: Graph, recipe: Recipe, calibrated: bool = False) -> Plan
     """
     layers = len(graph.layers) + len(graph.predictions)
     heads_per_group = _heads_per_group(graph)
-    experts = max((weight.experts or 0 for weight in graph.weights()), default=0)
+    experts = graph.experts
     values = sum(weight.role is Role.ATTENTION_V for weight in graph.weights())
     seen: Counter[Role] = Counter()
     tensors: list[PlannedTensor] = []

@@ -25,7 +25,7 @@ class Position:
             llama.cpp counts the tensors of a kind instead, which differs where only some layers have one.
         ordinal: how many tensors of its kind came before it.
         heads_per_group: attention heads that share one key-value head.
-        experts: how many each of its model's mixtures has, 0 in a dense model.
+        experts: how many its model's mixtures have, 0 in a dense model.
         calibrated: whether an importance matrix is there.
     """
 

@@ -122,6 +122,33 @@ def test_fits_into_a_machine() -> None:
     assert 22 * GIB < taken <= 27 * GIB and 0 < found.layers_in_ram < 49
 
 
+@pytest.mark.parametrize(("ram", "vram"), [(64, 24), (16, 80)])
+def test_whole_layers_of_a_dense_model_stay_in_memory(ram: int, vram: int) -> None:
+    """With their state; the embedding is there too, and as the head on the GPU."""
+    graph, context = _published("command-a"), 32_768
+    found = fit(graph, Machine(ram * GIB, vram * GIB, context), typical_damage(graph))
+    sizes = dict.fromkeys(range(64), 0)
+    for tensor in found.plan.tensors:
+        if tensor.weight.layer is not None:
+            sizes[tensor.weight.layer] += tensor.aligned_bytes
+    for index in sizes:
+        sizes[index] += 4096 * (context if index % 4 == 3 else 4096)
+    head = next(tensor.aligned_bytes for tensor in found.plan.tensors if tensor.weight.name == "token_embd.weight")
+    in_ram = head + sum(size for index, size in sizes.items() if index < found.layers_in_ram)
+    on_gpu = head + found.working_bytes + sum(size for index, size in sizes.items() if index >= found.layers_in_ram)
+    assert 0 < found.layers_in_ram < 64
+    assert in_ram <= 15 / 16 * ram * GIB and on_gpu <= (vram - 0.5) * GIB
+    assert in_ram + on_gpu > 0.94 * (15 / 16 * ram + vram - 0.5) * GIB
+
+
+def test_a_dense_model_that_fits_the_gpu_stays_there() -> None:
+    graph = _published("command-r7b")
+    found = fit(graph, Machine(16 * GIB, 24 * GIB, 32_768), typical_damage(graph))
+    assert found.layers_in_ram == 0 and {t.type.name for t in found.plan.tensors} == {"BF16", "F32"}
+    with pytest.raises(BadInput, match="too small"):
+        fit(_published("command-a"), Machine(8 * GIB, 24 * GIB, 32_768), typical_damage(_published("command-a")))
+
+
 @pytest.mark.parametrize(
     ("name", "key", "value", "named"),
     [
