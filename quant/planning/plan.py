@@ -159,6 +159,8 @@ def plan_file(graph: Graph, recipe: Recipe, form: Form = Form(), calibrated: boo
     if mtp and not (graph.predictions or graph.draft):
         raise BadInput("--mtp: this model has no blocks for multi-token prediction; leave the option out")
     notes = list(graph.notes)
+    if recipe.of_experts and not graph.experts:
+        notes.append(f"{recipe.name} is for experts, of which this model has none: all is {recipe.base}")
     if graph.draft and not mtp:
         notes.append("left out multi-token prediction, which takes a file of its own: --mtp writes it")
     elif graph.draft:

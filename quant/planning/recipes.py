@@ -111,6 +111,11 @@ class Recipe:
         return not self.native and any(format_named(name).bits_per_weight < 8 for name in self.types)
 
     @property
+    def of_experts(self) -> bool:
+        """Whether it tells nothing but routed experts apart."""
+        return bool(self.rules) and {*self.rules} <= {Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN}
+
+    @property
     def types(self) -> set[str]:
         """All that it gives to some tensor of some model."""
         return {self.base, *(name for rules in self.rules.values() for name, _ in rules)}
