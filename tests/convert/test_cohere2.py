@@ -14,6 +14,8 @@ import torch
 from cohere_checkpoints import DENSE_BEYOND_LLAMA, DENSE_VARIANTS, MIXTURE_BEYOND_LLAMA, MIXTURE_VARIANTS
 from conversions import convert
 from forward import random_tokens, relative_error, runner_logits
+from moecast.archs.cohere2 import DENSE, MIXTURE
+from moecast.archs.config import Config
 from moecast.convert.onnx.prepack import prepack
 from moecast.convert.plans.choose import plan_for
 from moecast.convert.settings import Goal
@@ -21,6 +23,7 @@ from moecast.errors import BadInput
 from moecast.progress import NoProgress
 from moecast.runner.engines import OnnxModel
 from moecast.runner.generate import generate
+from moecast.sources.gguf import read_gguf
 from moecast.sources.model import open_model
 from onnx_models import cast, onnx_logits
 from toy_models import logits_of
@@ -119,6 +122,32 @@ def test_metadata(tmp_path: Path) -> None:
 def metadata(path: Path, name: str) -> dict[str, Any]:
     fields = gguf.GGUFReader(path).fields
     return {key.removeprefix(f"{name}."): fields[key].contents() for key in fields if key.startswith(f"{name}.")}
+
+
+def test_keys_as_other_converters_write_them(tmp_path: Path) -> None:
+    """A period of windows or none for a list, both epsilons where there is a root mean square, gating by default."""
+    dense = cohere.save_cohere(tmp_path / "dense", cohere.cohere_model(False))
+    north = cohere.save_cohere(tmp_path / "north", cohere.cohere_model(True, **cohere.NORTH))
+    windows, rms = "attention.sliding_window_pattern", "attention.layer_norm_rms_epsilon"
+    for folder, architecture, changes in (
+        (dense, DENSE, {windows: 4}),
+        (dense, DENSE, {windows: None}),
+        (north, MIXTURE, {windows: 4, "attention.layer_norm_epsilon": 1e-5, "expert_gating_func": None}),
+        (north, MIXTURE, {windows: None, "expert_weights_norm": None}),
+    ):
+        stored, tensors = read_gguf(unquantized(folder, tmp_path / "out"))
+        values = stored | {f"{architecture.name}.{key}": value for key, value in changes.items()}
+        read = architecture.from_gguf(Config(values, "model.gguf"), tensors)
+        assert read == architecture.from_gguf(Config(stored, "model.gguf"), tensors)
+        (tmp_path / "out" / f"{folder.name}-F32.gguf").unlink()
+    for key, value, named in (
+        (windows, [True], "has 1 entries"), ("attention.sliding_window", None, "sliding_window is missing"),
+        ("expert_gating_func", 3, "expert_gating_func is 3"), ("logit_scale", None, "logit_scale is missing"),
+        ("rope.scaling.type", "yarn", "rope.scaling.type"), (rms, -1.0, "layer_norm_rms_epsilon"),
+    ):  # fmt: skip
+        values = stored | {f"cohere2moe.{key}": value}
+        with pytest.raises(BadInput, match=rf"^model\.gguf: .*{named}"):
+            MIXTURE.from_gguf(Config(values, "model.gguf"), tensors)
 
 
 @pytest.mark.parametrize("mixture", [False, True], ids=["dense", "experts"])
