@@ -91,10 +91,12 @@ def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
     """The language model of a checkpoint, whatever else it holds."""
     dimensions = _read_config(config)
     catalogue = Catalogue(tensors, config.origin, scale_block(config))
+    pictures = sum(map(catalogue.ignore, _PICTURES))
+    repeated = sum(map(catalogue.ignore, _HEAD)) if dimensions.tied else 0
     notes = []
-    if pictures := sum(map(catalogue.ignore, _PICTURES)):
+    if pictures:
         notes.append(f"left out the vision tower, {pictures} tensors: text alone is understood")
-    if dimensions.tied and sum(map(catalogue.ignore, _HEAD)):
+    if repeated:
         notes.append("left out lm_head.weight: the configuration says that the embedding is the head")
     graph = build(dimensions, CheckpointSource(catalogue, _NAMES))
     return replace(graph, notes=(*notes, *catalogue.finish()))
