@@ -72,6 +72,12 @@ def expect_all(config: Config, allowed: Mapping[str, Sequence[object]]) -> None:
         config.expect(key, *values)
 
 
+def text_section(config: Config) -> Config:
+    """The settings of the language model, which has a section of its own where others stand beside it."""
+    text = config.section("text_config")
+    return text if text.keys() else config
+
+
 def rope_section(config: Config) -> Config:
     """The settings of rotary embeddings: `rope_scaling` where it holds any, as in transformers, else `rope_parameters`.
 
@@ -260,18 +266,19 @@ class Builder:
     def norm(self, name: str, *shape: int) -> Norm:
         return Norm(self.weight(name, Role.NORM, *shape), self._epsilon)
 
-    def graph(self, architecture: str, layers: tuple[Layer, ...]) -> Graph:
-        """Layers between embedding and head."""
+    def graph(self, architecture: str, layers: tuple[Layer, ...], tied: bool = False) -> Graph:
+        """Layers between embedding and head, or, `tied`, between the two uses of one weight."""
         vocabulary, hidden = self._dimensions.vocabulary, self.hidden
+        embedding = self.weight("token_embd.weight", Role.HEAD if tied else Role.EMBEDDING, vocabulary, hidden)
         return Graph(
             architecture=architecture,
             vocabulary_size=vocabulary,
             hidden_size=hidden,
             context_length=self._dimensions.context,
-            embedding=self.weight("token_embd.weight", Role.EMBEDDING, vocabulary, hidden),
+            embedding=embedding,
             layers=layers,
             final_norm=self.norm("output_norm.weight", hidden),
-            head=self.weight("output.weight", Role.HEAD, vocabulary, hidden),
+            head=embedding if tied else self.weight("output.weight", Role.HEAD, vocabulary, hidden),
         )
 
     def attention(

@@ -118,8 +118,13 @@ def show_fit(fit: MachinePlan, as_json: bool, each: bool = False) -> None:
 
 
 def _serve(fit: MachinePlan) -> str:
-    experts = (*_GPU, "--n-cpu-moe", fit.layers_in_ram) if fit.machine.vram else ()
-    return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *experts)
+    """With the options for a GPU; the head counts as a layer beside those that the GPU holds as a whole."""
+    options: tuple[str | int, ...] = ()
+    if fit.machine.vram:
+        graph = fit.plan.graph
+        on_gpu = ("--n-gpu-layers", len(graph.layers) - fit.layers_in_ram + 1)
+        options = (*_GPU, "--n-cpu-moe", fit.layers_in_ram) if graph.experts else on_gpu
+    return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *options)
 
 
 def _ranges(layers: list[int]) -> str:
@@ -166,8 +171,10 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     show_problems(result.problems)
     file = result.files[0]
     if file.suffix == ".gguf":
-        experts = (*_GPU, "--cpu-moe") if shutil.which("nvidia-smi") else ()
-        template = (_TEMPLATE,) if CHAT_TEMPLATE in read_gguf(file)[0] else ()
+        metadata = read_gguf(file)[0]
+        routed = f"{metadata.get('general.architecture')}.expert_count" in metadata
+        experts = (*_GPU, "--cpu-moe") if routed and shutil.which("nvidia-smi") else ()
+        template = (_TEMPLATE,) if CHAT_TEMPLATE in metadata else ()
         line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *template, *experts)
     else:
         line = f'moecast run {file.parent} -p "Once upon a time"'

@@ -207,12 +207,16 @@ class Encoder:
 
 
 def missing_entries(matrix: ImportanceMatrix, plan: Plan) -> tuple[str, ...]:
-    """A line where an importance matrix lacks what it is for: the experts of a plan that are quantized."""
-    experts = [t.weight.name for t in plan.tensors if t.weight.experts is not None and t.type.block_size > 1]
-    missing = [name for name in experts if name not in matrix.means]
+    """A line where an importance matrix lacks what it is for: what is quantized of experts, or of dense layers."""
+    quantized = [
+        tensor.weight for tensor in plan.tensors if tensor.type.block_size > 1 and tensor.weight.layer is not None
+    ]
+    experts = [weight for weight in quantized if weight.experts is not None]
+    wanted = [weight.name for weight in experts or quantized]
+    missing = [name for name in wanted if name not in matrix.means]
     if not missing:
         return ()
-    count = f"{len(missing)} of {len(experts)} weights of experts, {missing[0]} for one"
+    count = f"{len(missing)} of {len(wanted)} weights of {'experts' if experts else 'layers'}, {missing[0]} for one"
     return (f"{matrix.file} has nothing on {count}: all their inputs count alike",)
 
 

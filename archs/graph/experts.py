@@ -84,7 +84,7 @@ class MoE(Operation):
     Projections may have a bias for each expert, [experts, rows].
     With latent projections the experts live in a smaller space: `latent_up(sum of experts(latent_down x))`; the
     router and the shared expert, whose answer is added, see x itself. With a `shared_gate` [1, hidden size] that
-    answer is multiplied by sigmoid(shared_gate . x).
+    answer is multiplied by sigmoid(shared_gate . x). The sum of all is multiplied by `scale`.
     """
 
     router: Router | HashRouter
@@ -100,6 +100,7 @@ class MoE(Operation):
     gate_bias: Weight | None = None
     up_bias: Weight | None = None
     down_bias: Weight | None = None
+    scale: float = 1.0
 
     TOKENS: ClassVar[int] = 1024  # that an expert takes at a time
 

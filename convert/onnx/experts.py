@@ -32,7 +32,7 @@ def moe(build: Builder, operation: MoE, states: ir.Value, layer: int) -> ir.Valu
             gate = build.microsoft("FusedMatMul", states, build.weight(operation.shared_gate), transB=1)
             shared = build.op("Mul", shared, build.op("Sigmoid", gate))
         answer = build.op("Add", answer, shared)
-    return answer
+    return build.scaled(answer, operation.scale)
 
 
 def route(build: Builder, router: Router | HashRouter, states: ir.Value) -> ir.Value:

@@ -161,6 +161,8 @@ def plan_file(graph: Graph, recipe: Recipe, form: Form = Form(), calibrated: boo
     if mtp and not (graph.predictions or graph.draft):
         raise BadInput("--mtp: this model has no blocks for multi-token prediction; leave the option out")
     notes = list(graph.notes)
+    if recipe.of_experts and not graph.experts:
+        notes.append(f"{recipe.name} is for experts, of which this model has none: all is {recipe.base}")
     if graph.draft and not mtp:
         notes.append("left out multi-token prediction, which takes a file of its own: --mtp writes it")
     elif graph.draft:
@@ -228,15 +230,17 @@ def plan_tensors(graph: Graph, recipe: Recipe, calibrated: bool = False) -> Plan
     """
     layers = len(graph.layers) + len(graph.predictions)
     heads_per_group = _heads_per_group(graph)
+    experts = graph.experts
     values = sum(weight.role is Role.ATTENTION_V for weight in graph.weights())
     seen: Counter[Role] = Counter()
     tensors: list[PlannedTensor] = []
     for weight in graph.weights():
         kind = Role.EXPERT_DOWN if weight.role in DOWN_PROJECTIONS else weight.role
         if kind is Role.ATTENTION_V:  # where only some layers have attention, llama.cpp counts these alone
-            position = Position(seen[kind], values, seen[kind], heads_per_group, calibrated)
+            layer, of_layers = seen[kind], values
         else:
-            position = Position(weight.layer or 0, layers, seen[kind], heads_per_group, calibrated)
+            layer, of_layers = (weight.layer or 0) if experts else seen[kind], layers
+        position = Position(layer, of_layers, seen[kind], heads_per_group, experts, calibrated)
         seen[kind] += 1
         if recipe.native:
             tensors += _plan_native(weight, graph)

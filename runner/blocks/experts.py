@@ -99,12 +99,12 @@ class RoutedTokens:
         operation, answer = self.operation, self._answers[chunk]
         if operation.latent_up:
             answer = self.weights.project(answer, operation.latent_up)
-        if not operation.shared:
-            return answer
-        shared = mlp(operation.shared, normed, self.weights)
-        if operation.shared_gate:
-            shared = shared * (normed @ self.weights.load(operation.shared_gate).view(-1, 1)).sigmoid()
-        return answer + shared
+        if operation.shared:
+            shared = mlp(operation.shared, normed, self.weights)
+            if operation.shared_gate:
+                shared = shared * (normed @ self.weights.load(operation.shared_gate).view(-1, 1)).sigmoid()
+            answer = answer + shared
+        return answer if operation.scale == 1 else answer * operation.scale
 
 
 _Piece = tuple[RoutedTokens, Tensor, Tensor]  # tokens of a stream, and the shares of an expert in their answers

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import checkpoints
+import cohere_checkpoints as cohere
 import gguf
 import gpt_oss_checkpoints as gpt_oss
 import int4_packs
@@ -36,6 +37,9 @@ CHECKPOINTS: dict[str, Save] = {
     "MiniMax": lambda folder: checkpoints.save_minimax(folder, checkpoints.minimax_model()),
     "MiniMax in FP8": example("minimax-m2-tiny"),
     "Nemotron": example("nemotron-3-tiny"),
+    "Cohere2 in BF16": lambda folder: cohere.publish_cohere2(folder, cohere.cohere_model(False)),
+    "Cohere2-MoE": lambda folder: cohere.save_cohere(folder, cohere.cohere_model(True)),
+    "Cohere2-MoE as North": lambda folder: cohere.save_cohere(folder, cohere.cohere_model(True, **cohere.NORTH)),
     "Qwen3": lambda folder: qwen3.save_qwen3(folder, qwen3.qwen3_model()),
     "Qwen3 with YaRN": lambda folder: qwen3.save_qwen3(folder, qwen3.qwen3_model(**qwen3.VARIANTS["yarn"])),
     "Qwen3 in FP8": lambda folder: qwen3.save_qwen3_fp8(folder, qwen3.qwen3_model()),
