@@ -59,6 +59,12 @@ class Role(Enum):
     MAMBA_OUTPUT = "mamba_output"
     MAMBA_CONVOLUTION = "mamba_convolution"
     MAMBA_SCALAR = "mamba_scalar"
+    DELTA_INPUT = "delta_input"  # query, key and value of linear attention
+    DELTA_GATE = "delta_gate"
+    DELTA_OUTPUT = "delta_output"
+    DELTA_RATE = "delta_rate"  # how much of a token is written, and how much is kept of all before
+    DELTA_CONVOLUTION = "delta_convolution"
+    DELTA_SCALAR = "delta_scalar"
     PREDICTION_INPUT = "prediction_input"
     SCALE = "scale"
     BIAS = "bias"
@@ -85,6 +91,9 @@ _KEPT_F32 = (
     Role.HYPER_CONNECTION,
     Role.MAMBA_CONVOLUTION,
     Role.MAMBA_SCALAR,
+    Role.DELTA_RATE,
+    Role.DELTA_CONVOLUTION,
+    Role.DELTA_SCALAR,
     Role.SCALE,
     Role.BIAS,
 )
