@@ -18,7 +18,8 @@ class Attention(Operation):
 
     Query and key norms span all heads at once, or each head by itself if their weight is that wide. Without `rope` the
     attention knows no positions; with a `window` a token sees the last so many, itself included. An operation with
-    `keys_of` has no keys and values of its own: it attends to those of the layer of that number.
+    `keys_of` has no keys and values of its own: it attends to those of the layer of that number. The query projection of
+    a `gated` one gives each head its query and then a gate, by whose sigmoid what the head gives is multiplied.
     """
 
     heads: int
@@ -38,6 +39,7 @@ class Attention(Operation):
     key_bias: Weight | None = None
     value_bias: Weight | None = None
     output_bias: Weight | None = None
+    gated: bool = False
 
     def __post_init__(self) -> None:
         alone = self.keys_of is None

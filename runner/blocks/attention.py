@@ -44,7 +44,8 @@ class AttentionMixer:
     def __call__(self, states: Tensor, memory: AttentionState, context: Context) -> tuple[Tensor, AttentionState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         o, positions = self._operation, context.positions
-        query = self._prepare_query(self._projected(states, o.query, o.query_bias), positions)
+        query, gate = self._query_and_gate(states)
+        query = self._prepare_query(query, positions)
         if o.keys_of is None:
             keys, values = self._keys_and_values(states, memory, positions)
             if context.shares:
@@ -58,8 +59,18 @@ class AttentionMixer:
         mixed = functional.scaled_dot_product_attention(
             query[None], keys[None], values[None], attn_mask=visible, scale=o.scale, enable_gqa=True
         )  # [1, heads, tokens, head size]
-        output = self._projected(mixed[0].transpose(0, 1).flatten(1), o.output, o.output_bias)
-        return output, self._remembered(keys, values)
+        mixed = mixed[0].transpose(0, 1).flatten(1)
+        gated = mixed if gate is None else mixed * gate.sigmoid()
+        return self._projected(gated, o.output, o.output_bias), self._remembered(keys, values)
+
+    def _query_and_gate(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What heads ask and how much of the answer they let through, [tokens, heads * head size] each."""
+        o = self._operation
+        projected = self._projected(states, o.query, o.query_bias)
+        if not o.gated:
+            return projected, None
+        query, gate = projected.unflatten(1, (o.heads, 2, -1)).unbind(2)
+        return query.flatten(1), gate.flatten(1)
 
     def _keys_and_values(self, states: Tensor, memory: AttentionState, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Those of all tokens seen, the new ones last."""
