@@ -88,8 +88,8 @@ def refuse_unread_metadata(
 
 
 def _outer(key: str) -> Iterator[str]:
-    """A key and those that it is nested in."""
-    parts = key.split(".")
+    """A key and those that it is nested in; a language model's beside others are as if it were alone."""
+    parts = key.removeprefix("text_config.").split(".")
     return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import BadInput
-from . import deepseek_v4, minimax_m2, nemotron_h, qwen3_moe
+from . import deepseek_v4, minimax_m2, nemotron_h, qwen3_5, qwen3_moe, qwen3_next
 from .architecture import Architecture
 from .config import Config
 
@@ -16,6 +16,9 @@ def architectures() -> tuple[Architecture, ...]:
         nemotron_h.DENSE,
         deepseek_v4.ARCHITECTURE,
         qwen3_moe.ARCHITECTURE,
+        qwen3_next.ARCHITECTURE,
+        qwen3_5.MIXTURE,
+        qwen3_5.DENSE,
     )
 
 

@@ -30,6 +30,7 @@ from ..archs.expressions import (
     TensorInfo,
     Zeros,
 )
+from ..archs.rearranged import ColumnRuns, RowRuns
 from ..errors import BadInput
 from ..quant import dequantize
 from .fp4 import decode_nvfp4, repack_mxfp4
@@ -234,6 +235,18 @@ def _evaluate_rows(source: Rows, storage: Reader, expert: int | None, rows: RowR
     return evaluate(source.source, storage, expert, (source.start + start, source.start + stop))
 
 
+def _evaluate_row_runs(source: RowRuns, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
+    if len(source.shape) == 1:
+        values = evaluate(source.source, storage)
+        return torch.cat([values[slice(*run)] for run in source.runs])
+    return torch.cat([evaluate(source.source, storage, expert, run) for run in source.within(rows)])
+
+
+def _evaluate_column_runs(source: ColumnRuns, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
+    values = evaluate(source.source, storage, expert, rows)
+    return torch.cat([values[:, slice(*run)] for run in source.runs], dim=1)
+
+
 def _evaluate_stack(source: Stack, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     assert expert is not None
     return evaluate(source.experts[expert], storage, None, rows)
@@ -254,5 +267,7 @@ _EVALUATIONS: dict[type, Callable[[Any, Reader, int | None, RowRange], Tensor]] 
     Padded: _evaluate_padded,
     SideBySide: _evaluate_side_by_side,
     Rows: _evaluate_rows,
+    RowRuns: _evaluate_row_runs,
+    ColumnRuns: _evaluate_column_runs,
     Stack: _evaluate_stack,
 }

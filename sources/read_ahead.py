@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ..archs.expressions import Expression, Padded, Rows, Stack, TensorInfo, stored_tensors
+from ..archs.rearranged import RowRuns
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,9 @@ def stored_rows(source: Expression, expert: int | None, rows: tuple[int, int] | 
     elif isinstance(source, Rows):
         start, stop = rows or (0, source.stop - source.start)
         yield from stored_rows(source.source, expert, (source.start + start, source.start + stop))
+    elif isinstance(source, RowRuns) and len(source.shape) > 1:
+        for run in source.within(rows):
+            yield from stored_rows(source.source, expert, run)
     elif isinstance(source, Padded) and len(source.shape) > 1:
         start, stop = (min(row, source.source.shape[-2]) for row in rows or (0, source.shape[-2]))
         yield from stored_rows(source.source, expert, (start, stop))
