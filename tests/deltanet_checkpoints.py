@@ -146,7 +146,8 @@ def _published_config(model: Any, nested: bool, fp8: bool) -> dict[str, Any]:
     """With the keys that transformers does not write, and without those that it alone does."""
     text = model.config.to_dict()
     kinds, rope = text.pop("layer_types"), text.pop("rope_parameters")
-    whole: dict[str, Any] = {"tie_word_embeddings": text.pop("tie_word_embeddings")}
+    kind = type(model).__name__.replace("ForCausalLM", "ForConditionalGeneration" if nested else "ForCausalLM")
+    whole: dict[str, Any] = {"tie_word_embeddings": text.pop("tie_word_embeddings"), "architectures": [kind]}
     if fp8:
         whole["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
     if not nested:
