@@ -1,0 +1,149 @@
+"""The adapters of Qwen3-Next and Qwen3.5: published tensor lists are consumed exactly once, sizes are llama.cpp's,
+configurations are asserted."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+import real_deltanet
+import real_models
+from moecast.archs.config import Config
+from moecast.archs.graph import Attention, GatedDeltaNet, Graph, MoE, Router, graph_as_json
+from moecast.archs.harmless import refuse_unread
+from moecast.archs.registry import architecture_of
+from moecast.errors import BadInput
+from real_deltanet import RELEASES
+
+GIB = 2**30
+VISION = "333 tensors of the vision tower are left out: the model reads text alone"
+
+
+def graph_of(name: str, nested: bool = False, **changes: Any) -> Graph:
+    """Of a published list, with some keys of its config.json changed, `nested` those of the language model."""
+    values = json.loads(json.dumps(real_models.config(RELEASES[name].config)._values))
+    (values["text_config"] if nested else values).update(changes)
+    config = Config(values, "config.json")
+    architecture = architecture_of(config)
+    graph = architecture.from_checkpoint(config, real_deltanet.tensors(name))
+    refuse_unread(config, architecture.name, architecture.harmless, ())
+    return graph
+
+
+_published = cache(graph_of)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "size"),
+    [
+        ("Qwen3.5-27B", 1_199, 55_562_872_800), ("Qwen3.6-35B-A3B", 1_045, 71_903_645_408),
+        ("Qwen3.6-35B-A3B FP8", 64_196, 37_454_789_472), ("Qwen3.5-35B-A3B GPTQ", 124_611, 24_403_162_208),
+    ],
+)  # fmt: skip
+def test_list_has_the_published_totals(name: str, count: int, size: int) -> None:
+    tensors = real_deltanet.tensors(name)
+    assert (len(tensors), sum(tensor.length for tensor in tensors)) == (count, size)
+
+
+@pytest.mark.parametrize("name", [name for name in RELEASES if "GPTQ" not in name])
+def test_every_list_is_consumed(name: str) -> None:
+    """`from_checkpoint` raises for a tensor that is missing, unknown or used twice."""
+    graph = _published(name)
+    assert len(graph.predictions) == 1
+    assert graph.notes == (() if "Next" in name else (VISION,))
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active", "state", "fixed"),
+    [  # in billions; bytes of keys and values for a token, of what does not grow
+        ("Qwen3-Next", 80, 3, 24_576, 36 * (4 * 32 * 128 * 128 + 4 * 3 * 8192)),
+        ("Qwen3.5-27B", 27, 27, 65_536, 48 * (4 * 48 * 128 * 128 + 4 * 3 * 10240)),
+        ("Qwen3.5-35B-A3B", 35, 3, 20_480, 30 * (4 * 32 * 128 * 128 + 4 * 3 * 8192)),
+        ("Qwen3.5-122B-A10B", 122, 10, 24_576, 36 * (4 * 64 * 128 * 128 + 4 * 3 * 12288)),
+        ("Qwen3.5-397B-A17B", 397, 17, 30_720, 45 * (4 * 64 * 128 * 128 + 4 * 3 * 12288)),
+    ],
+)  # fmt: skip
+def test_real_model(name: str, total: float, active: float, state: int, fixed: int) -> None:
+    """As the names say, which count no drafting block."""
+    graph = _published(name)
+    assert graph.state_bytes_per_token() == state and graph.fixed_state_bytes() == fixed
+    drafted = sum(weight.elements for weight in graph.weights() if weight.layer == len(graph.layers))
+    assert (graph.parameters() - drafted) / 1e9 == pytest.approx(total, rel=0.02)
+    assert graph.active_parameters() / 1e9 == pytest.approx(active, rel=0.2)
+    delta, attention = graph.layers[0].operations[0], graph.layers[3].operations[0]
+    assert isinstance(delta, GatedDeltaNet) and isinstance(attention, Attention) and attention.rope
+    assert attention.gated and attention.rope.size == 64 and attention.rope.base == 1e7
+    assert attention.rope.sections == (() if "Next" in name else (11, 11, 10))
+    json.dumps(graph_as_json(graph))
+
+
+def test_mixture() -> None:
+    experts = _published("Qwen3-Next").layers[0].operations[1]
+    assert isinstance(experts, MoE) and isinstance(experts.router, Router) and experts.shared_gate
+    assert experts.router.normalize and experts.router.top_k == 10 and experts.experts == 512
+
+
+def test_quantized_releases_hold_the_same_weights() -> None:
+    for name, others in {
+        "Qwen3-Next": ["Qwen3-Next FP8"],
+        "Qwen3.5-35B-A3B": ["Qwen3.6-35B-A3B", "Qwen3.6-35B-A3B FP8", "Qwen3.6-35B-A3B NVFP4"],
+        "Qwen3.5-397B-A17B": ["Qwen3.5-397B-A17B NVFP4"],
+        "Qwen3.5-27B": ["Qwen3.6-27B NVFP4"],
+    }.items():
+        weights = [(weight.name, weight.shape) for weight in _published(name).weights()]
+        assert all([(w.name, w.shape) for w in _published(other).weights()] == weights for other in others)
+
+
+def test_whole_numbers_are_refused_by_name() -> None:
+    with pytest.raises(BadInput, match=r"experts\.0\.gate_proj is not in a form that can be read: .*GPTQ") as error:
+        graph_of("Qwen3.5-35B-A3B GPTQ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("hidden_act", "gelu", "hidden_act"), ("attention_bias", True, "attention_bias"),
+        ("attn_output_gate", False, "attn_output_gate"), ("output_gate_type", "sigmoid", "output_gate_type"),
+        ("mlp_only_layers", [3], "mlp_only_layers"), ("norm_topk_prob", False, "norm_topk_prob"),
+        ("mtp_num_hidden_layers", 2, "mtp_num_hidden_layers"), ("linear_num_key_heads", 12, "linear_num_value_heads"),
+        ("mtp_use_dedicated_embeddings", True, "mtp_use_dedicated_embeddings"),
+        ("layer_types", ["linear_attention"], "layer_types"), ("layer_types", ["mamba"] * 40, "layer_types"),
+        ("rope_parameters", {"rope_type": "linear", "factor": 2.0}, "rope type is 'linear'"),
+        ("rope_parameters", {"mrope_interleaved": False}, "mrope_interleaved"),
+        ("rope_parameters", {"mrope_section": [1.5, 2, 3]}, "mrope_section"),
+        ("rope_parameters", {"partial_rotary_factor": 0.25390625}, "partial_rotary_factor"),
+        ("num_experts_per_tok", 257, "num_experts_per_tok"), ("num_key_value_heads", 3, "key-value heads"),
+        ("something_new", 1, "text_config.something_new"), ("hidden_size", "2048", "hidden_size"),
+    ],
+)  # fmt: skip
+def test_unknown_values_are_named(key: str, value: object, named: str) -> None:
+    with pytest.raises(BadInput, match=named) as error:
+        graph_of("Qwen3.5-35B-A3B", nested=True, **{key: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["use_sliding_window", "decoder_sparse_step", "mlp_only_layers", "attention_bias"])
+def test_unknown_values_of_qwen3_next_are_named(key: str) -> None:
+    value = {"decoder_sparse_step": 2, "mlp_only_layers": [1]}.get(key, True)
+    with pytest.raises(BadInput, match=key):
+        graph_of("Qwen3-Next", **{key: value})
+
+
+@pytest.mark.parametrize("missing", [400, 9_000, 60_000])
+def test_missing_tensor_is_named(missing: int) -> None:
+    tensors = list(real_deltanet.tensors("Qwen3.6-35B-A3B FP8"))
+    name = tensors.pop(missing).name
+    config = real_models.config("qwen3.5-35b-a3b")
+    with pytest.raises(BadInput, match=name.removesuffix("_scale_inv")):
+        architecture_of(config).from_checkpoint(config, tensors)
+
+
+def test_drafting_block_that_is_not_whole_is_left_out() -> None:
+    tensors = [tensor for tensor in real_deltanet.tensors("Qwen3.6-35B-A3B") if tensor.name != "mtp.fc.weight"]
+    config = real_models.config("qwen3.5-35b-a3b")
+    graph = architecture_of(config).from_checkpoint(config, tensors)
+    assert not graph.predictions and graph.notes[1] == VISION
+    assert "multi-token prediction is left out" in graph.notes[0] and "mtp.fc.weight is missing" in graph.notes[0]
