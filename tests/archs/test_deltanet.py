@@ -14,10 +14,17 @@ from moecast.archs.config import Config
 from moecast.archs.graph import Attention, GatedDeltaNet, Graph, MoE, Router, graph_as_json
 from moecast.archs.harmless import refuse_unread
 from moecast.archs.registry import architecture_of
+from moecast.archs.weights import Role
 from moecast.errors import BadInput
+from moecast.quant.formats.table import format_named
+from moecast.quant.planning.allocation import typical_damage
+from moecast.quant.planning.fit import Machine, fit
+from moecast.quant.planning.plan import plan_tensors
+from moecast.quant.planning.recipes import recipe_named
 from real_deltanet import RELEASES
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
+PLAIN = ("Qwen3-Next", "Qwen3.5-35B-A3B", "Qwen3.5-122B-A10B", "Qwen3.5-397B-A17B", "Qwen3.5-27B")
 VISION = "333 tensors of the vision tower are left out: the model reads text alone"
 
 
@@ -100,6 +107,47 @@ def test_whole_numbers_are_refused_by_name() -> None:
     with pytest.raises(BadInput, match=r"experts\.0\.gate_proj is not in a form that can be read: .*GPTQ") as error:
         graph_of("Qwen3.5-35B-A3B GPTQ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("quant", "sizes"),
+    [  # MiB of Qwen3-Next and Qwen3.5-35B, 122B, 397B, 27B, as a dry run of llama.cpp's quantizer prints them
+        ("Q8_0", (82552.92, 36040.46, 126404.49, 408659.34, 27690.97)),
+        ("Q6_K", (63781.69, 27845.14, 97627.16, 315622.89, 21381.38)),
+        ("Q5_K_M", (55269.71, 24162.81, 84590.09, 273050.04, 18620.21)),
+        ("Q4_K_M", (47258.42, 20697.09, 72319.90, 232981.48, 16021.46)),
+        ("Q4_K_S", (44266.80, 19412.87, 67772.73, 218647.92, 15081.70)),
+        ("IQ4_XS", (42036.07, 18481.32, 64418.69, 207446.65, 14695.60)),
+        ("Q3_K_M", (37248.36, 16360.92, 57028.10, 183708.04, 12864.82)),
+        ("IQ3_M", (34122.27, 15063.89, 52326.85, 168209.85, 12166.34)),
+        ("IQ3_XXS", (31660.70, 13956.44, 48494.15, 156025.09, 11160.35)),
+        ("Q2_K", (28481.36, 12623.02, 43679.22, 140304.77, 10350.80)),
+        ("IQ2_M", (25491.96, 11369.65, 39168.32, 125494.09, 9664.96)),
+        ("IQ2_XXS", (20620.05, 9257.08, 31716.71, 101267.95, 8138.06)),
+        ("MXFP4_MOE", (42568.92, 19312.46, 66428.49, 209555.34, 27690.97)),
+    ],
+)  # fmt: skip
+def test_planned_size_is_that_of_llama_quantize(quant: str, sizes: tuple[float, ...]) -> None:
+    """But for what sets decay and strength, of which llama.cpp rounds every bit that it does not need."""
+    recipe = recipe_named(quant)
+    for name, size in zip(PLAIN, sizes, strict=True):
+        plan = plan_tensors(_published(name), recipe)
+        rates = [tensor for tensor in plan.tensors if tensor.weight.role is Role.DELTA_RATE]
+        assert {tensor.type.name for tensor in rates} == {"F32"}
+        rounded = sum(format_named(recipe.base).row_bytes(t.weight.columns) * t.weight.shape[0] for t in rates)
+        kept = sum(tensor.bytes for tensor in rates)
+        assert (plan.bytes - kept + rounded) / MIB == pytest.approx(size, abs=0.01)
+        assert kept / plan.bytes < 0.011
+        assert plan.problems == ()
+
+
+def test_fits_into_a_machine() -> None:
+    """Of 262,144 tokens only every fourth layer keeps keys and values; weights take the rest of both memories."""
+    graph = _published("Qwen3.5-35B-A3B")
+    found = fit(graph, Machine(ram=16 * GIB, vram=16 * GIB, context=262_144), typical_damage(graph))
+    taken = found.plan.bytes + found.state_bytes + found.working_bytes
+    assert found.state_bytes == 5 * GIB + graph.fixed_state_bytes()
+    assert 24 * GIB < taken <= 32 * GIB and 0 < found.layers_in_ram < 40
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import inspect
 from math import prod
 
 import pytest
-from moecast.archs import expressions
+from moecast.archs import expressions, rearranged
 from moecast.archs.catalogue import Catalogue
 from moecast.archs.expressions import (
     BlockScaled,
@@ -26,6 +26,7 @@ from moecast.archs.expressions import (
     Zeros,
     stored_tensors,
 )
+from moecast.archs.rearranged import ColumnRuns, RowRuns
 from moecast.errors import BadInput
 from moecast.sources.decode import _EVALUATIONS
 
@@ -62,6 +63,8 @@ MXFP4 = Mxfp4(tensor("codes", "I8", 4, 32), tensor("scale", "F8_E8M0", 4, 2))
         (SideBySide((PLAIN, PLAIN)), 16, "BF16", ["plain", "plain"]),
         (SideBySide((PLAIN, FLOAT)), 32, None, ["plain", "float"]),
         (Rows(FLOAT, 1, 3), 32, "F32", ["float"]),
+        (RowRuns(PLAIN, ((2, 4), (0, 1))), 16, "BF16", ["plain"]),
+        (ColumnRuns(FLOAT, ((32, 64), (0, 8))), 32, "F32", ["float"]),
         (Stack((MXFP4, MXFP4)), 4.25, "MXFP4", ["codes", "scale"] * 2),
     ],
 )  # fmt: skip
@@ -77,8 +80,17 @@ def test_one_expert_depends_on_its_own_matrix() -> None:
     assert stack.of_expert(None) == stack and PLAIN.of_expert(1) == PLAIN
 
 
+@pytest.mark.parametrize("rows", [None, (0, 5), (1, 4), (2, 3), (4, 5)])
+def test_runs_of_rows_within_rows(rows: tuple[int, int] | None) -> None:
+    runs = RowRuns(FLOAT, ((2, 4), (0, 1), (1, 3)))
+    assert runs.shape == (5, 64)
+    source = [row for start, stop in runs.within(rows) for row in range(start, stop)]
+    assert source == [2, 3, 0, 1, 2][slice(*rows) if rows else slice(None)]
+
+
 def test_every_kind_can_be_evaluated() -> None:
-    classes = {kind for _, kind in inspect.getmembers(expressions, inspect.isclass) if hasattr(kind, "of_expert")}
+    found = (inspect.getmembers(module, inspect.isclass) for module in (expressions, rearranged))
+    classes = {kind for members in found for _, kind in members if hasattr(kind, "of_expert")}
     assert {kind for kind in classes - {Expression} if not kind.__name__.startswith("_")} == _EVALUATIONS.keys()
 
 

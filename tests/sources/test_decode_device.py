@@ -25,6 +25,7 @@ from moecast.archs.expressions import (
     TensorInfo,
     Zeros,
 )
+from moecast.archs.rearranged import ColumnRuns, RowRuns
 from moecast.sources.decode import _EVALUATIONS, evaluate
 from moecast.sources.storage import OnDevice
 from numbered import DEVICE, numbered_device
@@ -55,6 +56,8 @@ EVERY: list[Expression] = [
     Padded(PLAIN, (8, 64)),
     SideBySide((PLAIN, PLAIN)),
     Rows(PLAIN, 1, 3),
+    RowRuns(PLAIN, ((2, 4), (0, 1))),
+    ColumnRuns(PLAIN, ((32, 64), (0, 8))),
     Stack((MXFP4, PLAIN)),
 ]
 
