@@ -29,8 +29,9 @@ INTERVAL = 4  # every so many layers have attention, unless a file says otherwis
 KEY_EPSILON = 1e-6  # whatever a configuration says
 _SECTIONS = 4  # that a file states
 
-# What llama.cpp multiplies by a `.scale`: experts, and of what is not fused all that may be quantized.
-SCALED_EXPERTS = (
+# What llama.cpp multiplies by a `.scale`; of Gated DeltaNet only where its projections are not fused.
+_SCALED = (
+    Role.HEAD,
     Role.EXPERT_GATE,
     Role.EXPERT_UP,
     Role.EXPERT_DOWN,
@@ -41,16 +42,11 @@ SCALED_EXPERTS = (
     Role.ATTENTION_K,
     Role.ATTENTION_V,
     Role.ATTENTION_OUTPUT,
-)
-SCALED = (
-    *SCALED_EXPERTS,
-    Role.DELTA_INPUT,
-    Role.DELTA_GATE,
-    Role.DELTA_OUTPUT,
     Role.DENSE_GATE,
     Role.DENSE_UP,
     Role.DENSE_DOWN,
 )
+_SCALED_DELTA = (Role.DELTA_INPUT, Role.DELTA_GATE, Role.DELTA_OUTPUT)
 
 
 def _blocks(graph: Graph) -> int:
@@ -157,7 +153,7 @@ def build(name: str, d: Family, source: Source, fused: bool) -> Graph:
     builder = _Builder(d, source, fused)
     graph = builder.graph(name, tuple(builder.layer(index, recurrent) for index, recurrent in enumerate(d.recurrent)))
     predictions = (builder.prediction(len(d.recurrent)),) if d.drafts else ()
-    return replace(graph, predictions=predictions, scaled_roles=SCALED_EXPERTS if fused else SCALED)
+    return replace(graph, predictions=predictions, scaled_roles=_SCALED if fused else (*_SCALED, *_SCALED_DELTA))
 
 
 class _Builder(Builder):
