@@ -247,5 +247,5 @@ class _Builder(Builder):
             hidden_norm=self.norm(f"{blk}.nextn.hnorm.weight", hidden),
             projection=self.weight(f"{blk}.nextn.eh_proj.weight", Role.PREDICTION_INPUT, hidden, 2 * hidden),
             layer=Layer(index, (*self.layer(index, ATTENTION).sublayers, after)),
-            final_layer_norm=self.weight(f"{blk}.nextn.shared_head_norm.weight", Role.NORM, hidden),
+            final_norm=replace(self.norm(f"{blk}.nextn.shared_head_norm.weight", hidden), centered=True),
         )

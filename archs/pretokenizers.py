@@ -34,6 +34,12 @@ def _llama3(contraction: str, digits: str) -> str:
     return contraction + "|" + _WORD + "|" + digits + _PUNCTUATION + r"[\r\n]*" + _NEWLINES_AND_SPACES
 
 
+def _with_marks(contraction: str) -> str:
+    """Words of Qwen3.5: combining marks are letters, but begin none."""
+    words = r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    return contraction + words + _NEWLINES_AND_SPACES
+
+
 def _cased(upper: str, lower: str, contraction: str, digits: str) -> str:
     """Words split where lower case turns to upper case, as GPT-4o and Tekken do."""
     lead = r"[^\r\n\p{L}\p{N}]?"
@@ -119,6 +125,9 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
         sources=((r"\d{1,3}(?=(?:\d{3})*\b)", _cased(_UPPER, _LOWER, _CONTRACTION + "?", r"\p{N}{1,3}")),),
     ),
     PreTokenizer(
+        names=("qwen35",), splits=(_with_marks(_CONTRACTION_SPELLED),), sources=((_with_marks(_CONTRACTION),),)
+    ),
+    PreTokenizer(
         names=("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "modern-bert", "exaone4"),
         splits=(_GPT2_ENGINE,),
         sources=((_GPT2,),),
@@ -132,7 +141,7 @@ OTHER_NAMES = (
     *("deepseek-coder", "deepseek-llm", "exaone-moe", "f2llmv2", "falcon", "gemma4", "glm4", "glm5"),
     *("gpt3-finnish", "granite-docling", "granite-embed-multi-311m", "granite-embed-multi-97m", "grok-2", "jais-2"),
     *("jina-de", "jina-es", "jina-v1-en", "jina-v2-code", "jina-v2-de", "jina-v2-es", "jina-v5-nano", "kimi-k2"),
-    *("kormo", "laguna", "llada-moe", "minicpm5", "mmbert", "poro-chat", "qwen35", "refact"),
+    *("kormo", "laguna", "llada-moe", "minicpm5", "mmbert", "poro-chat", "refact"),
     *("roberta-bpe", "sarvam-moe", "seed-coder", "smaug-bpe", "starcoder", "superbpe"),
     *("trillion", "ufakzeka", "viking", "youtu"),
 )

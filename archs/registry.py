@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import BadInput
-from . import cohere2, deepseek_v4, gpt_oss, minimax_m2, nemotron_h, qwen3_moe
+from . import cohere2, deepseek_v4, gpt_oss, minimax_m2, nemotron_h, qwen3_5, qwen3_moe, qwen3_next
 from .architecture import Architecture
 from .config import Config
 
@@ -19,6 +19,9 @@ def architectures() -> tuple[Architecture, ...]:
         gpt_oss.ARCHITECTURE,
         cohere2.DENSE,
         cohere2.MIXTURE,
+        qwen3_next.ARCHITECTURE,
+        qwen3_5.MIXTURE,
+        qwen3_5.DENSE,
     )
 
 

@@ -289,25 +289,28 @@ class Builder:
         head_size: int,
         rope: Rope | None = None,
         norms: tuple[int, int] | None = None,
+        gated: bool = False,
     ) -> Attention:
         """Grouped-query attention.
 
         Args:
             blk: what GGUF names of the layer begin with.
             norms: widths of the norms of query and key, where there are any.
+            gated: whether the query projection gives a gate too.
         """
         query_size, key_size = heads * head_size, key_value_heads * head_size
         return Attention(
             heads=heads,
             key_value_heads=key_value_heads,
             head_size=head_size,
-            query=self.weight(f"{blk}.attn_q.weight", Role.ATTENTION_Q, query_size, self.hidden),
+            query=self.weight(f"{blk}.attn_q.weight", Role.ATTENTION_Q, (1 + gated) * query_size, self.hidden),
             key=self.weight(f"{blk}.attn_k.weight", Role.ATTENTION_K, key_size, self.hidden),
             value=self.weight(f"{blk}.attn_v.weight", Role.ATTENTION_V, key_size, self.hidden),
             output=self.weight(f"{blk}.attn_output.weight", Role.ATTENTION_OUTPUT, self.hidden, query_size),
             query_norm=self.norm(f"{blk}.attn_q_norm.weight", norms[0]) if norms else None,
             key_norm=self.norm(f"{blk}.attn_k_norm.weight", norms[1]) if norms else None,
             rope=rope,
+            gated=gated,
         )
 
     def biased(self, blk: str, attention: Attention) -> Attention:

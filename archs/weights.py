@@ -59,6 +59,12 @@ class Role(Enum):
     MAMBA_OUTPUT = "mamba_output"
     MAMBA_CONVOLUTION = "mamba_convolution"
     MAMBA_SCALAR = "mamba_scalar"
+    DELTA_INPUT = "delta_input"  # query, key and value of linear attention
+    DELTA_GATE = "delta_gate"
+    DELTA_OUTPUT = "delta_output"
+    DELTA_RATE = "delta_rate"  # how much of a token is written, and how much is kept of all before
+    DELTA_CONVOLUTION = "delta_convolution"
+    DELTA_SCALAR = "delta_scalar"
     PREDICTION_INPUT = "prediction_input"
     SCALE = "scale"
     BIAS = "bias"
@@ -85,6 +91,9 @@ _KEPT_F32 = (
     Role.HYPER_CONNECTION,
     Role.MAMBA_CONVOLUTION,
     Role.MAMBA_SCALAR,
+    Role.DELTA_RATE,
+    Role.DELTA_CONVOLUTION,
+    Role.DELTA_SCALAR,
     Role.SCALE,
     Role.BIAS,
 )
@@ -95,6 +104,16 @@ _STACKS = {
     Role.ATTENTION_KEY_UP: StackKind.HEADS,
     Role.ATTENTION_VALUE_UP: StackKind.HEADS,
 }
+
+
+def check_shape(source: Expression, shape: tuple[int, ...]) -> None:
+    """Raises BadInput for numbers of another shape than a configuration demands."""
+    if source.shape != shape:
+        tensor = first_tensor(source)
+        raise BadInput(
+            f"{tensor.name} in {tensor.file} gives shape {list(source.shape)}, expected {list(shape)} from the "
+            "configuration"
+        )
 
 
 @dataclass(frozen=True)
@@ -110,13 +129,7 @@ class Weight:
     source: Expression
 
     def __post_init__(self) -> None:
-        if self.source.shape != self.shape:
-            tensor = first_tensor(self.source)
-            raise BadInput(
-                f"{tensor.name} in {tensor.file} gives shape {list(self.source.shape)}, "
-                f"expected {list(self.shape)} from the configuration"
-            )
-
+        check_shape(self.source, self.shape)
         assert (len(self.shape) == 3) == (self.stack is not None), f"{self.name}: {self.role} of {self.shape}"
 
     @property

@@ -15,7 +15,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..archs.graph import MLP, Attention, CompressedAttention, Graph, Layer, Mamba2, MoE, Norm, Operation, SubLayer
+from ..archs.graph import (
+    MLP,
+    Attention,
+    CompressedAttention,
+    GatedDeltaNet,
+    Graph,
+    Layer,
+    Mamba2,
+    MoE,
+    Norm,
+    Operation,
+    SubLayer,
+)
 from ..archs.weights import Weight
 from ..errors import BadInput
 from ..sources.model import Model, pieces
@@ -25,6 +37,7 @@ from .blocks.attention import AttentionMixer
 from .blocks.common import DenseMixer, normalizer
 from .blocks.compressed_attention import CompressedAttentionMixer
 from .blocks.context import Context
+from .blocks.deltanet import DeltaNetMixer
 from .blocks.experts import Mixture, RoutedTokens, order_of_experts, run_experts
 from .blocks.mamba import MambaMixer
 from .blocks.residual import residual_of
@@ -47,6 +60,7 @@ class Mixer(Protocol):
 MIXERS: Mapping[type[Operation], Callable[[Any, Weights], Mixer | Mixture]] = {
     Attention: AttentionMixer,
     CompressedAttention: CompressedAttentionMixer,
+    GatedDeltaNet: DeltaNetMixer,
     Mamba2: MambaMixer,
     MLP: DenseMixer,
     MoE: Mixture,

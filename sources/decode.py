@@ -28,6 +28,7 @@ from ..archs.expressions import (
     Transposed,
     Zeros,
 )
+from ..archs.rearranged import ColumnRuns, RowRuns
 from ..errors import BadInput
 from ..quant import dequantize
 from .fp4 import decode_nvfp4, repack_mxfp4
@@ -243,6 +244,18 @@ def _evaluate_transposed(source: Transposed, storage: Reader, expert: int | None
     return (values[slice(*rows)] if rows else values).contiguous()
 
 
+def _evaluate_row_runs(source: RowRuns, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
+    if len(source.shape) == 1:
+        values = evaluate(source.source, storage)
+        return torch.cat([values[slice(*run)] for run in source.runs])
+    return torch.cat([evaluate(source.source, storage, expert, run) for run in source.within(rows)])
+
+
+def _evaluate_column_runs(source: ColumnRuns, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
+    values = evaluate(source.source, storage, expert, rows)
+    return torch.cat([values[:, slice(*run)] for run in source.runs], dim=1)
+
+
 def _evaluate_stack(source: Stack, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     assert expert is not None
     return evaluate(source.experts[expert], storage, None, rows)
@@ -266,5 +279,7 @@ _EVALUATIONS: dict[type, Callable[[Any, Reader, int | None, RowRange], Tensor]] 
     Rows: _evaluate_rows,
     Columns: _evaluate_columns,
     Transposed: _evaluate_transposed,
+    RowRuns: _evaluate_row_runs,
+    ColumnRuns: _evaluate_column_runs,
     Stack: _evaluate_stack,
 }

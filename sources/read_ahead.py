@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ..archs.expressions import Columns, Expression, Padded, Rows, Stack, TensorInfo, Transposed, stored_tensors
+from ..archs.rearranged import RowRuns
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,9 @@ def stored_rows(source: Expression, expert: int | None, rows: tuple[int, int] | 
         yield from stored_rows(source.source, expert, rows)
     elif isinstance(source, Transposed):
         yield from stored_rows(source.source, expert, None)
+    elif isinstance(source, RowRuns) and len(source.shape) > 1:
+        for run in source.within(rows):
+            yield from stored_rows(source.source, expert, run)
     elif isinstance(source, Padded) and len(source.shape) > 1:
         start, stop = (min(row, source.source.shape[-2]) for row in rows or (0, source.shape[-2]))
         yield from stored_rows(source.source, expert, (start, stop))

@@ -212,3 +212,39 @@ CHANGES["cohere2_moe"] = [
     replaced(tie_word_embeddings=False),
     replaced(norm_type="rms_norm", transformer_block_type="parallel"),
 ]
+_DELTA = [
+    *COMMON,
+    replaced(layer_types=["full_attention"] + ["linear_attention"] * 47),
+    replaced(layer_types=(["linear_attention"] * 4 + ["full_attention"]) * 8),
+    without("layer_types"),
+    without("full_attention_interval"),
+    without("layer_types", "full_attention_interval"),
+    without("linear_conv_kernel_dim"),
+    replaced(linear_num_value_heads=48, linear_key_head_dim=64, linear_value_head_dim=96),
+    replaced(shared_expert_intermediate_size=96, moe_intermediate_size=160),
+    renamed("num_experts", "num_local_experts"),
+    replaced(norm_topk_prob=True, intermediate_size=777),
+    replaced(rms_norm_eps=3e-5),
+]
+CHANGES["qwen3_next"] = [
+    *_DELTA,
+    replaced(full_attention_interval=3),
+    replaced(norm_topk_prob=False),
+    without("norm_topk_prob"),
+    replaced(partial_rotary_factor=0.5),
+    without("partial_rotary_factor"),
+    without("rope_theta"),
+    replaced(rope_scaling=YARN),
+    inside("rope_parameters", rope_theta=777.0, rope_type="default"),
+    inside("rope_parameters", partial_rotary_factor=0.125, rope_type="default"),
+]
+CHANGES["qwen3_5_moe_text"] = [
+    *_DELTA,
+    inside("rope_parameters", rope_theta=777.0),
+    inside("rope_parameters", partial_rotary_factor=0.5),
+    inside("rope_parameters", **YARN),
+    inside("rope_parameters", mrope_section=[4, 2, 2]),
+    replaced(partial_rotary_factor=0.25),
+    replaced(attn_output_gate=True, output_gate_type="swish", mtp_num_hidden_layers=1),
+    without("rope_parameters"),
+]

@@ -5,6 +5,7 @@ operation states of itself (see `operation.Operation`).
 """
 
 from .attention import Attention, CompressedAttention, Compressor, Indexer
+from .deltanet import GatedDeltaNet
 from .experts import MLP, HashRouter, MoE, Router
 from .mamba import Mamba2
 from .model import Branch, Graph, HyperConnections, Layer, Prediction, ResidualMix, SubLayer, sequential
@@ -20,6 +21,7 @@ __all__ = [
     "Branch",
     "CompressedAttention",
     "Compressor",
+    "GatedDeltaNet",
     "Graph",
     "HashRouter",
     "HyperConnections",

@@ -48,6 +48,11 @@ class Mamba2(Operation):
         return (self.output,)
 
     @property
+    def heads_per_group(self) -> int:
+        """Files say that such a layer has no heads."""
+        return 0
+
+    @property
     def fixed_state_bytes(self) -> int:
         """The space and the last inputs of the convolution, in float32."""
         channels, taps = self.convolution.shape

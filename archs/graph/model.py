@@ -96,15 +96,14 @@ class Prediction:
     """A block that drafts the token after next (multi-token prediction) for speculative decoding.
 
     Its input is `projection([embedding_norm(embedding of the next token), hidden_norm(hidden)])`; its output goes
-    through a LayerNorm (mean removed), or like the model's own through its final norm, and the model's head. The model
-    itself never runs it.
+    through a norm of its own, or through the model's final norm, and the model's head. The model itself never runs it.
     """
 
     embedding_norm: Norm
     hidden_norm: Norm
     projection: Weight
     layer: Layer
-    final_layer_norm: Weight | None = None
+    final_norm: Norm | None = None
 
 
 @dataclass(frozen=True)

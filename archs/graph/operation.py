@@ -61,9 +61,9 @@ class Operation:
         return 0
 
     @property
-    def heads_per_group(self) -> int:
-        """Query heads that share a key-value head, 0 for anything but grouped-query attention."""
-        return 0
+    def heads_per_group(self) -> int | None:
+        """Query heads that share a key-value head as files tell it of a layer; None where they tell nothing."""
+        return None
 
     @property
     def state_bytes_per_token(self) -> int:

@@ -61,7 +61,8 @@ class Yarn:
 class Rope:
     """Rotary embedding (Su et al. 2021) on `size` dimensions of a head: the first ones, or the `last`.
 
-    Of these, i is paired with i + size/2, or, `interleaved`, 2i with 2i + 1.
+    Of these, i is paired with i + size/2, or, `interleaved`, 2i with 2i + 1. With `sections` so many pairs turn by the
+    place in time, height and width of an image (M-RoPE), which in a text are one position.
     """
 
     size: int
@@ -69,3 +70,4 @@ class Rope:
     interleaved: bool = False
     last: bool = False
     yarn: Yarn | None = None
+    sections: tuple[int, ...] = ()

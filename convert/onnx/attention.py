@@ -19,7 +19,8 @@ def attention(build: Builder, operation: Attention, states: ir.Value, layer: int
     o = operation
     if not o.key or not o.value:
         raise BadInput("ONNX has no form for attention to keys of another layer yet: use --to gguf")
-    query = _prepared(build, o, _projected(build, states, o.query, o.query_bias), o.query_norm, o.heads)
+    query, gate = _query_and_gate(build, o, states)
+    query = _prepared(build, o, query, o.query_norm, o.heads)
     key = _prepared(build, o, _projected(build, states, o.key, o.key_bias), o.key_norm, o.key_value_heads)
     value = _projected(build, states, o.value, o.value_bias)
     last, total = _lengths(build)
@@ -40,7 +41,20 @@ def attention(build: Builder, operation: Attention, states: ir.Value, layer: int
     )
     for name, state in zip(results, present, strict=True):
         build.remember(name, state)
+    if gate is not None:
+        mixed = build.op("Mul", mixed, build.op("Sigmoid", gate))
     return _projected(build, mixed, o.output, o.output_bias)
+
+
+def _query_and_gate(build: Builder, operation: Attention, states: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """What heads ask and how much of the answer they let through, [batch, sequence, heads * head size] each."""
+    o = operation
+    projected = _projected(build, states, o.query, o.query_bias)
+    if not o.gated:
+        return projected, None
+    apart = build.split(build.reshape(projected, [0, 0, o.heads, 2 * o.head_size]), [o.head_size] * 2)
+    query, gate = (build.reshape(half, [0, 0, o.heads * o.head_size]) for half in apart)
+    return query, gate
 
 
 def _projected(build: Builder, states: ir.Value, weight: Weight, bias: Weight | None) -> ir.Value:

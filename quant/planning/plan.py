@@ -16,7 +16,7 @@ from ...errors import BadInput
 from ..formats.table import NO_WEIGHTS, Format, format_named
 from .exact import exact_format
 from .padding import changed_widths, padded_forms
-from .recipes import DOWN_PROJECTIONS, FALLBACKS, LAST_RESORT, Position, Recipe
+from .recipes import DOWN_PROJECTIONS, FALLBACKS, LAST_RESORT, VALUE_PROJECTIONS, Position, Recipe
 
 _LEAST_GAIN = 0.01  # of a file, for which blocks of the source are rounded anew
 ALIGNMENT = 32  # bytes; GGUF's default, every tensor starts at a multiple of it
@@ -172,7 +172,7 @@ def plan_file(graph: Graph, recipe: Recipe, form: Form = Form(), calibrated: boo
     plans = [plan_tensors(form_graph, recipe, calibrated) for form_graph in form.graphs(graph, multiple)]
     plan = _smallest(plans)
     if mtp is None and graph.predictions and not plan.graph.predictions:
-        notes.append("left out multi-token prediction: its LayerNorm rules out padding the hidden size; --mtp keeps it")
+        notes.append("left out multi-token prediction, which rules out padding the hidden size; --mtp keeps it")
     if form.padding is not False:
         (unpadded,) = replace(form, padding=False).graphs(graph, multiple)
         notes += _describe_padding(plan_tensors(unpadded, recipe, calibrated), plan, plans[-1])
@@ -231,11 +231,11 @@ def plan_tensors(graph: Graph, recipe: Recipe, calibrated: bool = False) -> Plan
     layers = len(graph.layers) + len(graph.predictions)
     heads_per_group = _heads_per_group(graph)
     experts = graph.experts
-    values = sum(weight.role is Role.ATTENTION_V for weight in graph.weights())
+    values = sum(weight.role in VALUE_PROJECTIONS for weight in graph.weights())
     seen: Counter[Role] = Counter()
     tensors: list[PlannedTensor] = []
     for weight in graph.weights():
-        kind = Role.EXPERT_DOWN if weight.role in DOWN_PROJECTIONS else weight.role
+        kind = _counted_as(weight.role)
         if kind is Role.ATTENTION_V:  # where only some layers have attention, llama.cpp counts these alone
             layer, of_layers = seen[kind], values
         else:
@@ -249,10 +249,17 @@ def plan_tensors(graph: Graph, recipe: Recipe, calibrated: bool = False) -> Plan
     return Plan(recipe, graph, tuple(tensors))
 
 
+def _counted_as(role: Role) -> Role:
+    """One of the kinds whose tensors are counted together."""
+    if role in VALUE_PROJECTIONS:
+        return Role.ATTENTION_V
+    return Role.EXPERT_DOWN if role in DOWN_PROJECTIONS else role
+
+
 def _heads_per_group(graph: Graph) -> int:
-    """What llama.cpp's mixes call grouped-query attention: that of the first layer alone, 0 if it has none."""
-    operations = (operation for layer in graph.layers[:1] for operation in layer.operations)
-    return max((operation.heads_per_group for operation in operations), default=0)
+    """What llama.cpp's mixes call grouped-query attention: what a file tells of the first layer."""
+    told = (operation.heads_per_group for operation in graph.operations())
+    return next((heads for heads in told if heads is not None), 0)
 
 
 def _plan_tensor(weight: Weight, recipe: Recipe, position: Position) -> PlannedTensor:

@@ -160,6 +160,7 @@ GATE_UP_PROJECTIONS = (
     Role.DENSE_GATE,
     Role.DENSE_UP,
 )
+VALUE_PROJECTIONS = (Role.ATTENTION_V, Role.DELTA_INPUT)  # what is fused with a value counts as one
 DOWN_PROJECTIONS = (Role.EXPERT_DOWN, Role.SHARED_DOWN, Role.DENSE_DOWN)
 
 
@@ -184,7 +185,7 @@ def _recipe(
         Role.EMBEDDING: fixed(embedding),
         Role.ATTENTION_Q: fixed(query_key),
         Role.ATTENTION_K: fixed(query_key),
-        Role.ATTENTION_V: value,
+        **dict.fromkeys(VALUE_PROJECTIONS, value),
         Role.ATTENTION_OUTPUT: fixed(output),
         **dict.fromkeys(GATE_UP_PROJECTIONS, gate_up),
         **dict.fromkeys(DOWN_PROJECTIONS, down),

@@ -44,7 +44,8 @@ class AttentionMixer:
     def __call__(self, states: Tensor, memory: AttentionState, context: Context) -> tuple[Tensor, AttentionState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         o, positions = self._operation, context.positions
-        query = self._prepare_query(self._projected(states, o.query, o.query_bias), positions)
+        query, gate = self._query_and_gate(states)
+        query = self._prepare_query(query, positions)
         if o.keys_of is None:
             keys, values = self._keys_and_values(states, memory, positions)
             if context.shares:
@@ -56,6 +57,7 @@ class AttentionMixer:
         distance = positions[:, None] - (positions[-1] + 1 - keys.shape[1] + count)
         visible = distance >= 0 if o.window is None else (distance >= 0) & (distance < o.window)
         mixed = self._attend(query, keys, values, visible).transpose(0, 1).flatten(1)
+        mixed = mixed if gate is None else mixed * gate.sigmoid()
         return self._projected(mixed, o.output, o.output_bias), self._remembered(keys, values)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
@@ -75,6 +77,15 @@ class AttentionMixer:
             query[None], keys[None], values[None], attn_mask=visible, scale=o.softmax_scale, enable_gqa=True
         )
         return mixed[0, ..., : o.head_size]
+
+    def _query_and_gate(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What heads ask and how much of the answer they let through, [tokens, heads * head size] each."""
+        o = self._operation
+        projected = self._projected(states, o.query, o.query_bias)
+        if not o.gated:
+            return projected, None
+        query, gate = projected.unflatten(1, (o.heads, 2, -1)).unbind(2)
+        return query.flatten(1), gate.flatten(1)
 
     def _keys_and_values(self, states: Tensor, memory: AttentionState, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Those of all tokens seen, the new ones last."""

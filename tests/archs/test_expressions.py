@@ -6,7 +6,7 @@ import inspect
 from math import prod
 
 import pytest
-from moecast.archs import encodings, expressions
+from moecast.archs import encodings, expressions, rearranged
 from moecast.archs.catalogue import Catalogue
 from moecast.archs.encodings import BlockScaled, GlobalScales, Int4, Mxfp4, Nvfp4, Packing, Scaled
 from moecast.archs.expressions import (
@@ -24,6 +24,7 @@ from moecast.archs.expressions import (
     Zeros,
     stored_tensors,
 )
+from moecast.archs.rearranged import ColumnRuns, RowRuns
 from moecast.errors import BadInput
 from moecast.sources.decode import _EVALUATIONS
 
@@ -66,6 +67,8 @@ STACKED = Mxfp4(tensor("codes", "U8", 3, 4, 32), tensor("scale", "U8", 3, 4, 2))
         (Rows(FLOAT, 1, 3), 32, "F32", ["float"]),
         (Columns(PLAIN, 1, 2), 16, "BF16", ["plain"]),
         (Transposed(FLOAT), 32, "F32", ["float"]),
+        (RowRuns(PLAIN, ((2, 4), (0, 1))), 16, "BF16", ["plain"]),
+        (ColumnRuns(FLOAT, ((32, 64), (0, 8))), 32, "F32", ["float"]),
         (STACKED, 4.25, "MXFP4", ["codes", "scale"]),
         (Stack((MXFP4, MXFP4)), 4.25, "MXFP4", ["codes", "scale"] * 2),
     ],
@@ -82,9 +85,17 @@ def test_one_expert_depends_on_its_own_matrix() -> None:
     assert stack.of_expert(None) == stack and PLAIN.of_expert(1) == PLAIN
 
 
+@pytest.mark.parametrize("rows", [None, (0, 5), (1, 4), (2, 3), (4, 5)])
+def test_runs_of_rows_within_rows(rows: tuple[int, int] | None) -> None:
+    runs = RowRuns(FLOAT, ((2, 4), (0, 1), (1, 3)))
+    assert runs.shape == (5, 64)
+    source = [row for start, stop in runs.within(rows) for row in range(start, stop)]
+    assert source == [2, 3, 0, 1, 2][slice(*rows) if rows else slice(None)]
+
+
 def test_every_kind_can_be_evaluated() -> None:
-    members = [*inspect.getmembers(expressions, inspect.isclass), *inspect.getmembers(encodings, inspect.isclass)]
-    classes = {kind for name, kind in members if hasattr(kind, "of_expert") and not name.startswith("_")}
+    found = (inspect.getmembers(module, inspect.isclass) for module in (expressions, encodings, rearranged))
+    classes = {kind for members in found for name, kind in members if hasattr(kind, "of_expert") and name[0] != "_"}
     assert classes - {Expression, expressions.Derived} == _EVALUATIONS.keys()
 
 

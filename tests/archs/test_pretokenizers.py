@@ -106,6 +106,10 @@ def _split(expression: str, kind: str = "Regex", behavior: str = "Isolated", inv
 
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+QWEN35 = (
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+|\\p{N}| ?[^\\s\\p{L}\\p{M}\\p{N}]+[\\r\\n]*"
+    "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+)
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -139,6 +143,7 @@ DEEPSEEK = (
         (_json(*DEEPSEEK, BYTE_LEVEL), "deepseek-v3"),
         (_json(_split(GPT4O), BYTE_LEVEL), "gpt-4o"),
         (_json(_split(LLAMA3.replace("{1,3}", "")), BYTE_LEVEL), "qwen2"),
+        (_json(_split(QWEN35), BYTE_LEVEL), "qwen35"),
         (_json(BYTE_LEVEL | {"use_regex": True}), "gpt-2"),
         ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": True}, "model": {"type": "BPE"}}, "gpt-2"),
         (_json({"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}), "command-r"),

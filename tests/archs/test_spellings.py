@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import real_models
-from moecast.archs import cohere2, deepseek_v4, gpt_oss, minimax_m2, nemotron_h, qwen3_moe
+from moecast.archs import cohere2, deepseek_v4, gpt_oss, minimax_m2, nemotron_h, qwen3_5, qwen3_moe, qwen3_next
 from moecast.archs.architecture import Architecture
 from moecast.archs.config import Config
 from moecast.archs.harmless import check_repeated, refuse_unread, refuse_unread_metadata
@@ -29,11 +29,14 @@ EXAMPLE = {
     "gpt_oss": real_models.DATA / "gpt-oss-20b-config.json",
     "cohere2": real_models.DATA / "command-r7b-config.json",
     "cohere2_moe": real_models.DATA / "north-mini-code-config.json",
+    "qwen3_next": real_models.DATA / "qwen3-next-80b-a3b-config.json",
+    "qwen3_5_moe_text": real_models.DATA / "qwen3.5-35b-a3b-config.json",
 }
 
 
 def example(family: str) -> Values:
     values: Values = json.loads(EXAMPLE[family].read_text())
+    values = values.get("text_config", values)
     values.pop("quantization_config", None)
     if "time_step_limit" in values:
         values["time_step_limit"] = [0.0, float("inf")]
@@ -56,6 +59,12 @@ def read(values: Values) -> tuple[Any, Architecture]:
             found, architecture = gpt_oss._read_config(config), gpt_oss.ARCHITECTURE
         case "cohere2" | "cohere2_moe" | "cohere2_vision":
             found, architecture = cohere2._read_config(config), cohere2.MIXTURE
+        case "qwen3_next":
+            found, architecture = qwen3_next._read_config(config, drafts=False), qwen3_next.ARCHITECTURE
+        case "qwen3_5_moe" | "qwen3_5_moe_text":
+            found, architecture = qwen3_5._read_config(config, drafts=False, dense=False), qwen3_5.MIXTURE
+        case "qwen3_5":
+            found, architecture = qwen3_5._read_config(config, drafts=False, dense=True), qwen3_5.DENSE
         case _:
             found, architecture = nemotron_h._read_config(config, drafts=False), nemotron_h.MIXTURE
     config.flag("tie_word_embeddings", default=False)
@@ -88,6 +97,14 @@ def ours(values: Values) -> Values:
                     "widths": (d.expert_size, d.shared_size, d.dense_size),
                 }
             )
+        case "qwen3_next" | "qwen3_5_moe_text":
+            return shared | {
+                "recurrent": d.recurrent,
+                "deltas": (d.delta_key_heads, d.delta_heads, d.key_size, d.value_size, d.kernel),
+                "rope": (d.rotary_size, d.rope_base, d.yarn_factor, d.yarn_context),
+                "widths": (d.expert_size, d.shared_size),
+                "normalized": d.normalized,
+            }
         case "minimax_m2":
             return shared | {"rotary": d.rotary_size, "theta": d.rope_base, "width": d.expert_size}
         case "deepseek_v4":
@@ -141,6 +158,19 @@ def theirs(values: Values) -> Values:
                 "theta": rope["rope_theta"],
                 "width": c.intermediate_size,
                 "yarn": (*yarn, rope.get("truncate", True)) if yarn else None,
+            }
+        case "qwen3_next" | "qwen3_5_moe_text":
+            rope = c.rope_parameters
+            yarn = (rope["factor"], rope["original_max_position_embeddings"]) if "factor" in rope else (1.0, 0)
+            keys = (c.linear_num_key_heads, c.linear_num_value_heads, c.linear_key_head_dim)
+            return shared | {
+                "epsilon": c.rms_norm_eps,
+                "experts": c.num_experts,
+                "recurrent": tuple(kind == "linear_attention" for kind in c.layer_types),
+                "deltas": (*keys, c.linear_value_head_dim, c.linear_conv_kernel_dim),
+                "rope": (int(c.head_dim * rope["partial_rotary_factor"]), rope["rope_theta"], *yarn),
+                "widths": (c.moe_intermediate_size, c.shared_expert_intermediate_size),
+                "normalized": getattr(c, "norm_topk_prob", True),
             }
         case "minimax_m2":
             rope = c.rope_parameters
@@ -302,6 +332,7 @@ def test_two_names_of_one_quantity_have_to_agree(family: str, first: str, second
     ("nemotron_h", "layer_norm_epsilon"), ("nemotron_h", "routed_scaling_factor"),
     ("qwen3_moe", "rms_norm_eps"), ("qwen3_moe", "rope_theta"), ("gpt_oss", "swiglu_limit"), ("gpt_oss", "rope_theta"),
     ("cohere2", "logit_scale"), ("cohere2", "layer_norm_eps"), ("cohere2_moe", "rms_norm_eps"),
+    ("qwen3_next", "rms_norm_eps"), ("qwen3_next", "rope_theta"), ("qwen3_next", "partial_rotary_factor"),
 ])  # fmt: skip
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), -1.0, 0.0, 1e39, 1e-46, 10**40, -5])
 def test_numbers_have_a_range(family: str, key: str, value: float) -> None:

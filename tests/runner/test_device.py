@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import deltanet_checkpoints as deltanet
 import pytest
 import torch
 from conversions import convert
@@ -55,8 +56,16 @@ def _logits(model: Model, room: Workspace) -> Tensor:
     ids=lambda folder: folder.name,
 )
 def test_a_device_gives_the_numbers_of_the_cpu(folder: Path, tmp_path: Path) -> None:
+    _check_on_a_device(open_model(folder), tmp_path)
+
+
+@pytest.mark.parametrize("family", deltanet.FAMILIES)
+def test_linear_attention_on_a_device(family: str, tmp_path: Path) -> None:
+    _check_on_a_device(open_model(deltanet.save(tmp_path / "model", deltanet.model_of(family))), tmp_path)
+
+
+def _check_on_a_device(model: Model, tmp_path: Path) -> None:
     """With activations on the device, beside it, and on disk; no more lies there than memory.py says."""
-    model = open_model(folder)
     expected = _logits(model, Workspace())
     least = needed(model.graph, TOKENS.numel(), TOKENS.shape[1], error_feedback=True)
     for memory_bytes, room in ((None, GB), (None, 0), (0, 0)):

@@ -23,6 +23,7 @@ from moecast.archs.expressions import (
     Transposed,
     Zeros,
 )
+from moecast.archs.rearranged import ColumnRuns, RowRuns
 from moecast.sources.decode import _EVALUATIONS, evaluate
 from moecast.sources.storage import OnDevice
 from numbered import DEVICE, numbered_device
@@ -56,6 +57,8 @@ EVERY: list[Expression] = [
     Rows(PLAIN, 1, 3),
     Columns(PLAIN, 1, 2),
     Transposed(PLAIN),
+    RowRuns(PLAIN, ((2, 4), (0, 1))),
+    ColumnRuns(PLAIN, ((32, 64), (0, 8))),
     Stack((MXFP4, PLAIN)),
 ]
 

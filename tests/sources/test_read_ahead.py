@@ -10,6 +10,7 @@ import checkpoints
 import pytest
 import torch
 from moecast.archs.expressions import Read, Rows, Stack, TensorInfo
+from moecast.archs.rearranged import RowRuns
 from moecast.archs.weights import Role, Weight
 from moecast.errors import BadInput
 from moecast.quant.planning.padding import pad
@@ -65,6 +66,12 @@ def test_fused_matrices_are_announced_by_their_parts(tmp_path: Path) -> None:
     single = (Read(TensorInfo(f"{expert}", "BF16", (8, 4), path, expert * 64, 64)) for expert in range(3))
     sources = (Rows(source, 4, 8) for source in (stored, Stack(tuple(single))))
     _check(Weight("blk.0.ffn_up_exps.weight", Role.EXPERT_UP, (3, 4, 4), source) for source in sources)
+
+
+def test_rows_in_another_order_are_announced_run_by_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(8 * 4 * 2))
+    source = RowRuns(Read(TensorInfo("matrix", "BF16", (8, 4), str(tmp_path / "file"), 0, 64)), ((6, 8), (1, 4)))
+    _check([Weight("blk.0.ffn_up.weight", Role.DENSE_UP, (5, 4), source)])
 
 
 def _steps(count: int) -> list[list[StoredRows]]:
