@@ -108,27 +108,37 @@ def show_tensors(plan: Plan) -> None:
     print_columns(f"{plan.recipe.name}, {len(rows)} tensors", ("Tensor", "Type", "Shape", "Bytes"), rows)
 
 
-def show_fit(fit: MachinePlan, as_json: bool, each: bool = False) -> None:
+def show_fit(fit: MachinePlan, bandwidth: float, as_json: bool, each: bool = False) -> None:
+    """`bandwidth`: bytes a second that this machine reads from its memory."""
     if as_json:
         from ..quant.planning.plan_file import plan_as_json
 
         memory = {"state_bytes": fit.state_bytes, "working_bytes": fit.working_bytes}
-        print_json({**plan_as_json(fit.plan), **memory, "layers_in_ram": fit.layers_in_ram, "serve": _serve(fit)})
+        speed = {"ram_bytes_per_token": fit.ram_bytes_per_token, "memory_bandwidth": bandwidth}
+        lines = {"serve": _serve(fit), "chat": _serve(fit, "llama-cli")}
+        print_json({**plan_as_json(fit.plan), **memory, **speed, "layers_in_ram": fit.layers_in_ram, **lines})
         return
     show_plan(fit.plan, as_json, each)
     print(f"State of {fit.machine.context} tokens: {human_bytes(fit.state_bytes)}, ", end="")
     print(f"working memory: about {human_bytes(fit.working_bytes)}")
-    print(f"Serve it with\n\n    {_serve(fit)}\n")
+    if fit.ram_bytes_per_token:
+        rate = bandwidth / fit.ram_bytes_per_token
+        print(
+            f"A token reads {human_bytes(fit.ram_bytes_per_token)} of weights from RAM: at most "
+            f"{rate:.{0 if rate >= 10 else 1}f} tokens a second, if RAM is as fast as this machine's "
+            f"({human_bytes(bandwidth)}/s measured now) and what lies on a GPU costs nothing"
+        )
+    print(f"Serve it, or chat with it, by\n\n    {_serve(fit)}\n    {_serve(fit, 'llama-cli')}\n")
 
 
-def _serve(fit: MachinePlan) -> str:
+def _serve(fit: MachinePlan, program: str = "llama-server") -> str:
     """With the options for a GPU; the head counts as a layer beside those that the GPU holds as a whole."""
     options: tuple[str | int, ...] = ()
     if fit.machine.vram:
         graph = fit.plan.graph
         on_gpu = ("--n-gpu-layers", len(graph.layers) - fit.layers_in_ram + 1)
         options = (*_GPU, "--n-cpu-moe", fit.layers_in_ram) if graph.experts else on_gpu
-    return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *options)
+    return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *options, program=program)
 
 
 def _ranges(layers: list[int]) -> str:
@@ -226,9 +236,9 @@ def show_problems(problems: tuple[str, ...]) -> None:
         print(f"Note: {printable(problem)}")
 
 
-def server_line(model: str | Path, context: int, *options: object) -> str:
-    """The command that serves a file with llama.cpp."""
-    return " ".join(map(str, ("llama-server", "-m", model, "-c", context, *options)))
+def server_line(model: str | Path, context: int, *options: object, program: str = "llama-server") -> str:
+    """The command that serves a file with llama.cpp, or chats with it."""
+    return " ".join(map(str, (program, "-m", model, "-c", context, *options)))
 
 
 def _parity_rows(result: Parity) -> list[tuple[str, str]]:

@@ -48,6 +48,7 @@ _NEUTRAL = (
     "sources/control_tokens.py",
     "sources/tokenizer*.py",
     "sources/locate.py",
+    "runner/bandwidth.py",
     "runner/engines.py",
     "runner/generate.py",
     "runner/memory.py",

@@ -49,6 +49,19 @@ class MachinePlan:
     working_bytes: int
     layers_in_ram: int
 
+    @property
+    def ram_bytes_per_token(self) -> float:
+        """Bytes of weights that a token reads from RAM on average: of experts, or whole layers, that stay there."""
+        graph, shares = self.plan.graph, self.plan.graph.active_shares()
+        return sum(
+            tensor.bytes * shares.get(tensor.weight.name, 1.0)
+            for tensor in self.plan.tensors
+            if not self.machine.vram or self._in_ram(tensor.weight, graph)
+        )
+
+    def _in_ram(self, weight: Weight, graph: Graph) -> bool:
+        return weight.layer is not None and weight.layer < self.layers_in_ram and _may_be_slow(weight, graph)
+
 
 def fit(graph: Graph, machine: Machine, damage: Damage, one_bit: bool = False, name: str = "fit") -> MachinePlan:
     """The plan of least damage for a machine's memory. Raises BadInput when the model cannot fit."""

@@ -97,6 +97,13 @@ def test_fit_tells_how_to_serve_the_file() -> None:
     assert f"{human_bytes(fit['state_bytes'])}, working memory: about {human_bytes(fit['working_bytes'])}" in shown
     alone = json.loads(_run("plan", *machine, "--vram", "0", "--json").stdout)
     assert alone["layers_in_ram"] == 3 and "gpu" not in alone["serve"]
+    assert fit["ram_bytes_per_token"] == 0 and alone["memory_bandwidth"] > 0
+    experts, others = 0, 0
+    for tensor in alone["tensors"]:
+        routed = tensor["name"].endswith("_exps.weight")
+        experts, others = experts + tensor["bytes"] * routed, others + tensor["bytes"] * (not routed)
+    assert experts * 4 / 16 < alone["ram_bytes_per_token"] < experts * 4 / 16 + others
+    assert " of weights from RAM: at most " in _run("plan", *machine, "--vram", "0").stdout
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["CPU", "GPU"])
