@@ -137,7 +137,7 @@ def quantize(
     source: Path,
     output: Path,
     goal: Goal,
-    imatrix: Path | None,
+    imatrix: str | None,
     allow_requantize: bool,
     ignore_config: tuple[str, ...],
     overwrite: bool,

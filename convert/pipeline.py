@@ -22,7 +22,7 @@ from ..runner.settings import Compute, Evaluation
 from ..runner.texts import beyond_context, evaluated_text
 from ..sources.hub.access import HubAccess
 from ..sources.imatrix import SOURCE, read_imatrix
-from ..sources.locate import Source, open_source
+from ..sources.locate import Source, locate_imatrix, open_source
 from ..sources.model import Model
 from ..sources.tokenizer import Tokenizer
 from .conversion import Conversion, InputFile
@@ -83,6 +83,8 @@ def convert(
         opened = _open(source, access, goal, progress)
         model = opened.model
         stack.callback(model.close)
+        if calibration.imatrix:
+            calibration = replace(calibration, imatrix=locate_imatrix(calibration.imatrix, access, progress))
         plan = plan_for(model, goal, form, calibration, output.file_format)
         path = output.place(output.name or opened.name, plan.recipe.name)
         measured = None
