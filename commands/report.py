@@ -59,6 +59,7 @@ def show_model(model: Model, as_json: bool) -> None:
             ("KV cache per token", f"{human_bytes(graph.state_bytes_per_token())} (16 bits)"),
         ],
     )
+    show_problems(graph.notes)
 
 
 def show_plan(plan: Plan, as_json: bool, each: bool = False) -> None:
