@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import checkpoints
+import cohere_checkpoints as cohere
 import pytest
 from click.testing import CliRunner, Result
 from moecast.cli import main
@@ -65,6 +66,13 @@ def test_tables_keep_to_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = _run("inspect", "minimax-m2-tiny").stdout
     assert max(len(line) for line in shown.splitlines()) <= 60
     assert "".join(shown.split()).count("33.0") == 1 and len(_rows(shown)) > len(_rows(INSPECTED))
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    folder = cohere.save_cohere(tmp_path / "model", cohere.pictured(True))
+    for command in (["inspect"], ["plan", "--quant", "Q8_0"]):
+        shown = _run(*command, folder).stdout
+        assert shown.count("Note: left out the vision tower, 52 tensors: text alone is understood") == 1
 
 
 def test_plan_tells_layers_in_ranges() -> None:
