@@ -11,7 +11,6 @@ from typing import Any
 
 from ..errors import BadInput
 from .architecture import Architecture
-from .catalogue import Catalogue
 from .cohere2_blocks import (
     AVERAGE,
     DENSE_NAME,
@@ -33,11 +32,11 @@ from .shared import (
     CheckpointSource,
     Experts,
     Names,
+    catalogue_of,
     expect_all,
     gguf_source,
     open_gguf,
     rope_section,
-    scale_block,
     text_section,
 )
 
@@ -90,7 +89,7 @@ _NAMES = Names(
 def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
     """The language model of a checkpoint, whatever else it holds."""
     dimensions = _read_config(config)
-    catalogue = Catalogue(tensors, config.origin, scale_block(config))
+    catalogue = catalogue_of(config, tensors)
     pictures = sum(map(catalogue.ignore, _PICTURES))
     repeated = sum(map(catalogue.ignore, _HEAD)) if dimensions.tied else 0
     notes = []

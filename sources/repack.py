@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..archs.encodings import Int4, Mxfp4, Nvfp4
 from ..archs.expressions import Expression, Read, Rows, Stack, TensorInfo
+from ..archs.rearranged import ColumnRuns, RowRuns
 from ..errors import BadInput
 from ..quant import dequantize
 from ..quant.formats.table import format_named
@@ -35,6 +36,12 @@ def repack(
     if isinstance(expression, Rows):
         blocks = repack(expression.source, type_name, storage, expert, expression.span(rows))
         return None if blocks is None else blocks[:: expression.step].contiguous()
+    if isinstance(expression, RowRuns) and len(expression.shape) > 1:
+        parts = [repack(expression.source, type_name, storage, expert, run) for run in expression.within(rows)]
+        found = [part for part in parts if part is not None]
+        return torch.cat(found) if len(found) == len(parts) else None
+    if isinstance(expression, ColumnRuns):
+        return _block_runs(expression, type_name, repack(expression.source, type_name, storage, expert, rows))
     height = expression.shape[-2] if len(expression.shape) > 1 else 1
     start, stop = ((expert or 0) * height + row for row in rows or (0, height))
     if isinstance(expression, Read):
@@ -55,6 +62,15 @@ def repack(
         blocks = pack_q4_0(read_int4(expression, storage, rows))
         return None if blocks is None else _finite(blocks, type_name, expression.scale, expert)
     return None
+
+
+def _block_runs(expression: ColumnRuns, type_name: str, rows: Tensor | None) -> Tensor | None:
+    """The blocks that hold runs of columns; None where a run cuts one."""
+    size = format_named(type_name).block_size
+    if rows is None or any(column % size for run in expression.runs for column in run):
+        return None
+    blocks = rows.unflatten(1, (expression.source.shape[-1] // size, -1))
+    return torch.cat([blocks[:, start // size : stop // size] for start, stop in expression.runs], dim=1).flatten(1)
 
 
 def _finite(blocks: Tensor, type_name: str, tensor: TensorInfo, expert: int | None) -> Tensor:

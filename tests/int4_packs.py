@@ -96,7 +96,7 @@ def repacked(plain: Path, packed: Path, exact: Path, style: str, group: int = 32
     tensors = load_file(plain / "model.safetensors")
     stored, values = {}, {}
     for number, (name, tensor) in enumerate(tensors.items()):
-        if not name.endswith("_proj.weight"):
+        if not name.endswith(("_proj.weight", "_proj_qkvz.weight", "_proj_qkv.weight", "_proj_z.weight")):
             stored[name] = values[name] = tensor
             continue
         made = pack(tensor.float(), style, group, seed=number)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cohere_checkpoints as cohere
+import deltanet_checkpoints as deltanet
 import gguf
 import int4_packs
 import llama
@@ -37,6 +39,40 @@ def test_packed_checkpoint(style: str, tmp_path: Path) -> None:
     path = convert(tmp_path / "packed", tmp_path, "F32", calibration=None, verify=False).files[0]
     theirs = llama.run_isolated(path, TOKENS[0].tolist())
     assert llama.mean_divergence(logits_of(oracle, TOKENS)[0].numpy(), theirs) < 1e-8
+
+
+_OTHERS = {
+    "qwen3_next": ("Qwen3NextForCausalLM", 19),
+    "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", 19),
+    "cohere2_moe": ("Cohere2MoeForCausalLM", 10),
+}  # class, and how many packed weights a file has
+
+
+def _other_family(family: str, folder: Path) -> Path:
+    common = {"hidden_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
+    if family == "cohere2_moe":
+        return cohere.save_cohere(folder, cohere.cohere_model(True, **common, num_hidden_layers=1))
+    kinds = ["linear_attention", "full_attention"]
+    widths = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    model = deltanet.model_of(family, **common, **widths, layer_types=kinds, num_hidden_layers=2)
+    return deltanet.save(folder, model)
+
+
+@pytest.mark.parametrize("style", ["gptq symmetric", "awq"])
+@pytest.mark.parametrize("family", _OTHERS)
+def test_other_families(family: str, style: str, tmp_path: Path) -> None:
+    """Codes stay as they are where heads or rows are put in another order."""
+    import transformers
+
+    int4_packs.repacked(_other_family(family, tmp_path / "plain"), tmp_path / "packed", tmp_path / "exact", style)
+    kind, packed = _OTHERS[family]
+    oracle = getattr(transformers, kind).from_pretrained(tmp_path / "exact", dtype=torch.float32).eval()
+    assert_same_logits(open_model(tmp_path / "packed"), oracle, TOKENS)
+    if style == "gptq symmetric":
+        result = convert(tmp_path / "packed", tmp_path, "native", calibration=None, verify=False, padding=False)
+        types = [tensor.tensor_type.name for tensor in gguf.GGUFReader(result.files[0]).tensors]
+        assert types.count("Q4_0") == packed and not [line for line in result.problems if "rounded" in line]
+        assert_same_logits(open_model(result.files[0]), oracle, TOKENS)
 
 
 @pytest.mark.parametrize("quant", ["native", "Q8_0", "Q5_K_M"])

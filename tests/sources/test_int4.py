@@ -10,6 +10,7 @@ from ggml import dequantize
 from int4_packs import pack
 from moecast.archs.catalogue import Catalogue
 from moecast.archs.encodings import Int4, Packing
+from moecast.archs.rearranged import ColumnRuns, RowRuns
 from moecast.errors import BadInput
 from moecast.sources.checkpoint import read_tensors
 from moecast.sources.decode import evaluate
@@ -62,6 +63,24 @@ def test_blocks_of_q4_0_hold_what_has_their_form(style: str, rows: tuple[int, in
     if blocks is not None:
         expected = packed.values[slice(*rows) if rows else slice(None)]
         assert torch.equal(torch.from_numpy(dequantize(blocks.numpy(), "Q4_0")), expected)
+    storage.close()
+
+
+def test_blocks_move_with_runs_of_rows_and_columns(tmp_path: Path) -> None:
+    """Columns only as long as no run cuts a block."""
+    packed = pack(MATRIX, "gptq symmetric", 32)
+    source = catalogue(packed.tensors, tmp_path, Packing.GPTQ, uniform=True).matrix("module")
+    storage = Storage()
+    moved = RowRuns(source, ((20, 24), (0, 20)))
+    for rows in (None, (2, 7)):
+        blocks = repack(moved, "Q4_0", storage, None, rows)
+        assert blocks is not None
+        assert torch.equal(torch.from_numpy(dequantize(blocks.numpy(), "Q4_0")), evaluate(moved, storage, None, rows))
+    swapped = ColumnRuns(source, ((32, 64), (0, 32)))
+    blocks = repack(swapped, "Q4_0", storage, None, (3, 9))
+    assert blocks is not None
+    assert torch.equal(torch.from_numpy(dequantize(blocks.numpy(), "Q4_0")), packed.values[3:9].roll(32, 1))
+    assert repack(ColumnRuns(source, ((16, 64), (0, 16))), "Q4_0", storage, None, None) is None
     storage.close()
 
 
