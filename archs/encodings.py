@@ -162,7 +162,7 @@ class Packing(Enum):
     """Which tool packed a matrix of whole numbers of 4 bits, eight in a word, the first in the lowest bits."""
 
     COMPRESSED_TENSORS = "compressed-tensors"  # codes of one row in a word, zeros of one group of columns
-    GPTQ = "gptq"  # codes of one row, all transposed; zeros of one group, each less one
+    GPTQ = "gptq"  # codes of one row, all transposed; zeros of one group, words less 0x11111111
     GPTQ_V2 = "gptq_v2"  # the same, zeros as they are
     AWQ = "awq"  # codes of one column, all transposed; zeros of one group; in the order 0, 2, 4, 6, 1, 3, 5, 7
 

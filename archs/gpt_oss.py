@@ -193,7 +193,8 @@ def _read_config(config: Config) -> _Dimensions:
 
 
 def _read_yarn(config: Config, rope: Config) -> Yarn | None:
-    said = rope if {*rope.keys()} - {"rope_theta"} else Config(_ROPE, config.origin)
+    silent = config.get("rope_parameters") is None and not rope.keys()
+    said = Config(_ROPE, config.origin) if silent else rope
     return read_yarn(said, config.integer("max_position_embeddings"), rounded=(True, False))
 
 

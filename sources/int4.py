@@ -15,6 +15,7 @@ from .storage import Reader
 
 _PLACES = {Packing.AWQ: [0, 4, 1, 5, 2, 6, 3, 7]}  # where in a word the numbers of eight neighbours are
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_EACH_ONE = 0x11111111  # taken from zeros in whole words, so that one of 0 borrows from the next
 _MIDDLE = 8  # the zero where none is stored
 _BLOCK = 32  # numbers that share a scale in Q4_0
 
@@ -54,8 +55,9 @@ def read_int4(source: Int4, storage: Reader, rows: tuple[int, int] | None) -> Nu
     zeros = torch.full_like(scales, _MIDDLE, dtype=torch.uint8)
     if source.zero:
         words = storage.read(source.zero)
+        if packing is Packing.GPTQ:
+            words = (words.view(torch.int32) + _EACH_ONE).view(torch.uint8)
         zeros = (_along_columns(words) if by_rows else _along_rows(words, packing).T)[start:stop]
-        zeros = zeros + 1 if packing is Packing.GPTQ else zeros
     return Numbers(codes.contiguous(), zeros, scales.contiguous(), _groups(source, storage, scales.shape[1]))
 
 

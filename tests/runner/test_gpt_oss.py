@@ -9,6 +9,7 @@ from typing import Any
 import gpt_oss_checkpoints as gpt_oss
 import pytest
 import torch
+from checkpoints import edit_config
 from forward import assert_same_logits, random_tokens, relative_error, runner_logits
 from gpt_oss_checkpoints import BEYOND_LLAMA, UNROUNDED, VARIANTS
 from moecast.quant.planning.padding import pad
@@ -42,6 +43,20 @@ def test_nothing_said_of_rotary_embeddings(tmp_path: Path) -> None:
     assert default["rope_theta"] == 150_000 and default["truncate"] is False
     oracle = gpt_oss.gpt_oss_model(rope_parameters=default)
     folder = gpt_oss.without_rope(gpt_oss.save_gpt_oss(tmp_path / "m", oracle))
+    assert_same_logits(open_model(folder), oracle, TOKENS)
+
+
+@pytest.mark.parametrize("said", [{"rope_parameters": {}}, {"rope_parameters": {"rope_theta": 1e4}},
+                                  {"rope_scaling": {"rope_theta": 1e4}}])  # fmt: skip
+def test_a_section_of_rotary_settings_without_a_type(said: dict[str, Any], tmp_path: Path) -> None:
+    """Then it is none, whatever the published models have."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    stored = gpt_oss.gpt_oss_model()
+    folder = gpt_oss.without_rope(gpt_oss.save_gpt_oss(tmp_path / "m", stored))
+    edit_config(folder, **said)
+    oracle = GptOssForCausalLM(GptOssConfig(**{**gpt_oss.GPT_OSS, "rope_parameters": None, **said})).eval()
+    oracle.load_state_dict(stored.state_dict())
     assert_same_logits(open_model(folder), oracle, TOKENS)
 
 

@@ -96,6 +96,19 @@ def test_what_blocks_of_q4_0_do_not_hold(tmp_path: Path) -> None:
     storage.close()
 
 
+def test_zeros_of_0_borrow_from_the_next_as_gptqmodel_stores_them(tmp_path: Path) -> None:
+    """It takes 0x11111111 from whole words, and adds it when it loads them."""
+    second = pack(MATRIX, "gptq v2", 16).tensors
+    second["qzeros"] = torch.tensor([[0, 0x10, -16]] * 4, dtype=torch.int32)
+    first = second | {"qzeros": second["qzeros"] - 0x11111111}
+    found, storage = [], Storage()
+    for folder, tensors, packing in (("1", first, Packing.GPTQ), ("2", second, Packing.GPTQ_V2)):
+        (tmp_path / folder).mkdir()
+        found.append(evaluate(catalogue(tensors, tmp_path / folder, packing).matrix("module"), storage))
+    assert torch.equal(*found)
+    storage.close()
+
+
 def test_columns_without_an_order_say_minus_one(tmp_path: Path) -> None:
     packed = pack(MATRIX, "compressed", 16)
     tensors = packed.tensors | {"weight_g_idx": torch.full((64,), -1, dtype=torch.int32)}
