@@ -12,7 +12,7 @@ from .catalogue import Catalogue
 from .config import Config
 from .expressions import Expression, NegativeExponential, OnePlus, Reshape, TensorInfo
 from .graph import Graph
-from .qwen_deltanet_blocks import INTERVAL, KEY_EPSILON, Family, build, check
+from .qwen_deltanet_blocks import INTERVAL, KEY_EPSILON, SECTIONS, Family, build, check
 from .rearranged import ColumnRuns, RowRuns, Run
 from .shared import (
     ATTENTION_NAMES,
@@ -27,6 +27,7 @@ from .shared import (
     rope_section,
     scale_block,
 )
+from .weights import check_shape
 
 _KINDS = {"linear_attention": True, "full_attention": False}
 _PREFIXES = ("model.language_model.", "model.")  # beside a vision tower, and alone
@@ -161,23 +162,28 @@ def _left_out(catalogue: Catalogue, drafts: bool) -> list[str]:
 def _checkpoint_source(source: CheckpointSource, d: Family, fused: bool) -> Source:
     """Finds the weights of a checkpoint in the form that engines want."""
     forms = _fused_forms(d) if fused else _tiled_forms(d)
-    all_of_one = cache(source)
+    whole = (2 * (d.delta_key_heads * d.key_size + d.delta_heads * d.value_size), d.hidden)
 
     def stored(name: str, shape: tuple[int, ...]) -> Expression:
-        blk, layer, kind = (*name.split(".", 2), "", "")[:3]
-        if blk == "blk" and int(layer) == len(d.recurrent):
-            prefix = _DRAFTS if kind.startswith("nextn.") else f"{_DRAFTS}layers.0."
-            return source.in_layer(prefix, kind, shape)
-        if fused and kind in ("attn_qkv.weight", "attn_gate.weight"):
-            return all_of_one(f"blk.{layer}.{_FUSED}", ())
-        return source(name, shape)
+        layer, _, kind = name.removeprefix("blk.").partition(".")
+        if layer != str(len(d.recurrent)):
+            return source(name, shape)
+        return source.in_layer(_DRAFTS if kind.startswith("nextn.") else f"{_DRAFTS}layers.0.", kind, shape)
+
+    @cache
+    def all_of_one(name: str, shape: tuple[int, ...]) -> Expression:
+        """What is put in another order, of the shape that this presumes."""
+        found = stored(name, shape)
+        check_shape(found, shape)
+        return found
 
     def find(name: str, shape: tuple[int, ...]) -> Expression:
-        kind = name.split(".", 2)[-1]
+        layer, _, kind = name.removeprefix("blk.").partition(".")
+        if kind in forms:
+            return forms[kind](all_of_one(f"blk.{layer}.{_FUSED}", whole) if fused else all_of_one(name, shape))
         found = stored(name, shape)
-        if name.endswith("norm.weight") and kind != "ssm_norm.weight":
-            return OnePlus(found)
-        return forms[kind](found) if kind in forms else found
+        zero_centered = name.endswith("norm.weight") and kind != "ssm_norm.weight"
+        return OnePlus(found) if zero_centered else found
 
     return find
 
@@ -242,10 +248,9 @@ def read_gguf(
         vocabulary=vocabulary,
         recurrent=_listed_layers(metadata, name, layers),
         key_epsilon=metadata.number(f"{name}.attention.layer_norm_rms_epsilon"),
-        sections=_sections(metadata, name) if not fused else (),
+        sections=() if fused else metadata.integers(f"{name}.rope.dimension_sections", SECTIONS)[:3],
         value_size=metadata.integer(f"{name}.ssm.inner_size") // heads,
-        normalized=True,
-        **{key: value for key, value in absent.items() if key != "normalized"},
+        **{"normalized": True, **absent},
     )
     check(d, metadata.origin)
     graph = build(name, d, gguf_source(catalogue), fused)
@@ -264,8 +269,3 @@ def _listed_layers(metadata: Config, name: str, layers: int) -> tuple[bool, ...]
             f"each of {layers} layers"
         )
     return tuple(listed[:layers])
-
-
-def _sections(metadata: Config, name: str) -> tuple[int, ...]:
-    sections = metadata.integers(f"{name}.rope.dimension_sections", 4)
-    return sections[:3]

@@ -27,7 +27,7 @@ from .weights import Role
 
 INTERVAL = 4  # every so many layers have attention, unless a file says otherwise
 KEY_EPSILON = 1e-6  # whatever a configuration says
-_SECTIONS = 4  # that a file states
+SECTIONS = 4  # of rotated pairs, of which the last is 0
 
 # What llama.cpp multiplies by a `.scale`; of Gated DeltaNet only where its projections are not fused.
 _SCALED = (
@@ -91,7 +91,7 @@ class Family(Dimensions):
     sections: tuple[int, ...] = quantity()
     padded_sections: int = written(
         "rope.dimension_sections",
-        of_rope(lambda rope: [*rope.sections, *[0] * _SECTIONS][:_SECTIONS] if rope.sections else None),
+        of_rope(lambda rope: [*rope.sections, *[0] * SECTIONS][:SECTIONS] if rope.sections else None),
     )
     scaling: str = quantity(gguf="rope.scaling.type", from_graph=of_yarn(lambda yarn: "yarn"), default="none")
     yarn_factor: float = quantity(gguf="rope.scaling.factor", from_graph=of_yarn(lambda yarn: yarn.factor), default=1.0)
@@ -182,7 +182,7 @@ class _Builder(Builder):
         d = self.d
         value, heads = d.delta_heads * d.value_size, d.delta_heads
         channels = 2 * d.delta_key_heads * d.key_size + value
-        rates = {"beta": ("ssm_ba", 2 * heads)} if self.fused else {"beta": ("ssm_beta", heads)}
+        beta, rows = ("ssm_ba", 2 * heads) if self.fused else ("ssm_beta", heads)
         return GatedDeltaNet(
             key_heads=d.delta_key_heads,
             heads=heads,
@@ -190,7 +190,7 @@ class _Builder(Builder):
             value_size=d.value_size,
             input=self.weight(f"{blk}.attn_qkv.weight", Role.DELTA_INPUT, channels, d.hidden),
             gate=self.weight(f"{blk}.attn_gate.weight", Role.DELTA_GATE, value, d.hidden),
-            beta=self.weight(f"{blk}.{rates['beta'][0]}.weight", Role.DELTA_RATE, rates["beta"][1], d.hidden),
+            beta=self.weight(f"{blk}.{beta}.weight", Role.DELTA_RATE, rows, d.hidden),
             alpha=None if self.fused else self.weight(f"{blk}.ssm_alpha.weight", Role.DELTA_RATE, heads, d.hidden),
             convolution=self.weight(f"{blk}.ssm_conv1d.weight", Role.DELTA_CONVOLUTION, channels, d.kernel),
             step_bias=self.weight(f"{blk}.ssm_dt.bias", Role.DELTA_SCALAR, heads),

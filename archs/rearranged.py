@@ -18,6 +18,10 @@ class _Runs:
     runs: tuple[Run, ...]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
     def length(self) -> int:
         return sum(stop - start for start, stop in self.runs)
 

@@ -106,6 +106,16 @@ _STACKS = {
 }
 
 
+def check_shape(source: Expression, shape: tuple[int, ...]) -> None:
+    """Raises BadInput for numbers of another shape than a configuration demands."""
+    if source.shape != shape:
+        tensor = first_tensor(source)
+        raise BadInput(
+            f"{tensor.name} in {tensor.file} gives shape {list(source.shape)}, expected {list(shape)} from the "
+            "configuration"
+        )
+
+
 @dataclass(frozen=True)
 class Weight:
     """A named weight of the graph: `shape` is [n], [rows, columns], or of a stack [experts or heads, rows, columns].
@@ -119,13 +129,7 @@ class Weight:
     source: Expression
 
     def __post_init__(self) -> None:
-        if self.source.shape != self.shape:
-            tensor = first_tensor(self.source)
-            raise BadInput(
-                f"{tensor.name} in {tensor.file} gives shape {list(self.source.shape)}, "
-                f"expected {list(self.shape)} from the configuration"
-            )
-
+        check_shape(self.source, self.shape)
         assert (len(self.shape) == 3) == (self.stack is not None), f"{self.name}: {self.role} of {self.shape}"
 
     @property

@@ -64,7 +64,8 @@ def matrices(model: Model, experts_alone: bool = False) -> Iterator[tuple[Weight
 
 
 def full(moments: SecondMoments) -> Tensor:
-    return moments.means.triu() + moments.means.triu(1).T
+    (means,) = moments.means
+    return means.triu() + means.triu(1).T
 
 
 Round = Callable[[Tensor, SecondMoments], Tensor]
@@ -74,7 +75,7 @@ def compare(model: Model, seen: Kept, others: Kept, name: str, fed_back: Round, 
     """The error of `fed_back`, over that without error feedback."""
     logarithms = []
     for weight, expert, rows in matrices(model, experts_alone):
-        own, exit_if_worse = seen.moments(weight, expert), others.moments(weight, expert)
+        own, exit_if_worse = seen.moments(weight, [expert]), others.moments(weight, [expert])
         assert own and exit_if_worse
         nearest = quantize(rows, name, seen.of(weight, expert))
         errors = [dequantize(data, name) - rows for data in (fed_back(rows, own), nearest)]
@@ -87,7 +88,7 @@ def with_sweeps(name: str, sweeps: int) -> Round:
     def round(rows: Tensor, moments: SecondMoments) -> Tensor:
         usual, feedback._SWEEPS = feedback._SWEEPS, sweeps  # type: ignore[misc]
         try:
-            return feedback.quantize_with_feedback(rows, name, moments)
+            return feedback.quantize_with_feedback(rows[None], name, moments)[0]
         finally:
             feedback._SWEEPS = usual  # type: ignore[misc]
 
@@ -106,12 +107,12 @@ def by_type(model: Model, seen: Kept, others: Kept) -> None:
 def slower(name: str) -> float:
     """Time with error feedback over time without, for rows of 2048; what the moments take is not in it."""
     rows, inputs = torch.randn(1024, 2048), torch.randn(4096, 2048)
-    moments = SecondMoments(inputs.T @ inputs / len(inputs), len(inputs))
+    moments = SecondMoments((inputs.T @ inputs / len(inputs))[None], [len(inputs)])
     moments.cholesky(BLOCK)
     times = []
     for action in (
-        lambda: feedback.quantize_with_feedback(rows, name, moments, threads=1),
-        lambda: quantize(rows, name, moments.means.diagonal(), threads=1),
+        lambda: feedback.quantize_with_feedback(rows[None], name, moments, threads=1),
+        lambda: quantize(rows, name, moments.means[0].diagonal(), threads=1),
     ):
         action()
         started = time.process_time()
@@ -126,7 +127,7 @@ def by_calibration(model: Model, chunks: int, others: Kept, name: str = "Q3_K") 
     print("|---|---|---|---|")
 
     def usual(rows: Tensor, moments: SecondMoments) -> Tensor:
-        return feedback.quantize_with_feedback(rows, name, moments)
+        return feedback.quantize_with_feedback(rows[None], name, moments)[0]
 
     while len(tokens):
         seen = observed(model, tokens)
@@ -143,7 +144,7 @@ def times(rows: int = 1536, columns: int = 3072, tokens: int = 2048) -> None:
     generator = torch.Generator().manual_seed(0)
     x, inputs = (torch.randn(count, columns, generator=generator) for count in (rows, tokens))
     products = products_of(inputs)
-    moments = SecondMoments(products / tokens, tokens)
+    moments = SecondMoments(products[None] / tokens, [tokens])
 
     def spent(action: Callable[..., object], *arguments: object) -> str:
         """The least of some times: other programs share the caches."""
@@ -154,19 +155,19 @@ def times(rows: int = 1536, columns: int = 3072, tokens: int = 2048) -> None:
             measured.append(time.process_time() - started)
         return f"{min(measured) / x.numel() * 1e9:.0f}"
 
-    factors = spent(lambda: SecondMoments(products / tokens, tokens).cholesky(BLOCK))
+    factors = spent(lambda: SecondMoments(products[None] / tokens, [tokens]).cholesky(BLOCK))
     print(f"moments of {tokens} tokens: {spent(products_of, inputs)}, their factors: {factors}\n")
     print("| type | without | blocks alone | with error feedback |\n|---|---|---|---|")
     for name in TYPES:
-        without = spent(quantize, x, name, moments.means.diagonal(), 1)
+        without = spent(quantize, x, name, moments.means[0].diagonal(), 1)
         alone = spent(blocks_alone, x, name, moments)
-        print(f"| {name} | {without} | {alone} | {spent(feedback.quantize_with_feedback, x, name, moments, 1)} |")
+        print(f"| {name} | {without} | {alone} | {spent(feedback.quantize_with_feedback, x[None], name, moments, 1)} |")
 
 
 def blocks_alone(x: Tensor, name: str, moments: SecondMoments) -> None:
     """Scales, levels and bytes of all blocks, without what carries errors from one to the next."""
     for number, triangle in enumerate(moments.cholesky(BLOCK).blocks):
-        values = x[:, number * BLOCK : (number + 1) * BLOCK]
+        values = x[None, :, number * BLOCK : (number + 1) * BLOCK]
         feedback._round(name, values, None, triangle, torch.empty_like(values), threads=1)
 
 

@@ -113,9 +113,9 @@ def _works(name: str, rows: Tensor, threads: int) -> dict[str, Callable[[], Tens
     }
     if can_feed_back(name):
         inputs = torch.randn(2048, format.block_size, generator=torch.Generator().manual_seed(2))
-        means = SecondMoments(products_of(inputs) / len(inputs), len(inputs))
+        means = SecondMoments(products_of(inputs)[None] / len(inputs), [len(inputs)])
         triangle = means.cholesky(format.block_size).blocks[0].to(rows.device)
-        blocks = rows.reshape(-1, format.block_size)
+        blocks = rows.reshape(1, -1, format.block_size)
         errors = torch.empty_like(blocks)
 
         def choose() -> Tensor:

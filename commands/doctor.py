@@ -22,7 +22,7 @@ def examine(folder: Path) -> dict[str, Any]:
     from huggingface_hub import constants
 
     from ..quant.formats import native, nvrtc
-    from ..runner.placement import gpu_named, names, place
+    from ..runner.placement import Need, gpu_named, names, place
 
     devices = names()
     gpus = [gpu_named(name) for name in devices if name.startswith("cuda")]
@@ -41,7 +41,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "nvrtc": compiler,
         "devices": devices,
         "gpus": [{"name": gpu.name, "bytes": gpu.total, "free_bytes": gpu.free} for gpu in gpus],
-        "auto": place("auto", None, 0).why,
+        "auto": place("auto", None, Need(0)).why,
         "memory_bytes": memory_bytes(),
         "disk_free_bytes": shutil.disk_usage(folder).free,
         "hub_cache": constants.HF_HUB_CACHE,

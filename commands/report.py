@@ -38,6 +38,7 @@ def show_model(model: Model, as_json: bool) -> None:
                 "parameters": graph.parameters(),
                 "active_parameters": graph.active_parameters(),
                 "state_bytes_per_token": graph.state_bytes_per_token(),
+                "fixed_state_bytes": graph.fixed_state_bytes(),
                 "tensors": tensors,
                 "problems": graph.notes,
                 "graph": graph_as_json(graph),
@@ -48,6 +49,7 @@ def show_model(model: Model, as_json: bool) -> None:
     for tensor in model.tensors:
         stored[tensor.dtype] += tensor.length
     operations = Counter(type(operation).__name__ for operation in graph.operations())
+    fixed = graph.fixed_state_bytes()
     print_table(
         str(model.path),
         [
@@ -57,8 +59,10 @@ def show_model(model: Model, as_json: bool) -> None:
             ("Hidden size, vocabulary", f"{graph.hidden_size}, {graph.vocabulary_size}"),
             ("Stored", ", ".join(f"{dtype} {human_bytes(size)}" for dtype, size in stored.most_common())),
             ("KV cache per token", f"{human_bytes(graph.state_bytes_per_token())} (16 bits)"),
+            *([("State of any text", human_bytes(fixed))] if fixed else []),
         ],
     )
+    show_problems(graph.notes)
 
 
 def show_plan(plan: Plan, as_json: bool, each: bool = False) -> None:

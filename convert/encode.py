@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class MeasuredImportance:
         means = self.matrix.of(weight.name, columns, weight.matrices)
         return functional.pad(means[expert or 0], (0, weight.columns - columns)) if means is not None else None
 
-    def moments(self, weight: Weight, expert: int | None) -> SecondMoments | None:
+    def moments(self, weight: Weight, experts: Sequence[int | None]) -> SecondMoments | None:
         return None
 
 
@@ -99,18 +100,37 @@ class Encoder:
         stored = self._writer.read(weight.name, first_row, _row_count(weight, rows)) if written else None
         if stored is not None:
             return stored.to(self.source.device)
-        data = self._stored(tensor, expert, rows)
-        if written:
-            return data
-        self._writer.write(weight.name, first_row, data.cpu())
-        self._progress.advance(len(data) * weight.columns, f"{weight.name} {tensor.type.name}")
+        data = self._stored(tensor, [expert], rows)[0]
+        if not written:
+            self._write(tensor, expert, rows, data)
         return data
 
-    def finish_expert(self, layer: int, expert: int) -> None:
-        """Encode what nobody asked for of one expert."""
+    def _write(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None, data: Tensor) -> None:
+        weight = tensor.weight
+        self._writer.write(weight.name, _first_row(weight, expert, rows), data.cpu())
+        self._progress.advance(len(data) * weight.columns, f"{weight.name} {tensor.type.name}")
+
+    def encode_experts(self, tensor: PlannedTensor, experts: Sequence[int]) -> list[Tensor]:
+        """Matrices of a stack, each as `encode` gives it, quantized together.
+
+        All of them are, as long as one is missing, so that bytes do not depend on where an earlier run was stopped.
+        """
+        missing = [expert for expert in experts if not self._has(tensor.weight, expert, None)]
+        if len(experts) < 2 or not missing:
+            return [self.encode(tensor, expert, None) for expert in experts]
+        made = self._stored(tensor, experts, None)
+        for expert, data in zip(experts, made, strict=True):
+            if expert in missing:
+                self._write(tensor, expert, None, data)
+        return [*made.unbind()]
+
+    def finish_experts(self, layer: int, experts: Sequence[int]) -> None:
+        """Encode what nobody asked for of some experts."""
         for tensor in self._unfinished[layer]:
-            if tensor.weight.experts is not None and not self._has(tensor.weight, expert, None):
-                self.encode(tensor, expert, None)
+            if tensor.weight.experts is not None:
+                there = [expert for expert in experts if expert < tensor.weight.matrices]
+                if not all(self._has(tensor.weight, expert, None) for expert in there):
+                    self.encode_experts(tensor, there)
 
     def finish_layer(self, layer: int) -> None:
         """Encode what nobody asked for of a layer, and wait until all of it is written."""
@@ -138,22 +158,27 @@ class Encoder:
         """Whether a piece is written, be it by an earlier run."""
         return self._writer.has(weight.name, _first_row(weight, expert, rows))
 
-    def _stored(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+    def _stored(self, tensor: PlannedTensor, experts: Sequence[int | None], rows: tuple[int, int] | None) -> Tensor:
+        """Some matrices of a stack, or rows of what is none, as they are stored: uint8 [matrices, rows, row bytes]."""
         weight, type_name = tensor.weight, tensor.type.name
-        data = self.source.model.repacked(weight, type_name, expert, rows, self.source.device)
-        if data is not None:
-            return data
-        values = self.source.load(weight, expert, rows).view(-1, weight.columns)
+        packed = [self.source.model.repacked(weight, type_name, one, rows, self.source.device) for one in experts]
+        copied = [data for data in packed if data is not None]
+        if len(copied) == len(experts):
+            return _side_by_side(copied)
+        values = _side_by_side([self.source.load(weight, one, rows).view(-1, weight.columns) for one in experts])
         if type_name == "I32":
             return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
         try:
-            data = quantize_weight(values, weight, expert, type_name, self._importance, self._threads)
+            data = quantize_weight(values, weight, experts, type_name, self._importance, self._threads)
         except BadInput as error:
-            stored = first_tensor(weight.source.of_expert(expert))
+            if len(experts) > 1:  # one of them says what is wrong with it
+                return torch.cat([self._stored(tensor, [one], rows) for one in experts])
+            stored = first_tensor(weight.source.of_expert(experts[0]))
             raise BadInput(
                 f"{stored.name} in {stored.file}: {error}; the checkpoint is damaged, fetch it again"
             ) from None
-        self._check_range(weight, type_name, values, data)
+        for matrix, blocks in zip(values, data, strict=True):
+            self._check_range(weight, type_name, matrix, blocks)
         return data
 
     def _check_range(self, weight: Weight, type_name: str, values: Tensor, data: Tensor) -> None:
@@ -190,6 +215,12 @@ class QuantizingWeights(CachedWeights):
         super().__init__(encoder.plan.graph, label, encoder.source.compute_dtype, encoder.source.device)
         self._encoder = encoder
         self._planned = {tensor.weight.name: tensor for tensor in encoder.plan.tensors}
+        self._encoded: dict[tuple[str, int], Tensor] = {}  # of experts that were made ready
+
+    def prepare(self, stacks: Sequence[Weight], experts: Sequence[int]) -> None:
+        for stack in stacks:
+            made = self._encoder.encode_experts(self._planned[stack.name], experts)
+            self._encoded.update(zip(((stack.name, expert) for expert in experts), made, strict=True))
 
     def read(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
         values = self._decoded(weight, expert, rows, torch.float32)
@@ -201,15 +232,27 @@ class QuantizingWeights(CachedWeights):
     def read_directly(self, weight: Weight, expert: int | None) -> Tensor | None:
         return None if self._scale_of(weight) else self._decoded(weight, expert, None, self.compute_dtype)
 
+    def release(self, expert: int | None = None) -> None:
+        super().release(expert)
+        kept = self._encoded.items()
+        self._encoded = {} if expert is None else {key: data for key, data in kept if key[1] != expert}
+
     def _decoded(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
         """What is stored, in `dtype`."""
         tensor = self._planned[weight.name]
+        if expert is not None and (ready := self._encoded.get((weight.name, expert))) is not None:
+            return _decode(ready, tensor.type.name, dtype)
         asked = [(expert, rows)] if expert is not None or rows else pieces(weight)
         parts = [_decode(self._encoder.encode(tensor, *piece), tensor.type.name, dtype) for piece in asked]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _scale_of(self, weight: Weight) -> PlannedTensor | None:
         return self._planned.get(scale_name(weight.name))
+
+
+def _side_by_side(matrices: Sequence[Tensor]) -> Tensor:
+    """[matrices, ...]; one alone is not copied."""
+    return matrices[0][None] if len(matrices) == 1 else torch.stack([*matrices])
 
 
 def _first_row(weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> int:

@@ -129,7 +129,7 @@ def _run(
             if inputs.imatrix and journal:
                 inputs.imatrix.add(load_statistics(journal, index))
             continue
-        layer_pass.advance(layers, partial(encoder.finish_expert, index))  # writes the layer: see QuantizingWeights
+        layer_pass.advance(layers, partial(encoder.finish_experts, index))  # writes the layer: see QuantizingWeights
         encoder.finish_layer(index)  # before the journal says that the layer is passed
         if inputs.evaluation is not None:
             errors.append(relative_error(streams[REFERENCE].hidden, streams[CANDIDATE].hidden))

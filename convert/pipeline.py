@@ -240,7 +240,8 @@ def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Pro
     copies = RUNNING if inputs.evaluation is None else QUANTIZING
     folder, feedback = work.path.parent, inputs.error_feedback
     room = workspace(work.compute, plan.graph, inputs.tokens, inputs.context, folder, copies, feedback)
-    identity = identity | {"device": room.device.type}
+    together = f", {room.experts_at_once} experts at a time" if feedback and room.experts_at_once > 1 else ""
+    identity = identity | {"device": room.device.type + together}
     with room, Journal(work.path, identity, work.output.overwrite, progress) as journal, ExitStack() as stack:
         resumed = journal.continues
         check_disk(work.path, plan, model, inputs, work.compute.memory, journal, progress)

@@ -60,7 +60,7 @@ class Workspace:
         buffer: int = BUFFER_BYTES,
     ) -> None:
         self.buffer = buffer
-        self.device = placement.device
+        self.device, self.experts_at_once = placement.device, placement.experts_at_once
         self._tiers = [_Tier(CPU, memory, self.device, pinned=placement.has_own_memory)]
         if placement.has_own_memory:
             self._tiers.insert(0, _Tier(self.device, placement.room, self.device))

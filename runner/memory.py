@@ -13,7 +13,7 @@ from ..errors import BadInput
 from ..files import rss_bytes
 from ..sources.model import PIECE_ROWS
 from .activations import BUFFER_BYTES, Workspace
-from .placement import place
+from .placement import Need, place
 from .settings import Compute
 
 _log = logging.getLogger(__name__)
@@ -50,7 +50,9 @@ def workspace(
     Raises BadInput when even without activations more is needed, saying how much.
     """
     least = needed(graph, tokens, context, copies, error_feedback) + _SLACK
-    placement, memory = place(compute.device, compute.vram, least), compute.memory
+    experts = max((stack.matrices for operation in graph.operations() for stack in operation.stacks), default=1)
+    need = Need(least, _of_an_expert(graph, copies, error_feedback), experts)
+    placement, memory = place(compute.device, compute.vram, need), compute.memory
     _log.debug(placement.why)
     if memory is None:
         return Workspace(placement=placement)
@@ -93,6 +95,16 @@ def _moments(graph: Graph) -> int:
     layers = [list(weights_in(layer)) for layer in graph.layers]
     largest = max(weight.columns for weights in layers for weight in weights if not weight.role.keep_f32)
     return _FLOAT * (max(map(squares, layers)) + _FACTORING * largest**2)
+
+
+def _of_an_expert(graph: Graph, copies: int, error_feedback: bool) -> int:
+    """An upper bound of the bytes that one more expert takes which is done together with others."""
+
+    def of(stacks: Iterable[Weight]) -> int:
+        moments = _FACTORING * sum(stack.columns**2 for stack in stacks) if error_feedback else 0
+        return moments + (copies + 1) * sum(stack.elements // stack.matrices for stack in stacks)
+
+    return _FLOAT * max((of(operation.stacks) for operation in graph.operations()), default=0)
 
 
 def _in_transit(graph: Graph, tokens: int) -> int:

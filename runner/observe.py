@@ -28,6 +28,9 @@ class ObservingWeights:
     def announce(self, stacks: Sequence[Weight], states: Tensor) -> None:
         self._statistics.add_layer(stacks, states)
 
+    def prepare(self, stacks: Sequence[Weight], experts: Sequence[int]) -> None:
+        self._inner.prepare(stacks, experts)
+
     def project(self, states: Tensor, weight: Weight, expert: int | None = None) -> Tensor:
         self._statistics.add(weight, expert, states)
         return self._inner.project(states, weight, expert)

@@ -82,9 +82,9 @@ class LayerPass:
         states, sharing = stream.states(), [*stream.shared]
         return self._add(name, Stream(self.model, stream.tokens, None, weights, states, sharing, self._workspace))
 
-    def advance(self, layers: Sequence[Layer], expert_done: Callable[[int], None] | None = None) -> None:
+    def advance(self, layers: Sequence[Layer], experts_done: Callable[[Sequence[int]], None] | None = None) -> None:
         """Run every stream through a layer of its own, see `stream.advance`."""
-        advance([*self.streams.values()], layers, expert_done)
+        advance([*self.streams.values()], layers, experts_done)
 
     def save(self, layer: int, facts: Tensor | None = None) -> None:
         """Keep what all streams have come to after a layer."""

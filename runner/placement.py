@@ -19,6 +19,8 @@ CPU: Final = torch.device("cpu")
 _STACK: Final = 14 << 10
 _LIBRARIES: Final = 512 << 20  # CUDA's context, and what its libraries work in
 _USABLE: Final = 0.9  # of what is free, because freed memory is in pieces
+_EXPERTS_SHARE: Final = 4  # experts that are done together take at most one part in so many of a GPU's memory
+_MOST_EXPERTS: Final = 32  # beyond which kernels have all the lanes that they can use
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,14 @@ class Placement:
         device: where weights are decoded, multiplied and quantized.
         room: bytes of its own memory that are left for activations; 0 where it computes in the process's memory.
         why: the choice in a line.
+        experts_at_once: how many experts are multiplied with and quantized together. A GPU has thousands of threads to
+            keep busy; a CPU gains nothing by more than one.
     """
 
     device: torch.device = CPU
     room: int = 0
     why: str = "Computing on the CPU"
+    experts_at_once: int = 1
 
     @property
     def has_own_memory(self) -> bool:
@@ -60,19 +65,34 @@ class Gpu:
         return f"{self.device} ({self.name}, {_gb(self.free)} of {_gb(self.total)} free)"
 
 
-def place(wanted: str, vram: int | None, least: int) -> Placement:
+@dataclass(frozen=True)
+class Need:
+    """Bytes that tensors of a run take where it computes, without activations.
+
+    Attributes:
+        least: with one expert at a time.
+        expert: each further expert that is done together with it.
+        experts: how many there are in a layer.
+    """
+
+    least: int
+    expert: int = 0
+    experts: int = 1
+
+
+def place(wanted: str, vram: int | None, need: Need) -> Placement:
     """The device for a run.
 
     Args:
         wanted: its name as `Compute.device` has it.
         vram: most bytes of a GPU's memory that the run may take; by default nearly all that is free.
-        least: bytes that tensors take without activations.
+        need: what the run takes.
 
     Raises BadInput for a device that is not there, and for one asked for by name that has less memory than it takes.
     """
     there = names()
     if wanted == "auto":
-        return _best([gpu_named(name) for name in there if name.startswith("cuda")], vram, least)
+        return _best([gpu_named(name) for name in there if name.startswith("cuda")], vram, need)
     name = "cuda:0" if wanted == "cuda" else wanted
     if name not in there:
         reason = "" if torch.version.cuda or name == "mps" else ", and this torch is built without CUDA"
@@ -80,12 +100,12 @@ def place(wanted: str, vram: int | None, least: int) -> Placement:
     if not name.startswith("cuda"):
         return Placement(torch.device(name), 0, f"Computing on {name}, as --device says")
     gpu = gpu_named(name)
-    if gpu.room(vram) < least:
+    if gpu.room(vram) < need.least:
         raise BadInput(
-            f"{_bound(gpu, vram)}, but the least that this model takes there is {_gb(_floor(gpu, vram, least))}; "
+            f"{_bound(gpu, vram)}, but the least that this model takes there is {_gb(_floor(gpu, vram, need.least))}; "
             "give it that, a smaller --context, or --device cpu"
         )
-    return _placed(gpu, vram, least, f"Computing on {gpu}, as --device says")
+    return _placed(gpu, vram, need, f"Computing on {gpu}, as --device says")
 
 
 def names() -> list[str]:
@@ -107,24 +127,32 @@ def wide(values: Tensor) -> Tensor:
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
-def _best(gpus: list[Gpu], vram: int | None, least: int) -> Placement:
+def _best(gpus: list[Gpu], vram: int | None, need: Need) -> Placement:
     """The first GPU that has the memory."""
     for gpu in gpus:
-        if gpu.room(vram) >= least:
-            return _placed(gpu, vram, least, f"Computing on {gpu}: the model takes at least {_gb(least)} there")
+        if gpu.room(vram) >= need.least:
+            return _placed(gpu, vram, need, f"Computing on {gpu}: the model takes at least {_gb(need.least)} there")
     if not gpus:
         return Placement(why=f"Computing on the CPU: torch {torch.__version__} finds no NVIDIA GPU")
-    floor = _gb(_floor(gpus[0], vram, least))
+    floor = _gb(_floor(gpus[0], vram, need.least))
     return Placement(why=f"Computing on the CPU: {_bound(gpus[0], vram)}, and the model takes at least {floor} there")
 
 
-def _placed(gpu: Gpu, vram: int | None, least: int, why: str) -> Placement:
+def _placed(gpu: Gpu, vram: int | None, need: Need, why: str) -> Placement:
     torch.backends.cudnn.allow_tf32 = False  # float32 is what settings say
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if vram:  # what torch has freed counts too
         torch.cuda.set_per_process_memory_fraction(min(1.0, gpu.room(vram) / gpu.total), gpu.device)
-    return Placement(gpu.device, gpu.room(vram) - least, why)
+    room = gpu.room(vram) - need.least
+    experts = _experts_at_once(min(room, (vram or gpu.total) // _EXPERTS_SHARE), need)
+    return Placement(gpu.device, room - (experts - 1) * need.expert, why, experts)
+
+
+def _experts_at_once(memory: int, need: Need) -> int:
+    """A power of two, so that a little more or less memory on another day seldom changes it."""
+    most = min(_MOST_EXPERTS, need.experts, 1 + memory // need.expert if need.expert else 1)
+    return 1 << most.bit_length() - 1
 
 
 def _floor(gpu: Gpu, vram: int | None, least: int) -> int:

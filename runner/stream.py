@@ -121,7 +121,7 @@ class Stream:
         self._positions = (cache.tokens if cache else 0) + torch.arange(tokens.shape[1], device=self.weights.device)
         self._residual = residual_of(self.weights)
         self._workspace = workspace or Workspace(placement=Placement(self.weights.device))
-        self.buffer = self._workspace.buffer
+        self.buffer, self.experts_at_once = self._workspace.buffer, self._workspace.experts_at_once
         self._readers = self.weights.graph.shared_states()
         self.hidden = self._workspace.activations(*tokens.shape, *self._residual.width, whole_chunks=True)
         if cache:
@@ -261,13 +261,15 @@ class Stream:
 
 
 def advance(
-    streams: Sequence[Stream], layers: Sequence[Layer | None], expert_done: Callable[[int], None] | None = None
+    streams: Sequence[Stream],
+    layers: Sequence[Layer | None],
+    experts_done: Callable[[Sequence[int]], None] | None = None,
 ) -> None:
     """Run every stream through a layer of its own (None: it has no more), all of them together.
 
-    Streams of the same weights share what is loaded, an expert at a time; `expert_done` is told of each that all of
-    them have passed, while it is still loaded. Raises BadInput naming the first block or expert whose output is not
-    finite.
+    Streams of the same weights share what is loaded, as many experts at a time as the first stream's workspace says;
+    `experts_done` is told of those that all streams have passed, while they are still loaded. Raises BadInput naming
+    the first block or expert whose output is not finite.
     """
     pairs = [(stream, layer) for stream, layer in zip(streams, layers, strict=True) if layer]
     for number in range(max(len(layer.sublayers) for _, layer in pairs)):
@@ -276,9 +278,9 @@ def advance(
         waiting = [(stream, sublayer) for stream, sublayer in entered if sublayer.experts]
         if waiting:
             routed = [experts for _, sublayer in waiting for experts in sublayer.experts]
-            order = order_of_experts(routed, unwanted=expert_done is not None)
+            order = order_of_experts(routed, unwanted=experts_done is not None)
             with _reading_ahead(waiting, order):
-                run_experts(routed, order, expert_done)
+                run_experts(routed, order, experts_done, waiting[0][0].experts_at_once)
         for stream, sublayer in waiting:
             stream.after_experts(sublayer)
         for stream, _ in here:

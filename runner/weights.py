@@ -42,6 +42,9 @@ class Weights(Protocol):
     def announce(self, stacks: Sequence[Weight], states: Tensor) -> None:
         """States [tokens, columns] are about to be read by experts of these stacks, each token by some of them."""
 
+    def prepare(self, stacks: Sequence[Weight], experts: Sequence[int]) -> None:
+        """These experts of these stacks come next: what is best made of several at once may be made now."""
+
     def release(self, expert: int | None = None) -> None:
         """Drop what was kept of one expert, or all that was kept: whoever needed it is done."""
 
@@ -66,6 +69,9 @@ class WeightProducts:
 
     def announce(self, stacks: Sequence[Weight], states: Tensor) -> None:
         """Nothing follows from it here."""
+
+    def prepare(self, stacks: Sequence[Weight], experts: Sequence[int]) -> None:
+        """Nothing is made of several at once here."""
 
     def project(self, states: Tensor, weight: Weight, expert: int | None = None) -> Tensor:
         return multiply(states, self.matmul_operand(weight, expert), self._dtype_for(weight))

@@ -75,7 +75,7 @@ def test_quantizers_stay_on_their_device(fake: FakeTensorMode, name: str) -> Non
 def test_moments_stay_on_their_device(fake: FakeTensorMode) -> None:
     with fake:
         products = products_of(torch.empty(7, 1024, device=DEVICE))
-        assert products.device.type == divided(products, 256).device.type == DEVICE.type
+        assert products.device.type == divided(products[None], 256).device.type == DEVICE.type
 
 
 def test_two_devices_are_refused(fake: FakeTensorMode) -> None:

@@ -79,10 +79,10 @@ def choose(
 ) -> tuple[Tensor, int | None]:
     """As `devices.Kernels` says it."""
     blocks = native.blocks(format, values, added, coupling, errors)
-    experts = len(values) if values.ndim > 2 else 1
-    total = experts * values.shape[-2]
+    matrices, lanes = values.shape[:2]
+    total = matrices * lanes
     bad = torch.full((1,), total, dtype=torch.int64, device=values.device)
-    grid = values.shape[-2], experts
+    grid = lanes, matrices
     _launch("choose", format, values.device, grid, blocks.task(sweeps), c_void_p(bad.data_ptr()))
     first = int(bad)
     return blocks.data, first if first < total else None

@@ -47,12 +47,13 @@ class Kernels(Protocol):
         sweeps: int,
         threads: int,
     ) -> tuple[Tensor, int | None]:
-        """Round blocks with error feedback: float32 [lanes, block_size] -> uint8 [lanes, block_bytes].
+        """Round blocks of several matrices with error feedback: float32 [matrices, lanes, block_size] -> uint8
+        [matrices, lanes, block_bytes].
 
         added: to the values, what errors of other blocks make of them; of the type of `errors`, float32 or bfloat16.
-        errors: [lanes, block_size], filled with the values less what the blocks hold.
-        See quant/rounding/feedback.py. All tensors may be of several experts, in a dimension before the others.
-        The second part of the result is the first lane of all that holds a value that is not finite, if any.
+        errors: [matrices, lanes, block_size], filled with the values less what the blocks hold.
+        See quant/rounding/feedback.py. The second part of the result is the first lane of all that holds a value that
+        is not finite, if any.
         """
 
 

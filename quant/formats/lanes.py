@@ -43,10 +43,10 @@ class Grid:
 
 
 class Coupling(NamedTuple):
-    """How the errors of a block's values cost together, for `Kernels.choose`; perhaps of several experts, first of all.
+    """How the errors of a block's values cost together, for `Kernels.choose`, in each of several matrices of a model.
 
-    Matrices are float32 [block_size, block_size] with a row for each value that is reached, the others block_size long.
-    Where values choose levels in groups, "before" and "after" are of groups.
+    float32 [matrices, block_size, block_size] with a row for each value that is reached, the others [matrices,
+    block_size]. Where values choose levels in groups, "before" and "after" are of groups.
     """
 
     search_weights: Tensor | None  # of values in the search for scales; None: all alike
@@ -55,6 +55,10 @@ class Coupling(NamedTuple):
     metric: Tensor  # what changes make of all slopes, which are halves of how the squared error changes
     first_weights: Tensor  # of values chosen in turn
     weights: Tensor  # of values given all others: the diagonal of the metric
+
+    def of(self, matrix: int) -> Coupling:
+        """That of one matrix."""
+        return Coupling(*(None if part is None else part[matrix] for part in self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

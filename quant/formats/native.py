@@ -143,7 +143,7 @@ class Choosing(Structure):
 
 
 class Blocks(NamedTuple):
-    """What `choose` works on; perhaps of several experts."""
+    """What `choose` works on, in memory as kernels want it."""
 
     values: Tensor
     added: Tensor | None
@@ -151,10 +151,10 @@ class Blocks(NamedTuple):
     errors: Tensor
     data: Tensor
 
-    def of(self, expert: int) -> Blocks:
-        coupling = Coupling(*(None if part is None else part[expert] for part in self.coupling))  # type: ignore[arg-type]
-        added = None if self.added is None else self.added[expert]
-        return Blocks(self.values[expert], added, coupling, self.errors[expert], self.data[expert])
+    def of(self, matrix: int) -> Blocks:
+        """Those of one matrix, [lanes, ...]."""
+        added = None if self.added is None else self.added[matrix]
+        return Blocks(self.values[matrix], added, self.coupling.of(matrix), self.errors[matrix], self.data[matrix])
 
     def task(self, sweeps: int) -> Choosing:
         """For kernels, which hold on to nothing."""
@@ -167,13 +167,17 @@ class Blocks(NamedTuple):
 
 def blocks(format: Format, values: Tensor, added: Tensor | None, coupling: Coupling, errors: Tensor) -> Blocks:
     """Laid out for kernels: contiguous, but that values and errors may be columns of something wider."""
-    assert errors.stride(-1) == 1 and (errors.ndim == 2 or errors.is_contiguous())
-    if values.stride(-1) != 1 or values.ndim > 2:
-        values = values.contiguous()
+    assert _follow_each_other(errors)
+    values = values if _follow_each_other(values) else values.contiguous()
     parts = (None if part is None else part.contiguous() for part in coupling)
     data = torch.empty(*values.shape[:-1], format.block_bytes, dtype=torch.uint8, device=values.device)
     added = None if added is None else added.contiguous()
     return Blocks(values, added, Coupling(*parts), errors, data)  # type: ignore[arg-type]
+
+
+def _follow_each_other(lanes: Tensor) -> bool:
+    """Whether values of a lane lie side by side, and lanes [matrices, lanes, ...] at one distance."""
+    return lanes.stride(-1) == 1 and (len(lanes) == 1 or lanes.stride(0) == lanes.shape[1] * lanes.stride(1))
 
 
 def choose(
@@ -187,11 +191,11 @@ def choose(
 ) -> tuple[Tensor, int | None]:
     """As `devices.Kernels` says it."""
     task = blocks(format, values, added, coupling, errors)
-    experts = [task.of(expert) for expert in range(len(values))] if values.ndim > 2 else [task]
-    for number, expert in enumerate(experts):
-        bad: int = _loaded().kernels_choose(path().encode(), format.id, byref(expert.task(sweeps)), threads)
+    for matrix in range(len(values)):
+        here = task.of(matrix).task(sweeps)
+        bad: int = _loaded().kernels_choose(path().encode(), format.id, byref(here), threads)
         if bad >= 0:
-            return task.data, number * values.shape[-2] + bad
+            return task.data, matrix * values.shape[1] + bad
     return task.data, None
 
 

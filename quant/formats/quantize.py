@@ -193,10 +193,10 @@ def _experts(importance: Array | None, rows: Tensor) -> Iterator[tuple[slice, Te
 
 
 def relative_weights(importance: Tensor) -> Tensor | None:
-    """Importance relative to its mean, floored: float32 [columns]. None if it says nothing."""
-    if (importance == importance[:1]).all():
+    """Importance [..., columns] relative to its mean, floored: float32. None if it says nothing."""
+    if (importance == importance[..., :1]).all():
         return None
-    return (importance / importance.mean()).clamp(min=LEAST_SQUARE).to(torch.float32)
+    return (importance / importance.mean(dim=-1, keepdim=True)).clamp(min=LEAST_SQUARE).to(torch.float32)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ formats of lattices eight columns at a time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -28,22 +29,34 @@ _SWEEPS: Final = 2  # through the values of a block, after they have been chosen
 def quantize_weight(
     rows: Tensor,
     weight: Weight,
-    expert: int | None,
+    experts: Sequence[int | None],
     name: str,
     importance: Importance | None,
     threads: int | None = None,
 ) -> Tensor:
-    """Quantize rows of a weight with all that is known of its inputs: [rows, columns] -> uint8 [rows, row bytes].
+    """Quantize rows of matrices of a weight with all that is known of their inputs.
 
-    Columns beyond the weight's are padding and have no inputs. Raises BadInput as `quantize` does.
+    rows: [matrices, rows, columns] -> uint8 [matrices, rows, row bytes]. Columns beyond the weight's are padding and
+    have no inputs. experts: which matrices of the stack they are; [None] where there is no stack. Raises BadInput as
+    `quantize` does.
     """
-    moments = importance.moments(weight, expert) if importance and can_feed_back(name) else None
-    if moments is not None:
-        return quantize_with_feedback(rows, name, moments.padded(rows.shape[1]), threads)
-    means = importance.of(weight, expert) if importance else None
-    if means is not None:
-        means = functional.pad(means, (0, rows.shape[1] - len(means)))
-    return blocks.quantize(rows, name, means, threads)
+    if importance is None:
+        return _without_feedback(rows, name, None, threads)
+    if can_feed_back(name):
+        moments = importance.moments(weight, experts)
+        if moments is not None:
+            return quantize_with_feedback(rows, name, moments.padded(rows.shape[-1]), threads)
+        if len(experts) > 1:  # some of them may have what others lack
+            each = zip(rows[:, None], experts, strict=True)
+            return torch.cat([quantize_weight(part, weight, [one], name, importance, threads) for part, one in each])
+    known = [mean for mean in (importance.of(weight, expert) for expert in experts) if mean is not None]
+    means = functional.pad(torch.stack(known), (0, rows.shape[-1] - len(known[0]))) if known else None
+    return _without_feedback(rows, name, means, threads)
+
+
+def _without_feedback(rows: Tensor, name: str, means: Tensor | None, threads: int | None) -> Tensor:
+    data: Tensor = blocks.quantize(rows.flatten(0, 1), name, means, threads)
+    return data.view(*rows.shape[:2], data.shape[1])
 
 
 def can_feed_back(name: str) -> bool:
@@ -53,40 +66,42 @@ def can_feed_back(name: str) -> bool:
 
 
 def quantize_with_feedback(x: Tensor, name: str, moments: SecondMoments, threads: int | None = None) -> Tensor:
-    """Quantize rows so that the squared error of their outputs is small: x [rows, columns] -> uint8 [rows, row bytes].
+    """Quantize rows so that the squared error of their outputs is small.
 
-    moments: of the inputs of all columns. Raises BadInput as `quantize` does.
+    x: [matrices, rows, columns] -> uint8 [matrices, rows, row bytes]. moments: of the inputs of all columns of each.
+    Raises BadInput as `quantize` does, counting the rows of all matrices.
     """
     format = format_named(name)
-    format.row_bytes(x.shape[1])
+    format.row_bytes(x.shape[-1])
     cholesky = moments.cholesky(format.block_size)
     values = x.to(torch.float32)
     errors = torch.empty_like(values, dtype=cholesky.carried.dtype)  # of the blocks so far
-    added = errors.new_empty(len(x), format.block_size)
+    added = errors.new_empty(*x.shape[:2], format.block_size)
     parts = []
-    for number, triangle in enumerate(cholesky.blocks):
+    for number, triangles in enumerate(cholesky.blocks):
         start = number * format.block_size
         here = slice(start, start + format.block_size)
         if start:
-            torch.mm(errors[:, :start], cholesky.carried[:start, here], out=added)
-        parts.append(_round(name, values[:, here], added if start else None, triangle, errors[:, here], threads))
-    return torch.cat(parts, dim=1)
+            torch.bmm(errors[..., :start], cholesky.carried[:, :start, here], out=added)
+        block = values[..., here], added if start else None
+        parts.append(_round(name, *block, triangles, errors[..., here], threads))
+    return torch.cat(parts, dim=-1)
 
 
 def _round(
-    name: str, values: Tensor, added: Tensor | None, triangle: Tensor, errors: Tensor, threads: int | None
+    name: str, values: Tensor, added: Tensor | None, triangles: Tensor, errors: Tensor, threads: int | None
 ) -> Tensor:
     """The bytes of blocks that cost little, ``sum(((values + added - stored) @ triangle)²)``; fills in `errors`.
 
     Scales come from the search without feedback. Then levels are chosen value by value, each making good what those
     before it cost (Babai 1986); and then changed where that helps, given all others.
 
-    values, added, errors: [rows, block_size], the last being values less what is stored; triangle: [block_size,
-    block_size], upper.
+    values, added, errors: [matrices, rows, block_size], the last being values less what is stored; triangles:
+    [matrices, block_size, block_size], upper.
     """
     format, grid = format_named(name), blocks.CODECS[name].grid
     assert grid
-    coupling = _coupling(triangle, grid.group)
+    coupling = _coupling(triangles, grid.group)
     if kernels := kernels_for("choose", format, values.device):
         threads = threads or torch.get_num_threads()
         data, bad = kernels.choose(format, values, added, coupling, errors, _SWEEPS, threads)
@@ -94,19 +109,23 @@ def _round(
             raise blocks.not_finite(bad)
         return data
     wanted = values if added is None else values + added
-    lanes = blocks.quantize(wanted, name, coupling.first_weights, threads).T
-    levels, stored = _choose(grid, lanes, wanted.T, coupling)
-    torch.sub(values, stored.T, out=errors)
-    return grid.with_levels(lanes, levels).T
+    made = []
+    for matrix, lanes in enumerate(wanted.mT):
+        here = coupling.of(matrix)
+        data = blocks.quantize(lanes.T, name, here.search_weights, threads).T
+        levels, stored = _choose(grid, data, lanes, here)
+        torch.sub(values[matrix], stored.T, out=errors[matrix])
+        made.append(grid.with_levels(data, levels).T)
+    return torch.stack(made)
 
 
-def _coupling(triangle: Tensor, group: int) -> Coupling:
-    """How the values of a block go together, for levels that are chosen by groups."""
-    metric, squares = triangle @ triangle.T, triangle.diagonal().square()
-    groups = torch.arange(len(triangle), device=triangle.device) // group
-    slopes = triangle @ (triangle * (groups == groups[:, None])).T
+def _coupling(triangles: Tensor, group: int) -> Coupling:
+    """How the values of blocks go together, for levels that are chosen by groups."""
+    metric, squares = triangles @ triangles.mT, triangles.diagonal(dim1=-2, dim2=-1).square()
+    groups = torch.arange(triangles.shape[-1], device=triangles.device) // group
+    slopes = triangles @ (triangles * (groups == groups[:, None])).mT
     weights = blocks.relative_weights(squares.double())
-    return Coupling(weights, divided(triangle, group).T, slopes, metric, squares, metric.diagonal())
+    return Coupling(weights, divided(triangles, group).mT, slopes, metric, squares, metric.diagonal(dim1=-2, dim2=-1))
 
 
 def _choose(grid: Grid, data: Tensor, wanted_values: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:

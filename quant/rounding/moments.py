@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -15,26 +16,27 @@ _LEAST_SHRINKAGE: Final = 0.01  # keeps the factorization sound in float32
 
 
 class Cholesky(NamedTuple):
-    """The squared error of outputs, taken apart by blocks of columns.
+    """The squared error of outputs of some matrices, taken apart by blocks of columns.
 
     With c = e @ carried from the errors e [columns] of a row in blocks before one, that block adds
     ``sum(((e + c) @ T)²)`` to what they cost, T being its own triangle.
     """
 
-    blocks: tuple[Tensor, ...]  # upper triangles [size, size]
-    carried: Tensor  # [columns, columns], of the dtype that products are computed in; what is above the blocks counts
+    blocks: tuple[Tensor, ...]  # upper triangles [matrices, size, size]
+    carried: Tensor  # [matrices, columns, columns], of the dtype products are computed in; what is above blocks counts
 
 
 class SecondMoments:
-    """Mean products of the inputs of a matrix, and from how many tokens they are.
+    """Mean products of the inputs of some matrices, and from how many tokens those of each are.
 
-    `means` are float32 [columns, columns], of which the upper triangle counts. Products that carry errors from block to
-    block only say what to aim at: they are computed in `dtype`, and in bfloat16 where the processor does that faster.
+    `means` are float32 [matrices, columns, columns], of which the upper triangles count. Products that carry errors
+    from block to block only say what to aim at: they are computed in `dtype`, and in bfloat16 where the processor does
+    that faster.
     """
 
-    def __init__(self, means: Tensor, tokens: float, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, means: Tensor, tokens: Sequence[float], dtype: torch.dtype = torch.float32) -> None:
         self.means = means
-        self.tokens = tokens
+        self.tokens = tuple(tokens)
         self._dtype = torch.bfloat16 if _multiplies_bfloat16(means.device) else dtype
         self._padded: dict[int, SecondMoments] = {}
         self._triangle: Tensor | None = None
@@ -42,7 +44,7 @@ class SecondMoments:
 
     def padded(self, columns: int) -> SecondMoments:
         """The same with columns that have no inputs, so that there are so many."""
-        missing = columns - len(self.means)
+        missing = columns - self.means.shape[-1]
         if missing and columns not in self._padded:
             self._padded[columns] = self._filled_up(missing)
         return self._padded[columns] if missing else self
@@ -59,7 +61,7 @@ class SecondMoments:
         return self._factors[size]
 
     def _factorized(self) -> Tensor:
-        """An upper triangle T with T @ T.T in proportion to the moments; what is below it has no meaning.
+        """Upper triangles T with T @ T.T in proportion to the moments; what is below them has no meaning.
 
         Means of products of inputs are noisy where tokens are few: but for squares they are divided by
         1 + columns / tokens. With half as many tokens as columns, rounding then still gains on other text.
@@ -67,12 +69,18 @@ class SecondMoments:
         Errors cost ``sum((e @ T)²)`` (LDLQ of Chee et al. 2023, which is equal to GPTQ of Frantar et al. 2022, but
         needs no inverse).
         """
-        squares = self.means.diagonal()
-        mean = float(squares.mean()) or 1.0  # only proportions count
-        shrinkage = max(len(squares) / max(self.tokens, 1), _LEAST_SHRINKAGE)
-        moments = self.means / (mean * (1 + shrinkage))
-        moments.diagonal().copy_((squares / mean).clamp(min=LEAST_SQUARE))
+        squares = self.means.diagonal(dim1=-2, dim2=-1)
+        sizes = [mean or 1.0 for mean in squares.mean(dim=-1).tolist()]  # only proportions count
+        shrinkages = (max(squares.shape[-1] / max(tokens, 1), _LEAST_SHRINKAGE) for tokens in self.tokens)
+        divisors = [size * (1 + shrinkage) for size, shrinkage in zip(sizes, shrinkages, strict=True)]
+        moments = self.means / _of_each(divisors, self.means)
+        moments.diagonal(dim1=-2, dim2=-1).copy_((squares / _of_each(sizes, squares)).clamp(min=LEAST_SQUARE))
         return factorize(moments)
+
+
+def _of_each(numbers: Sequence[float], values: Tensor) -> Tensor:
+    """A number for each matrix, to meet `values` [matrices, ...]."""
+    return torch.tensor(numbers, device=values.device, dtype=values.dtype).view(-1, *[1] * (values.dim() - 1))
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
@@ -83,15 +91,16 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def factorize(moments: Tensor) -> Tensor:
-    """Puts an upper triangle T with T @ T.T = moments in the place of their upper triangle; the last columns first."""
-    for stop in range(len(moments), 0, -_STRIP):
+    """Puts upper triangles T with T @ T.T = moments [matrices, columns, columns] in the place of their upper triangles;
+    the last columns first."""
+    for stop in range(moments.shape[-1], 0, -_STRIP):
         start = max(stop - _STRIP, 0)
-        block, above = moments[start:stop, start:stop], moments[:start, start:stop]
-        block.copy_(torch.linalg.cholesky(block.flip(0, 1)).flip(0, 1))
-        above.copy_(above @ _inverse(block).T)
+        block, above = moments[:, start:stop, start:stop], moments[:, :start, start:stop]
+        block.copy_(torch.linalg.cholesky(block.flip(-2, -1)).flip(-2, -1))
+        above.copy_(above @ _inverse(block).mT)
         for first in range(0, start, _STRIP):
             rows = slice(first, min(first + _STRIP, start))
-            moments[rows, first:start].addmm_(above[rows], above[first:].T, alpha=-1)
+            moments[:, rows, first:start].baddbmm_(above[:, rows], above[:, first:].mT, alpha=-1)
     return moments
 
 
@@ -102,25 +111,25 @@ def _inverse(triangles: Tensor) -> Tensor:
     return inverse
 
 
-def taken_apart(triangle: Tensor, size: int, dtype: torch.dtype) -> Cholesky:
-    """A triangle by blocks of `size` columns."""
-    carried, blocks = torch.empty_like(triangle, dtype=dtype), []
-    for start in range(0, len(triangle), size):
+def taken_apart(triangles: Tensor, size: int, dtype: torch.dtype) -> Cholesky:
+    """Triangles [matrices, columns, columns] by blocks of `size` columns."""
+    carried, blocks = torch.empty_like(triangles, dtype=dtype), []
+    for start in range(0, triangles.shape[-1], size):
         here = slice(start, start + size)
-        blocks.append(triangle[here, here].triu())
-        carried[:start, here] = triangle[:start, here] @ _inverse(blocks[-1])
+        blocks.append(triangles[:, here, here].triu())
+        carried[:, :start, here] = triangles[:, :start, here] @ _inverse(blocks[-1])
     return Cholesky(tuple(blocks), carried)
 
 
-def divided(triangle: Tensor, size: int) -> Tensor:
-    """Each `size` columns of an upper triangle divided by their block of the diagonal, from the right."""
+def divided(triangles: Tensor, size: int) -> Tensor:
+    """Each `size` columns of upper triangles divided by their block of the diagonal, from the right."""
     if size == 1:
-        return triangle / triangle.diagonal()
-    blocks = triangle.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    quotients = torch.zeros_like(triangle)
+        return triangles / triangles.diagonal(dim1=-2, dim2=-1)[..., None, :]
+    blocks = triangles.unflatten(-2, (-1, size)).unflatten(-1, (-1, size)).diagonal(dim1=-4, dim2=-2).movedim(-1, 0)
+    quotients = torch.zeros_like(triangles)
     for number, inverse in enumerate(_inverse(blocks)):
         stop = (number + 1) * size  # zeros below the diagonal stay zeros
-        quotients[:stop, stop - size : stop] = triangle[:stop, stop - size : stop] @ inverse
+        quotients[..., :stop, stop - size : stop] = triangles[..., :stop, stop - size : stop] @ inverse
     return quotients
 
 

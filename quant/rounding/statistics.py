@@ -21,8 +21,8 @@ class Importance(Protocol):
     def of(self, weight: Weight, expert: int | None) -> Tensor | None:
         """The mean square of each input of one matrix, [columns]; None where nothing is known."""
 
-    def moments(self, weight: Weight, expert: int | None) -> SecondMoments | None:
-        """How the inputs of one matrix go together; None where that is not known."""
+    def moments(self, weight: Weight, experts: Sequence[int | None]) -> SecondMoments | None:
+        """How the inputs of these matrices go together; None where that is not known of each of them."""
 
 
 class Statistics:
@@ -104,7 +104,7 @@ class Statistics:
             prior = own.mean() / count
         return (own + PRIOR * prior) / (count + PRIOR)
 
-    def moments(self, weight: Weight, expert: int | None) -> SecondMoments | None:
+    def moments(self, weight: Weight, experts: Sequence[int | None]) -> SecondMoments | None:
         return None
 
     def release(self, expert: int | None = None) -> None:
@@ -128,17 +128,15 @@ def _squares(states: Tensor) -> Tensor:
 
 
 class _Sum:
-    """Products of inputs added up, and what was made of them."""
+    """Products of inputs added up."""
 
     def __init__(self) -> None:
         self.products: Tensor | None = None
         self.tokens = 0
-        self.made: SecondMoments | None = None
 
     def add(self, products: Tensor, tokens: int) -> None:
         self.products = products if self.products is None else self.products.add_(products)
         self.tokens += tokens
-        self.made = None
 
 
 class SecondMomentStatistics(Statistics):
@@ -154,6 +152,7 @@ class SecondMomentStatistics(Statistics):
         self._dtype = dtype
         self._own: dict[tuple[str, int | None], _Sum] = {}
         self._shared: dict[str, _Sum] = {}  # of all tokens of the layer, by weights that read its states
+        self._made: dict[tuple[_Sum, ...], SecondMoments] = {}
         self._last: tuple[Tensor, tuple[str, int | None]] | None = None
 
     def add_layer(self, weights: Sequence[Weight], states: Tensor) -> None:
@@ -172,26 +171,31 @@ class SecondMomentStatistics(Statistics):
             return
         self._own.setdefault(key, _Sum()).add(products_of(states), len(states))
         self._last = states, key
+        self._made = {}
 
-    def moments(self, weight: Weight, expert: int | None) -> SecondMoments | None:
-        """The mean products of the inputs of one matrix; None where nothing has passed.
+    def moments(self, weight: Weight, experts: Sequence[int | None]) -> SecondMoments | None:
+        """The mean products of the inputs of these matrices; None where nothing has passed one of them.
 
         What all tokens of the layer are like counts for as many tokens as there are columns beside what the expert has
         read. Inner neurons of two experts have nothing in common: down projections borrow nothing, but each input's
         square is drawn towards the mean of all.
         """
         shared = self._shared.get(weight.name)
-        own = self._own.get((weight.name, expert)) or shared
-        if own is None:
+        found = (self._own.get((weight.name, expert)) or shared for expert in experts)
+        sums = tuple(own for own in found if own)
+        if len(sums) < len(experts):
             return None
-        if own.made is None:
-            own.made = self._made(weight, own, shared)
-        return own.made.padded(weight.columns)
+        if sums not in self._made:
+            borrows = weight.experts is not None
+            means, tokens = zip(*(self._mean(own, shared, borrows) for own in sums), strict=True)
+            self._made[sums] = SecondMoments(torch.stack(means), tokens, self._dtype)
+        return self._made[sums].padded(weight.columns)
 
-    def _made(self, weight: Weight, own: _Sum, shared: _Sum | None) -> SecondMoments:
+    def _mean(self, own: _Sum, shared: _Sum | None, borrows: bool) -> tuple[Tensor, int]:
+        """The mean products of one matrix, and how many tokens stand behind them."""
         assert own.products is not None
-        if own is shared or weight.experts is None:
-            return SecondMoments(own.products / own.tokens, own.tokens, self._dtype)
+        if own is shared or not borrows:
+            return own.products / own.tokens, own.tokens
         if shared:
             assert shared.products is not None
             prior = min(len(own.products), shared.tokens)
@@ -199,19 +203,18 @@ class SecondMomentStatistics(Statistics):
         else:
             prior, products = PRIOR, own.products.clone()
             products.diagonal().add_(PRIOR * products.diagonal().mean() / own.tokens)
-        return SecondMoments(products.div_(own.tokens + prior), own.tokens + prior, self._dtype)
+        return products.div_(own.tokens + prior), own.tokens + prior
 
     def release(self, expert: int | None = None) -> None:
-        self._last = None
+        self._last, self._made = None, {}
         if expert is not None:
             self._own = {key: own for key, own in self._own.items() if key[1] != expert}
-        for own in (*self._own.values(), *self._shared.values()):
-            own.made = None
 
     def clear(self) -> None:
         super().clear()
         self._own.clear()
         self._shared.clear()
+        self._made.clear()
         self._last = None
 
 

@@ -44,7 +44,7 @@ class DeltaNetMixer:
         o, project = self._operation, self._weights.project
         convolved = torch.cat((memory.convolution, project(states, o.input)))
         mixed = functional.conv1d(convolved.T, self._convolution[:, None], groups=convolved.shape[1]).T
-        query, key, value = torch.split(functional.silu(mixed), o.parts, dim=-1)
+        query, key, value = torch.split(functional.silu(mixed), [*o.parts], dim=-1)
         beta, alpha = self._rates(states)
         y, space = delta_rule(
             self._for_all_heads(query) * o.key_size**-0.5,

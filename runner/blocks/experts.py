@@ -1,4 +1,4 @@
-"""A layer's experts, one after another, each for all streams before the next is loaded."""
+"""A layer's experts, some at a time, for all streams before the next are loaded."""
 
 from __future__ import annotations
 
@@ -116,20 +116,38 @@ def order_of_experts(streams: Sequence[RoutedTokens], unwanted: bool) -> list[in
 
 
 def run_experts(
-    streams: Sequence[RoutedTokens], order: Sequence[int], expert_done: Callable[[int], None] | None
+    streams: Sequence[RoutedTokens],
+    order: Sequence[int],
+    experts_done: Callable[[Sequence[int]], None] | None,
+    at_once: int = 1,
 ) -> None:
-    """Run routed streams through experts in an order; see `stream.advance`."""
+    """Run routed streams through experts in an order, so many at a time; see `stream.advance`.
+
+    What those of the first weights find of the experts of a group is known when those of the next come to it.
+    """
     alike: dict[tuple[int, int], list[RoutedTokens]] = {}
     for stream in streams:
         alike.setdefault((id(stream.weights), id(stream.operation)), []).append(stream)
-    for expert in order:
-        for group in alike.values():
-            if expert < group[0].operation.experts:
-                _run(group, expert)
-        if expert_done:
-            expert_done(expert)
-        for stream in streams:
-            stream.weights.release(expert)
+    for start in range(0, len(order), at_once):
+        group = order[start : start + at_once]
+        for those in alike.values():
+            _run_group(those, group, all_of_them=experts_done is not None)
+        if experts_done:
+            experts_done(group)
+        for expert in group:
+            for stream in streams:
+                stream.weights.release(expert)
+
+
+def _run_group(streams: Sequence[RoutedTokens], experts: Sequence[int], all_of_them: bool) -> None:
+    """Streams of the same weights through some experts, which are made ready together: all, or those with tokens."""
+    operation = streams[0].operation
+    there = [expert for expert in experts if expert < operation.experts]
+    wanted = [expert for expert in there if any(stream.counts[expert] for stream in streams)]
+    if made := there if all_of_them else wanted:
+        streams[0].weights.prepare(operation.stacks, made)
+    for expert in wanted:
+        _run(streams, expert)
 
 
 def _run(streams: Sequence[RoutedTokens], expert: int) -> None:

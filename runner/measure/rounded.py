@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,15 +32,26 @@ class Quantizer:
         """The weight's numbers after storing them in that type: float32, of the shape that `Weights.load` gives."""
         key = (weight.name, weight.shape, type, expert, rows)
         if key not in self._kept:
-            self._kept[key] = self.round(self.source.load(weight, expert, rows), weight, type, expert)
+            values = self.source.load(weight, expert, rows)
+            self._kept[key] = self.round(values.reshape(1, -1, weight.columns), weight, type, [expert]).view_as(values)
         return self._kept[key]
 
-    def round(self, values: Tensor, weight: Weight, type: str, expert: int | None) -> Tensor:
-        """Some rows of a weight after storing them; rows that blocks do not divide are filled up with zeros first."""
-        matrix = values.reshape(-1, weight.columns)
+    def prepare(self, weight: Weight, type: str, experts: Sequence[int]) -> None:
+        """Round matrices of a stack together, which `load` will give."""
+        keys = [(weight.name, weight.shape, type, expert, None) for expert in experts]
+        missing = [(key, expert) for key, expert in zip(keys, experts, strict=True) if key not in self._kept]
+        if len(missing) > 1:
+            values = torch.stack([self.source.load(weight, expert) for _, expert in missing])
+            rounded = self.round(values, weight, type, [expert for _, expert in missing])
+            self._kept.update(zip((key for key, _ in missing), rounded, strict=True))
+
+    def round(self, values: Tensor, weight: Weight, type: str, experts: Sequence[int | None]) -> Tensor:
+        """Some rows [matrices, rows, columns] of a weight's matrices after storing them; rows that blocks do not divide
+        are filled up with zeros first."""
         missing = -weight.columns % format_named(type).block_size
-        padded = functional.pad(matrix, (0, missing)) if missing else matrix
-        stored = dequantize(quantize_weight(padded, weight, expert, type, self._importance), type)
+        padded = functional.pad(values, (0, missing)) if missing else values
+        data = quantize_weight(padded, weight, experts, type, self._importance)
+        stored = dequantize(data.flatten(0, 1), type)
         return stored[:, : weight.columns].reshape(values.shape)
 
     def release(self, expert: int | None = None) -> None:
@@ -64,6 +76,11 @@ class RoundedWeights(WeightProducts):
         if type is None:
             return self._quantizer.source.load(weight, expert, rows)
         return self._quantizer.load(weight, type, expert, rows)
+
+    def prepare(self, stacks: Sequence[Weight], experts: Sequence[int]) -> None:
+        for stack in stacks:
+            if stack.name in self._types:
+                self._quantizer.prepare(stack, self._types[stack.name], experts)
 
     def release(self, expert: int | None = None) -> None:
         self._quantizer.release(expert)

@@ -97,7 +97,7 @@ class ErrorWeights(WeightProducts):
         squares = self.squares.setdefault(weight.name, {"": 0.0})
         squares[""] += float(output(matrix).square().sum())
         for type in self._types[weight.name]:
-            rounded = self._quantizer.round(matrix, weight, type, expert)
+            (rounded,) = self._quantizer.round(matrix[None], weight, type, [expert])
             squares[type] = squares.get(type, 0.0) + float(output(rounded - matrix).square().sum())
 
 

@@ -4,6 +4,7 @@ configurations are asserted."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -187,6 +188,20 @@ def test_missing_tensor_is_named(missing: int) -> None:
     config = real_models.config("qwen3.5-35b-a3b")
     with pytest.raises(BadInput, match=name.removesuffix("_scale_inv")):
         architecture_of(config).from_checkpoint(config, tensors)
+
+
+@pytest.mark.parametrize("suffix", ["0.linear_attn.in_proj_qkvz.weight", "0.linear_attn.A_log"])
+@pytest.mark.parametrize("name", ["Qwen3-Next", "Qwen3.6-35B-A3B"])
+def test_tensors_of_another_length_are_named(name: str, suffix: str) -> None:
+    """Also those of which rows are taken one by one."""
+    suffix = suffix if "Next" in name else suffix.replace("qkvz", "z")
+    config = real_models.config(RELEASES[name].config)
+    longer = [
+        replace(t, shape=(t.shape[0] + 128, *t.shape[1:])) if t.name.endswith(suffix) else t
+        for t in real_deltanet.tensors(name)
+    ]
+    with pytest.raises(BadInput, match=rf"{suffix} in hub gives shape .*, expected .* from the configuration"):
+        architecture_of(config).from_checkpoint(config, longer)
 
 
 def test_drafting_block_that_is_not_whole_is_left_out() -> None:

@@ -53,6 +53,12 @@ def test_inspect_as_a_table() -> None:
     assert "".join(f"{line.rstrip()}\n" for line in shown.splitlines()) == INSPECTED
 
 
+def test_inspect_tells_the_state_that_does_not_grow() -> None:
+    """Of two Mamba-2 layers of 512 channels, in float32: 64 numbers of each, and three inputs of the convolution."""
+    rows = {row[0]: row[1] for row in _rows(_run("inspect", "nemotron-3-tiny").stdout)}
+    assert rows["State of any text"] == f"{2 * 4 * (512 * 64 + 3 * (512 + 2 * 128)) / 1024} KiB"
+
+
 def test_tables_keep_to_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells break into lines, and nothing of them is lost."""
     monkeypatch.setenv("COLUMNS", "60")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import deltanet_checkpoints as deltanet
 import gguf
 import llama
+import llama_library
 import modelopt
 import pytest
 import torch
@@ -65,6 +67,10 @@ def test_drafting_block(family: str, tmp_path: Path) -> None:
         written = open_model(result.files[0]).graph
         assert len(written.predictions) == (mtp is None)
         assert llama.mean_divergence(expected, llama.run_isolated(result.files[0], TOKENS[0].tolist())) < UNQUANTIZED
+        library, name = llama_library.load_library(), os.fsencode(result.files[0])
+        handle = library.llama_model_load_from_file(name, llama_library.model_parameters(n_gpu_layers=0, load_mtp=True))
+        assert handle is not None, llama_library.failure("llama.cpp cannot load the drafting block")
+        library.llama_model_free(handle)
 
 
 @pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M", "Q3_K_M", "IQ4_XS"])

@@ -77,13 +77,13 @@ def test_experts_are_read_while_others_are_rounded(
             came.notify_all()
         return data
 
-    def slow(values: Tensor, weight: Weight, expert: int | None, *rest: Any) -> Tensor:
+    def slow(values: Tensor, weight: Weight, experts: list[int | None], *rest: Any) -> Tensor:
         if weight.experts is not None and weight.name not in begun:
             begun.add(weight.name)
-            others = {*stored_tensors(weight.source)} - {*stored_tensors(weight.source.of_expert(expert))}
+            others = {*stored_tensors(weight.source)} - {*stored_tensors(weight.source.of_expert(experts[0]))}
             with came:
                 assert came.wait_for(lambda: not read.isdisjoint(others), SOON)
-        return quantize(values, weight, expert, *rest)
+        return quantize(values, weight, experts, *rest)
 
     monkeypatch.setattr(Storage, "_read_beside", noted)
     monkeypatch.setattr(moecast.convert.encode, "quantize_weight", slow)

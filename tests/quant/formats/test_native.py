@@ -8,7 +8,6 @@ import torch
 from moecast.errors import BadInput
 from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.formats import native
-from moecast.quant.formats.lanes import Coupling
 from moecast.quant.formats.quantize import CODECS
 from synthetic import Floats, coupled, heavy_tailed, importance
 
@@ -81,14 +80,13 @@ def test_levels_are_those_of_the_fastest(kernels: str, name: str, monkeypatch: p
 def test_blocks_are_columns_of_something_wider(kernels: str) -> None:
     """And errors may be bfloat16."""
     format, name = format_named("Q4_K"), "Q4_K"
-    values, coupling = coupled(25, 1, 21, name)
-    alone, wide = torch.empty_like(values[0]), torch.zeros(21, 512, dtype=torch.bfloat16)
-    coupling = Coupling(*(None if part is None else part[0] for part in coupling))  # type: ignore[arg-type]
-    data, _ = native.choose(format, values[0], None, coupling, alone, sweeps=2, threads=1)
-    wider = torch.cat([values[0] + 1, values[0]], dim=1)
-    nothing = torch.zeros(21, 256, dtype=torch.bfloat16)
-    again, _ = native.choose(format, wider[:, 256:], nothing, coupling, wide[:, 256:], sweeps=2, threads=1)
-    assert torch.equal(again, data) and torch.equal(wide[:, 256:], alone.bfloat16()) and not wide[:, :256].any()
+    values, coupling = coupled(25, 2, 21, name)
+    alone, wide = torch.empty_like(values), torch.zeros(2, 21, 512, dtype=torch.bfloat16)
+    data, _ = native.choose(format, values, None, coupling, alone, sweeps=2, threads=1)
+    wider = torch.cat([values + 1, values], dim=-1)
+    nothing = torch.zeros(2, 21, 256, dtype=torch.bfloat16)
+    again, _ = native.choose(format, wider[..., 256:], nothing, coupling, wide[..., 256:], sweeps=2, threads=1)
+    assert torch.equal(again, data) and torch.equal(wide[..., 256:], alone.bfloat16()) and not wide[..., :256].any()
 
 
 @pytest.mark.parametrize("type", [torch.bfloat16, torch.float16, torch.float64])

@@ -143,7 +143,7 @@ def test_experts_answer_as_those_of_transformers(case: Case) -> None:
     routed = RoutedTokens(case.operation, case.weights, case.tokens[None], Workspace(), "one block")
     routed.route(case.inputs, case.inputs)
     routed.finish_routing()
-    run_experts([routed], order_of_experts([routed], unwanted=False), None)
+    run_experts([routed], order_of_experts([routed], unwanted=False), None, at_once=3)
     with torch.no_grad():
         expected = case.module(case.inputs[None], *case.arguments)[0]
     assert relative_error(routed.answer(0, case.inputs), expected) < 3e-6
