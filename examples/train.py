@@ -6,7 +6,7 @@
     python examples/train.py deepseek-v4 --text kjv.txt --output examples/deepseek-v4-tiny --steps 900 --batch 2
     python examples/train.py qwen3.5 --text kjv.txt --output examples/qwen3.5-tiny --steps 1200 --window 256
 
-They need @LEAST@ to 30 minutes on one core and repeat to the bit on the same machine and library versions.
+They need 7 to 30 minutes on one core and repeat to the bit on the same machine and library versions.
 Larger variants: --layers, --hidden-size, --intermediate-size, --experts, --vocabulary. `--write-text FOLDER` also
 writes the held-out evaluation text and the calibration text.
 """

@@ -168,5 +168,5 @@ def _nemotron_mixers(model: Any) -> list[Any]:
 MINIMAX = Family(EXAMPLES / "minimax-m2-tiny", 2, 25.0, 2, load_minimax_m2, _mlps)
 NEMOTRON = Family(EXAMPLES / "nemotron-3-tiny", 2, 30.0, 2, load_nemotron, _nemotron_mixers)
 DEEPSEEK = Family(EXAMPLES / "deepseek-v4-tiny", 3, 40.0, 2, load_deepseek, _mlps)
-QWEN = Family(EXAMPLES / "qwen3.5-tiny", 4, 20.0, 0, load_qwen, _mlps)
+QWEN = Family(EXAMPLES / "qwen3.5-tiny", 4, 17.0, 0, load_qwen, _mlps)
 FAMILIES = (MINIMAX, NEMOTRON, DEEPSEEK, QWEN)
