@@ -62,6 +62,7 @@ def _dense(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
 MIXTURE = Architecture(
     name=MIXTURE_NAME,
     model_types=("qwen3_5_moe", "qwen3_5_moe_text"),
+    example="qwen3.5-tiny",
     pre_tokenizer="qwen35",
     from_checkpoint=_mixture,
     from_gguf=lambda metadata, tensors: read_gguf(metadata, tensors, MIXTURE_NAME, False, WITHOUT_DENSE),
@@ -73,6 +74,7 @@ DENSE = replace(
     MIXTURE,
     name=DENSE_NAME,
     model_types=("qwen3_5", "qwen3_5_text"),
+    example=None,
     from_checkpoint=_dense,
     from_gguf=lambda metadata, tensors: read_gguf(metadata, tensors, DENSE_NAME, False, WITHOUT_EXPERTS),
     harmless_metadata=("vocab_size",),

@@ -3,7 +3,7 @@
     python benchmarks/allocation.py [CHECKPOINT ...] [--llama] [--chunks 12] [--save benchmarks/data/allocation.json]
     python benchmarks/allocation.py --plot docs/allocation.svg
 
-Checkpoints are the three examples unless others are given; larger ones come from examples/train.py, for example
+Checkpoints are the examples unless others are given; larger ones come from examples/train.py, for example
 
     python examples/train.py minimax-m2 --text kjv.txt --output minimax-m2-6-layers --layers 6 \\
         --intermediate-size 256 --steps 1100 --batch 2 --learning-rate 3e-3

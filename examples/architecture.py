@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from tokenizers import AddedToken
+from tokenizers.normalizers import Normalizer
 from transformers import PreTrainedModel
 
 
@@ -28,23 +29,29 @@ class Router(NamedTuple):
     """A routing module in the model and where its decisions are."""
 
     module: torch.nn.Module
-    bias: torch.Tensor
-    """Selection bias `[experts]`, float32, updated in place by the load balancer."""
+    bias: torch.Tensor | None
+    """Selection bias `[experts]`, float32, updated in place by the load balancer; None where a loss has to balance."""
     selected: int
-    """Position of the chosen expert indices `[tokens, experts_per_token]` in the module's output tuple."""
+    """Position of the chosen expert indices `[tokens, experts_per_token]` in the module's output tuple.
+
+    Without a bias, the logits `[tokens, experts]` are at position 0.
+    """
 
 
 class Architecture(Protocol):
     """The interface of an architecture module (`self` is the module)."""
 
     DEFAULT_SIZES: Sizes
+    NORMALIZER: Normalizer | None
+    """What is done to text before it is split."""
     PRE_TOKENIZER_PATTERNS: tuple[str, ...]
     """Regular expressions that split text before byte-level BPE, one after the other."""
     FIRST_TOKENS: tuple[AddedToken, ...]
     """Added tokens that take the first ids of the vocabulary, in this order."""
     LAST_TOKENS: tuple[AddedToken, ...]
     """Added tokens that take the last ids."""
-    BEGIN_OF_TEXT: str
+    BEGIN_OF_TEXT: str | None
+    """None where texts begin without a token."""
     END_OF_TEXT: str
     GENERATION_DEFAULTS: dict[str, Any]
     CHAT_TEMPLATE: str | None
@@ -56,7 +63,7 @@ class Architecture(Protocol):
         """A float32 model with uninitialized or default weights."""
 
     def routers(self, model: PreTrainedModel) -> list[Router]:
-        """The routers with a trained selection bias, in layer order."""
+        """The routers that are trained to use all experts, in layer order."""
 
     def hub_config(self, sizes: Sizes) -> dict[str, Any]:
         """config.json with the keys of the published checkpoints."""

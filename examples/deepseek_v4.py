@@ -8,6 +8,7 @@ from architecture import Router, Sizes
 from checkpoint import quantize_fp8_blocks
 from mxfp4 import quantize_mxfp4
 from tokenizers import AddedToken
+from tokenizers.normalizers import Normalizer
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, PreTrainedModel
 
 # One layer of each kind: hash-routed with a sliding window, 4-fold and 128-fold compressed. Width 96 does not divide
@@ -22,13 +23,14 @@ ROTARY_SIZE = 32
 BLOCK = 128
 SHARDS = 5
 
+NORMALIZER: Normalizer | None = None
 PRE_TOKENIZER_PATTERNS: tuple[str, ...] = (
     r"\p{N}{1,3}",
     "[一-龥぀-ゟ゠-ヿ]+",
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 )
-BEGIN_OF_TEXT = "<｜begin▁of▁sentence｜>"
+BEGIN_OF_TEXT: str | None = "<｜begin▁of▁sentence｜>"
 END_OF_TEXT = "<｜end▁of▁sentence｜>"
 FIRST_TOKENS: tuple[AddedToken, ...] = (
     AddedToken(BEGIN_OF_TEXT, special=True),

@@ -7,6 +7,7 @@ import torch
 from architecture import Router, Sizes
 from checkpoint import quantize_fp8_blocks
 from tokenizers import AddedToken
+from tokenizers.normalizers import Normalizer
 from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM, PreTrainedModel
 
 # Every matrix of a published checkpoint divides into 128x128 blocks without remainder; hidden 256, query width 384 (a
@@ -21,12 +22,13 @@ ROPE_THETA = 5_000_000
 BLOCK = 128
 SHARDS = 4
 
+NORMALIZER: Normalizer | None = None
 PRE_TOKENIZER_PATTERNS: tuple[str, ...] = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-BEGIN_OF_TEXT = "]~!b["
+BEGIN_OF_TEXT: str | None = "]~!b["
 END_OF_TEXT = "[e~["
 FIRST_TOKENS: tuple[AddedToken, ...] = ()
 LAST_TOKENS: tuple[AddedToken, ...] = (

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from architecture import Router, Sizes
 from tokenizers import AddedToken
+from tokenizers.normalizers import Normalizer
 from transformers import NemotronHConfig, NemotronHForCausalLM, PreTrainedModel
 
 # The experts' width 160 and the latent width 64 do not divide into blocks of 256, as 2688 and 1856 of Nano do not.
@@ -18,12 +19,13 @@ ATTENTION_HEAD_SIZE = 32
 STEP_RANGE = (0.001, 0.1)
 SHARDS = 3
 
+NORMALIZER: Normalizer | None = None
 PRE_TOKENIZER_PATTERNS: tuple[str, ...] = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-BEGIN_OF_TEXT = "<s>"
+BEGIN_OF_TEXT: str | None = "<s>"
 END_OF_TEXT = "</s>"
 FIRST_TOKENS: tuple[AddedToken, ...] = (
     AddedToken("<unk>", special=True),

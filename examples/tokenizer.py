@@ -10,6 +10,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 def train_tokenizer(architecture: Architecture, text: str, vocabulary: int) -> Tokenizer:
     """A tokenizer of exactly `vocabulary` tokens, the architecture's added tokens at its ends."""
     tokenizer = Tokenizer(models.BPE())
+    if architecture.NORMALIZER is not None:
+        tokenizer.normalizer = architecture.NORMALIZER
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             *(pre_tokenizers.Split(Regex(p), behavior="isolated") for p in architecture.PRE_TOKENIZER_PATTERNS),
@@ -54,11 +56,9 @@ def write_tokenizer(architecture: Architecture, tokenizer: Tokenizer, context: i
         "model_max_length": context,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    generation_config = {
-        "bos_token_id": tokenizer.token_to_id(architecture.BEGIN_OF_TEXT),
-        "eos_token_id": tokenizer.token_to_id(architecture.END_OF_TEXT),
-        **architecture.GENERATION_DEFAULTS,
-    }
+    ends = {"bos_token_id": architecture.BEGIN_OF_TEXT, "eos_token_id": architecture.END_OF_TEXT}
+    generation_config = {key: tokenizer.token_to_id(token) for key, token in ends.items() if token is not None}
+    generation_config |= architecture.GENERATION_DEFAULTS
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     write_json(folder / "generation_config.json", generation_config)
     if architecture.CHAT_TEMPLATE is not None:

@@ -4,8 +4,9 @@
     python examples/train.py minimax-m2 --text kjv.txt --output examples/minimax-m2-tiny
     python examples/train.py nemotron-h --text kjv.txt --output examples/nemotron-3-tiny --steps 1400 --window 256
     python examples/train.py deepseek-v4 --text kjv.txt --output examples/deepseek-v4-tiny --steps 900 --batch 2
+    python examples/train.py qwen3.5 --text kjv.txt --output examples/qwen3.5-tiny --steps 1200 --window 256
 
-They need 10 to 30 minutes on one core and repeat to the bit on the same machine and library versions.
+They need 7 to 30 minutes on one core and repeat to the bit on the same machine and library versions.
 Larger variants: --layers, --hidden-size, --intermediate-size, --experts, --vocabulary. `--write-text FOLDER` also
 writes the held-out evaluation text and the calibration text.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 import deepseek_v4
 import minimax_m2
 import nemotron_h
+import qwen3_5
 import torch
 from architecture import Architecture, Sizes
 from checkpoint import write_checkpoint
@@ -29,6 +31,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "minimax-m2": minimax_m2,
     "nemotron-h": nemotron_h,
     "deepseek-v4": deepseek_v4,
+    "qwen3.5": qwen3_5,
 }
 
 
@@ -67,8 +70,8 @@ def main() -> None:
         (options.write_text / "calibration.txt").write_text(join(books, CALIBRATION_BOOKS), encoding="utf-8")
 
     tokenizer = train_tokenizer(architecture, "".join(documents), sizes.vocabulary)
-    begin, end = (tokenizer.token_to_id(token) for token in (architecture.BEGIN_OF_TEXT, architecture.END_OF_TEXT))
-    tokens = torch.tensor([token for text in documents for token in (begin, *tokenizer.encode(text).ids, end)])
+    begin, end = architecture.BEGIN_OF_TEXT or "", architecture.END_OF_TEXT
+    tokens = torch.tensor([token for text in documents for token in tokenizer.encode(begin + text + end).ids])
     held_out = torch.tensor(tokenizer.encode(evaluation).ids)
     print(f"{len(tokens)} tokens of training text, {len(held_out)} held out")
 

@@ -1,4 +1,4 @@
-"""The training loop: AdamW for the weights, sign-of-load updates for the routers' selection biases."""
+"""The training loop: AdamW for the weights, and what has routers use all experts."""
 
 import math
 import time
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from architecture import Router
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -26,19 +27,24 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
                 parameter.normal_(0.0, fan_in**-0.5, generator=generator)
 
 
+BALANCING = 0.01  # the weight of `BalancingLoss`
+
+
 class LoadBalancer:
-    """Balances experts without an auxiliary loss (DeepSeek-V3 report, section 2.1.2; arXiv 2408.15664).
+    """Balances routers that have a selection bias (DeepSeek-V3 report, section 2.1.2; arXiv 2408.15664).
 
     After each step the selection bias of every expert that got more than its share of tokens falls by `rate`, and of
     every other rises by `rate`. The bias only takes part in choosing experts, never in weighing their outputs.
     """
 
     def __init__(self, routers: list[Router], rate: float = 1e-3) -> None:
-        self.routers = routers
         self.rate = rate
-        self.loads = [torch.zeros_like(router.bias) for router in routers]
-        for router, load in zip(routers, self.loads, strict=True):
-            router.module.register_forward_hook(self._counter(router, load))
+        self.loads: list[tuple[Tensor, Tensor]] = []
+        for router in routers:
+            if router.bias is not None:
+                load = torch.zeros_like(router.bias)
+                router.module.register_forward_hook(self._counter(router, load))
+                self.loads.append((router.bias, load))
 
     @staticmethod
     def _counter(router: Router, load: torch.Tensor) -> Callable[[torch.nn.Module, object, Any], None]:
@@ -49,9 +55,36 @@ class LoadBalancer:
 
     def step(self, scale: float) -> None:
         """Moves the biases by `rate * scale` against the load counted since the last step."""
-        for router, load in zip(self.routers, self.loads, strict=True):
-            router.bias.add_(torch.sign(load.mean() - load), alpha=self.rate * scale)
+        for bias, load in self.loads:
+            bias.add_(torch.sign(load.mean() - load), alpha=self.rate * scale)
             load.zero_()
+
+
+class BalancingLoss:
+    """Balances routers that have none, each by itself (Switch Transformer, arXiv 2101.03961, equation 4).
+
+    An expert's share of tokens times its probability, summed; 1 for a router that treats all experts alike.
+    """
+
+    def __init__(self, routers: list[Router]) -> None:
+        self._losses: list[Tensor] = []
+        for router in routers:
+            if router.bias is None:
+                router.module.register_forward_hook(self._adder(router))
+
+    def _adder(self, router: Router) -> Callable[[torch.nn.Module, object, Any], None]:
+        def add(_module: torch.nn.Module, _inputs: object, outputs: Any) -> None:
+            probabilities = outputs[0].softmax(dim=-1).mean(dim=0)
+            counts = torch.bincount(outputs[router.selected].flatten(), minlength=len(probabilities))
+            self._losses.append(len(counts) * (counts / counts.sum() * probabilities).sum())
+
+        return add
+
+    def take(self) -> Tensor:
+        """The sum over routers since the last call."""
+        total = sum(self._losses, torch.zeros(()))
+        self._losses.clear()
+        return total
 
 
 def train(
@@ -74,7 +107,7 @@ def train(
         betas=(0.9, 0.95),
     )
     warmup = min(100, steps // 10 + 1)
-    balancer = LoadBalancer(routers)
+    balancer, balancing_loss = LoadBalancer(routers), BalancingLoss(routers)
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.arange(context + 1)
     model.train()
@@ -88,7 +121,7 @@ def train(
         windows = tokens[starts + offsets]
         logits = model(input_ids=windows[:, :-1], use_cache=False).logits
         loss = functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-        loss.backward()
+        (loss + BALANCING * balancing_loss.take()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

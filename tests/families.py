@@ -18,7 +18,13 @@ from torch.nn import functional
 from trained_examples import EXAMPLES
 
 if TYPE_CHECKING:
-    from transformers import DeepseekV4ForCausalLM, MiniMaxM2ForCausalLM, NemotronHForCausalLM, PreTrainedModel
+    from transformers import (
+        DeepseekV4ForCausalLM,
+        MiniMaxM2ForCausalLM,
+        NemotronHForCausalLM,
+        PreTrainedModel,
+        Qwen3_5MoeForCausalLM,
+    )
 
 Tensors = dict[str, Tensor]
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -29,12 +35,14 @@ class Family:
     """A trained example.
 
     `load` gives transformers' model in float32 from its folder and an empty one to work in, `routed` the model's
-    blocks of experts, whose router is called `gate`. No unigram model comes near `largest_perplexity`.
+    blocks of experts, whose router is called `gate`. `biases` counts the trained selection biases. No unigram model
+    comes near `largest_perplexity`.
     """
 
     folder: Path
     expert_layers: int
     largest_perplexity: float
+    biases: int
     load: Callable[[Path, Path], Any]
     routed: Callable[[Any], list[Any]]
 
@@ -107,6 +115,13 @@ def load_deepseek(folder: Path, work: Path) -> DeepseekV4ForCausalLM:
     return _loaded(DeepseekV4ForCausalLM, work)
 
 
+def load_qwen(folder: Path, _: Path) -> Qwen3_5MoeForCausalLM:
+    """Loaded by transformers from the published names, in float32."""
+    from transformers import Qwen3_5MoeForCausalLM
+
+    return _loaded(Qwen3_5MoeForCausalLM, folder)
+
+
 def _loaded(kind: Any, folder: Path, **settings: Any) -> Any:
     """A model for which nothing was missing, left over or of another shape."""
     model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **settings)
@@ -150,7 +165,8 @@ def _nemotron_mixers(model: Any) -> list[Any]:
     return [layer.mixer for layer in model.model.layers if hasattr(layer.mixer, "experts")]
 
 
-MINIMAX = Family(EXAMPLES / "minimax-m2-tiny", 2, 25.0, load_minimax_m2, _mlps)
-NEMOTRON = Family(EXAMPLES / "nemotron-3-tiny", 2, 30.0, load_nemotron, _nemotron_mixers)
-DEEPSEEK = Family(EXAMPLES / "deepseek-v4-tiny", 3, 40.0, load_deepseek, _mlps)
-FAMILIES = (MINIMAX, NEMOTRON, DEEPSEEK)
+MINIMAX = Family(EXAMPLES / "minimax-m2-tiny", 2, 25.0, 2, load_minimax_m2, _mlps)
+NEMOTRON = Family(EXAMPLES / "nemotron-3-tiny", 2, 30.0, 2, load_nemotron, _nemotron_mixers)
+DEEPSEEK = Family(EXAMPLES / "deepseek-v4-tiny", 3, 40.0, 2, load_deepseek, _mlps)
+QWEN = Family(EXAMPLES / "qwen3.5-tiny", 4, 17.0, 0, load_qwen, _mlps)
+FAMILIES = (MINIMAX, NEMOTRON, DEEPSEEK, QWEN)

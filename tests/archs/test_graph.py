@@ -18,7 +18,7 @@ from moecast.sources.model import open_model, pieces
 from moecast.sources.storage import Storage
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NAMES = ("minimax-m2-tiny", "nemotron-3-tiny", "deepseek-v4-tiny")
+NAMES = ("minimax-m2-tiny", "nemotron-3-tiny", "deepseek-v4-tiny", "qwen3.5-tiny")
 
 
 @pytest.fixture(params=NAMES)

@@ -66,12 +66,15 @@ def _floor(convert_with: object) -> int:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_importance_is_that_of_llama_imatrix(folder: Path, tmp_path: Path) -> None:
-    """The recorded files are llama-imatrix's, run on the example as a float32 GGUF and on the same text."""
+    """The recorded files are llama-imatrix's, run on the example as a float32 GGUF and on the same text.
+
+    That of Qwen is from the same callback of llama.cpp by way of ctypes, which gave MiniMax's to 6e-6.
+    """
     result = write_imatrix(folder, tmp_path / "imatrix.gguf", Calibration(TEXT, CONTEXT, CHUNKS))
     assert result.tokens == CONTEXT * CHUNKS and result.unseen_experts == 0
     expected, found = _arrays(DATA / f"{folder.name}.gguf"), _arrays(tmp_path / "imatrix.gguf")
     missing = {name.split(".")[2] for name in expected.keys() - found.keys()}
-    assert missing <= {"hc_attn_fn", "hc_ffn_fn"} and found.keys() <= expected.keys()
+    assert missing <= {"hc_attn_fn", "hc_ffn_fn", "ffn_gate_inp_shexp"} and found.keys() <= expected.keys()
     for name in found:
         if name.endswith(".counts"):
             sizes = (arrays[name.replace("counts", "in_sum2")].size for arrays in (expected, found))

@@ -9,8 +9,10 @@ from typing import Any
 import families
 import jinja2
 import pytest
+import real_deltanet
+import real_models
 import torch
-from families import DEEPSEEK, FAMILIES, MINIMAX, NEMOTRON, Family, Tensors
+from families import DEEPSEEK, FAMILIES, MINIMAX, NEMOTRON, QWEN, Family, Tensors
 from tokenizers import Tokenizer
 from trained_examples import EXAMPLES, ExpertShares, best_unigram_perplexity
 
@@ -19,6 +21,7 @@ HASH_LAYERS = 1  # of the DeepSeek example
 only_minimax = pytest.mark.parametrize("family", [MINIMAX], ids=[MINIMAX.folder.name], indirect=True)
 only_nemotron = pytest.mark.parametrize("family", [NEMOTRON], ids=[NEMOTRON.folder.name], indirect=True)
 only_deepseek = pytest.mark.parametrize("family", [DEEPSEEK], ids=[DEEPSEEK.folder.name], indirect=True)
+only_qwen = pytest.mark.parametrize("family", [QWEN], ids=[QWEN.folder.name], indirect=True)
 
 
 def _tokenizer(family: Family) -> Any:
@@ -62,7 +65,7 @@ def test_every_layer_needs_its_experts(
 
 def test_every_expert_receives_tokens(family: Family, model: Any, chunks: torch.Tensor) -> None:
     routers = [block.gate for block in family.routed(model)]
-    with ExpertShares(routers, model.config.num_local_experts) as counted:
+    with ExpertShares(routers, len(routers[0].weight)) as counted:
         families.perplexity(model, chunks)
     assert counted.relative().min() > 0.1, counted.relative()
     assert counted.relative().max() < 4, counted.relative()
@@ -71,7 +74,7 @@ def test_every_expert_receives_tokens(family: Family, model: Any, chunks: torch.
 def test_the_selection_biases_are_trained(family: Family, tensors: Tensors) -> None:
     ends = ("e_score_correction_bias", "ffn.gate.bias")
     biases = [tensor for name, tensor in tensors.items() if name.endswith(ends)]
-    assert len(biases) == family.expert_layers - (HASH_LAYERS if family is DEEPSEEK else 0)
+    assert len(biases) == family.biases
     for bias in biases:
         assert bias.dtype == torch.float32
         assert bias.abs().min() > 0
@@ -84,7 +87,8 @@ def test_shards_are_those_of_the_index(family: Family, tensors: Tensors) -> None
     files = sorted(file.name for file in family.folder.glob("*.safetensors"))
     assert files == sorted(set(index["weight_map"].values()))
     if family is not MINIMAX:
-        assert files == [f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))]
+        name = "model.safetensors" if family is QWEN else "model"
+        assert files == [f"{name}-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))]
 
 
 @only_minimax
@@ -166,6 +170,31 @@ def test_deepseek_codes_use_their_range(family: Family, tensors: Tensors) -> Non
             assert all(
                 224 <= columns.max() <= 448 for rows in values.split(128) for columns in rows.split(128, dim=1)
             ), name
+
+
+@only_qwen
+def test_qwen_names_and_dtypes_are_those_of_the_hub(family: Family, tensors: Tensors, config: dict[str, Any]) -> None:
+    """As complete as the published list of the 35B, which `real_deltanet` has, but for vision and drafting."""
+    exact = re.compile(r"model\.language_model\.layers\.\d+\.linear_attn\.(A_log|norm\.weight)")
+    for name, tensor in tensors.items():
+        assert tensor.dtype == (torch.float32 if exact.fullmatch(name) else torch.bfloat16), name
+    published = {info.name for info in real_deltanet.tensors("Qwen3.5-35B-A3B")}
+    shipped = {name for name in published if not name.startswith(("model.visual.", "mtp."))}
+    layers = config["text_config"]["num_hidden_layers"]
+    expected = {name for name in shipped if int((re.findall(r"\.layers\.(\d+)\.", name) or ["0"])[0]) < layers}
+    assert tensors.keys() == expected
+
+
+@only_qwen
+def test_qwen_config_has_the_keys_of_the_hub(family: Family, config: dict[str, Any], tensors: Tensors) -> None:
+    published = real_models.config("qwen3.5-35b-a3b")._values
+    for section in ("text_config", "vision_config"):
+        assert config[section].keys() == published[section].keys()
+    assert config.keys() == published.keys()
+    text = config["text_config"]
+    assert text["layer_types"] == ["linear_attention"] * 3 + ["full_attention"]
+    assert text["linear_num_value_heads"] == 2 * text["linear_num_key_heads"] > 2  # so that their order matters
+    assert text["mtp_num_hidden_layers"] == 1 and not any("mtp" in name for name in tensors)
 
 
 @only_nemotron
@@ -259,6 +288,25 @@ def test_deepseek_special_tokens_are_at_both_ends_of_the_vocabulary(family: Fami
     assert not (family.folder / "chat_template.jinja").exists()
 
 
+@only_qwen
+def test_qwen_special_tokens_end_the_vocabulary(family: Family, config: dict[str, Any]) -> None:
+    tokenizer, text = _tokenizer(family), config["text_config"]
+    assert len(tokenizer) == text["vocab_size"]
+    turns = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    seen = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    specials = [*turns, *seen, "<think>", "</think>"]
+    assert tokenizer.convert_tokens_to_ids(specials) == list(range(len(tokenizer) - len(specials), len(tokenizer)))
+    keys = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    assert tokenizer.convert_tokens_to_ids(seen) == [config[key] for key in keys]
+    assert tokenizer.bos_token is None and tokenizer.eos_token_id == text["eos_token_id"]
+
+
+@only_qwen
+def test_qwen_composes_marks(family: Family) -> None:
+    tokenizer = _tokenizer(family)
+    assert tokenizer.decode(tokenizer("e\u0301cole").input_ids) == "école"
+
+
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Six times seven?"},
@@ -323,6 +371,35 @@ Multiply.
 <|im_start|>assistant
 <think>
 """
+QWEN_RENDERED = """\
+<|im_start|>system
+Be brief.<|im_end|>
+<|im_start|>user
+Six times seven?<|im_end|>
+<|im_start|>assistant
+<think>
+Multiply.
+</think>
+
+<tool_call>
+<function=multiply>
+<parameter=a>
+6
+</parameter>
+<parameter=b>
+7
+</parameter>
+</function>
+</tool_call><|im_end|>
+<|im_start|>user
+<tool_response>
+42
+</tool_response><|im_end|>
+<|im_start|>assistant
+42.<|im_end|>
+<|im_start|>assistant
+<think>
+"""
 
 
 @pytest.mark.parametrize(
@@ -330,8 +407,9 @@ Multiply.
     [
         (MINIMAX, MINIMAX_RENDERED, '<tool>{"name": "multiply"}</tool>[e~[\n]~b]user'),
         (NEMOTRON, NEMOTRON_RENDERED, '<tool>{"name": "multiply"}</tool><|im_end|>\n<|im_start|>user'),
+        (QWEN, QWEN_RENDERED, '<tool>{"name": "multiply"}</tool><|im_end|>\n<|im_start|>user'),
     ],
-    ids=[MINIMAX.folder.name, NEMOTRON.folder.name],
+    ids=[MINIMAX.folder.name, NEMOTRON.folder.name, QWEN.folder.name],
     indirect=["family"],
 )
 def test_the_chat_template_renders_turns(family: Family, rendered: str, tools: str) -> None:
@@ -343,15 +421,23 @@ def test_the_chat_template_renders_turns(family: Family, rendered: str, tools: s
     assert tools in described
 
 
-@only_nemotron
-def test_nemotron_renders_an_answer_without_thinking(family: Family) -> None:
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        (NEMOTRON, NEMOTRON_RENDERED.removesuffix("\n") + "</think>"),
+        (QWEN, QWEN_RENDERED + "</think>\n\n"),
+    ],
+    ids=[NEMOTRON.folder.name, QWEN.folder.name],
+    indirect=["family"],
+)
+def test_an_answer_without_thinking(family: Family, expected: str) -> None:
     brief = _tokenizer(family).apply_chat_template(
         CONVERSATION, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
-    assert brief == NEMOTRON_RENDERED.removesuffix("<think>\n") + "<think></think>"
+    assert brief == expected
 
 
-@pytest.mark.parametrize("family", [MINIMAX, NEMOTRON], ids=lambda family: family.folder.name, indirect=True)
+@pytest.mark.parametrize("family", [MINIMAX, NEMOTRON, QWEN], ids=lambda family: family.folder.name, indirect=True)
 def test_the_chat_template_refuses_unknown_roles(family: Family) -> None:
     with pytest.raises(jinja2.TemplateError, match="unknown role: narrator"):
         _tokenizer(family).apply_chat_template([{"role": "narrator", "content": ""}])

@@ -20,7 +20,7 @@ from moecast.quant.planning.recipes import RECIPES, recipe_named
 from moecast.sources.model import open_model
 
 REAL = [pytest.param(model, marks=pytest.mark.slow) for model in ("nano", "super", "lightning")]
-MODELS = ("nemotron-3-tiny", "minimax-m2-tiny", "deepseek-v4-tiny", "partly padded", *REAL)
+MODELS = ("nemotron-3-tiny", "minimax-m2-tiny", "deepseek-v4-tiny", "qwen3.5-tiny", "partly padded", *REAL)
 EXPERT = (Role.EXPERT_UP,)
 HIDDEN = ()
 
