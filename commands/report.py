@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from .console import human_bytes, human_count, print_columns, print_json, print_table
@@ -153,7 +153,9 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     from ..sources.tokenizer_gguf import CHAT_TEMPLATE
 
     if as_json:
-        print_json(asdict(result))
+        facts = asdict(replace(result, details=None))
+        del facts["details"]
+        print_json(facts)
         return
     rows = [("Size", f"{human_bytes(result.bytes)}, {result.bits_per_weight:.2f} bits per weight")]
     if result.parity:

@@ -25,9 +25,10 @@ from ..sources.imatrix import read_imatrix
 from ..sources.locate import Source, open_source
 from ..sources.model import Model
 from ..sources.tokenizer import Tokenizer
-from .conversion import Conversion, InputFile
+from .conversion import Conversion, Details, InputFile
 from .decisions import decisions
 from .encode import MeasuredImportance, missing_entries
+from .findings import Findings
 from .gguf.imatrix import ImatrixWriter
 from .gguf.metadata import gguf_metadata, imatrix_metadata, source_metadata
 from .gguf.tokenizer import tokenizer_problems, written_tokenizer
@@ -111,6 +112,8 @@ def convert(
         imatrix=InputFile.of(calibration.imatrix) if calibration.imatrix else None,
         texts=_texts(calibration, evaluation),
         resumed=done.resumed or (measured is not None and measured.resumed),
+        output=path,
+        details=Details(plan, done.findings),
     )
 
 
@@ -176,11 +179,12 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Done:
-    """Files, the first of which is the model; how they compare, what they could not hold; whether runs went before, and
-    what these took."""
+    """Files, the first of which is the model; how they compare, what was found of layers, what they could not hold;
+    whether runs went before, and what these took."""
 
     files: list[Path]
     parity: Parity | None
+    findings: Findings
     problems: list[str]
     resumed: bool
     earlier: Spent
@@ -251,11 +255,11 @@ def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Pro
         with _writer(work, journal) as writer:
             if resumed:
                 note_resumption(writer.bytes_there, plan, model, progress)
-            parity = run_pass(model, plan, writer, inputs, work.compute, journal, room, progress)
+            passed = run_pass(model, plan, writer, inputs, work.compute, journal, room, progress)
         files = [*writer.paths]
         if draft and model.graph.draft:
             files.append(_write_draft(work, journal, room, progress))
-    return _Done(files, parity, writer.problems, resumed, journal.earlier)
+    return _Done(files, passed.parity, passed.findings, writer.problems, resumed, journal.earlier)
 
 
 def _imatrix_writer(work: _Work) -> ImatrixWriter | None:

@@ -15,7 +15,7 @@ from ..runner.settings import Compute
 from ..runner.texts import DEFAULT_CONTEXT
 from ..sources.imatrix import ImportanceMatrix, read_imatrix
 from ..sources.model import Model, open_model
-from .conversion import Conversion, InputFile
+from .conversion import Conversion, Details, InputFile
 from .encode import MeasuredImportance, missing_entries
 from .gguf.metadata import QUANTIZATION_VERSION, imatrix_metadata
 from .gguf.writer import GGUFWriter
@@ -69,12 +69,13 @@ def requantize(
                 note_resumption(writer.bytes_there, plan, model, progress)
             inputs = PassInputs(importance=MeasuredImportance(importance) if importance else None)
             room = workspace(compute, plan.graph, 0, DEFAULT_CONTEXT)
-            run_pass(model, plan, writer, inputs, compute, workspace=room, progress=progress)
+            passed = run_pass(model, plan, writer, inputs, compute, workspace=room, progress=progress)
     made = Conversion.of(writer.paths, plan, model.path.as_posix(), journal.earlier + Spent.since(started))
     missing = missing_entries(importance, plan) if importance else ()
     used = InputFile.of(imatrix) if imatrix else None
     problems = (*made.problems, *writer.problems, *missing)
-    return replace(made, problems=problems, imatrix=used, resumed=resumed)
+    details = Details(plan, passed.findings)
+    return replace(made, problems=problems, imatrix=used, resumed=resumed, output=path, details=details)
 
 
 def plan_requantized(model: Model, goal: str | Goal | None, imatrix: str | Path | None) -> Plan:
