@@ -9,7 +9,8 @@ experts that no token reached for one, is encoded when the streams are done with
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -46,6 +47,7 @@ class PassInputs:
     Attributes:
         calibration: token ids [chunks, context] that show which inputs of a weight matter; None for no calibration.
         evaluation: token ids [chunks, context] to compare the result with its source on; None for no comparison.
+        texts: how many of these chunks each text has, by category, in order.
         importance: what to weigh columns by where there is no calibration.
         imatrix: receives what calibration finds.
         min_expert_tokens: how many calibration tokens every expert must have seen.
@@ -54,6 +56,7 @@ class PassInputs:
 
     calibration: Tensor | None = None
     evaluation: Tensor | None = None
+    texts: Mapping[str, int] = field(default_factory=dict)
     importance: Importance | None = None
     imatrix: ImatrixWriter | None = None
     min_expert_tokens: int = 0
@@ -158,10 +161,9 @@ def _run(
         observe_head(streams[CALIBRATION], statistics)
     result = None
     if inputs.evaluation is not None:
-        chunks, context = inputs.evaluation.shape
         (divergence,) = compare_heads(streams[REFERENCE], [streams[CANDIDATE]], inputs.evaluation)
-        errors = tuple(findings.layer_errors)
-        result = summarize(divergence, errors, context, chunks, compute.dtype, model.graph.context_length)
+        errors, made_for = tuple(findings.layer_errors), model.graph.context_length
+        result = summarize(divergence, errors, inputs.texts, inputs.evaluation.shape[1], compute.dtype, made_for)
     encoder.finish_all()
     return Passed(result, findings)
 

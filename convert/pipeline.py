@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import BadInput
 from ..progress import NoProgress, Progress
 from ..quant.planning.onnx_plan import OnnxPlan
@@ -19,7 +21,7 @@ from ..runner.measure.evaluate import Parity
 from ..runner.measure.tokenization import Tokenization, compare_tokenizers
 from ..runner.memory import QUANTIZING, RUNNING, workspace
 from ..runner.settings import Compute, Evaluation
-from ..runner.texts import beyond_context, evaluated_text
+from ..runner.texts import beyond_context
 from ..sources.hub.access import HubAccess
 from ..sources.imatrix import read_imatrix
 from ..sources.locate import Source, open_source
@@ -120,7 +122,9 @@ def convert(
 def _texts(calibration: Calibration, evaluation: Evaluation | None) -> dict[str, InputFile]:
     """What ran through the model."""
     texts = {"calibration": calibration.text if calibration.runs else None}
-    texts["evaluation"] = evaluation.text if evaluation else None
+    if evaluation:
+        texts["evaluation"] = evaluation.text
+        texts |= {f"evaluation {name}": file for name, file in evaluation.categories.items()}
     return {use: InputFile.of(text) for use, text in texts.items() if text is not None}
 
 
@@ -128,7 +132,11 @@ def _tokenization(work: _Work, evaluation: Evaluation) -> Tokenization | None:
     """How the file's tokenizer does on the evaluation text; an ONNX folder has the source's own."""
     if (written := work.written_tokenizer) is None:
         return None
-    return compare_tokenizers(work.model.tokenizer, written, evaluated_text(Path(evaluation.text)))
+    return compare_tokenizers(work.model.tokenizer, written, evaluation.read())
+
+
+def _names(evaluation: Evaluation) -> str:
+    return " + ".join(file.name for file in evaluation.texts.values())
 
 
 def _problems(work: _Work, parity: Parity | None) -> list[str]:
@@ -215,9 +223,11 @@ def _importance_metadata(inputs: PassInputs, calibration: Calibration, output: O
 def _inputs(model: Model, calibration: Calibration, evaluation: Evaluation | None) -> PassInputs:
     """What will run through the model."""
     imatrix = read_imatrix(Path(calibration.imatrix)).fitted_to(model) if calibration.imatrix else None
+    texts = evaluation.tokens_by_text(model.tokenizer) if evaluation else {}
     return PassInputs(
         calibration.tokens(model.tokenizer) if calibration.runs else None,
-        evaluation.tokens(model.tokenizer) if evaluation else None,
+        torch.cat([*texts.values()]) if texts else None,
+        {name: len(ids) for name, ids in texts.items()},
         importance=MeasuredImportance(imatrix) if imatrix else None,
         min_expert_tokens=calibration.min_expert_tokens,
         error_feedback=bool(calibration.error_feedback),
@@ -230,7 +240,7 @@ def _identity(work: _Work, evaluation: Evaluation | None) -> dict[str, str]:
     others = {
         "importance matrix": file_identity(Path(calibration.imatrix)) if calibration.imatrix else "none",
         "calibration": text_identity(calibration.text, inputs.calibration),
-        "evaluation": text_identity(evaluation.text if evaluation else None, inputs.evaluation),
+        "evaluation": text_identity(evaluation and _names(evaluation), inputs.evaluation),
         "compute dtype": work.compute.dtype,
         "error feedback": "yes" if inputs.error_feedback else "no",
     }
