@@ -64,20 +64,29 @@ class Conversion:
     peak_rss_bytes: int
     recipe: str
     source: str
+    output: Path
+    details: Details
     revision: str | None = None
     version: str = __version__
     imatrix: InputFile | None = None
     texts: Mapping[str, InputFile] = field(default_factory=dict)
     resumed: bool = False
-    output: Path | None = None
-    details: Details | None = None
 
     @classmethod
     def of(
-        cls, files: Sequence[Path], plan: Plan, source: str, spent: Spent, parity: Parity | None = None
+        cls,
+        output: Path,
+        files: Sequence[Path],
+        details: Details,
+        source: str,
+        spent: Spent,
+        parity: Parity | None = None,
     ) -> Conversion:
         """The conversion to finished `files`."""
+        plan = details.plan
         return cls(
+            output=output,
+            details=details,
             files=tuple(files),
             bytes=sum(file.stat().st_size for file in files),
             bits_per_weight=plan.bits_per_weight,

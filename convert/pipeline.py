@@ -106,7 +106,8 @@ def convert(
             parity = replace(parity, tokenization=_tokenization(work, evaluation))
     provenance = opened.provenance
     spent = done.earlier + (measured.earlier if measured else Spent()) + Spent.since(started)
-    made = Conversion.of(done.files, plan, provenance.get("repository", model.path.as_posix()), spent, parity)
+    origin, details = provenance.get("repository", model.path.as_posix()), Details(plan, done.findings)
+    made = Conversion.of(path, done.files, details, origin, spent, parity)
     return replace(
         made,
         problems=(*made.problems, *done.problems, *_problems(work, parity)),
@@ -114,8 +115,6 @@ def convert(
         imatrix=InputFile.of(calibration.imatrix) if calibration.imatrix else None,
         texts=_texts(calibration, evaluation),
         resumed=done.resumed or (measured is not None and measured.resumed),
-        output=path,
-        details=Details(plan, done.findings),
     )
 
 

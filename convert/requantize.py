@@ -70,12 +70,12 @@ def requantize(
             inputs = PassInputs(importance=MeasuredImportance(importance) if importance else None)
             room = workspace(compute, plan.graph, 0, DEFAULT_CONTEXT)
             passed = run_pass(model, plan, writer, inputs, compute, workspace=room, progress=progress)
-    made = Conversion.of(writer.paths, plan, model.path.as_posix(), journal.earlier + Spent.since(started))
+    details, spent = Details(plan, passed.findings), journal.earlier + Spent.since(started)
+    made = Conversion.of(path, writer.paths, details, model.path.as_posix(), spent)
     missing = missing_entries(importance, plan) if importance else ()
     used = InputFile.of(imatrix) if imatrix else None
     problems = (*made.problems, *writer.problems, *missing)
-    details = Details(plan, passed.findings)
-    return replace(made, problems=problems, imatrix=used, resumed=resumed, output=path, details=details)
+    return replace(made, problems=problems, imatrix=used, resumed=resumed)
 
 
 def plan_requantized(model: Model, goal: str | Goal | None, imatrix: str | Path | None) -> Plan:
