@@ -1,10 +1,12 @@
-"""Reports as large as models get, made up: what a page of one holds is known."""
+"""Reports as large as models get, made up: what a page of one holds is known. And how pages are read."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from xml.etree.ElementTree import Element
 
+import html5lib
 from moecast.reports.report import ExpertTraffic, Provenance, Report, ReportedCandidate, ReportedTensor
 from moecast.runner.measure.evaluate import Parity
 from moecast.runner.measure.slices import Slice
@@ -74,3 +76,15 @@ def _parity(name: str, chance: random.Random) -> Parity:
 
 def _candidate(path: str, size: int, kld: float) -> ReportedCandidate:
     return ReportedCandidate(path, size * 2**30, size / 28, kld, kld / 50, 30 * kld, 0.95, 1.01, size == 90)
+
+
+def parsed(text: str) -> Element:
+    """The document, in which the standard's parser finds no error."""
+    parser = html5lib.HTMLParser(namespaceHTMLElements=False)
+    tree = parser.parse(text)
+    assert [(position, code) for position, code, _ in parser.errors] == []
+    return tree
+
+
+def words(tree: Element) -> str:
+    return " ".join("".join(tree.itertext()).split())
