@@ -29,9 +29,9 @@ from .options import (
     quantizing_options,
     source_options,
     streaming_source_options,
-    text_options,
 )
 from .terminal import printable
+from .texts import category_options
 
 if TYPE_CHECKING:
     from ..convert.settings import Calibration, Goal, Output
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 @calibration_options
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare the result with the source.")
 @max_kld_option
-@text_options
+@category_options
 @compute_options
 @streaming_source_options
 @json_option
