@@ -13,12 +13,13 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from .report import LayerError, ReportedCandidate
+from .report import LayerError
 from .text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from ..runner.measure.candidates import Candidate
     from ..runner.measure.slices import Slice
 
 # Colours that the page replaces by its own, which differ between light and dark.
@@ -93,12 +94,12 @@ def size_chart(sizes: Sequence[tuple[str, int]]) -> str:
     return _drawn("sizes", 0.6 + 0.26 * len(sizes), "Share of the file by role", draw)
 
 
-def pareto_chart(candidates: Sequence[ReportedCandidate]) -> str:
+def pareto_chart(candidates: Sequence[Candidate]) -> str:
     """Size against KL divergence; what is dominated is hollow. The numbers stand in the table beside."""
     points = [
-        (number, entry.dominated, entry.bytes / 2**30, entry.mean_kld)
+        (number, entry.dominated, entry.bytes / 2**30, entry.parity.mean_kld)
         for number, entry in enumerate(candidates, 1)
-        if math.isfinite(entry.mean_kld)
+        if math.isfinite(entry.parity.mean_kld)
     ]
 
     def draw(axes: Axes) -> None:

@@ -86,7 +86,7 @@ def test_what_is_found_outlives_an_interruption(tmp_path: Path, monkeypatch: pyt
     assert conversion_report(resumed).experts
 
 
-def test_comparison_and_plan(tmp_path: Path) -> None:
+def test_comparisons_and_a_plan(tmp_path: Path) -> None:
     folder = EXAMPLES / "minimax-m2-tiny"
     file = convert(folder, tmp_path / "model.gguf", "Q8_0", calibration=None, verify=False).files[0]
     printed = run("parity", folder, file, *TEXT, "--json", "--report", tmp_path / "parity").stdout
@@ -95,12 +95,16 @@ def test_comparison_and_plan(tmp_path: Path) -> None:
     assert {tensor["type"] for tensor in report["tensors"]} == {"F32", "Q8_0"}
     assert report["bytes"] == sum(tensor.length for tensor in open_model(file).tensors)
 
+    smaller = convert(folder, tmp_path / "smaller.gguf", "Q4_0", calibration=None, verify=False).files[0]
+    printed = run("parity", folder, file, smaller, *TEXT, "--json", "--report", tmp_path / "several").stdout
+    assert facts(tmp_path / "several" / "report.json")["candidates"] == json.loads(printed)["candidates"]
+
     printed = run("plan", folder, "--quant", "IQ3_XXS", "--json", "--report", tmp_path / "plan").stdout
     report, plan = facts(tmp_path / "plan" / "report.json"), json.loads(printed)
     assert (report["bytes"], report["bits_per_weight"]) == (plan["bytes"], plan["bits_per_weight"])
     types = [[(one["name"], one["type"]) for one in found["tensors"]] for found in (report, plan)]
     assert types[0] == types[1]
-    for name in ("parity", "plan"):
+    for name in ("parity", "several", "plan"):
         assert {file.name for file in (tmp_path / name).iterdir()} == {"report.html", "report.json"}
         parsed((tmp_path / name / "report.html").read_text(encoding="utf-8"))
 

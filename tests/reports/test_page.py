@@ -114,7 +114,7 @@ def test_a_broken_model_has_a_page_too(value: float) -> None:
         for key, members in report.parity.slices.items()
     }
     broken = replace(report.parity, mean_kld=value, layer_errors=(0.1, value, value), slices=slices)
-    candidates = tuple(replace(one, mean_kld=value) for one in report.candidates)
+    candidates = tuple(replace(one, parity=broken) for one in report.candidates)
     assert str(value) in words(parsed(page(replace(report, parity=broken, candidates=candidates))))
 
 
