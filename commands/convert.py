@@ -12,7 +12,6 @@ from ..errors import BadInput
 from .evaluate import exit_if_worse
 from .fitting import Fitting, fitting_options
 from .options import (
-    SOURCE,
     calibrating_options,
     calibration_options,
     calibration_text_options,
@@ -33,6 +32,7 @@ from .options import (
 from .reporting import write_conversion_report
 from .terminal import printable
 from .texts import category_options
+from .values import SOURCE
 
 if TYPE_CHECKING:
     from ..convert.settings import Calibration, Goal, Output

@@ -11,8 +11,6 @@ import click
 
 from .logs import LOGGER, typed_command
 from .options import (
-    SOURCE,
-    Number,
     calibrating_options,
     device_options,
     evaluating_options,
@@ -24,6 +22,7 @@ from .options import (
 from .reporting import report_option, save_report
 from .terminal import printable
 from .texts import category_options, text_options
+from .values import SOURCE, Number
 
 if TYPE_CHECKING:
     from pathlib import Path

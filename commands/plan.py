@@ -14,7 +14,6 @@ from ..errors import BadInput, OutputExists
 from .fitting import Fitting, fitting_options_with_context
 from .logs import typed_command
 from .options import (
-    SOURCE,
     file_format_option,
     form_options,
     json_option,
@@ -25,6 +24,7 @@ from .options import (
     weighing_options,
 )
 from .reporting import report_option, save_report
+from .values import SOURCE
 
 if TYPE_CHECKING:
     from ..convert.settings import Calibration, Goal
