@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .logs import LOGGER
+from .logs import LOGGER, typed_command
 from .options import (
     SOURCE,
     Number,
@@ -21,9 +21,12 @@ from .options import (
     source_options,
     text_options,
 )
+from .reporting import report_option, save_report
 from .terminal import printable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..runner.engines import OnnxModel
     from ..runner.measure.evaluate import Parity
     from ..runner.settings import Compute, Evaluation
@@ -70,6 +73,7 @@ def perplexity(
 @click.argument("candidate", type=SOURCE)
 @text_options
 @max_kld_option
+@report_option
 @evaluating_options
 @low_memory_option
 @source_options
@@ -79,6 +83,7 @@ def parity(
     candidate: str,
     evaluation: Evaluation,
     max_kld: float | None,
+    report_folder: Path | None,
     compute: Compute,
     low_memory: bool,
     access: HubAccess,
@@ -91,6 +96,7 @@ def parity(
       moecast parity CHECKPOINT model.gguf --max-kld 0.05
       moecast parity a.gguf b.gguf -f text.txt --json
     """
+    from ..reports.gather import comparison_report
     from ..runner.measure.evaluate import parity as run
     from .console import make_progress
     from .report import show_parity
@@ -100,6 +106,8 @@ def parity(
     with make_progress() as progress:
         result = run(first, second, evaluation, compute, progress)
     show_parity(f"{second.path} against {first.path}", result, as_json)
+    if report_folder:
+        save_report(comparison_report(first, second, result, evaluation, typed_command()), report_folder)
     exit_if_worse(result, max_kld)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from ..reports.rows import parity_rows, scoring_rows
 from .console import human_bytes, human_count, print_columns, print_json, print_table
 from .terminal import printable
 
@@ -67,27 +68,18 @@ def show_plan(plan: Plan, as_json: bool, each: bool = False) -> None:
     """A plan by roles and layers; before that tensor by tensor, where `each` asks for it."""
     from ..quant.planning.allocation import bytes_per_token
     from ..quant.planning.plan_file import plan_as_json
+    from ..reports.gather import planned_tensors
+    from ..reports.report import grouped
 
     if as_json:
         print_json(plan_as_json(plan))
         return
     if each:
         show_tensors(plan)
-    layers: dict[tuple[str, str], list[int]] = {}
-    sizes: Counter[tuple[str, str]] = Counter()
-    counts: Counter[tuple[str, str]] = Counter()
-    for tensor in plan.tensors:
-        key = tensor.weight.role.value, tensor.type.name
-        counts[key] += 1
-        sizes[key] += plan.bytes_of(tensor)
-        if tensor.weight.layer is not None:
-            layers.setdefault(key, []).append(tensor.weight.layer)
     rows = [
-        (role, name, _ranges(layers.get((role, name), [])), str(counts[role, name]), human_bytes(size))
-        for (role, name), size in sizes.items()
+        (group.role, group.type, group.layers, str(group.tensors), human_bytes(group.bytes))
+        for group in grouped(planned_tensors(plan))
     ]
-    roles = list(dict.fromkeys(row[0] for row in rows))
-    rows.sort(key=lambda row: roles.index(row[0]))
     title = f"{plan.recipe.name}: {human_bytes(plan.bytes)}, {plan.bits_per_weight:.2f} bits per weight"
     print_columns(title, ("Role", "Type", "Layers", "Tensors", "Size"), rows)
     if plan.expected_kld is not None:
@@ -122,23 +114,12 @@ def _serve(fit: MachinePlan) -> str:
     return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *experts)
 
 
-def _ranges(layers: list[int]) -> str:
-    """[0, 1, 2, 5] -> '0-2, 5'"""
-    runs: list[list[int]] = []
-    for layer in sorted(set(layers)):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
 def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:
     if as_json:
         print_json({**asdict(result), "problems": result.problems})
         return
     value = f"{result.perplexity:.4f} ± {result.error:.4f}"
-    print_table(title, [("Perplexity", value), *_scoring_rows(result)])
+    print_table(title, [("Perplexity", value), *scoring_rows(result)])
     show_problems(result.problems)
 
 
@@ -146,7 +127,7 @@ def show_parity(title: str, result: Parity, as_json: bool) -> None:
     if as_json:
         print_json({**asdict(result), "problems": result.problems})
         return
-    print_table(title, _parity_rows(result))
+    print_table(title, parity_rows(result))
     show_problems(result.problems)
 
 
@@ -155,11 +136,12 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     from ..sources.tokenizer_gguf import CHAT_TEMPLATE
 
     if as_json:
-        print_json(asdict(result))
+        shown = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "details"}
+        print_json({name: asdict(value) if is_dataclass(value) else value for name, value in shown.items()})
         return
     rows = [("Size", f"{human_bytes(result.bytes)}, {result.bits_per_weight:.2f} bits per weight")]
     if result.parity:
-        rows += _parity_rows(result.parity)
+        rows += parity_rows(result.parity)
     runs = " in all runs" if result.resumed else ""
     rows.append(("Time, peak memory", f"{result.seconds:.1f} s{runs}, {human_bytes(result.peak_rss_bytes)}"))
     print_table(str(result.files[0]), rows)
@@ -218,21 +200,3 @@ def show_problems(problems: tuple[str, ...]) -> None:
 def server_line(model: str | Path, context: int, *options: object) -> str:
     """The command that serves a file with llama.cpp."""
     return " ".join(map(str, ("llama-server", "-m", model, "-c", context, *options)))
-
-
-def _parity_rows(result: Parity) -> list[tuple[str, str]]:
-    return [
-        ("Perplexity, source", f"{result.perplexity_reference:.4f}"),
-        ("Perplexity, result", f"{result.perplexity_candidate:.4f} ({result.perplexity_ratio - 1:+.2%})"),
-        ("Mean KL divergence", f"{result.mean_kld:.6f} ± {result.mean_kld_error:.6f}"),
-        ("KL divergence, 99.9 %", f"{result.kld_999:.6f}"),
-        ("Same top token", f"{result.top1_agreement:.2%}"),
-        ("Token ids that differ", "not checked" if result.tokenization is None else str(result.tokenization)),
-        ("Δp of the right token", f"{result.mean_delta_p:+.3%} mean, {result.rms_delta_p:.3%} RMS"),
-        *_scoring_rows(result),
-    ]
-
-
-def _scoring_rows(result: Perplexity | Parity) -> list[tuple[str, str]]:
-    rows = [("Tokens scored", str(result.tokens))]
-    return rows if result.compute_dtype == "float32" else [*rows, ("Products computed in", result.compute_dtype)]

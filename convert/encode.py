@@ -23,6 +23,7 @@ from ..runner.weights import CachedWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import pieces
 from ..sources.read_ahead import stored_rows
+from .findings import Findings, some_rows
 from .write_behind import WriteBehind
 
 _LARGEST_F16 = torch.finfo(torch.float16).max
@@ -64,6 +65,7 @@ class Encoder:
     ) -> None:
         self.plan = plan
         self.source = source
+        self.findings = Findings()
         self._writer = writer
         self._progress = progress
         self._importance = importance
@@ -164,9 +166,11 @@ class Encoder:
         packed = [self.source.model.repacked(weight, type_name, one, rows, self.source.device) for one in experts]
         copied = [data for data in packed if data is not None]
         if len(copied) == len(experts):
+            self.findings.add_exact(weight.name)
             return _side_by_side(copied)
         values = _side_by_side([self.source.load(weight, one, rows).view(-1, weight.columns) for one in experts])
         if type_name == "I32":
+            self.findings.add_exact(weight.name)
             return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
         try:
             data = quantize_weight(values, weight, experts, type_name, self._importance, self._threads)
@@ -179,6 +183,7 @@ class Encoder:
             ) from None
         for matrix, blocks in zip(values, data, strict=True):
             self._check_range(weight, type_name, matrix, blocks)
+        self.findings.add_rounded(weight.name, some_rows(values), _decode(some_rows(data), type_name, torch.float32))
         return data
 
     def _check_range(self, weight: Weight, type_name: str, values: Tensor, data: Tensor) -> None:

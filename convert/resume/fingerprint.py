@@ -35,6 +35,7 @@ _DECIDING = (
     "runner/measure/*.py",
     "convert/calibrate.py",
     "convert/encode.py",
+    "convert/findings.py",  # in what form they are saved
     "convert/onepass.py",
     "convert/writer.py",
     "convert/gguf/*.py",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ...errors import BadInput
@@ -19,10 +20,11 @@ from ..memory import working_set, workspace
 from ..placement import wide
 from ..settings import Compute, Evaluation
 from ..stream import Stream, advance, word_logits
-from ..texts import beyond_context, evaluated_text, with_bos
+from ..texts import beyond_context, with_bos
 from ..weights import ModelWeights
 from .logits import compare, logit_source, score
-from .scores import Divergence, Scores
+from .scores import Divergence, Scores, standard_error
+from .slices import Slice, slices_of
 from .tokenization import Tokenization, compare_tokenizers
 
 _LARGEST_EXPONENT = 700.0  # of a float64; what a broken model gives may be beyond
@@ -66,6 +68,8 @@ class Parity:
         tokens: number of scored positions.
         compute_dtype: what the products of both were computed in, "float32" or "bfloat16".
         context_length: what both models are made for.
+        slices: the same by "category" of text, "position" in the context, and "confidence", the probability of the
+            reference's most probable token; each key's slices are all scored tokens.
         tokenization: what the candidate's tokenizer gives other ids; None where moecast cannot run it. All other
             figures are of the reference's tokens, in both models.
     """
@@ -85,6 +89,7 @@ class Parity:
     chunks: int
     compute_dtype: str
     context_length: int
+    slices: Mapping[str, tuple[Slice, ...]]
     tokenization: Tokenization | None = None
 
     @property
@@ -157,7 +162,8 @@ def parity(
     of the reference. Raises BadInput when the two do not share a vocabulary.
     """
     reference, candidate, progress = _opened(reference), _opened(candidate), progress or NoProgress()
-    tokens = evaluation.tokens(reference.tokenizer)
+    texts = evaluation.tokens_by_text(reference.tokenizer)
+    tokens = torch.cat([*texts.values()])
     _check_same_vocabulary(reference, candidate, tokens)
     inputs = [with_bos(tokens, model.tokenizer) for model in (reference, candidate)]
     layer_errors: tuple[float, ...] = ()
@@ -179,8 +185,9 @@ def parity(
             )
             compare(first, second, divergence, len(tokens), progress)
     length = min(reference.context_length, candidate.context_length)
-    found = summarize(divergence, layer_errors, evaluation.context, len(tokens), compute.dtype, length)
-    tokenization = compare_tokenizers(reference.tokenizer, candidate.tokenizer, evaluated_text(Path(evaluation.text)))
+    chunks = {name: len(ids) for name, ids in texts.items()}
+    found = summarize(divergence, layer_errors, chunks, evaluation.context, compute.dtype, length)
+    tokenization = compare_tokenizers(reference.tokenizer, candidate.tokenizer, evaluation.read())
     return replace(found, tokenization=tokenization)
 
 
@@ -276,22 +283,18 @@ def _perplexity_of(scores: Scores) -> tuple[float, float]:
     losses = -scores.log_probability
     mean = float(losses.mean())
     value = math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf
-    return value, value * _standard_error(losses)
-
-
-def _standard_error(values: Tensor) -> float:
-    return math.sqrt(float(values.var(correction=0)) / max(len(values) - 1, 1))
+    return value, value * standard_error(losses)
 
 
 def summarize(
     divergence: Divergence,
     layer_errors: tuple[float, ...],
+    texts: Mapping[str, int],
     context: int,
-    chunks: int,
     compute_dtype: str,
     context_length: int,
 ) -> Parity:
-    """What a comparison of all scored tokens amounts to."""
+    """What a comparison of all scored tokens amounts to. `texts` are the numbers of their chunks, by category."""
     kld = divergence.kld
     reference, candidate = divergence.reference, divergence.candidate
     delta = candidate.log_probability.exp() - reference.log_probability.exp()
@@ -299,7 +302,7 @@ def summarize(
         perplexity_reference=_perplexity_of(reference)[0],
         perplexity_candidate=_perplexity_of(candidate)[0],
         mean_kld=float(kld.mean()),
-        mean_kld_error=_standard_error(kld),
+        mean_kld_error=standard_error(kld),
         kld_999=float(kld.quantile(0.999)),
         kld_maximum=float(kld.max()),
         top1_agreement=float((reference.best == candidate.best).double().mean()),
@@ -308,7 +311,8 @@ def summarize(
         layer_errors=layer_errors,
         tokens=len(kld),
         context=context,
-        chunks=chunks,
+        chunks=sum(texts.values()),
         compute_dtype=compute_dtype,
         context_length=context_length,
+        slices=slices_of(divergence, context, texts),
     )

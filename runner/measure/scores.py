@@ -5,6 +5,8 @@ A 200,064-word vocabulary makes 100 MB of logits for every 128 positions; here a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,11 @@ class Scores:
     def log_normalizer(self) -> Tensor:
         """log(sum(exp(logits))), float64 [positions]."""
         return self.maximum + self.total.log()
+
+    @property
+    def confidence(self) -> Tensor:
+        """The probability of the most probable token, float64 [positions]."""
+        return 1 / self.total
 
     @property
     def log_probability(self) -> Tensor:
@@ -92,3 +99,8 @@ class Divergence:
         mean of lengths does not hang on the few positions where a token happened to go to another expert.
         """
         return float(self.probability_weighted_kld.clamp_min(0).sqrt().mean().square())
+
+
+def standard_error(values: Tensor) -> float:
+    """That of the mean of values [positions]."""
+    return math.sqrt(float(values.var(correction=0)) / max(len(values) - 1, 1))
