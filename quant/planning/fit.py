@@ -47,9 +47,8 @@ class MachinePlan:
 
 def fit(graph: Graph, machine: Machine, damage: Damage, one_bit: bool = False, name: str = "fit") -> MachinePlan:
     """The plan of least damage for a machine's memory. Raises BadInput when the model cannot fit."""
-    state = graph.state_bytes_per_token() * machine.context + graph.fixed_state_bytes()
-    working = 4 * _BATCH * (graph.vocabulary_size + _WORKING_ROWS * graph.residual_size)
-    ram = machine.ram - max(_RESERVE, machine.ram // _RESERVE_SHARE)
+    state, working = _beside_weights(graph, machine)
+    ram = _for_weights(machine.ram)
     if machine.vram:
         types, layers = _split(graph, ram, machine.vram - _GPU_RESERVE - state - working, damage, one_bit)
     else:
@@ -61,11 +60,39 @@ def fit(graph: Graph, machine: Machine, damage: Damage, one_bit: bool = False, n
     return MachinePlan(replace(plan, expected_kld=expected), machine, state, working, layers)
 
 
-def _split(graph: Graph, ram: int, vram: int, damage: Damage, one_bit: bool) -> tuple[dict[str, Format], int]:
-    """Types by name, and how many layers' experts stay in RAM."""
+def layers_in_ram(plan: Plan, machine: Machine) -> int | None:
+    """How many layers' experts stay in RAM where a machine runs a plan; None where it does not fit."""
+    graph, types = plan.graph, {tensor.weight.name: tensor.type for tensor in plan.tensors}
+    beside, ram = sum(_beside_weights(graph, machine)), _for_weights(machine.ram)
+    if not machine.vram:
+        return len(graph.layers) if plan.bytes + beside <= ram else None
+    slow, fast = _slow_and_fast(graph)
+    left = machine.vram - _GPU_RESERVE - beside - _bytes(fast, types)
+    on_gpu, in_ram = _place(graph, slow, types, left)
+    return len(graph.layers) - on_gpu if left >= 0 and in_ram <= ram else None
+
+
+def _beside_weights(graph: Graph, machine: Machine) -> tuple[int, int]:
+    """Bytes of state and of working memory."""
+    state = graph.state_bytes_per_token() * machine.context + graph.fixed_state_bytes()
+    return state, 4 * _BATCH * (graph.vocabulary_size + _WORKING_ROWS * graph.residual_size)
+
+
+def _for_weights(ram: int) -> int:
+    """What of a machine's RAM the model may take."""
+    return ram - max(_RESERVE, ram // _RESERVE_SHARE)
+
+
+def _slow_and_fast(graph: Graph) -> tuple[list[Weight], list[Weight]]:
+    """Weights that may stay in RAM, of which a token touches little, and those that belong on the GPU."""
     slow = [weight for weight in graph.weights() if weight.role in _EXPERTS or weight.role is Role.EMBEDDING]
     names = {weight.name for weight in slow}
-    fast = [weight for weight in graph.weights() if weight.name not in names]
+    return slow, [weight for weight in graph.weights() if weight.name not in names]
+
+
+def _split(graph: Graph, ram: int, vram: int, damage: Damage, one_bit: bool) -> tuple[dict[str, Format], int]:
+    """Types by name, and how many layers' experts stay in RAM."""
+    slow, fast = _slow_and_fast(graph)
     shares = graph.active_shares()
     try:
         types = types_within(fast, vram, damage, shares, one_bit)
