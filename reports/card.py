@@ -1,4 +1,4 @@
-"""The model card of published files, README.md: what the Hub sorts by, then what was measured, on what, and how to run."""
+"""The model card of published files, README.md: what the Hub sorts by, what was measured and on what, how to run it."""
 
 from __future__ import annotations
 
@@ -44,15 +44,16 @@ def card(folder: PublishedFolder, repository: str, statement: Statement | None =
 
 
 def _introduction(folder: PublishedFolder, repository: str) -> str:
-    metadata = folder.files[0].model.metadata
-    base, revision = base_model(folder), metadata.get("moecast.source.revision")
+    metadata, base = folder.files[0].metadata, base_model(folder)
+    revision, version = metadata.get("moecast.source.revision"), metadata.get("moecast.version")
     source = f"[{literal(base)}](https://huggingface.co/{base})" if base else literal(metadata.get("general.name"))
     commit = f" at commit {code(revision)}" if revision else ""
+    maker = f", made by moecast {literal(version)}" if version else ""
+    measured = " [report.html](report.html) shows what was measured, `report.json` holds the same as data."
     return (
         f"# {literal(repository.partition('/')[2])}\n\n"
-        f"GGUF files of {source}{commit} for llama.cpp, made and measured by moecast "
-        f"{literal(metadata.get('moecast.version', ''))}. Types tensor by tensor are in {_listed(plan_names(folder))}; "
-        "[report.html](report.html) shows what was measured, `report.json` holds the same as data."
+        f"GGUF files of {source}{commit} for llama.cpp{maker}. Types tensor by tensor are in "
+        f"{_listed(plan_names(folder))}." + (measured if any(file.report for file in folder.files) else "")
     )
 
 
@@ -143,8 +144,8 @@ def _run_lines(folder: PublishedFolder, repository: str) -> str:
     draft = f" -md {quote(file.draft.name)}" if file.draft else ""
     included = " ".join(f"--include {quote(path.name)}" for path in file.paths)
     parts = [
-        "## How to run\n\nllama.cpp, here with the experts of the first layers in RAM where the GPU has no room for them "
-        f"(`-ncmoe`, as above, for a machine of {_USUAL_RAM} GB):",
+        "## How to run\n\nllama.cpp; the experts of the first `-ncmoe` layers stay in RAM, here as many as a GPU of "
+        f"{_GPU} GB and {_USUAL_RAM} GB of RAM need:",
         code_block(
             [
                 f"hf download {repository} {included} --local-dir .",

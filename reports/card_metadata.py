@@ -1,4 +1,4 @@
-"""The front matter of a model card: what the Hub sorts and checks repositories by, as GGUF metadata has it of the source."""
+"""The front matter of a model card: what the Hub sorts repositories by, as GGUF metadata has it of the source."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .text import printable
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual")
 _LICENSE = re.compile(r"[a-z0-9.-]+")
+_LINK, _FILE = re.compile(r"https?://[^\s<>\"']+"), re.compile(r"[\w./-]+")
 _TAG = re.compile(r"[\w.+-]{1,60}")
 _TASKS = ("text-generation", "image-text-to-text", "any-to-any")  # in which order one of several is chosen
 _OWN_TAGS = ("gguf", "moecast", "mixture-of-experts")
@@ -21,7 +22,7 @@ _OWN_TAGS = ("gguf", "moecast", "mixture-of-experts")
 
 def front_matter(folder: PublishedFolder, repository: str) -> str:
     """The metadata of a repository, `owner/name`, as YAML. What the Hub would not take is left out."""
-    metadata = folder.files[0].model.metadata
+    metadata = folder.files[0].metadata
     tags, base = _texts(metadata, "general.tags"), base_model(folder)
     languages = [language for language in _texts(metadata, "general.languages") if _LANGUAGE.fullmatch(language)]
     data = ModelCardData(
@@ -38,7 +39,7 @@ def front_matter(folder: PublishedFolder, repository: str) -> str:
 
 def base_model(folder: PublishedFolder) -> str | None:
     """The repository that the files were made from, None where they were made from a folder."""
-    found = folder.files[0].model.metadata.get("moecast.source.repository")
+    found = folder.files[0].metadata.get("moecast.source.repository")
     return found if isinstance(found, str) and _REPOSITORY.fullmatch(found) else None
 
 
@@ -48,8 +49,10 @@ def _license(metadata: Mapping[str, Any], base: str | None) -> dict[str, str]:
     if license and not _LICENSE.fullmatch(license):
         license, name = "other", name or license
     name = re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip("-") if name else None
-    if link and "://" not in link and base:  # a file of the source
+    if link and base and _FILE.fullmatch(link):  # of the source
         link = f"https://huggingface.co/{base}/blob/main/{link.removeprefix('./')}"
+    if link and not _LINK.fullmatch(link):
+        link = None
     found = {"license": license, "license_name": name, "license_link": link}
     return {key: value for key, value in found.items() if value}
 

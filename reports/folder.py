@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..documents import exists, is_folder
 from ..errors import BadInput
@@ -14,8 +15,9 @@ from ..quant.planning.plan_file import StoredTypes, plan_like
 from ..quant.planning.recipes import RECIPES
 from ..sources.gguf import read_gguf
 from ..sources.imatrix import is_imatrix
-from ..sources.model import Model, open_model
+from ..sources.model import open_model
 from .stored import Measurement, StoredReport, read_report
+from .text import ranges
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 _DRAFT = "-mtp"  # what the name of a draft ends in that belongs to another file
@@ -25,12 +27,12 @@ _DRAFT = "-mtp"  # what the name of a draft ends in that belongs to another file
 class PublishedFile:
     """A model in a folder: its parts, what they hold, and the report of the conversion that made it.
 
-    `draft` is the file of its own that multi-token prediction is in.
+    `metadata` are the keys of the GGUF file; `draft` is the file of its own that multi-token prediction is in.
     """
 
     name: str
     parts: tuple[Path, ...]
-    model: Model
+    metadata: Mapping[str, Any]
     plan: Plan
     report: StoredReport | None
     draft: Path | None = None
@@ -92,8 +94,9 @@ class PublishedFolder:
             )
         elif report.measurement is None:
             yield f"not measured, {report.path.name} holds no comparison with the source: convert without --no-verify"
-        for layer, experts in report.unseen.items():
-            yield f"calibration never saw {len(experts)} experts of layer {layer}: give a longer --calibration text"
+        if report.unseen:
+            count, layers = sum(map(len, report.unseen.values())), ranges([*report.unseen])
+            yield f"calibration never saw {count} experts of layers {layers}: give a longer --calibration text"
         better = [other for other in self.files if other.is_stock and self.are_comparable and _dominates(other, file)]
         if better and not file.is_stock:
             yield f"worse than the stock mix {better[0].recipe}, which is here too and no larger: leave it out"
@@ -132,7 +135,7 @@ def _read_file(path: Path) -> PublishedFile:
     return PublishedFile(
         name,
         tuple(parts),
-        model,
+        model.metadata,
         plan_like(model.graph, stored),
         read_report(report) if exists(report) else None,
         draft if exists(draft) else None,
@@ -152,7 +155,7 @@ def _number(path: Path) -> int:
 def _require_one_model(path: Path, files: Sequence[PublishedFile]) -> None:
     """Raises BadInput where a card could not say what all files are made from."""
     keys = ("general.architecture", "moecast.source.repository")
-    found = {tuple(file.model.metadata.get(key) for key in keys): file.name for file in files}
+    found = {tuple(file.metadata.get(key) for key in keys): file.name for file in files}
     if len(found) > 1:
         one, other = list(found.values())[:2]
         raise BadInput(f"{path}: {one} and {other} are made from different models: publish them from two folders")

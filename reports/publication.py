@@ -27,23 +27,23 @@ def write_publication(
     Raises BadInput when they cannot be written.
     """
     reports = [path for file in folder.files for path in _reports_of(folder.path, file.name)]
+    alone, plans = len(folder.files) == 1, plan_names(folder)
+    shown = [f"report{path.suffix}" for path in reports] if alone else [*_REPORT]
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / CARD, card(folder, repository, statement))
-        if len(folder.files) == 1:
-            for path in reports:
-                shutil.copyfile(path, output / f"report{path.suffix}")
+        if alone:
+            for path, name in zip(reports, shown, strict=True):
+                shutil.copyfile(path, output / name)
         else:
             write_report(_report(folder, repository), output)
     except OSError as error:
         raise BadInput(f"{error.filename or output} cannot be written: {error.strerror}") from None
-    plans = plan_names(folder)
     for file, name in zip(folder.files, plans, strict=True):
         write_plan_file(file.plan, output / name)
     models = [path for file in folder.files for path in file.paths]
-    beside = [*models, *folder.matrices, *(reports if len(folder.files) > 1 else ())]
-    written = [output / name for name in (CARD, *_REPORT, *plans)]
-    return {path.name: path for path in (*(path for path in written if path.exists()), *beside)}
+    found = [*models, *folder.matrices, *(() if alone else reports)]
+    return {path.name: path for path in (*(output / name for name in (CARD, *shown, *plans)), *found)}
 
 
 def _reports_of(folder: Path, name: str) -> list[Path]:
@@ -54,7 +54,7 @@ def _reports_of(folder: Path, name: str) -> list[Path]:
 def _report(folder: PublishedFolder, repository: str) -> Report:
     """All files that were measured side by side; the same data make the same report."""
     reports = [file.report for file in folder.files if file.report]
-    source = base_model(folder) or str(folder.files[0].model.metadata.get("general.name", repository))
+    source = base_model(folder) or str(folder.files[0].metadata.get("general.name", repository))
     created = max((report.provenance.created for report in reports), default="")
     provenance = Provenance(source, versions={"moecast": __version__}, created=created)
     candidates = (
