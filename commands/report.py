@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -136,8 +136,7 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     from ..sources.tokenizer_gguf import CHAT_TEMPLATE
 
     if as_json:
-        shown = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "details"}
-        print_json({name: asdict(value) if is_dataclass(value) else value for name, value in shown.items()})
+        print_json({field.name: getattr(result, field.name) for field in fields(result) if field.name != "details"})
         return
     rows = [("Size", f"{human_bytes(result.bytes)}, {result.bits_per_weight:.2f} bits per weight")]
     if result.parity:

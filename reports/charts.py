@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from .report import LayerError, ReportedCandidate
 from .text import printable
@@ -54,7 +54,7 @@ def layer_chart(layers: Sequence[LayerError]) -> str:
         axes.plot(numbers, [layer.error for layer in layers], color=_SERIES, marker="o", markersize=3, label="so far")
         axes.set_xlabel("Layer")
         axes.set_ylabel("Relative error")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 1.2), ncols=2)
 
     return _drawn("layers", 2.6, "Relative error after each layer, and what the layer adds", draw)
@@ -96,12 +96,14 @@ def pareto_chart(candidates: Sequence[ReportedCandidate]) -> str:
     """Size against KL divergence; what is dominated is hollow. The numbers stand in the table beside."""
 
     def draw(axes: Axes) -> None:
-        for dominated, look in ((False, {"color": _SERIES}), (True, {"facecolors": "none", "edgecolors": _OTHER})):
+        for label, dominated, fill, edge in (
+            ("best of their size", False, _SERIES, _SERIES),
+            ("dominated", True, "none", _OTHER),
+        ):
             shown = [entry for entry in candidates if entry.dominated is dominated]
             if shown:
-                x, y = ([getattr(entry, name) for entry in shown] for name in ("bytes", "mean_kld"))
-                label = "dominated" if dominated else "best of their size"
-                axes.scatter([size / 2**30 for size in x], y, s=36, label=label, zorder=3, **look)
+                sizes, divergences = zip(*((entry.bytes / 2**30, entry.mean_kld) for entry in shown), strict=True)
+                axes.scatter(sizes, divergences, s=36, label=label, zorder=3, facecolors=fill, edgecolors=edge)
         best = sorted((entry.bytes / 2**30, entry.mean_kld) for entry in candidates if not entry.dominated)
         axes.plot(*zip(*best, strict=True), color=_SERIES, linewidth=1, drawstyle="steps-post")
         for number, entry in enumerate(candidates, 1):

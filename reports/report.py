@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -166,17 +166,11 @@ class Report:
         return next((layer for layer in later if layer.jump > _LARGE * usual), None)
 
     def as_json(self) -> dict[str, Any]:
-        """What `docs/reports.md` describes."""
-        experts = [{**asdict(layer), "fewest": layer.fewest, "unseen": layer.unseen} for layer in self.experts]
-        parity = {**asdict(self.parity), "problems": self.parity.problems} if self.parity else None
-        large = self.first_large_error
-        derived = {
-            "layers": [asdict(layer) for layer in self.layers],
-            "first_large_error": asdict(large) if large else None,
-            "experts": experts,
-            "parity": parity,
-        }
-        return {"version": VERSION, **asdict(self), **derived}
+        """What docs/reports.md describes."""
+        facts = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        facts["parity"] = {**asdict(self.parity), "problems": self.parity.problems} if self.parity else None
+        facts["experts"] = [{**asdict(e), "fewest": e.fewest, "unseen": e.unseen} for e in self.experts]
+        return {"version": VERSION, **facts, "layers": self.layers, "first_large_error": self.first_large_error}
 
 
 def grouped(tensors: Sequence[ReportedTensor]) -> list[Group]:

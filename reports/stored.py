@@ -90,7 +90,7 @@ def _measurement(parity: Config, provenance: Provenance) -> Measurement | None:
     if reference <= 0:
         raise BadInput(f"{parity.origin}: perplexity_reference is {reference}, expected a positive number")
     counts = [parity.integer(key) for key in ("tokens", "context", "chunks")]
-    texts = sorted((use, sha256) for use, (_, sha256) in provenance.texts.items() if "evaluat" in use.lower())
+    texts = sorted((use, sha256) for use, (_, sha256) in provenance.texts.items() if use.startswith("evaluation"))
     basis = (*texts, *counts, parity.text("compute_dtype"))
     return Measurement(*others, candidate / reference, *counts, basis)
 

@@ -6,6 +6,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -60,7 +61,9 @@ def json_text(value: Mapping[str, Any], indent: int | None = None) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for the numbers that JSON has no form for."""
+    """The same with objects for dataclasses, and null for the numbers that JSON has no form for."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

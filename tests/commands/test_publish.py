@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import checkpoints
@@ -32,7 +33,7 @@ REPOSITORY = "somebody/tiny-GGUF"
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """One on which the repository does not exist yet."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
     with HubServer(None, REPOSITORY, token=TOKEN) as server:
         for name, value in {
             "ENDPOINT": server.endpoint,
@@ -136,7 +137,7 @@ def test_a_fault_of_the_hub_is_one_line(hub: HubServer, folder: Path) -> None:
 def test_from_a_repository_to_another(
     hub: HubServer, minimax: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Convert what a Hub serves, publish it: the card has the figures of the conversion and the license of the source."""
+    """Convert what a Hub serves and publish it: the card has its figures, and the license of the source."""
     source = tmp_path / "source"
     source.mkdir()
     for path in minimax.folder.iterdir():

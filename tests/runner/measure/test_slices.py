@@ -12,8 +12,11 @@ import torch
 from conftest import Checkpoint
 from conversions import convert
 from moecast.errors import BadInput
+from moecast.progress import NoProgress
 from moecast.runner import parity
-from moecast.runner.measure.scores import Divergence
+from moecast.runner.measure import logits
+from moecast.runner.measure.evaluate import summarize
+from moecast.runner.measure.logits import compare
 from moecast.runner.measure.slices import Slice, slices_of
 from moecast.runner.settings import Evaluation
 
@@ -30,13 +33,16 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def test_slices_are_those_of_whole_logits() -> None:
+def _source(logits: np.ndarray) -> Callable[[int], torch.Tensor]:
+    return lambda chunk: torch.from_numpy(logits[chunk * SCORED : (chunk + 1) * SCORED])
+
+
+def test_slices_are_those_of_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, candidate = _logits(3.0, 0), _logits(3.0, 0) + _logits(0.4, 1)
-    divergence = Divergence(torch.zeros(CHUNKS * SCORED, dtype=torch.int64))
-    for chunk in range(CHUNKS):
-        part = slice(chunk * SCORED, (chunk + 1) * SCORED)
-        for words in (slice(0, 24), slice(24, 40)):
-            divergence.update(part, words.start, *(torch.from_numpy(x[part, words]) for x in (reference, candidate)))
+    monkeypatch.setattr(logits, "_WORDS", 24)
+    sources = [_source(reference), _source(candidate)]
+    labels = torch.zeros(CHUNKS * SCORED, dtype=torch.int64)
+    (divergence,) = compare(sources[0], sources[1:], labels, CHUNKS, NoProgress())
     found = slices_of(divergence, CONTEXT, TEXTS)
     expected, other = _softmax(reference), _softmax(candidate)
     kld = (expected * np.log(expected / other)).sum(axis=1)
@@ -49,6 +55,10 @@ def test_slices_are_those_of_whole_logits() -> None:
         error = kld[rows].std(ddof=1) / np.sqrt(len(kld[rows]))
         assert slice.mean_kld_error == pytest.approx(error, rel=1e-4)
         assert slice.top1_agreement == same[rows].mean()
+
+    whole = summarize(divergence, (), TEXTS, CONTEXT, "float32", CONTEXT)
+    assert whole.mean_kld == pytest.approx(kld.mean(), rel=1e-4)
+    assert whole.kld_999 == pytest.approx(np.quantile(kld, 0.999), rel=1e-4)
 
     chunk, place = np.divmod(np.arange(CHUNKS * SCORED), SCORED)
     assert [slice.name for slice in found["category"]] == [*TEXTS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_checkpoint import SENTINEL
@@ -25,7 +26,7 @@ PARTS = {"a.gguf": b"GGUF" + b"a" * 70_000, "b.gguf": b"GGUF" + b"b" * 50_000, "
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """One without a repository, for the old way of sending large files; waits between tries are left out."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
     with HubServer(None, token=SENTINEL) as server:
         yield server
 
