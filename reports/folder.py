@@ -107,10 +107,10 @@ def read_folder(path: Path) -> PublishedFolder:
     if not is_folder(path):
         raise BadInput(f"{path}: no such folder, expected one with the GGUF files that `moecast convert` made")
     found = sorted(file for file in path.iterdir() if file.name.lower().endswith(".gguf"))
-    matrices = [file for file in found if is_imatrix(file)]
     names = {file.stem for file in found}
-    drafts = {file for file in found if file.stem.endswith(_DRAFT) and file.stem.removesuffix(_DRAFT) in names}
-    first = [file for file in found if file not in {*matrices, *drafts} and _number(file) == 1]
+    alone = [file for file in found if _belongs_to(file.stem) not in names]
+    matrices = [file for file in alone if is_imatrix(file)]
+    first = [file for file in alone if file not in matrices]
     if not first:
         raise BadInput(f"{path} holds no GGUF file of a model: expected those that `moecast convert` made")
     files = sorted((_read_file(file) for file in first), key=lambda file: file.bytes)
@@ -147,9 +147,11 @@ def _pattern(name: str) -> str:
     return re.sub(r"[\[*?]", r"[\g<0>]", name)
 
 
-def _number(path: Path) -> int:
-    split = _PART.search(path.stem)
-    return int(split[1]) if split else 1
+def _belongs_to(stem: str) -> str | None:
+    """The name of the file that this one goes with, as a further part or as its draft."""
+    if split := _PART.search(stem):
+        return None if int(split[1]) == 1 else f"{stem[: split.start()]}-{1:05d}-of-{split[2]}"
+    return stem.removesuffix(_DRAFT) if stem.endswith(_DRAFT) else None
 
 
 def _require_one_model(path: Path, files: Sequence[PublishedFile]) -> None:

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf
 import pytest
 import yaml
+from conversions import convert
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -265,6 +267,43 @@ def test_what_is_written(folder: Path, tmp_path: Path) -> None:
     before = {name: path.read_bytes() for name, path in files.items()}
     again = write_publication(read_folder(folder), REPOSITORY, tmp_path / "card")
     assert {name: path.read_bytes() for name, path in again.items()} == before
+
+
+def test_parts_count_as_one_and_an_importance_matrix_goes_along(
+    minimax: Checkpoint, folder: Path, tmp_path: Path
+) -> None:
+    made = convert(
+        minimax.folder, folder / "big.gguf", "BF16", calibration=None, verify=False, split_max_bytes=300_000
+    ).files
+    assert len(made) > 2
+    draft = folder / "tiny-Q8_0-mtp.gguf"
+    draft.write_bytes(b"GGUF, of a draft")
+    matrix = gguf.GGUFWriter(folder / "imatrix.gguf", "")
+    matrix.add_type("imatrix")
+    matrix.write_header_to_file()
+    matrix.write_kv_data_to_file()
+    matrix.close()
+    shutil.copy(folder / "tiny-Q8_0.report.json", folder / "big.report.json")
+    read = read_folder(folder)
+    by_name = {file.name: file for file in read.files}
+    assert {*by_name} == {"big", "tiny-Q8_0", "tiny-Q4_K_M"}
+    assert by_name["big"].paths == made and by_name["big"].bytes == sum(path.stat().st_size for path in made)
+    assert by_name["tiny-Q8_0"].paths == (folder / "tiny-Q8_0.gguf", draft)
+    text = card(read, REPOSITORY)
+    assert any(row[0] == f"{made[0].name} and {len(made) - 1} more" for row in tables(text)[0])
+    assert "Ollama takes no file in parts" in text  # the largest that fits is the example
+    files = write_publication(read, REPOSITORY, tmp_path / "card")
+    assert {*(path.name for path in made), draft.name, "imatrix.gguf"} <= {*files}
+    made[0].unlink()
+    with pytest.raises(BadInput, match="is one of .* splits, expected the first of them"):
+        read_folder(folder)
+
+
+def test_files_of_different_models(minimax: Checkpoint, folder: Path) -> None:
+    source = {"repository": "another/model", "revision": "c0ffee"}
+    convert(minimax.folder, folder / "other.gguf", "Q8_0", calibration=None, verify=False, provenance=source)
+    with pytest.raises(BadInput, match=r"are made from different models: publish them from two folders"):
+        read_folder(folder)
 
 
 def test_one_file_brings_its_own_report(folder: Path, tmp_path: Path) -> None:
