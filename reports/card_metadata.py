@@ -43,7 +43,7 @@ def base_model(folder: PublishedFolder) -> str | None:
     return found if isinstance(found, str) and _REPOSITORY.fullmatch(found) else None
 
 
-def _license(metadata: Mapping[str, Any], base: str | None) -> dict[str, str]:
+def _license(metadata: Mapping[str, Any], base: str | None) -> dict[str, Any]:
     """License, its name and its link; a name that the Hub would refuse goes by "other"."""
     license, name, link = (_text(metadata, f"general.license{part}") for part in ("", ".name", ".link"))
     if license and not _LICENSE.fullmatch(license):

@@ -13,6 +13,10 @@ from ..documents import read_json
 from ..errors import BadInput
 from .report import VERSION, Provenance
 
+_FIGURES = (
+    "perplexity_reference", "perplexity_candidate", "mean_kld", "mean_kld_error", "kld_999", "top1_agreement",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -83,16 +87,15 @@ def _provenance(section: Config) -> Provenance:
 
 
 def _measurement(parity: Config, provenance: Provenance) -> Measurement | None:
-    keys = ("perplexity_reference", "perplexity_candidate", "mean_kld", "mean_kld_error", "kld_999", "top1_agreement")
-    if not all(key in parity for key in keys):  # null stands for what is no number
+    if not all(key in parity for key in _FIGURES):  # null stands for what is no number
         return None
-    reference, candidate, *others = (_number(parity, key) for key in keys)
+    reference, candidate, mean, error, quantile, agreement = (_number(parity, key) for key in _FIGURES)
     if reference <= 0:
         raise BadInput(f"{parity.origin}: perplexity_reference is {reference}, expected a positive number")
-    counts = [parity.integer(key) for key in ("tokens", "context", "chunks")]
+    tokens, context, chunks = (parity.integer(key) for key in ("tokens", "context", "chunks"))
     texts = sorted((use, sha256) for use, (_, sha256) in provenance.texts.items() if use.startswith("evaluation"))
-    basis = (*texts, *counts, parity.text("compute_dtype"))
-    return Measurement(*others, candidate / reference, *counts, basis)
+    basis = (*texts, tokens, context, chunks, parity.text("compute_dtype"))
+    return Measurement(mean, error, quantile, agreement, candidate / reference, tokens, context, chunks, basis)
 
 
 def _unseen(content: Config) -> dict[int, tuple[int, ...]]:

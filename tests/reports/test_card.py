@@ -295,7 +295,7 @@ def test_parts_count_as_one_and_an_importance_matrix_goes_along(
     files = write_publication(read, REPOSITORY, tmp_path / "card")
     assert {*(path.name for path in made), draft.name, "imatrix.gguf"} <= {*files}
     made[0].unlink()
-    with pytest.raises(BadInput, match="is one of .* splits, expected the first of them"):
+    with pytest.raises(BadInput, match=r"is one of .* splits, expected the first of them"):
         read_folder(folder)
 
 
