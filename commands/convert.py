@@ -29,10 +29,10 @@ from .options import (
     quantizing_options,
     source_options,
     streaming_source_options,
-    text_options,
 )
 from .reporting import write_conversion_report
 from .terminal import printable
+from .texts import category_options
 
 if TYPE_CHECKING:
     from ..convert.settings import Calibration, Goal, Output
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     "--report/--no-report", default=True, show_default=True, help="Write NAME.report.html and .json beside the output."
 )
 @max_kld_option
-@text_options
+@category_options
 @compute_options
 @streaming_source_options
 @json_option

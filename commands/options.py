@@ -20,7 +20,7 @@ from .terminal import one_line, save_traceback
 if TYPE_CHECKING:
     from ..convert.settings import Calibration, Goal, Output
     from ..quant.planning.plan import Form
-    from ..runner.settings import Compute, Evaluation
+    from ..runner.settings import Compute
     from ..sources.hub.access import HubAccess
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -159,7 +159,7 @@ def grouped(
     return decorate
 
 
-def _require_files(given: Mapping[str, Path | None]) -> None:
+def require_files(given: Mapping[str, Path | None]) -> None:
     """Raises BadInput where what an option names is not there."""
     for option, path in given.items():
         if path is not None and not exists(path):
@@ -176,7 +176,7 @@ def _goal(**values: Any) -> Goal:
     from ..convert.settings import Goal
 
     goal = Goal(**values)
-    _require_files({"--plan": values["plan"], "--like": values["like"]})
+    require_files({"--plan": values["plan"], "--like": values["like"]})
     return goal
 
 
@@ -190,16 +190,8 @@ def _calibration(
         raise BadInput("--calibration and --no-calibration exclude each other: give one")
     text = None if no_calibration else calibration or CALIBRATION_TEXT
     made = Calibration(text, chunks=calibration_chunks, **values)
-    _require_files({"--calibration": calibration})
+    require_files({"--calibration": calibration})
     return made
-
-
-def _evaluation(file: Path | None, context: int, chunks: int | None) -> Evaluation:
-    from ..runner.settings import Evaluation
-    from ..runner.texts import EVALUATION_TEXT
-
-    _require_files({"--file": file})
-    return Evaluation(file or EVALUATION_TEXT, context, chunks)
 
 
 def _compute(**values: Any) -> Compute:
@@ -254,22 +246,14 @@ streaming_source_options = grouped(
 )
 
 
-_CONTEXT_OPTION = click.option(
+context_option = click.option(
     "-c", "--context", type=click.IntRange(4), default=512, show_default=True, help="Tokens in a chunk."
 )
 
 
-def _chunks_option(*names: str) -> Callable[[Command], Command]:
+def chunks_option(*names: str) -> Callable[[Command], Command]:
     return click.option(*names, type=click.IntRange(1), help="Use at most this many chunks of the text.")
 
-
-text_options = grouped(
-    "evaluation",
-    _evaluation,
-    click.option("-f", "--file", type=click.Path(path_type=Path), help="Evaluation text; a bundled one by default."),
-    _CONTEXT_OPTION,
-    _chunks_option("--chunks"),
-)
 
 form_options = grouped(
     "form",
@@ -322,8 +306,8 @@ calibration_text_options = grouped(
     "calibration",
     _calibration,
     _CALIBRATION_OPTION,
-    _CONTEXT_OPTION,
-    _chunks_option("--calibration-chunks", "--chunks"),
+    context_option,
+    chunks_option("--calibration-chunks", "--chunks"),
 )
 _WEIGHING_OPTIONS = (
     _CALIBRATION_OPTION,

@@ -128,6 +128,7 @@ def show_parity(title: str, result: Parity, as_json: bool) -> None:
         print_json({**asdict(result), "problems": result.problems})
         return
     print_table(title, parity_rows(result))
+    _show_categories(result)
     show_problems(result.problems)
 
 
@@ -144,6 +145,8 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     runs = " in all runs" if result.resumed else ""
     rows.append(("Time, peak memory", f"{result.seconds:.1f} s{runs}, {human_bytes(result.peak_rss_bytes)}"))
     print_table(str(result.files[0]), rows)
+    if result.parity:
+        _show_categories(result.parity)
     show_problems(result.problems)
     file = result.files[0]
     if file.suffix == ".gguf":
@@ -199,3 +202,20 @@ def show_problems(problems: tuple[str, ...]) -> None:
 def server_line(model: str | Path, context: int, *options: object) -> str:
     """The command that serves a file with llama.cpp."""
     return " ".join(map(str, ("llama-server", "-m", model, "-c", context, *options)))
+
+
+def _show_categories(result: Parity) -> None:
+    """A table of the texts where there are several."""
+    texts = result.slices["category"]
+    if len(texts) > 1:
+        header = ("Text", "Tokens scored", "Mean KL divergence", "Same top token")
+        rows = [
+            (
+                text.name,
+                str(text.tokens),
+                f"{text.mean_kld:.6f} ± {text.mean_kld_error:.6f}",
+                f"{text.top1_agreement:.2%}",
+            )
+            for text in texts
+        ]
+        print_columns("By category", header, rows)

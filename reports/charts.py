@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,12 +13,13 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from .report import LayerError, ReportedCandidate
+from .report import LayerError
 from .text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from ..runner.measure.candidates import Candidate
     from ..runner.measure.slices import Slice
 
 # Colours that the page replaces by its own, which differ between light and dark.
@@ -92,30 +94,34 @@ def size_chart(sizes: Sequence[tuple[str, int]]) -> str:
     return _drawn("sizes", 0.6 + 0.26 * len(sizes), "Share of the file by role", draw)
 
 
-def pareto_chart(candidates: Sequence[ReportedCandidate]) -> str:
+def pareto_chart(candidates: Sequence[Candidate]) -> str:
     """Size against KL divergence; what is dominated is hollow. The numbers stand in the table beside."""
+    points = [
+        (number, entry.dominated, entry.bytes / 2**30, entry.parity.mean_kld)
+        for number, entry in enumerate(candidates, 1)
+        if math.isfinite(entry.parity.mean_kld)
+    ]
 
     def draw(axes: Axes) -> None:
-        for label, dominated, fill, edge in (
-            ("best of their size", False, _SERIES, _SERIES),
-            ("dominated", True, "none", _OTHER),
-        ):
-            shown = [entry for entry in candidates if entry.dominated is dominated]
-            if shown:
-                sizes, divergences = zip(*((entry.bytes / 2**30, entry.mean_kld) for entry in shown), strict=True)
-                axes.scatter(sizes, divergences, s=36, label=label, zorder=3, facecolors=fill, edgecolors=edge)
-        best = sorted((entry.bytes / 2**30, entry.mean_kld) for entry in candidates if not entry.dominated)
-        axes.plot(*zip(*best, strict=True), color=_SERIES, linewidth=1, drawstyle="steps-post")
-        for number, entry in enumerate(candidates, 1):
-            axes.annotate(str(number), (entry.bytes / 2**30, entry.mean_kld), (5, 4), textcoords="offset points")
-        if all(entry.mean_kld > 0 for entry in candidates):
+        for number, dominated, size, divergence in points:
+            fill, edge = ("none", _OTHER) if dominated else (_SERIES, _SERIES)
+            label = "dominated" if dominated else "best of their size"
+            axes.scatter(size, divergence, s=36, label=label, zorder=3, facecolors=fill, edgecolors=edge)
+            axes.annotate(str(number), (size, divergence), (5, 4), textcoords="offset points")
+        best = sorted((size, divergence) for _, dominated, size, divergence in points if not dominated)
+        axes.plot(
+            [size for size, _ in best], [divergence for _, divergence in best], color=_SERIES, drawstyle="steps-post"
+        )
+        if min((divergence for *_, divergence in points), default=0) > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_locator(NullLocator())
+        handles, labels = axes.get_legend_handles_labels()
+        named = dict(zip(labels, handles, strict=True))
+        axes.legend(named.values(), named.keys(), frameon=False, loc="upper left", bbox_to_anchor=(0, 1.16), ncols=2)
         axes.set_xlabel("GiB")
         axes.set_ylabel("Mean KL divergence, nats")
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 1.16), ncols=2)
 
     return _drawn("pareto", 3.4, "Size against KL divergence", draw)
 

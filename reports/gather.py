@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..convert.conversion import Conversion, InputFile
     from ..quant.planning.plan import Plan
     from ..runner.engines import OnnxModel
-    from ..runner.measure.evaluate import Parity
+    from ..runner.measure.candidates import Candidate
     from ..runner.settings import Evaluation
     from ..sources.model import Model
 
@@ -63,27 +63,31 @@ def plan_report(plan: Plan, source: str, command: str | None = None) -> Report:
 
 def comparison_report(
     reference: Model | OnnxModel,
-    candidate: Model | OnnxModel,
-    parity: Parity,
+    models: Sequence[Model | OnnxModel],
+    compared: Sequence[Candidate],
     evaluation: Evaluation,
     command: str | None = None,
 ) -> Report:
-    """How a candidate compares with its reference."""
+    """How models compare with their reference, one in detail, several side by side."""
     from ..convert.conversion import InputFile
-    from ..runner.engines import OnnxModel
+    from ..sources.model import Model
 
     files = {f"evaluation {name}": InputFile.of(file) for name, file in evaluation.texts.items()}
-    tensors = () if isinstance(candidate, OnnxModel) else stored_tensors(candidate.graph)
-    size = sum(tensor.bytes for tensor in tensors)
+    provenance = _provenance(reference.path.as_posix(), files, command)
+    if len(compared) > 1:
+        problems = tuple(f"{found.path.name}: {line}" for found in compared for line in found.parity.problems)
+        title = f"{len(compared)} candidates"
+        return Report("comparison", title, provenance, candidates=tuple(compared), problems=problems)
+    (model,), (found,) = models, compared
     return Report(
         kind="comparison",
-        title=candidate.path.name,
-        provenance=_provenance(reference.path.as_posix(), files, command),
-        bytes=size or None,
-        bits_per_weight=8 * size / sum(tensor.weights for tensor in tensors) if tensors else None,
-        parity=parity,
-        tensors=tensors,
-        problems=parity.problems,
+        title=found.path.name,
+        provenance=provenance,
+        bytes=found.bytes,
+        bits_per_weight=found.bits_per_weight,
+        parity=found.parity,
+        tensors=stored_tensors(model.graph) if isinstance(model, Model) else (),
+        problems=found.parity.problems,
     )
 
 

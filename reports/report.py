@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .text import ranges
 
 if TYPE_CHECKING:
+    from ..runner.measure.candidates import Candidate
     from ..runner.measure.evaluate import Parity
 
 VERSION = 1
@@ -89,22 +90,6 @@ class ExpertTraffic:
 
 
 @dataclass(frozen=True)
-class ReportedCandidate:
-    """One of several that were compared with the same reference; what is dominated is no smaller than another of them
-    and no nearer."""
-
-    path: str
-    bytes: int
-    bits_per_weight: float
-    mean_kld: float
-    mean_kld_error: float
-    kld_999: float
-    top1_agreement: float
-    perplexity_ratio: float
-    dominated: bool
-
-
-@dataclass(frozen=True)
 class Provenance:
     """Where a result comes from, and how to repeat it.
 
@@ -132,6 +117,8 @@ class Report:
         bytes: of the files, or what the plan comes to.
         expected_kld: what measurements of single weights let a plan expect.
         bytes_per_token: of the weights that a token touches.
+        parity: of what alone was compared.
+        candidates: several that were compared with one reference, the smallest first.
         experts: layers whose experts saw calibration tokens.
     """
 
@@ -146,7 +133,7 @@ class Report:
     parity: Parity | None = None
     tensors: tuple[ReportedTensor, ...] = ()
     experts: tuple[ExpertTraffic, ...] = ()
-    candidates: tuple[ReportedCandidate, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
     problems: tuple[str, ...] = ()
 
     @property
@@ -170,6 +157,7 @@ class Report:
         facts = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         facts["parity"] = {**asdict(self.parity), "problems": self.parity.problems} if self.parity else None
         facts["experts"] = [{**asdict(e), "fewest": e.fewest, "unseen": e.unseen} for e in self.experts]
+        facts["candidates"] = [*map(candidate_as_json, self.candidates)]
         return {"version": VERSION, **facts, "layers": self.layers, "first_large_error": self.first_large_error}
 
 
@@ -189,3 +177,16 @@ def grouped(tensors: Sequence[ReportedTensor]) -> list[Group]:
         for role, types in groups.items()
         for type, members in types.items()
     ]
+
+
+def candidate_as_json(candidate: Candidate) -> dict[str, Any]:
+    """One of several, as `parity --json` prints it."""
+    parity = candidate.parity
+    facts = {"path": candidate.path, "bytes": candidate.bytes, "bits_per_weight": candidate.bits_per_weight}
+    further = {
+        "perplexity_ratio": parity.perplexity_ratio,
+        "dominated": candidate.dominated,
+        "categories": [asdict(text) for text in parity.slices["category"]],
+        "problems": parity.problems,
+    }
+    return facts | asdict(parity) | further

@@ -17,11 +17,13 @@ def write_report(report: Report, folder: Path, name: str = "report") -> Path:
     """
     from .page import page
 
-    contents = {".json": json_text(report.as_json(), indent=1) + "\n", ".html": page(report)}
+    contents = {".json": json_text(report.as_json(), indent=1) + "\n", ".html": page(report)}  # the page last
+    path = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for ending, content in contents.items():
-            write_whole(folder / f"{name}{ending}", content)
+            path = folder / f"{name}{ending}"
+            write_whole(path, content)
     except OSError as error:
-        raise BadInput(f"{error.filename or folder} cannot be written: {error.strerror}") from None
-    return folder / f"{name}.html"
+        raise BadInput(f"{path} cannot be written: {error.strerror}; choose another folder") from None
+    return path

@@ -1,11 +1,16 @@
-"""Reports as large as models get, made up: what a page of one holds is known."""
+"""Reports as large as models get, made up: what a page of one holds is known. And how pages are read."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from xml.etree.ElementTree import Element
 
-from moecast.reports.report import ExpertTraffic, Provenance, Report, ReportedCandidate, ReportedTensor
+import html5lib
+from moecast.reports.report import ExpertTraffic, Provenance, Report, ReportedTensor
+from moecast.runner.measure.candidates import Candidate
 from moecast.runner.measure.evaluate import Parity
 from moecast.runner.measure.slices import Slice
 
@@ -26,6 +31,7 @@ def large_report(name: str = "model.gguf") -> Report:
         [0 if chance.random() < 0.01 else int(chance.lognormvariate(6, 1)) for _ in range(EXPERTS)]
         for _ in range(LAYERS)
     ]
+    parity = _parity(name, chance)
     digest = "0123456789abcdef" * 4
     return Report(
         kind="conversion",
@@ -36,10 +42,10 @@ def large_report(name: str = "model.gguf") -> Report:
         recipe=name,
         expected_kld=0.03,
         bytes_per_token=4e9,
-        parity=_parity(name, chance),
+        parity=parity,
         tensors=tuple(_tensors(name)),
         experts=tuple(ExpertTraffic(layer, tokens) for layer, tokens in enumerate(experts)),
-        candidates=tuple(_candidate(f"{name}-{number}", 60 + 10 * number, 0.2 / number) for number in range(1, 7)),
+        candidates=tuple(_candidate(name.replace("/", ""), number, parity) for number in range(1, 7)),
         problems=(name,),
     )
 
@@ -72,5 +78,19 @@ def _parity(name: str, chance: random.Random) -> Parity:
     )
 
 
-def _candidate(path: str, size: int, kld: float) -> ReportedCandidate:
-    return ReportedCandidate(path, size * 2**30, size / 28, kld, kld / 50, 30 * kld, 0.95, 1.01, size == 90)
+def _candidate(name: str, number: int, parity: Parity) -> Candidate:
+    divergence = 0.2 / number
+    own = replace(parity, mean_kld=divergence, mean_kld_error=divergence / 50, kld_999=30 * divergence)
+    return Candidate(Path(f"{number}-{name}"), (60 + 10 * number) * 2**30, 2.0 + number / 3, own, number == 3)
+
+
+def parsed(text: str) -> Element:
+    """The document, in which the standard's parser finds no error."""
+    parser = html5lib.HTMLParser(namespaceHTMLElements=False)
+    tree = parser.parse(text)
+    assert [(position, code) for position, code, _ in parser.errors] == []
+    return tree
+
+
+def words(tree: Element) -> str:
+    return " ".join("".join(tree.itertext()).split())

@@ -26,7 +26,8 @@ MODULES = [file for folder in FOLDERS for file in folder.glob("*.py") if file.na
 
 # Modules whose documentation promises every name in them that has no underscore in front.
 PROMISED = {
-    "click", "gguf", "google.protobuf.message", "httpx2", "huggingface_hub", "huggingface_hub.errors", "numpy",
+    "click", "gguf", "google.protobuf.message", "httpx2", "huggingface_hub", "huggingface_hub.errors", "jinja2",
+    "markupsafe", "matplotlib", "matplotlib.axes", "matplotlib.figure", "matplotlib.ticker", "numpy",
     "numpy.lib.format", "numpy.typing", "onnx", "onnx.helper", "onnx_ir", "onnxruntime", "rich.console",
     "rich.progress", "rich.table", "rich.text", "safetensors", "tokenizers", "tokenizers.decoders",
     "tokenizers.models", "tokenizers.pre_tokenizers", "torch", "torch.nn.functional", "yaml",

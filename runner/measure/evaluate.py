@@ -22,7 +22,7 @@ from ..settings import Compute, Evaluation
 from ..stream import Stream, advance, word_logits
 from ..texts import beyond_context, with_bos
 from ..weights import ModelWeights
-from .logits import compare, engine_logits, score, stream_logits
+from .logits import compare_logits, engine_logits, score, stream_logits
 from .scores import Divergence, Scores, chunk_parts, standard_error
 from .slices import Slice, slices_of
 from .tokenization import Tokenization, compare_tokenizers
@@ -218,18 +218,24 @@ def _compared(
             else stream_logits(streams[place], positions)
             for place in (0, *others)
         )
-        divergences = compare(first, rest, labels(tokens), len(tokens), progress)
+        divergences = compare_logits(first, rest, labels(tokens), len(tokens), progress)
         found.update((place, (divergence, ())) for place, divergence in zip(others, divergences, strict=True))
     return [found[place] for place in range(1, len(models))]
 
 
 def _room_for(models: Sequence[Model | OnnxModel], tokens: Tensor, compute: Compute) -> Workspace:
-    """For those of the models that run here, each on all tokens [chunks, context]; room for the largest is for all."""
+    """For those of the models that run here, each on all tokens [chunks, context]; room for the largest is for all.
+
+    Raises BadInput where memory is not enough.
+    """
     graphs = [model.graph for model in models if isinstance(model, Model)]
     if not graphs:
         return Workspace()
     largest = max(graphs, key=lambda graph: working_set(graph, tokens.shape[1], len(graphs)))
-    return workspace(compute, largest, len(graphs) * tokens.numel(), tokens.shape[1], copies=len(graphs))
+    try:
+        return workspace(compute, largest, len(graphs) * tokens.numel(), tokens.shape[1], copies=len(graphs))
+    except BadInput as error:
+        raise BadInput(f"{error}, or compare fewer models at once") from None
 
 
 def _opened(model: Model | OnnxModel | str | Path) -> Model | OnnxModel:

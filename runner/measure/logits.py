@@ -35,7 +35,7 @@ def score(source: LogitSource, scores: Scores, chunks: int, progress: Progress) 
         progress.advance(1, f"chunk {chunk}")
 
 
-def compare(
+def compare_logits(
     reference: LogitSource, candidates: Sequence[LogitSource], labels: Tensor, chunks: int, progress: Progress
 ) -> list[Divergence]:
     """How far candidates are from a reference on the same chunks, whose labels come one chunk after another.

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from xml.etree.ElementTree import Element
 
-import html5lib
 import pytest
 from moecast.reports.heatmaps import Area, rounding_map, traffic_map, type_map
 from moecast.reports.page import page
 from moecast.reports.report import ExpertTraffic, Report
 from moecast.reports.text import printable
-from reported import EXPERTS, HOSTILE, LAYERS, STEP, large_report
+from reported import EXPERTS, HOSTILE, LAYERS, STEP, large_report, parsed, words
 
 BARE = replace(large_report(), bytes_per_token=None, parity=None, tensors=(), experts=(), candidates=(), problems=())
-
-
-def parsed(text: str) -> Element:
-    """The document, in which the standard's parser finds no error."""
-    parser = html5lib.HTMLParser(namespaceHTMLElements=False)
-    tree = parser.parse(text)
-    assert [(position, code) for position, code, _ in parser.errors] == []
-    return tree
-
-
-def words(tree: Element) -> str:
-    return " ".join("".join(tree.itertext()).split())
 
 
 @pytest.mark.parametrize(
@@ -115,6 +102,20 @@ def test_exact_weights_stand_out() -> None:
     found = rounding_map(tensors)
     assert found and {area.shade for row in found.rows for area in row.areas} == {"zero"}
     assert found.legend == (("zero", "exact"),)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_model_has_a_page_too(value: float) -> None:
+    """Whatever is no number is said, and not drawn."""
+    report = large_report()
+    assert report.parity
+    slices = {
+        key: tuple(replace(one, mean_kld=value, mean_kld_error=value) for one in members)
+        for key, members in report.parity.slices.items()
+    }
+    broken = replace(report.parity, mean_kld=value, layer_errors=(0.1, value, value), slices=slices)
+    candidates = tuple(replace(one, parity=broken) for one in report.candidates)
+    assert str(value) in words(parsed(page(replace(report, parity=broken, candidates=candidates))))
 
 
 def test_a_page_is_the_same_for_the_same_report() -> None:

@@ -16,7 +16,7 @@ from moecast.progress import NoProgress
 from moecast.runner import parity
 from moecast.runner.measure import logits
 from moecast.runner.measure.evaluate import summarize
-from moecast.runner.measure.logits import compare
+from moecast.runner.measure.logits import compare_logits
 from moecast.runner.measure.slices import Slice, slices_of
 from moecast.runner.settings import Evaluation
 
@@ -42,7 +42,7 @@ def test_slices_are_those_of_whole_logits(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(logits, "_WORDS", 24)
     sources = [_source(reference), _source(candidate)]
     labels = torch.zeros(CHUNKS * SCORED, dtype=torch.int64)
-    (divergence,) = compare(sources[0], sources[1:], labels, CHUNKS, NoProgress())
+    (divergence,) = compare_logits(sources[0], sources[1:], labels, CHUNKS, NoProgress())
     found = slices_of(divergence, CONTEXT, TEXTS)
     expected, other = _softmax(reference), _softmax(candidate)
     kld = (expected * np.log(expected / other)).sum(axis=1)
