@@ -67,7 +67,8 @@ def _files(folder: PublishedFolder) -> str:
         "Read for a token", "Best of its size",
     )  # fmt: skip
     marks = folder.are_comparable and len(folder.files) > 1
-    rows = [(*_row(file), "no" if folder.is_dominated(file) else "yes") for file in folder.files]
+    dominated = {candidate.path.name for candidate in folder.candidates if candidate.dominated}
+    rows = [(*_row(file), "no" if file.parts[0].name in dominated else "yes") for file in folder.files]
     shown = table(head if marks else head[:-1], rows if marks else [row[:-1] for row in rows], range(1, 8))
     notes = ["KL divergence is that from the source, in nats, with its standard error; 0 is the same model."]
     if marks:
@@ -78,7 +79,7 @@ def _files(folder: PublishedFolder) -> str:
 
 
 def _row(file: PublishedFile) -> tuple[str, ...]:
-    found = file.measurement
+    found = file.report.parity if file.report else None
     measured = (
         (
             f"{found.mean_kld:.5f} ± {found.mean_kld_error:.5f}",
@@ -170,9 +171,9 @@ def _how_measured(folder: PublishedFolder) -> str:
     parts = ["## How it was measured"]
     for file in folder.files:
         report = file.report
-        if report is None or report.measurement is None:
+        if report is None or report.parity is None:
             continue
-        found = report.measurement
+        found = report.parity
         lines = [
             f"{code(file.name)}: {found.tokens} tokens scored, the second half of each of {found.chunks} chunks of "
             f"{found.context} tokens, in the source and in the file, by one program.",

@@ -13,10 +13,11 @@ from ..errors import BadInput
 from ..quant.planning.plan import Plan
 from ..quant.planning.plan_file import StoredTypes, plan_like
 from ..quant.planning.recipes import RECIPES
+from ..runner.measure.candidates import Candidate, dominates, ranked
 from ..sources.gguf import read_gguf
 from ..sources.imatrix import is_imatrix
 from ..sources.model import open_model
-from .stored import Measurement, StoredReport, read_report
+from .stored import StoredReport, read_report
 from .text import ranges
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
@@ -46,8 +47,11 @@ class PublishedFile:
         return sum(path.stat().st_size for path in self.paths)
 
     @property
-    def measurement(self) -> Measurement | None:
-        return self.report.measurement if self.report else None
+    def candidate(self) -> Candidate | None:
+        """As one of several that were compared with their source, None where it was not."""
+        if not self.report or not self.report.parity:
+            return None
+        return Candidate(Path(self.parts[0].name), self.bytes, self.plan.bits_per_weight, self.report.parity)
 
     @property
     def recipe(self) -> str:
@@ -71,12 +75,14 @@ class PublishedFolder:
     @property
     def are_comparable(self) -> bool:
         """Whether all files were measured, and on the same tokens."""
-        measured = [file.measurement for file in self.files]
-        return len({one.basis if one else None for one in measured}) == 1 and None not in measured
+        bases = {file.report.basis if file.report else None for file in self.files}
+        return len(bases) == 1 and None not in bases
 
-    def is_dominated(self, file: PublishedFile) -> bool:
-        """Whether another file is no larger and nearer to the source, or smaller and no farther from it."""
-        return self.are_comparable and any(_dominates(other, file) for other in self.files if other is not file)
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The files that were measured; where they cannot be compared none is dominated."""
+        found = [file.candidate for file in self.files if file.candidate]
+        return ranked(found) if self.are_comparable else tuple(found)
 
     def faults(self) -> list[str]:
         """What speaks against publishing the files, a line each."""
@@ -92,14 +98,19 @@ class PublishedFolder:
                 f"not measured, {report.path.name} is of a file of {report.bytes} bytes and this one has {file.bytes}: "
                 "convert again"
             )
-        elif report.measurement is None:
+        elif report.parity is None:
             yield f"not measured, {report.path.name} holds no comparison with the source: convert without --no-verify"
         if report.unseen:
             count, layers = sum(map(len, report.unseen.values())), ranges([*report.unseen])
             yield f"calibration never saw {count} experts of layers {layers}: give a longer --calibration text"
-        better = [other for other in self.files if other.is_stock and self.are_comparable and _dominates(other, file)]
-        if better and not file.is_stock:
-            yield f"worse than the stock mix {better[0].recipe}, which is here too and no larger: leave it out"
+        if stock := self._beaten_by_stock(file):
+            yield f"worse than the stock mix {stock.recipe}, which is here too and no larger: leave it out"
+
+    def _beaten_by_stock(self, file: PublishedFile) -> PublishedFile | None:
+        if file.is_stock or not file.candidate or not self.are_comparable:
+            return None
+        stock = (other for other in self.files if other.is_stock)
+        return next((other for other in stock if other.candidate and dominates(other.candidate, file.candidate)), None)
 
 
 def read_folder(path: Path) -> PublishedFolder:
@@ -161,10 +172,3 @@ def _require_one_model(path: Path, files: Sequence[PublishedFile]) -> None:
     if len(found) > 1:
         one, other = list(found.values())[:2]
         raise BadInput(f"{path}: {one} and {other} are made from different models: publish them from two folders")
-
-
-def _dominates(one: PublishedFile, other: PublishedFile) -> bool:
-    if not one.measurement or not other.measurement:
-        return False
-    first, second = ((file.bytes, file.measurement.mean_kld) for file in (one, other) if file.measurement)
-    return first[0] <= second[0] and first[1] <= second[1] and first != second

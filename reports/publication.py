@@ -13,7 +13,7 @@ from ..sources.model_card import CARD
 from .card import Statement, card
 from .card_metadata import base_model
 from .folder import PublishedFolder, plan_names
-from .report import Provenance, Report, ReportedCandidate
+from .report import Provenance, Report
 from .write import write_report
 
 _REPORT = ("report.html", "report.json")
@@ -57,19 +57,4 @@ def _report(folder: PublishedFolder, repository: str) -> Report:
     source = base_model(folder) or str(folder.files[0].metadata.get("general.name", repository))
     created = max((report.provenance.created for report in reports), default="")
     provenance = Provenance(source, versions={"moecast": __version__}, created=created)
-    candidates = (
-        ReportedCandidate(
-            file.parts[0].name,
-            file.bytes,
-            file.plan.bits_per_weight,
-            found.mean_kld,
-            found.mean_kld_error,
-            found.kld_999,
-            found.top1_agreement,
-            found.perplexity_ratio,
-            folder.is_dominated(file),
-        )
-        for file in folder.files
-        if (found := file.measurement)
-    )
-    return Report("comparison", repository, provenance, candidates=tuple(candidates))
+    return Report("comparison", repository, provenance, candidates=folder.candidates)

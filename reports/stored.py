@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,26 +11,9 @@ from typing import Any
 from ..archs.config import Config
 from ..documents import read_json
 from ..errors import BadInput
+from ..runner.measure.evaluate import Parity
+from ..runner.measure.slices import Slice
 from .report import VERSION, Provenance
-
-_FIGURES = (
-    "perplexity_reference", "perplexity_candidate", "mean_kld", "mean_kld_error", "kld_999", "top1_agreement",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """How far a file is from its source; `basis` is equal for files that were measured on the same tokens."""
-
-    mean_kld: float
-    mean_kld_error: float
-    kld_999: float
-    top1_agreement: float
-    perplexity_ratio: float
-    tokens: int
-    context: int
-    chunks: int
-    basis: tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -39,7 +22,8 @@ class StoredReport:
 
     Attributes:
         bytes: of the file, all parts together.
-        measurement: None where nothing was compared, or a model gave figures that are no numbers.
+        parity: None where nothing was compared, or a model gave figures that are no numbers. Errors layer by layer and
+            the tokenizers' differences are left out.
         unseen: experts that calibration never saw, by layer.
     """
 
@@ -47,9 +31,17 @@ class StoredReport:
     bytes: int
     recipe: str
     provenance: Provenance
-    measurement: Measurement | None
+    parity: Parity | None
     unseen: Mapping[int, tuple[int, ...]]
     problems: tuple[str, ...]
+
+    @property
+    def basis(self) -> tuple[object, ...] | None:
+        """Equal for files that were measured on the same tokens in the same way; None without a measurement."""
+        if self.parity is None:
+            return None
+        texts = sorted(digest for use, (_, digest) in self.provenance.texts.items() if use.startswith("evaluation"))
+        return (*texts, self.parity.tokens, self.parity.context, self.parity.chunks, self.parity.compute_dtype)
 
 
 def read_report(path: Path) -> StoredReport:
@@ -57,14 +49,13 @@ def read_report(path: Path) -> StoredReport:
     content = Config(read_json(path), str(path))
     if content.get("version") != VERSION or content.get("kind") != "conversion":
         raise BadInput(f"{path} is no report of a conversion that this moecast knows: convert again, it writes one")
-    provenance = _provenance(content.section("provenance"))
     problems = _texts(content, "problems") + _texts(content.section("parity"), "problems")
     return StoredReport(
         path,
         int(_number(content, "bytes")),
         content.text("recipe"),
-        provenance,
-        _measurement(content.section("parity"), provenance),
+        _provenance(content.section("provenance")),
+        _parity(content.section("parity")),
         _unseen(content),
         tuple(dict.fromkeys(problems)),
     )
@@ -86,16 +77,40 @@ def _provenance(section: Config) -> Provenance:
     )
 
 
-def _measurement(parity: Config, provenance: Provenance) -> Measurement | None:
-    if not all(key in parity for key in _FIGURES):  # null stands for what is no number
-        return None
-    reference, candidate, mean, error, quantile, agreement = (_number(parity, key) for key in _FIGURES)
-    if reference <= 0:
-        raise BadInput(f"{parity.origin}: perplexity_reference is {reference}, expected a positive number")
-    tokens, context, chunks = (parity.integer(key) for key in ("tokens", "context", "chunks"))
-    texts = sorted((use, sha256) for use, (_, sha256) in provenance.texts.items() if use.startswith("evaluation"))
-    basis = (*texts, tokens, context, chunks, parity.text("compute_dtype"))
-    return Measurement(mean, error, quantile, agreement, candidate / reference, tokens, context, chunks, basis)
+def _parity(section: Config) -> Parity | None:
+    if not all(key in section for key in ("perplexity_reference", "perplexity_candidate", "mean_kld", "kld_999")):
+        return None  # null stands for what is no number
+    parity = Parity(
+        perplexity_reference=_number(section, "perplexity_reference"),
+        perplexity_candidate=_number(section, "perplexity_candidate"),
+        mean_kld=_number(section, "mean_kld"),
+        mean_kld_error=_number(section, "mean_kld_error"),
+        kld_999=_number(section, "kld_999"),
+        kld_maximum=_number(section, "kld_maximum"),
+        top1_agreement=_number(section, "top1_agreement"),
+        mean_delta_p=_number(section, "mean_delta_p"),
+        rms_delta_p=_number(section, "rms_delta_p"),
+        layer_errors=(),
+        tokens=section.integer("tokens"),
+        context=section.integer("context"),
+        chunks=section.integer("chunks"),
+        compute_dtype=section.text("compute_dtype"),
+        context_length=section.integer("context_length"),
+        slices={"category": tuple(_categories(section.section("slices")))},
+    )
+    if parity.perplexity_reference <= 0:
+        raise BadInput(
+            f"{section.origin}: perplexity_reference is {parity.perplexity_reference}, expected a positive number"
+        )
+    return parity
+
+
+def _categories(slices: Config) -> Iterator[Slice]:
+    values = slices.get("category")
+    for value in values if isinstance(values, list) else []:
+        entry = Config(value if isinstance(value, dict) else {}, f"{slices.origin}: category")
+        figures = (_number(entry, key) for key in ("mean_kld", "mean_kld_error", "top1_agreement"))
+        yield Slice(entry.text("name"), entry.integer("tokens"), *figures)
 
 
 def _unseen(content: Config) -> dict[int, tuple[int, ...]]:

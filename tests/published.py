@@ -19,11 +19,15 @@ def parity(**changes: Any) -> dict[str, Any]:
         "mean_kld": 0.0625,
         "mean_kld_error": 0.00125,
         "kld_999": 1.5,
+        "kld_maximum": 2.5,
+        "mean_delta_p": -0.001,
+        "rms_delta_p": 0.02,
         "top1_agreement": 0.875,
         "tokens": 1020,
         "context": 512,
         "chunks": 4,
         "compute_dtype": "float32",
+        "context_length": 2048,
         "problems": ["token ids differ"],
     }
     return values | changes
