@@ -65,7 +65,7 @@ class HeatMap:
 
 
 def type_map(tensors: Sequence[ReportedTensor]) -> HeatMap | None:
-    """Types by role and layer, the darker the more bits; None where there are none to choose."""
+    """Types by role and layer, stronger shades for more bits; None where there are none to choose."""
     chosen = [tensor for tensor in tensors if tensor.layer is not None and not tensor.protected]
     bits = {tensor.type: 8 * tensor.bytes / tensor.weights for tensor in chosen}
     order = sorted(bits, key=lambda name: (bits[name], name))
@@ -79,7 +79,7 @@ def type_map(tensors: Sequence[ReportedTensor]) -> HeatMap | None:
 
 
 def rounding_map(tensors: Sequence[ReportedTensor]) -> HeatMap | None:
-    """Rounding errors by role and layer, the darker the larger; None where nothing was measured."""
+    """Rounding errors by role and layer, stronger shades for larger ones; None where nothing was measured."""
     measured = [t for t in tensors if t.layer is not None and not t.protected and t.rounding_error is not None]
     errors = [tensor.rounding_error for tensor in measured if tensor.rounding_error]
     bounds = _bounds(errors)

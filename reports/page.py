@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -15,6 +15,9 @@ from .heatmaps import rounding_map, traffic_map, type_map
 from .report import Report, ReportedTensor, grouped
 from .rows import parity_rows
 from .text import human_bytes, printable, ranges
+
+if TYPE_CHECKING:
+    from ..runner.measure.slices import Slice
 
 _SLICES = {
     "category": "By category of text",
@@ -41,9 +44,7 @@ def page(report: Report) -> str:
         maps={"types": type_map(report.tensors), "rounding": rounding_map(report.tensors)},
         traffic=traffic_map(report.experts),
         charts=_charts(report),
-        slices=[(key, title, report.parity.slices.get(key, ())) for key, title in _SLICES.items()]
-        if report.parity
-        else [],
+        slices=[(key, title, members) for key, title in _SLICES.items() if (members := _slices(report).get(key))],
         style=Markup((Path(__file__).parent / "page.css").read_text(encoding="utf-8")),  # ours, and no text
     )
 
@@ -76,10 +77,14 @@ def _charts(report: Report) -> dict[str, Markup]:
         drawn["layers"] = charts.layer_chart(report.layers)
     if len(report.candidates) > 1:
         drawn["pareto"] = charts.pareto_chart(report.candidates)
-    for key, slices in (report.parity.slices if report.parity else {}).items():
-        if len(slices) > 1:
-            drawn[key] = charts.slice_chart(key, slices)
+    drawn |= {key: charts.slice_chart(key, slices) for key, slices in _slices(report).items()}
     return {name: Markup(svg) for name, svg in drawn.items()}  # matplotlib has escaped what is in it
+
+
+def _slices(report: Report) -> dict[str, tuple[Slice, ...]]:
+    """What is told slice by slice; one alone is all that was compared."""
+    found = report.parity.slices if report.parity else {}
+    return {key: slices for key, slices in found.items() if len(slices) > 1}
 
 
 def _sizes(tensors: Sequence[ReportedTensor]) -> list[tuple[str, int]]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..runner.measure.evaluate import Parity
 
 VERSION = 1
-_LARGE = 3  # times the median: a jump that stands out
+_LARGE, _SHARE = 3, 0.1  # times the median, and of the largest error: a jump that stands out
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,14 @@ class Report:
 
     @property
     def first_large_error(self) -> LayerError | None:
-        """The first layer that adds more than three times what the median layer does, None where none stands out.
+        """The first layer that adds much: three times what the median layer does, and a tenth of the largest error.
 
-        The very first is not looked at: all that the embedding and it have changed comes in with it.
+        None where none does. The very first is not looked at: what the embedding has changed comes in with it too.
         """
-        later = self.layers[1:]
-        usual = median(max(layer.jump, 0.0) for layer in later) if later else 0.0
-        return next((layer for layer in later if layer.jump > _LARGE * usual), None)
+        layers, later = self.layers, self.layers[1:]
+        usual = median(layer.jump for layer in later) if later else 0.0
+        largest = max((layer.error for layer in layers), default=0.0)
+        return next((layer for layer in later if layer.jump > max(_LARGE * usual, _SHARE * largest)), None)
 
     def as_json(self) -> dict[str, Any]:
         """What docs/reports.md describes."""

@@ -84,6 +84,16 @@ def test_texts_by_category(
     assert measured == pytest.approx([part["mean_kld"] for part in one["slices"]["category"]], rel=1e-3)
 
 
+def test_bundled_categories(minimax: Checkpoint, files: list[Path]) -> None:
+    """They stand for the evaluation text, unless one is named too."""
+    short = ["--categories", "-c", 64, "--chunks", 1, "--json"]
+    named = ["chat", "code", "languages", "long document", "maths", "prose", "tool calls"]
+    for options, texts in (([], named), (["-f", checkpoints.TEXT], [checkpoints.TEXT.stem, *named])):
+        found = json.loads(_run("parity", minimax.folder, files[1], *short, *options).stdout)
+        assert [part["name"] for part in found["slices"]["category"]] == texts
+        assert found["tokens"] == 31 * len(texts)
+
+
 def test_bad_categories_are_one_line(minimax: Checkpoint, files: list[Path], tmp_path: Path) -> None:
     command = ("parity", minimax.folder, files[0])
     for options, line in (

@@ -93,7 +93,9 @@ def test_comparisons_and_a_plan(tmp_path: Path) -> None:
     report = facts(tmp_path / "parity" / "report.json")
     assert {name: report["parity"][name] for name in json.loads(printed)} == json.loads(printed)
     assert {tensor["type"] for tensor in report["tensors"]} == {"F32", "Q8_0"}
-    assert report["bytes"] == sum(tensor.length for tensor in open_model(file).tensors)
+    assert report["bytes"] == file.stat().st_size
+    stored = {tensor.name: tensor.length for tensor in open_model(file).tensors}
+    assert {tensor["name"]: tensor["bytes"] for tensor in report["tensors"]} == stored
 
     smaller = convert(folder, tmp_path / "smaller.gguf", "Q4_0", calibration=None, verify=False).files[0]
     printed = run("parity", folder, file, smaller, *TEXT, "--json", "--report", tmp_path / "several").stdout

@@ -55,7 +55,7 @@ def test_a_page_says_what_stands_in_its_report() -> None:
     text = words(parsed(page(large_report())))
     for said in ("70.0 GiB", "2.61", "0.031000 ± 0.000600", "Perplexity ratio1.0392", "93.00%", "SHA-256"):
         assert said in text
-    assert f"Layer {STEP} is the first" in text
+    assert f"Layer {STEP} is the first that adds much: 0.05" in text
 
 
 def test_what_is_not_known_is_not_shown() -> None:

