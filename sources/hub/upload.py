@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -26,7 +25,7 @@ from ...documents import unreadable
 from ...errors import BadInput, Interrupted
 from ...progress import Progress
 from .connection import Connection
-from .errors import explained
+from .errors import GOES_ON, MAY_WRITE, upload_explained
 from .listing import HubFile, files_of
 from .repository import is_offline, usable_token
 from .transfer import Watch
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from .address import HubSource
 
 _PIECE = 1 << 20
-_LOG_IN = "run `hf auth login`, or set HF_TOKEN to an access token that may write"
-_AGAIN = "run the same again, what has arrived is not sent again"
 
 
 @dataclass(frozen=True)
@@ -90,10 +87,10 @@ def upload(
         raise BadInput(f"{target.url} cannot be written while HF_HUB_OFFLINE is set: unset it, or use --dry-run")
     token = usable_token(token, target)
     if token is None:
-        raise BadInput(f"{target.url} takes files from those alone who may write to it: {_LOG_IN}")
+        raise BadInput(f"{target.url} takes files from those alone who may write to it: {MAY_WRITE}")
     local = _read(files, progress)
     api, connection, watch = HfApi(target.endpoint, token), Connection(target.endpoint, token), Watch(progress)
-    with _explained(target), _without_bars():
+    with upload_explained(target), _without_bars():
         head = _made(api, target, private)
         there = files_of(target, head, connection, watch)
         missing = [file for file in local if not file.is_same(there.get(file.name))]
@@ -101,7 +98,7 @@ def upload(
         there = files_of(target, commit, connection, watch) if missing else there
         changed = [file.name for file in local if not file.is_same(there.get(file.name))]
     if changed:
-        raise Interrupted(f"{target.url} at {commit[:10]} holds another {changed[0]} than was sent: {_AGAIN}")
+        raise Interrupted(f"{target.url} at {commit[:10]} holds another {changed[0]} than was sent: {GOES_ON}")
     sent = {file.name for file in missing}
     results = (SentFile(file.name, file.bytes, file.sha256, file.name in sent) for file in local)
     return Publication(target.repository, target.url, commit, tuple(results))
@@ -155,52 +152,6 @@ def _read(files: Mapping[str, Path], progress: Progress) -> list[_LocalFile]:
     except OSError as error:
         raise unreadable(Path(error.filename or path), error) from None
     return read
-
-
-@contextmanager
-def _explained(target: HubSource) -> Iterator[None]:
-    """Turns what the client raises into one line that says what to do."""
-    try:
-        with explained(target):
-            try:
-                yield
-            except RuntimeError as error:  # the client's, around what went wrong with one file
-                if isinstance(error.__cause__, httpx2.HTTPError | OSError):
-                    _explain(error.__cause__, target)
-                    raise error.__cause__ from None
-                raise Interrupted(f"the upload to {target.url} has stopped ({_first_line(error)}): {_AGAIN}") from error
-            except httpx2.HTTPError as error:
-                _explain(error, target)
-                raise
-    except ValueError as error:  # the Hub's, about the metadata of a card
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"{target.endpoint} does not take the files: {' '.join(str(error).split())[:500]}") from error
-
-
-def _explain(error: Exception, target: HubSource) -> None:
-    """Raises what is to be said of an error, unless it is the same as of a download."""
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
-            raise Interrupted(
-                f"{target.endpoint} does not let this access token write to {target.repository}: check the name; "
-                f"{_LOG_IN}"
-            ) from error
-        if status == 412:
-            raise Interrupted(f"somebody else has changed {target.url} meanwhile: {_AGAIN}") from error
-        if status < 500:
-            reason = _first_line(error.server_message or error)
-            raise Interrupted(f"{target.endpoint} answers {status} for {target.repository}: {reason}") from error
-        raise Interrupted(f"{target.endpoint} answers {status} for {target.repository}: {_AGAIN}") from error
-    if isinstance(error, httpx2.TransportError):
-        raise Interrupted(
-            f"the connection to {target.endpoint} is lost ({type(error).__name__}): check the network and {_AGAIN}"
-        ) from error
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from conversions import convert
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from moecast.documents import read_json
 from moecast.errors import BadInput
 from moecast.reports.card import Statement, card
 from moecast.reports.folder import PublishedFolder, read_folder
@@ -167,13 +168,15 @@ def test_faults(folder: Path, changes: dict[str, Any], fault: str) -> None:
     assert found in words and "Published all the same: a test of *faults*" in words
 
 
-def test_a_file_without_a_report(folder: Path) -> None:
+def test_a_file_without_a_report(folder: Path, tmp_path: Path) -> None:
     (folder / "tiny-Q8_0.report.json").unlink()
     read = read_folder(folder)
     assert read.faults() == [
         "tiny-Q8_0: not measured, tiny-Q8_0.report.json is missing: `moecast convert` writes it beside the file"
     ]
     assert tables(card(read, REPOSITORY))[0][2][3:7] == ["not measured"] * 4
+    report = read_json(write_publication(read, REPOSITORY, tmp_path / "card")["report.json"])
+    assert [candidate["path"] for candidate in report["candidates"]] == ["tiny-Q4_K_M.gguf"]
 
 
 @pytest.mark.parametrize(

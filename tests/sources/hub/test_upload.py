@@ -11,7 +11,7 @@ import pytest
 from hub_checkpoint import SENTINEL
 from hub_server import Fault, HubServer
 from hub_uploads import COMMIT, UPLOAD
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http
 from moecast.errors import BadInput, Interrupted
 from moecast.progress import NoProgress
@@ -125,7 +125,7 @@ def test_faults_that_stay_end_in_one_line_and_the_next_run_goes_on(
 
 def test_a_commit_that_fails_is_made_without_sending_files_again(hub: HubServer, files: dict[str, Path]) -> None:
     hub.fail(COMMIT, Fault(status=500), times=20)
-    assert "answers 500 for tiny/moe: run the same again" in refusal(hub, files)
+    assert "answers 500 for tiny/moe (made to fail): run the same again" in refusal(hub, files)
     hub.forgive()
     hub.log.clear()
     send(hub, files)
@@ -152,6 +152,24 @@ def test_a_commit_of_somebody_else_is_not_overwritten(hub: HubServer, files: dic
 def test_what_arrives_damaged_is_found(hub: HubServer, files: dict[str, Path]) -> None:
     hub.fail(COMMIT, Fault(before=lambda: hub.store.damage(hashlib.sha256(PARTS["a.gguf"]).hexdigest())))
     assert "holds another a.gguf than was sent" in refusal(hub, files)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("a panic\nof Xet"), "the upload to {url} has stopped (a panic): run the same again"),
+        (PermissionError("Xet"), "does not let this access token write to tiny/moe"),
+        (ConnectionResetError(104, "Connection reset"), "has stopped ([Errno 104] Connection reset): run the same"),
+    ],
+)
+def test_errors_of_other_ways_to_send(
+    hub: HubServer, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def fail(*arguments: object, **named: object) -> None:
+        raise error
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", fail)
+    assert said.format(url=f"{hub.endpoint}/{hub.repository}") in refusal(hub, files)
 
 
 def test_private_is_never_public(hub: HubServer, files: dict[str, Path]) -> None:
