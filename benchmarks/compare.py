@@ -1,4 +1,4 @@
-"""What comparing many files at once saves: `python benchmarks/compare.py [CHECKPOINT] [--chunks 8] [--runs 3]`.
+"""What comparing many files at once saves: `python benchmarks/compare.py [CHECKPOINT] [--chunks 4] [--runs 3]`.
 
 Twenty recipes of one checkpoint are compared with it one by one and all in one pass. At best, the pass costs what the
 comparisons cost together, less the nineteen evaluations of the checkpoint that it does without; the ratio to that is
@@ -32,7 +32,7 @@ def seconds(call: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path, default=EXAMPLE)
-    parser.add_argument("--chunks", type=int, default=8)
+    parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     source, evaluation = options.checkpoint, Evaluation(chunks=options.chunks)

@@ -241,7 +241,7 @@ def _identity(work: _Work, evaluation: Evaluation | None) -> dict[str, str]:
     others = {
         "importance matrix": file_identity(Path(calibration.imatrix)) if calibration.imatrix else "none",
         "calibration": text_identity(calibration.text, inputs.calibration),
-        "evaluation": text_identity(evaluation and _names(evaluation), inputs.evaluation),
+        "evaluation": text_identity(_names(evaluation) if evaluation else None, inputs.evaluation),
         "compute dtype": work.compute.dtype,
         "error feedback": "yes" if inputs.error_feedback else "no",
     }

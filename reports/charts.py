@@ -7,9 +7,9 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from io import StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import style
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -27,7 +27,7 @@ _INK, _FAINT, _SERIES, _OTHER = "#010203", "#010204", "#010205", "#010206"
 _PAGE = {_INK: "var(--ink)", _FAINT: "var(--faint)", _SERIES: "var(--series)", _OTHER: "var(--other)"}
 _WIDTH = 5.0  # inches of 72 units: 10 units high letters stay readable where a phone shows them at its width
 _LONGEST = 26  # characters of a name
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # whose keys are of types that differ between versions of matplotlib
     "svg.fonttype": "none",
     "svg.hashsalt": "moecast",  # the same page for the same data
     "font.family": "sans-serif",
@@ -128,7 +128,9 @@ def pareto_chart(candidates: Sequence[Candidate]) -> str:
 
 def _drawn(name: str, height: float, title: str, draw: Callable[[Axes], None]) -> str:
     """What `draw` draws on axes, so many inches high."""
-    with style.context(["default", _STYLE]), warnings.catch_warnings():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()  # whatever a user's own style says
+        matplotlib.rcParams.update(_STYLE)
         warnings.simplefilter("ignore")  # of letters that this machine's fonts lack and the reader's need not
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = figure.add_subplot()

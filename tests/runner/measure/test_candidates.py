@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,15 @@ from moecast.sources.storage import Storage
 
 EVALUATION = Evaluation(checkpoints.TEXT, 64, 3)
 QUANTS = ("Q8_0", "Q2_K", "Q4_K_M")
+MEASURED = """
+import sys
+from moecast.cli import main
+from moecast.files import peak_rss_bytes
+try:
+    main()
+finally:
+    print(peak_rss_bytes(), file=sys.stderr)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +131,22 @@ def test_what_another_file_beats_is_marked(
     monkeypatch.setattr(candidates, "_bytes_of", lambda _: next(sizes)[0])
     found = compare(minimax.folder, [minimax.folder] * len(files), EVALUATION)
     assert [candidate.bytes for candidate in found if candidate.dominated] == dominated
+
+
+@pytest.mark.slow
+def test_many_stay_within_memory(tmp_path: Path) -> None:
+    """Streams that do not fit beside each other go to disk, and the numbers are the same."""
+    example = checkpoints.EXAMPLES / "minimax-m2-tiny"
+    options: dict[str, Any] = {"calibration": None, "verify": False}
+    files = [convert(example, tmp_path / f"{quant}.gguf", quant, **options).files[0] for quant in QUANTS]
+    command = [sys.executable, "-c", MEASURED, "parity", *map(str, (example, *files)), "--chunks", "40", "--json"]
+    refused = subprocess.run([*command, "--memory", "100MB"], capture_output=True, text=True)
+    found = re.search(r"the least that this model takes is ([\d.]+) GB", refused.stderr)
+    assert refused.returncode == 2 and found
+    memory = int(float(found[1]) * 1e9) + 30_000_000
+    bounded, free = (
+        subprocess.run([*command, *limit], capture_output=True, text=True, check=True)
+        for limit in (["--memory", str(memory)], [])
+    )
+    assert int(bounded.stderr.split()[-1]) < memory < int(free.stderr.split()[-1])
+    assert bounded.stdout == free.stdout
