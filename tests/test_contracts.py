@@ -176,6 +176,10 @@ def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypa
                 "top1_agreement", "tokens",
             },
         ),
+        "publish": (
+            [".", "owner/name", "--dry-run", "-o", "card", "--despite", "one of them was not measured"],
+            {"repository", "url", "commit", "files"},
+        ),
         "run": ([folder, "-p", "And", "-n", "2"], {"prompt", "text"}),
         "quantize": (["full.gguf", "out.gguf", "--quant", "Q8_0"], {"files", "bytes", "bits_per_weight"}),
         "recipes": ([], {"recipes"}),

@@ -65,11 +65,10 @@ class MachinePlan:
 
 def fit(graph: Graph, machine: Machine, damage: Damage, one_bit: bool = False, name: str = "fit") -> MachinePlan:
     """The plan of least damage for a machine's memory. Raises BadInput when the model cannot fit."""
-    state = graph.state_bytes_per_token() * machine.context + graph.fixed_state_bytes()
-    working = 4 * _BATCH * (graph.vocabulary_size + _WORKING_ROWS * graph.residual_size)
-    ram = machine.ram - max(_RESERVE, machine.ram // _RESERVE_SHARE)
+    state, working = _beside_weights(graph, machine)
+    ram = _for_weights(machine.ram)
     if machine.vram:
-        states = {} if graph.experts else _states(graph, machine.context)
+        states = _states(graph, machine.context)
         vram = machine.vram - _GPU_RESERVE - working - (state - sum(states.values()))
         types, layers = _split(graph, (ram, vram), states, damage, one_bit)
     else:
@@ -81,12 +80,47 @@ def fit(graph: Graph, machine: Machine, damage: Damage, one_bit: bool = False, n
     return MachinePlan(replace(plan, expected_kld=expected), machine, state, working, layers)
 
 
+def layers_in_ram(plan: Plan, machine: Machine) -> int | None:
+    """How many layers' experts stay in RAM where a machine runs a plan, or of a dense model whole layers; None where it
+    does not fit."""
+    graph, types = plan.graph, {tensor.weight.name: tensor.type for tensor in plan.tensors}
+    (state, working), ram = _beside_weights(graph, machine), _for_weights(machine.ram)
+    if not machine.vram:
+        return len(graph.layers) if plan.bytes + state + working <= ram else None
+    states = _states(graph, machine.context)
+    slow, fast = _slow_and_fast(graph)
+    left = machine.vram - _GPU_RESERVE - working - (state - sum(states.values())) - _bytes(fast, types)
+    on_gpu, in_ram = _place(graph, slow, types, states, left)
+    in_both = _bytes([graph.embedding], types) if graph.tied else 0
+    return len(graph.layers) - on_gpu if left >= 0 and in_ram + in_both <= ram else None
+
+
+def _beside_weights(graph: Graph, machine: Machine) -> tuple[int, int]:
+    """Bytes of state and of working memory."""
+    state = graph.state_bytes_per_token() * machine.context + graph.fixed_state_bytes()
+    return state, 4 * _BATCH * (graph.vocabulary_size + _WORKING_ROWS * graph.residual_size)
+
+
+def _for_weights(ram: int) -> int:
+    """What of a machine's RAM the model may take."""
+    return ram - max(_RESERVE, ram // _RESERVE_SHARE)
+
+
 def _states(graph: Graph, context: int) -> dict[int, int]:
-    """Bytes of state of each layer."""
+    """Bytes of state that go where a layer goes: those of layers that stay in RAM as a whole."""
+    if graph.experts:
+        return {}
     return {
         layer.index: sum(op.state_bytes_per_token * context + op.fixed_state_bytes for op in layer.operations)
         for layer in graph.layers
     }
+
+
+def _slow_and_fast(graph: Graph) -> tuple[list[Weight], list[Weight]]:
+    """Weights that may stay in RAM, of which a token touches little, and those that belong on the GPU."""
+    slow = [weight for weight in graph.weights() if _may_be_slow(weight, graph)]
+    names = {weight.name for weight in slow}
+    return slow, [weight for weight in graph.weights() if weight.name not in names]
 
 
 def _split(
@@ -99,9 +133,7 @@ def _split(
         states: bytes of state that go where a layer goes.
     """
     ram, vram = room
-    slow = [weight for weight in graph.weights() if _may_be_slow(weight, graph)]
-    names = {weight.name for weight in slow}
-    fast = [weight for weight in graph.weights() if weight.name not in names]
+    slow, fast = _slow_and_fast(graph)
     shares = graph.active_shares()
     try:
         types = types_within(fast, vram, damage, shares, one_bit)

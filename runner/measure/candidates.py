@@ -48,19 +48,25 @@ def compare(
         Candidate(model.path, _bytes_of(model), _bits_per_weight(model, first), parity)
         for model, parity in zip(opened, results, strict=True)
     ]
+    return ranked(compared)
+
+
+def ranked(compared: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Candidates of one comparison, the smallest first, with those marked that others dominate."""
     ordered = sorted(compared, key=lambda candidate: (candidate.bytes, _divergence(candidate)))
     return tuple(
-        replace(candidate, dominated=any(_dominates(other, candidate) for other in ordered)) for candidate in ordered
+        replace(candidate, dominated=any(dominates(other, candidate) for other in ordered)) for candidate in ordered
     )
+
+
+def dominates(other: Candidate, candidate: Candidate) -> bool:
+    """Whether another candidate is at most as large and at most as divergent, and not equal in both."""
+    better, worse = ((of.bytes, _divergence(of)) for of in (other, candidate))
+    return better != worse and all(own <= its for own, its in zip(better, worse, strict=True))
 
 
 def _divergence(candidate: Candidate) -> float:
     return candidate.parity.mean_kld if candidate.parity.is_finite else math.inf
-
-
-def _dominates(other: Candidate, candidate: Candidate) -> bool:
-    better, worse = ((of.bytes, _divergence(of)) for of in (other, candidate))
-    return better != worse and all(own <= its for own, its in zip(better, worse, strict=True))
 
 
 def _bytes_of(model: Model | OnnxModel) -> int:
