@@ -38,7 +38,9 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def print_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*header, title=literal(title), title_justify="left")
+    table = Table(title=literal(title), title_justify="left")
+    for name in header:
+        table.add_column(name, overflow="fold")  # nothing of a file's name is lost
     for row in rows:
         table.add_row(*map(literal, row))
     Console().print(table)

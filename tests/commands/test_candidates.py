@@ -51,6 +51,9 @@ def test_several_as_json_and_as_a_table(
     assert shown.index("Q2_K.gguf") < shown.index("Q8_0.gguf")
     assert f"{small['mean_kld']:.5f} ± {small['mean_kld_error']:.5f}" in shown
     assert "*" not in shown and "by category" not in shown
+    monkeypatch.setenv("COLUMNS", "56")
+    narrow = _run(*command).stdout
+    assert max(map(len, narrow.splitlines())) <= 56 and "…" not in narrow
 
 
 def test_any_that_is_worse_fails(minimax: Checkpoint, files: list[Path]) -> None:
