@@ -130,7 +130,7 @@ class Catalogue:
             packing,
             codes=self._typed(codes, "I32", dimensions=2),
             scale=self._typed(scale, *PLAIN_DTYPES, dimensions=2),
-            zero=self._typed(zero, "I32", dimensions=2) if zero in self else None,
+            zero=self._typed(zero, "I32", dimensions=2) if zero in self or names is _GPTQ_NAMES else None,
             groups=self._typed(groups, "I32", dimensions=1) if groups in self else None,
             uniform=self.uniform and packing is self.packing,
         )

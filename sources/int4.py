@@ -62,11 +62,16 @@ def read_int4(source: Int4, storage: Reader, rows: tuple[int, int] | None) -> Nu
 
 
 def _groups(source: Int4, storage: Reader, count: int) -> Tensor | None:
-    """Of each column its group; None where they follow one another, as all being -1 says too."""
+    """Of each column its group; None where they follow one another, as all being -1 or 0 says too."""
     if source.groups is None:
         return None
     groups = storage.read(source.groups).view(torch.int32).flatten().long()
-    if (groups == -1).all():
+    if (groups == -1).all() or not groups.any():
+        if len(groups) % count:
+            raise BadInput(
+                f"{source.groups.name} in {source.groups.file} says nothing of {len(groups)} columns in {count} "
+                "groups, expected the group of each: fetch the checkpoint again"
+            )
         return None
     outside = ((groups < 0) | (groups >= count)).nonzero()
     if len(outside):

@@ -109,12 +109,36 @@ def test_zeros_of_0_borrow_from_the_next_as_gptqmodel_stores_them(tmp_path: Path
     storage.close()
 
 
-def test_columns_without_an_order_say_minus_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [-1, 0])
+def test_columns_without_an_order_say_one_number(number: int, tmp_path: Path) -> None:
+    """As a group for all it would leave the others without columns."""
     packed = pack(MATRIX, "compressed", 16)
-    tensors = packed.tensors | {"weight_g_idx": torch.full((64,), -1, dtype=torch.int32)}
+    tensors = packed.tensors | {"weight_g_idx": torch.full((64,), number, dtype=torch.int32)}
     source, storage = catalogue(tensors, tmp_path, None).matrix("module"), Storage()
     assert torch.equal(evaluate(source, storage), packed.values)
     storage.close()
+
+
+def test_groups_of_several_sizes_need_an_order(tmp_path: Path) -> None:
+    """80 columns in groups of 32: the last has half as many."""
+    packed = pack(torch.cat([MATRIX, MATRIX[:, :16], torch.zeros(24, 16)], 1), "gptq", 32)
+    tensors = {"qweight": packed.tensors["qweight"][:10].clone(), "g_idx": packed.tensors["g_idx"][:80].clone()}
+    source, storage = catalogue(packed.tensors | tensors, tmp_path, Packing.GPTQ).matrix("module"), Storage()
+    assert torch.equal(evaluate(source, storage), packed.values[:, :80])
+    (tmp_path / "b").mkdir()
+    tensors["g_idx"].fill_(-1)
+    source = catalogue(packed.tensors | tensors, tmp_path / "b", Packing.GPTQ).matrix("module")
+    with pytest.raises(BadInput, match=r"^module\.g_idx in .* says nothing of 80 columns in 3 groups, expected"):
+        evaluate(source, storage)
+    storage.close()
+
+
+@pytest.mark.parametrize("style", ["gptq", "awq"])
+def test_zeros_are_not_made_up(style: str, tmp_path: Path) -> None:
+    tensors = pack(MATRIX, style, 16).tensors
+    del tensors["qzeros"]
+    with pytest.raises(BadInput, match=r"module\.qzeros is missing"):
+        catalogue(tensors, tmp_path, STYLES[style]).matrix("module")
 
 
 @pytest.mark.parametrize("number", [-1, 4, 2**30])
