@@ -109,7 +109,7 @@ def test_a_wheel_holds_what_the_demo_and_gpus_need_and_no_more(plain: Wheel) -> 
         *example,
         *(ROOT / "quant/kernels").iterdir(),
         *(ROOT / "examples/text/categories").iterdir(),
-        *(ROOT / "reports").glob("page.*"),
+        *(ROOT / "reports").glob("page.[ch]*"),
     ]
     assert others == {"py.typed", *texts, *(file.relative_to(ROOT).as_posix() for file in files)}
 
