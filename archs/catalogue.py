@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from ..errors import BadInput
+from .config import Config
 from .encodings import BlockScaled, Int4, Mxfp4, Nvfp4, Packing, Scaled
 from .expressions import Expression, Read, Rows, Stack, TensorInfo, first_tensor
 from .foreign import foreign_form, what_else
@@ -244,3 +246,21 @@ class Catalogue:
                 f"{' or '.join(dtypes)}{wanted}"
             )
         return tensor
+
+
+def scale_block(config: Config) -> tuple[int, int]:
+    """Rows and columns that share a scale in a checkpoint's FP8 matrices."""
+    quantization = config.section("quantization_config")
+    block = quantization.get("weight_block_size") or _block_structure(quantization) or [128, 128]
+    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        raise BadInput(f"{quantization.origin}: weight_block_size is {block!r}, expected two positive whole numbers")
+    return block[0], block[1]
+
+
+def _block_structure(quantization: Config) -> Any:
+    """The same as compressed-tensors says it: of the first group of layers that has blocks."""
+    groups = quantization.get("config_groups")
+    listed = groups.values() if isinstance(groups, dict) else ()
+    schemes = [group.get("weights") for group in listed if isinstance(group, dict)]
+    blocks = (scheme.get("block_structure") for scheme in schemes if isinstance(scheme, dict))
+    return next(filter(None, blocks), None)

@@ -162,7 +162,6 @@ def _left_out(catalogue: Catalogue, drafts: bool) -> list[str]:
 def _checkpoint_source(source: CheckpointSource, d: Family, fused: bool) -> Source:
     """Finds the weights of a checkpoint in the form that engines want."""
     forms = _fused_forms(d) if fused else _tiled_forms(d)
-    whole = (2 * (d.delta_key_heads * d.key_size + d.delta_heads * d.value_size), d.hidden)
 
     def stored(name: str, shape: tuple[int, ...]) -> Expression:
         layer, _, kind = name.removeprefix("blk.").partition(".")
@@ -180,7 +179,9 @@ def _checkpoint_source(source: CheckpointSource, d: Family, fused: bool) -> Sour
     def find(name: str, shape: tuple[int, ...]) -> Expression:
         layer, _, kind = name.removeprefix("blk.").partition(".")
         if kind in forms:
-            return forms[kind](all_of_one(f"blk.{layer}.{_FUSED}", whole) if fused else all_of_one(name, shape))
+            return forms[kind](
+                all_of_one(f"blk.{layer}.{_FUSED}", _fused_shape(d)) if fused else all_of_one(name, shape)
+            )
         found = stored(name, shape)
         zero_centered = name.endswith("norm.weight") and kind != "ssm_norm.weight"
         return OnePlus(found) if zero_centered else found
@@ -204,6 +205,10 @@ def _fused_forms(d: Family) -> Forms:
         "attn_qkv.weight": lambda source: RowRuns(source, (*runs(0), *runs(1), *runs(2))),
         "attn_gate.weight": lambda source: RowRuns(source, tuple(runs(3))),
     }
+
+
+def _fused_shape(d: Family) -> tuple[int, int]:
+    return 2 * (d.delta_key_heads * d.key_size + d.delta_heads * d.value_size), d.hidden
 
 
 def _tiled_forms(d: Family) -> Forms:
@@ -253,9 +258,25 @@ def read_gguf(
         **{"normalized": True, **absent},
     )
     check(d, metadata.origin)
-    graph = build(name, d, gguf_source(catalogue), fused)
+    graph = build(name, d, _gguf_source(catalogue, d), fused)
     catalogue.finish()
     return graph
+
+
+def _gguf_source(catalogue: Catalogue, d: Family) -> Source:
+    """Finds the weights of a GGUF file, also where projections are one tensor, as llama.cpp first had Qwen3-Next."""
+    source, forms = gguf_source(catalogue), _fused_forms(d)
+
+    def find(name: str, shape: tuple[int, ...]) -> Expression:
+        block, _, kind = name.rpartition(".weight")[0].rpartition(".")
+        whole = f"{block}.{_FUSED}"
+        if f"{kind}.weight" not in forms or whole not in catalogue:
+            return source(name, shape)
+        found = source(whole, _fused_shape(d))
+        check_shape(found, _fused_shape(d))
+        return forms[f"{kind}.weight"](found)
+
+    return find
 
 
 def _listed_layers(metadata: Config, name: str, layers: int) -> tuple[bool, ...]:

@@ -6,16 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
 
 from ..errors import BadInput
-from .catalogue import Catalogue
+from .catalogue import Catalogue, scale_block
 from .config import Config
 from .dimensions import Dimensions
 from .encodings import Packing
-from .expressions import Expression, TensorInfo
+from .expressions import Expression, Rows, TensorInfo
 from .graph import MLP, Activation, Attention, Graph, HashRouter, Layer, MoE, Norm, Rope, Router, Yarn
-from .weights import Role, Weight
+from .weights import Role, Weight, check_shape
 
 # The names that most families have in transformers, for `Names`.
 WHOLE_NAMES = {
@@ -46,6 +45,7 @@ DENSE_NAMES = {
     "ffn_down.weight": ("mlp.down_proj.weight",),
 }
 
+_HALVES = ("gate_exps.weight", "up_exps.weight")
 _YARN_FAST, _YARN_SLOW = 32.0, 1.0  # rotations within the original context
 
 Source = Callable[[str, tuple[int, ...]], Expression]  # GGUF name and shape of a weight -> its numbers
@@ -111,24 +111,6 @@ def read_yarn(rope: Config, context: int, rounded: tuple[bool, ...] = (True,)) -
     rope.expect("attention_factor", yarn.magnitude)
     rope.expect("truncate", *rounded)
     return replace(yarn, rounded=rope.flag("truncate", default=True))
-
-
-def scale_block(config: Config) -> tuple[int, int]:
-    """Rows and columns that share a scale in a checkpoint's FP8 matrices."""
-    quantization = config.section("quantization_config")
-    block = quantization.get("weight_block_size") or _block_structure(quantization) or [128, 128]
-    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
-        raise BadInput(f"{quantization.origin}: weight_block_size is {block!r}, expected two positive whole numbers")
-    return block[0], block[1]
-
-
-def _block_structure(quantization: Config) -> Any:
-    """The same as compressed-tensors says it: of the first group of layers that has blocks."""
-    groups = quantization.get("config_groups")
-    listed = groups.values() if isinstance(groups, dict) else ()
-    schemes = [group.get("weights") for group in listed if isinstance(group, dict)]
-    blocks = (scheme.get("block_structure") for scheme in schemes if isinstance(scheme, dict))
-    return next(filter(None, blocks), None)
 
 
 def catalogue_of(config: Config, tensors: Sequence[TensorInfo]) -> Catalogue:
@@ -245,10 +227,23 @@ def open_gguf(metadata: Config, tensors: Sequence[TensorInfo]) -> tuple[Catalogu
 
 
 def gguf_source(catalogue: Catalogue) -> Source:
-    """Finds the weights of a GGUF file; without a head of its own the embedding serves."""
+    """Finds the weights of a GGUF file; without a head of its own the embedding serves.
+
+    Gate and up projection of experts may be one tensor, the gate's rows first, as llama.cpp's converter can write them.
+    """
     stored = cache(catalogue.stored)
     head = "output.weight" if "output.weight" in catalogue else "token_embd.weight"
-    return lambda name, shape: stored(head if name == "output.weight" else name)
+
+    def find(name: str, shape: tuple[int, ...]) -> Expression:
+        block, _, kind = name.rpartition("ffn_")
+        both = f"{block}ffn_gate_up_exps.weight"
+        if kind in _HALVES and both in catalogue:
+            found, start = stored(both), _HALVES.index(kind) * shape[1]
+            check_shape(found, (shape[0], 2 * shape[1], shape[2]))
+            return Rows(found, start, start + shape[1])
+        return stored(head if name == "output.weight" else name)
+
+    return find
 
 
 class Builder:

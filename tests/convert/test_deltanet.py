@@ -15,7 +15,7 @@ import pytest
 import torch
 from conversions import convert
 from deltanet_checkpoints import BEYOND_LLAMA, FAMILIES, VARIANTS
-from forward import random_tokens, relative_error, runner_logits
+from forward import assert_same_logits, random_tokens, relative_error, runner_logits
 from moecast.convert.plans.choose import plan_for
 from moecast.convert.settings import Goal
 from moecast.errors import BadInput
@@ -144,3 +144,27 @@ def test_nvfp4_is_kept_code_for_code(family: str, heads: int, tmp_path: Path) ->
     written = runner_logits(open_model(path), TOKENS)[0]
     assert relative_error(written, expected) < (1e-5 if moved else 0.02)  # what is moved is rounded to Q8_0
     assert llama.mean_divergence(written.numpy(), llama.run_isolated(path, TOKENS[0].tolist())) < ROUNDED
+
+
+def test_projections_in_one_tensor(tmp_path: Path) -> None:
+    """As llama.cpp's converter first wrote Qwen3-Next: query, key, value and gate of each key head in turn."""
+    model = deltanet.model_of("qwen3_next", linear_num_value_heads=6)
+    path = convert(deltanet.save(tmp_path / "m", model), tmp_path, "F32", calibration=None, verify=False).files[0]
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(tmp_path / "first.gguf", "qwen3next")
+    for name, part in reader.fields.items():
+        if name.startswith("qwen3next."):
+            kind = part.types[0]
+            writer.add_key_value(name, part.contents(), kind, part.types[-1] if len(part.types) > 1 else None)
+    for tensor in reader.tensors:
+        block, _, kind = tensor.name.rpartition(".attn_")
+        delta = model.model.layers[int(block.removeprefix("blk."))].linear_attn if kind == "qkv.weight" else None
+        if delta:
+            writer.add_tensor(f"{block}.ssm_in.weight", delta.in_proj_qkvz.weight.detach().numpy())
+        elif kind != "gate.weight":
+            writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert_same_logits(open_model(tmp_path / "first.gguf"), model, random_tokens(1, 40))

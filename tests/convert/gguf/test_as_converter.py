@@ -14,7 +14,9 @@ import gpt_oss_checkpoints as gpt_oss
 import int4_packs
 import pytest
 import qwen3_checkpoints as qwen3
+import torch
 from conversions import convert
+from forward import random_tokens, runner_logits
 from llama_converter import converted
 from moecast.sources.model import open_model
 from trained_examples import EXAMPLES
@@ -90,6 +92,17 @@ def test_same_tensors_and_keys(save: Save, file_type: str, tmp_path: Path) -> No
     if MISREAD.isdisjoint(keys):
         graphs = [open_model(path).graph for path in (written, made)]
         assert [(w.name, w.shape) for w in graphs[0].weights()] == [(w.name, w.shape) for w in graphs[1].weights()]
+
+
+@pytest.mark.parametrize("family", ["Qwen3-Next", "Qwen3.5"])
+def test_gate_and_up_projection_in_one_tensor(family: str, tmp_path: Path) -> None:
+    """As the converter writes them if asked to."""
+    CHECKPOINTS[family](tmp_path / "model")
+    path = converted(tmp_path / "model", tmp_path / "fused.gguf", "f32", "--fuse-gate-up-exps")
+    assert any("gate_up_exps" in tensor.name for tensor in gguf.GGUFReader(path).tensors)
+    tokens = random_tokens(1, 40)
+    found, expected = (runner_logits(open_model(source), tokens) for source in (path, tmp_path / "model"))
+    assert torch.equal(found, expected)
 
 
 def test_gpt_oss_keeps_the_same_codes(tmp_path: Path) -> None:
