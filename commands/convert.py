@@ -137,7 +137,7 @@ def quantize(
     source: Path,
     output: Path,
     goal: Goal,
-    imatrix: Path | None,
+    imatrix: str | None,
     allow_requantize: bool,
     ignore_config: tuple[str, ...],
     overwrite: bool,
@@ -176,16 +176,18 @@ def quantize(
 
 
 @click.command()
-@click.argument("model", type=SOURCE)
+@click.argument("models", metavar="MODEL", nargs=-1, required=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The importance matrix, .gguf.")
+@click.option("--merge", is_flag=True, help="Merge importance matrices of one model, given in place of it.")
 @calibration_text_options
 @overwrite_option
 @calibrating_options
 @source_options
 @json_option
 def imatrix(
-    model: str,
+    models: tuple[str, ...],
     output: Path,
+    merge: bool,
     calibration: Calibration,
     overwrite: bool,
     compute: Compute,
@@ -198,17 +200,28 @@ def imatrix(
     Examples:
       moecast imatrix CHECKPOINT -o imatrix.gguf
       moecast imatrix OWNER/NAME -o imatrix.gguf --calibration text.txt --chunks 100
+      moecast imatrix --merge chat.gguf code.gguf -o imatrix.gguf
     """
+    if len(models) > 1 and not merge:
+        raise BadInput(f"imatrix measures one model, not {len(models)}; --merge joins importance matrices")
+    source = "" if merge else SOURCE(models[0])
+
     from ..convert.calibrate import write_imatrix
+    from ..convert.gguf.imatrix import merge_imatrices
+    from ..sources.imatrix import read_imatrix
     from ..sources.locate import locate
     from ..sources.model import open_model
     from .console import make_progress
-    from .report import show_calibration
+    from .report import show_calibration, show_imatrix
 
+    if merge:
+        merge_imatrices(models, output, overwrite)
+        show_imatrix(read_imatrix(output), as_json)
+        return
     with make_progress() as progress:
-        folder, _ = locate(model, access, progress)
+        folder, provenance = locate(source, access, progress)
         opened = open_model(folder, ignored=access.ignore_config)
-        result = write_imatrix(opened, output, calibration, compute, overwrite, progress)
+        result = write_imatrix(opened, output, calibration, compute, overwrite, progress, provenance)
     show_calibration(result, as_json)
 
 

@@ -21,20 +21,29 @@ if TYPE_CHECKING:
 @source_options
 @json_option
 def inspect(source: str, access: HubAccess, as_json: bool) -> None:
-    """Show what a model is made of: blocks, parameters, dtypes, memory per token.
+    """Show what a model is made of: blocks, parameters, dtypes, memory per token; or what an importance matrix is of.
 
     \b
     Examples:
       moecast inspect CHECKPOINT
       moecast inspect model.gguf --json
+      moecast inspect imatrix.gguf
     """
     from ..sources.locate import open_headers
     from .console import make_progress
-    from .report import show_model
+    from .report import show_imatrix, show_model
 
-    with make_progress() as progress:
-        model = open_headers(source, access, progress)
-    show_model(model, as_json)
+    try:
+        with make_progress() as progress:
+            model = open_headers(source, access, progress)
+    except BadInput:
+        from ..sources.imatrix import is_imatrix, read_imatrix
+
+        if not is_imatrix(Path(source)):
+            raise
+        show_imatrix(read_imatrix(Path(source)), as_json)
+    else:
+        show_model(model, as_json)
 
 
 @click.command()

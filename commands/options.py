@@ -82,6 +82,21 @@ class ModelName(click.ParamType[str]):
         return str(value)
 
 
+class MatrixName(click.ParamType[str]):
+    """What names an importance matrix: a file, or one of a repository."""
+
+    name = "matrix"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from ..sources.hub.address import parse_file
+
+        if not exists(Path(value)):
+            if "/" not in value:
+                raise BadInput(f"--imatrix {value}: no such file")
+            parse_file(value)
+        return str(value)
+
+
 SOURCE = ModelName()
 
 
@@ -175,7 +190,7 @@ def _calibration(
         raise BadInput("--calibration and --no-calibration exclude each other: give one")
     text = None if no_calibration else calibration or CALIBRATION_TEXT
     made = Calibration(text, chunks=calibration_chunks, **values)
-    _require_files({"--calibration": calibration, "--imatrix": values.get("imatrix")})
+    _require_files({"--calibration": calibration})
     return made
 
 
@@ -298,7 +313,10 @@ _CALIBRATION_OPTION = click.option(
     "--calibration", type=click.Path(path_type=Path), help="Calibration text; a bundled one by default."
 )
 imatrix_option = click.option(
-    "--imatrix", type=click.Path(path_type=Path), help="Weigh columns by this importance matrix, GGUF or .dat."
+    "--imatrix",
+    type=MatrixName(),
+    metavar="FILE",
+    help="Weigh columns by this importance matrix, GGUF or .dat, or OWNER/NAME/FILE of the Hub.",
 )
 calibration_text_options = grouped(
     "calibration",

@@ -89,7 +89,7 @@ def plan(
     from ..convert.plans.choose import fit_machine, plan_for
     from ..convert.plans.measured import measured_plan
     from ..quant.planning.plan_file import write_plan_file
-    from ..sources.locate import open_headers, open_source
+    from ..sources.locate import locate_imatrix, open_headers, open_source
     from .console import make_progress
     from .report import show_fit, show_plan
 
@@ -97,6 +97,8 @@ def plan(
         if goal.measure:
             with make_progress() as progress:
                 opened = open_source(source, access, True, progress)
+                if calibration.imatrix:
+                    calibration = replace(calibration, imatrix=locate_imatrix(calibration.imatrix, access, progress))
                 plan_for(opened.model, goal, form, calibration, file_format)  # refuses what cannot be
                 path = output or Path(f"{opened.name}.json")
                 measured = measured_plan(opened.model, goal, path, form, calibration, compute, overwrite, progress)

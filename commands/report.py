@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from .console import human_bytes, human_count, print_columns, print_json, print_table
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..quant.planning.fit import MachinePlan
     from ..quant.planning.plan import Plan
     from ..runner.measure.evaluate import Parity, Perplexity
+    from ..sources.imatrix import ImportanceMatrix
     from ..sources.model import Model
 
 _CONTEXT = 8192  # tokens that a server is told to keep where nobody says how many
@@ -186,6 +188,30 @@ def show_calibration(result: MeasuredMatrix, as_json: bool) -> None:
         rows.append(("Fewest tokens of an expert", str(result.fewest_tokens)))
     rows.append(("Time, peak memory", f"{result.seconds:.1f} s, {human_bytes(result.peak_rss_bytes)}"))
     print_table(str(result.file), rows)
+
+
+def show_imatrix(matrix: ImportanceMatrix, as_json: bool) -> None:
+    tokens = matrix.chunks * matrix.chunk_size
+    experts = [int(count) for counts in matrix.expert_counts.values() for count in counts]
+    unseen, fewest = experts.count(0), min(experts, default=None)
+    if as_json:
+        facts = {"file": matrix.file, "datasets": matrix.datasets, "sha256": matrix.digests, "source": matrix.source}
+        counted = {"chunks": matrix.chunks, "tokens": tokens, "weights": len(matrix.means)}
+        coverage = {"experts": len(experts), "unseen_experts": unseen, "fewest_tokens": fewest}
+        print_json({**facts, **counted, **coverage})
+        return
+    named = zip_longest(matrix.datasets, (f" ({digest[:12]})" for digest in matrix.digests), fillvalue="")
+    texts = ", ".join(name + digest for name, digest in named)
+    rows = [
+        ("Texts", texts or "unknown"),
+        ("Tokens", f"{tokens}, {matrix.chunks} chunks of {matrix.chunk_size}" if tokens else "unknown"),
+        ("Weights", str(len(matrix.means))),
+    ]
+    if experts:
+        rows.append(("Experts no token reached", f"{unseen} of {len(experts)}"))
+        rows.append(("Fewest tokens of an expert", str(fewest)))
+    rows += [(key.removeprefix("moecast.").capitalize(), value) for key, value in matrix.source.items()]
+    print_table(matrix.file, rows)
 
 
 def show_problems(problems: tuple[str, ...]) -> None:

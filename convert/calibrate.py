@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,8 @@ from ..runner.settings import Compute
 from ..runner.texts import CALIBRATION_TEXT
 from ..runner.weights import ModelWeights
 from ..sources.model import Model, open_model
-from .gguf.imatrix import ImatrixWriter
+from .gguf.imatrix import ImatrixWriter, Origin
+from .gguf.metadata import source_metadata
 from .resume.fingerprint import measurement_fingerprint, text_identity
 from .resume.journal import Journal
 from .resume.records import Spent
@@ -52,10 +54,12 @@ def write_imatrix(
     compute: Compute = Compute(),
     overwrite: bool = False,
     progress: Progress | None = None,
+    provenance: Mapping[str, str] | None = None,
 ) -> MeasuredMatrix:
     """Write llama.cpp's importance matrix of a model on a text: what llama-imatrix writes, layer by layer.
 
-    A journal beside the output records what is done: stopped by whatever means, the same call continues. Raises
+    A journal beside the output records what is done: stopped by whatever means, the same call continues. `provenance`
+    is what is known of where the model came from, see `locate`. Raises
     BadInput for an existing output, less memory than the model takes, a text that is too short, and numbers that are
     not finite.
     """
@@ -71,7 +75,7 @@ def write_imatrix(
     with (
         room,
         Journal(path, identity, overwrite, progress) as journal,
-        ImatrixWriter(path, text, tokens, overwrite) as writer,
+        ImatrixWriter(path, Origin.of(text, tokens, source_metadata(provenance or {})), overwrite) as writer,
     ):
         layers = model.graph.layers
         layer_pass = LayerPass(model, room, SavedStates(journal, layers, intact=partial(holds_statistics, journal)))
@@ -87,7 +91,7 @@ def write_imatrix(
                 save_statistics(journal, layer.index, seen)
                 layer_pass.save(layer.index)
                 progress.advance(1, f"layer {layer.index}")
-            writer.add(seen)
+            writer.add(seen.sums, seen.counts)
             experts = seen.expert_tokens
             if experts is not None:
                 unseen += int((experts == 0).sum())

@@ -127,14 +127,15 @@ def _run(
         index = layers[0].index
         if layer_pass.is_done(index):
             if inputs.imatrix and journal:
-                inputs.imatrix.add(load_statistics(journal, index))
+                known = load_statistics(journal, index)
+                inputs.imatrix.add(known.sums, known.counts)
             continue
         layer_pass.advance(layers, partial(encoder.finish_experts, index))  # writes the layer: see QuantizingWeights
         encoder.finish_layer(index)  # before the journal says that the layer is passed
         if inputs.evaluation is not None:
             errors.append(relative_error(streams[REFERENCE].hidden, streams[CANDIDATE].hidden))
         if inputs.imatrix:
-            inputs.imatrix.add(statistics)
+            inputs.imatrix.add(statistics.sums, statistics.counts)
             if journal:
                 save_statistics(journal, index, statistics)
         _check_coverage(index, statistics, inputs.min_expert_tokens)

@@ -21,14 +21,14 @@ from ..runner.memory import QUANTIZING, RUNNING, workspace
 from ..runner.settings import Compute, Evaluation
 from ..runner.texts import beyond_context, evaluated_text
 from ..sources.hub.access import HubAccess
-from ..sources.imatrix import read_imatrix
-from ..sources.locate import Source, open_source
+from ..sources.imatrix import SOURCE, read_imatrix
+from ..sources.locate import Source, locate_imatrix, open_source
 from ..sources.model import Model
 from ..sources.tokenizer import Tokenizer
 from .conversion import Conversion, InputFile
 from .decisions import decisions
 from .encode import MeasuredImportance, missing_entries
-from .gguf.imatrix import ImatrixWriter
+from .gguf.imatrix import ImatrixWriter, Origin
 from .gguf.metadata import gguf_metadata, imatrix_metadata, source_metadata
 from .gguf.tokenizer import tokenizer_problems, written_tokenizer
 from .gguf.writer import GGUFWriter
@@ -83,6 +83,8 @@ def convert(
         opened = _open(source, access, goal, progress)
         model = opened.model
         stack.callback(model.close)
+        if calibration.imatrix:
+            calibration = replace(calibration, imatrix=locate_imatrix(calibration.imatrix, access, progress))
         plan = plan_for(model, goal, form, calibration, output.file_format)
         path = output.place(output.name or opened.name, plan.recipe.name)
         measured = None
@@ -262,7 +264,9 @@ def _imatrix_writer(work: _Work) -> ImatrixWriter | None:
     calibration, tokens = work.calibration, work.inputs.calibration
     if calibration.save_to is None or calibration.text is None or tokens is None:
         return None
-    return ImatrixWriter(Path(calibration.save_to), Path(calibration.text), tokens, work.output.overwrite)
+    source = {key: str(value) for key, value in work.metadata.items() if key.startswith(SOURCE)}
+    origin = Origin.of(Path(calibration.text), tokens, source)
+    return ImatrixWriter(Path(calibration.save_to), origin, work.output.overwrite)
 
 
 def _writer(work: _Work, journal: Journal) -> Writer:

@@ -13,7 +13,9 @@ from ..quant.planning.plan import Form, Plan
 from ..runner.memory import workspace
 from ..runner.settings import Compute
 from ..runner.texts import DEFAULT_CONTEXT
+from ..sources.hub.access import HubAccess
 from ..sources.imatrix import ImportanceMatrix, read_imatrix
+from ..sources.locate import locate_imatrix
 from ..sources.model import Model, open_model
 from .conversion import Conversion, InputFile
 from .encode import MeasuredImportance, missing_entries
@@ -45,7 +47,7 @@ def requantize(
 
     Args:
         goal: a recipe name, by default Q4_K_M, or what else types follow from.
-        imatrix: importance matrix of llama.cpp, as GGUF or .dat.
+        imatrix: importance matrix of llama.cpp, as GGUF or .dat, or one of the Hub, `owner/name/file`.
         allow_requantize: accept tensors that are quantized already; they were rounded once and will be again.
 
     Raises BadInput for anything wrong with the input, an existing output, or a full disk.
@@ -54,14 +56,16 @@ def requantize(
     model = source if isinstance(source, Model) else open_model(source)
     if not model.metadata:
         raise BadInput(f"{model.path} is a checkpoint folder, expected a GGUF file: use `moecast convert`")
-    importance = read_imatrix(Path(imatrix)).fitted_to(model) if imatrix else None
+    progress = progress or NoProgress()
+    if imatrix:
+        imatrix = locate_imatrix(imatrix, HubAccess(), progress)
+    importance = read_imatrix(imatrix).fitted_to(model) if imatrix else None
     plan = plan_requantized(model, goal, imatrix)
     if not allow_requantize:
         _refuse_quantized(model, plan)
     metadata = _metadata(model, plan, importance)
     path = Path(output)
     others = {"importance matrix": file_identity(Path(imatrix))} if imatrix else {}
-    progress = progress or NoProgress()
     with Journal(path, fingerprint(model, plan, metadata, others), overwrite, progress) as journal:
         resumed = journal.continues
         with GGUFWriter(path, metadata, plan.stored, None, overwrite, journal) as writer:

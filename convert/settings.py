@@ -102,7 +102,7 @@ class Calibration:
 
     Attributes:
         text: runs through the model, in `chunks` chunks of `context` tokens, by default all of it; None: none does.
-        imatrix: an importance matrix of llama.cpp, as GGUF or .dat, instead.
+        imatrix: an importance matrix of llama.cpp, as GGUF or .dat, or one of the Hub, `owner/name/file`, instead.
         save_to: where to write what the text shows, as llama.cpp's importance matrix.
         min_expert_tokens: how many tokens every expert must have seen; by default those that saw few borrow from the
             layer's others.

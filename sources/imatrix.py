@@ -8,21 +8,24 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..archs.weights import Weight
-from ..documents import refuse_pointer, unreadable
+from ..documents import is_file, refuse_pointer, unreadable
 from ..errors import BadInput
 from ..quant.formats.table import FORMATS
-from .gguf import MAGIC, read_gguf
+from .gguf import MAGIC, is_gguf, read_gguf
 from .model import Model, pieces
 from .storage import Storage
+
+DIGESTS: Final = "moecast.imatrix.sha256"  # of the texts, one for each of imatrix.datasets
+SOURCE: Final = "moecast.source."
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,32 @@ class ImportanceMatrix:
     """Mean squares of the inputs, float32 by GGUF weight name, the matrices of a stack one after another.
 
     The part of an expert that no token reached is all zeros: nothing is known about it.
+
+    Attributes:
+        datasets: what the texts are called.
+        chunks, chunk_size: how many chunks of how many tokens were run; a size of 0 is unknown.
+        counts: from how many inputs each matrix's means are, float32 [matrices] by weight name; not in the older form.
+        digests: SHA-256 of the texts, where moecast wrote the file.
+        source: what is known of the model, by its keys `moecast.source.*`.
     """
 
     file: str
     datasets: tuple[str, ...]
     chunks: int
     means: Mapping[str, Tensor]
+    chunk_size: int = 0
+    counts: Mapping[str, Tensor] = field(default_factory=dict)
+    digests: tuple[str, ...] = ()
+    source: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def expert_counts(self) -> dict[str, Tensor]:
+        """How many tokens reached each expert, by the name of a weight of theirs, one for each layer."""
+        layers: dict[str, tuple[str, Tensor]] = {}
+        for name, counts in self.counts.items():
+            if counts.numel() > 1:
+                layers.setdefault(name.rpartition(".ffn_")[0], (name, counts))
+        return dict(layers.values())
 
     def fitted_to(self, model: Model) -> ImportanceMatrix:
         """The same for a model that has its rows padded with zeros, or has not, unlike the one it was measured on.
@@ -82,6 +105,11 @@ def _is_padded(columns: int, padded: int) -> bool:
     return padded > columns and padded in {columns + -columns % format.block_size for format in FORMATS.values()}
 
 
+def is_imatrix(path: Path) -> bool:
+    """Whether a file is one of the GGUF form. Raises BadInput for a GGUF file that is corrupt."""
+    return is_file(path) and is_gguf(path) and read_gguf(path)[0].get("general.type") == "imatrix"
+
+
 def read_imatrix(path: Path) -> ImportanceMatrix:
     """Read either form. Raises BadInput when the file is neither, is cut off, or holds values that are not finite."""
     try:
@@ -105,7 +133,7 @@ def _read_gguf_form(path: Path) -> ImportanceMatrix:
         values = {
             tensor.name: storage.read(tensor).view(torch.float32) for tensor in tensors if tensor.dtype == "F32"
         }  # [matrices, columns]
-    means = {}
+    means, inputs = {}, {}
     for name, counts in values.items():
         weight = name.removesuffix(".counts")
         if weight == name or f"{weight}.in_sum2" not in values:
@@ -116,15 +144,27 @@ def _read_gguf_form(path: Path) -> ImportanceMatrix:
         if not torch.isfinite(counts).all() or (counts < 0).any():
             raise BadInput(f"{path}: {name} holds counts that are negative or not finite: measure it again")
         means[weight] = (sums / counts.view(-1, 1).clamp(min=1)).flatten()
+        inputs[weight] = counts.flatten()
     if not means:
         raise BadInput(f"{path} holds no statistics, expected tensors named *.in_sum2 and *.counts")
-    datasets = metadata.get("imatrix.datasets", [])
-    if not isinstance(datasets, list) or not all(isinstance(name, str) for name in datasets):
-        raise BadInput(f"{path}: imatrix.datasets is {datasets!r}, expected names")
-    chunks = metadata.get("imatrix.chunk_count", 0)
-    if type(chunks) is not int or chunks < 0:
-        raise BadInput(f"{path}: imatrix.chunk_count is {chunks!r}, expected a number of chunks")
-    return ImportanceMatrix(path.as_posix(), tuple(datasets), chunks, means)
+    chunks, size = (_whole_number(metadata, f"imatrix.chunk_{key}", path) for key in ("count", "size"))
+    datasets, digests = (_names(metadata, key, path) for key in ("imatrix.datasets", DIGESTS))
+    source = {key: str(value) for key, value in metadata.items() if key.startswith(SOURCE)}
+    return ImportanceMatrix(path.as_posix(), datasets, chunks, means, size, inputs, digests, source)
+
+
+def _names(metadata: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:
+    names = metadata.get(key, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadInput(f"{path}: {key} is {names!r}, expected names")
+    return tuple(names)
+
+
+def _whole_number(metadata: Mapping[str, Any], key: str, path: Path) -> int:
+    number = metadata.get(key, 0)
+    if type(number) is not int or number < 0:
+        raise BadInput(f"{path}: {key} is {number!r}, expected a number, 0 or more")
+    return number
 
 
 def _read_legacy(path: Path) -> ImportanceMatrix:

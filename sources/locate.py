@@ -12,7 +12,8 @@ from ..errors import BadInput
 from ..paths import inside, is_hexadecimal
 from ..progress import NoProgress, Progress
 from .hub.access import HubAccess
-from .hub.address import HubSource
+from .hub.address import HubSource, is_there
+from .hub.matrices import fetch_imatrix
 from .hub.repository import HubCheckpoint, fetch, is_offline
 from .hub.shards import fetch_on_demand
 from .model import Model, open_model
@@ -50,6 +51,17 @@ def locate(source: str, access: HubAccess, progress: Progress) -> tuple[Path, di
         return parsed, {}
     folder = fetch(parsed, access.revision, access.token, progress)
     return folder, {"repository": parsed.repository, "revision": folder.name}
+
+
+def locate_imatrix(matrix: str | Path, access: HubAccess, progress: Progress) -> Path:
+    """An importance matrix on this machine, or one of a Hub repository, `owner/name/file`, which is fetched.
+
+    Raises as `locate`.
+    """
+    path = Path(os.path.expanduser(matrix))
+    if isinstance(matrix, Path) or is_there(path.is_file):
+        return path
+    return fetch_imatrix(matrix, access.token, progress)
 
 
 def open_source(source: str | Path | Model, access: HubAccess, whole: bool, progress: Progress) -> Source:

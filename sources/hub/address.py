@@ -35,29 +35,62 @@ def parse_source(text: str) -> Path | HubSource:
     path = Path(os.path.expanduser(text))
     if text and is_there(path.is_dir):
         return path
-    if re.match(r"\w+://[^/]*@[^/]+/", text):
-        raise BadInput(f"the URL holds a user name or token: leave it out and set HF_TOKEN; {EXPECTED}")
+    _refuse_credentials(text)
     if is_there(path.is_file):
         raise BadInput(f"{text} is a file: {EXPECTED}")
-    if re.match(r"[./~\\]|[A-Za-z]:[/\\]", text) or text.endswith(("/", "\\")):
+    if _is_path(text):
         raise BadInput(f"{text}: no such folder, {EXPECTED}")
-    host, _, rest = text.partition("/")
-    address = f"https://{text}" if host.lower() in constants.HF_URL_HOSTS and rest else text
-    _refuse_quantized_name(address)
+    _refuse_quantized_name(_address(text))
+    found = _hub_address(text)
+    if found is None or (found[1] and "://" not in _address(text)):  # a path of more than two parts
+        raise BadInput(f"{text!r} is neither a folder on this machine nor a model on the Hub: {EXPECTED}")
+    source, path_in_repository = found
+    if path_in_repository:
+        raise BadInput(_one_file(source.repository, path_in_repository))
+    return source
+
+
+def parse_file(text: str) -> tuple[HubSource, str | None]:
+    """A repository, and the file of it that is meant if one is named: `owner/name/file`, or as `parse_source`.
+
+    Raises BadInput for what names no repository.
+    """
+    _refuse_credentials(text)
+    found = None if _is_path(text) else _hub_address(text)
+    if found is None:
+        raise BadInput(f"{text!r} is neither a file on this machine nor one on the Hub, such as owner/name/file")
+    return found
+
+
+def _refuse_credentials(text: str) -> None:
+    if re.match(r"\w+://[^/]*@[^/]+/", text):
+        raise BadInput(f"the URL holds a user name or token: leave it out and set HF_TOKEN; {EXPECTED}")
+
+
+def _is_path(text: str) -> bool:
+    """Whether it can only be the path of a folder or file."""
+    return bool(re.match(r"[./~\\]|[A-Za-z]:[/\\]", text)) or text.endswith(("/", "\\"))
+
+
+def _hub_address(text: str) -> tuple[HubSource, str | None] | None:
+    """A model repository and what is named within it; None for what is no address."""
+    address = _address(text)
     try:
         found = parse_hf_uri(address if "://" in address else f"hf://{address}", constants.ENDPOINT)
     except HfUriError:
-        found = None
-    if found is None or (found.path_in_repo and "://" not in address):  # a path of more than two parts
-        raise BadInput(f"{text!r} is neither a folder on this machine nor a model on the Hub: {EXPECTED}")
+        return None
     if found.type != "model":
         raise BadInput(f"{text!r} is not a model repository: {EXPECTED}")
-    if found.path_in_repo:
-        raise BadInput(_one_file(found.id, found.path_in_repo))
     revision = found.revision or constants.DEFAULT_REVISION
     if not is_plain_name(revision):
         raise BadInput(f"{text!r} names the revision {revision!r}: {EXPECTED}")
-    return HubSource(found.id, revision)
+    return HubSource(found.id, revision), found.path_in_repo or None
+
+
+def _address(text: str) -> str:
+    """With the protocol, where the name of a host comes first."""
+    host, _, rest = text.partition("/")
+    return f"https://{text}" if host.lower() in constants.HF_URL_HOSTS and rest else text
 
 
 def is_there(look: Callable[[], bool]) -> bool:

@@ -59,6 +59,10 @@ class HubFiles:
         return sum(file.bytes for file in self.files)
 
 
+Needed = Callable[[HubSource, str, Mapping[str, HubFile], Callable[[HubFile], Path]], tuple[HubFile, ...]]
+"""Of a source's commit and all files of it, those to fetch; the last argument fetches one at once."""
+
+
 def commit_of(source: HubSource, connection: Connection, watch: Watch) -> str:
     """The commit that the revision of a source stands for now. Raises Interrupted for an answer without one."""
     if is_hexadecimal(source.revision, 40):

@@ -35,7 +35,7 @@ from .address import HubSource
 from .connection import Connection, RangeIgnored
 from .errors import explained
 from .headers import read_remote_header
-from .listing import HubFile, HubFiles, commit_of, files_of, needed_files
+from .listing import HubFile, HubFiles, Needed, commit_of, files_of, needed_files
 from .transfer import Item, Meter, Result, Watch, in_parallel
 
 PARALLEL_FILES = 4
@@ -80,7 +80,7 @@ class HubCheckpoint:
     """One commit of a repository: `listing` says what a conversion needs of it, `folder` where fetched files lie.
 
     `fetch_all` brings everything; `fetch_file` one file and `remove_file` takes it away again, for those who use shards
-    one after another, `in_folder` of their own. `notes` hears what is waited for.
+    one after another, `in_folder` of their own. `notes` hears what is waited for. `needed` says which files they are.
     """
 
     def __init__(
@@ -90,8 +90,10 @@ class HubCheckpoint:
         token: str | None = None,
         folder: Path | None = None,
         progress: Progress | None = None,
+        needed: Needed = needed_files,
     ) -> None:
         self.notes = progress or NoProgress()
+        self._needed = needed
         self._source = replace(source, revision=revision or source.revision)
         self._connection = Connection(source.endpoint, _usable(token, self._source))
         self._in_cache = folder is None
@@ -170,7 +172,7 @@ class HubCheckpoint:
 
     def _list(self, meter: Meter, commit: str) -> HubFiles:
         files = files_of(self._source, commit, self._connection, meter)
-        return HubFiles(commit, needed_files(self._source, commit, files, partial(self._fetch, meter)))
+        return HubFiles(commit, self._needed(self._source, commit, files, partial(self._fetch, meter)))
 
     def _address(self, file: HubFile) -> str:
         return f"{self._source.url}/resolve/{self._commit}/{quote(file.name)}"

@@ -127,7 +127,7 @@ def test_second_rounding_must_be_allowed(full: Path, tmp_path: Path) -> None:
         (["--tensor-type", "attn_q=q9_9"], "Q9_9"),
         (["--tensor-type", "attn_q=i32"], "--tensor-type gives I32, which holds no weights"),
         (["--tensor-type", "attn_q"], "expected REGEX=TYPE"),
-        (["--imatrix", "nowhere.gguf"], "nowhere.gguf cannot be read"),
+        (["--imatrix", "nowhere.gguf"], "nowhere.gguf: no such file"),
         (["--quant", "nothing"], "--quant is 'nothing'"),
     ],
 )

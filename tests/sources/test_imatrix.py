@@ -114,7 +114,7 @@ def test_damaged_older_form(tmp_path: Path, content: bytes, message: str) -> Non
     ("key", "stored", "message"),
     [
         ("imatrix.datasets", i32(7), r"imatrix\.datasets is 7, expected names"),
-        ("imatrix.chunk_count", i32(-1), r"imatrix\.chunk_count is -1, expected a number of chunks"),
+        ("imatrix.chunk_count", i32(-1), r"imatrix\.chunk_count is -1, expected a number"),
         ("imatrix.chunk_count", struct.pack("<I", 8) + string(b"x"), r"imatrix\.chunk_count is 'x', expected a number"),
     ],
 )
