@@ -12,6 +12,7 @@ from .commands import convert as cli_convert
 from .commands import evaluate as cli_evaluate
 from .commands import models as cli_models
 from .commands import plan as cli_plan
+from .commands import publish as cli_publish
 from .commands.logs import LOG_OPTIONS
 from .commands.options import Commands
 
@@ -40,6 +41,7 @@ for command in (
     cli_evaluate.parity,
     cli_evaluate.run,
     cli_models.download,
+    cli_publish.publish,
     cli_models.recipes,
     cli_models.doctor,
     cli_convert.demo,

@@ -108,6 +108,21 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Put text in a file that is there with all of it or not at all, in place of an earlier one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            sync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
 def lock(descriptor: int) -> bool:
     """Keep other processes from locking a file while it is open here; False where the system cannot, as on some
     network disks. Raises BlockingIOError when another has locked it."""

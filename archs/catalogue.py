@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from math import prod
 
 from ..errors import BadInput
-from .expressions import BlockScaled, Expression, Mxfp4, Nvfp4, Read, Rows, Scaled, Stack, TensorInfo
+from .encodings import BlockScaled, Int4, Mxfp4, Nvfp4, Packing, Scaled
+from .expressions import Expression, Read, Rows, Stack, TensorInfo, first_tensor
 from .foreign import foreign_form, what_else
 from .weights import scale_name
 
 PLAIN_DTYPES = ("F32", "F16", "BF16")
 _SCALES = ("weight_scale", "weight_scale_inv", "scale")  # multipliers, whatever the name says
 _GLOBAL_SCALES = ("weight_scale_2", "weight_global_scale")
+# Codes, scales, zeros and groups of columns of whole numbers.
+_COMPRESSED_NAMES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
+_GPTQ_NAMES = ("qweight", "scales", "qzeros", "g_idx")
 # They serve the arithmetic of the engine that the checkpoint was made for, no weight depends on them.
 _ACTIVATION_SCALES = ("input_scale", "input_global_scale", "k_scale", "v_scale")
 # What tools leave behind: buffers that are computed anew, scales of activations and of the KV cache.
@@ -34,14 +39,25 @@ class Catalogue:
         tensors: every tensor of the checkpoint.
         origin: what to call the checkpoint in error messages.
         block: rows and columns that share one scale in block-scaled FP8 matrices.
+        packing: which tool packed what is called `qweight`; None where that is not known.
+        uniform: whether its zeros are all 8, and its columns in order.
     """
 
-    def __init__(self, tensors: Iterable[TensorInfo], origin: str, block: tuple[int, int] = (128, 128)) -> None:
+    def __init__(
+        self,
+        tensors: Iterable[TensorInfo],
+        origin: str,
+        block: tuple[int, int] = (128, 128),
+        packing: Packing | None = None,
+        uniform: bool = False,
+    ) -> None:
         self.origin = origin
         self.block = block
+        self.packing = packing
+        self.uniform = uniform
         self._tensors: dict[str, TensorInfo] = {}
         self._claimed: set[str] = set()
-        self._fused: dict[str, Read] = {}
+        self._fused: dict[str, Expression] = {}
         self._left_out: list[str] = []
         for tensor in tensors:
             if tensor.name in self._tensors:
@@ -78,6 +94,8 @@ class Catalogue:
         if tensor is not None and tensor.dtype in PLAIN_DTYPES:
             self._drop_scales(module)
             return self.plain(tensor.name)
+        if int4 := self._int4(module):
+            return int4
         if foreign := foreign_form(module, self._tensors):
             raise BadInput(f"{self.origin}: {module} is not in a form that can be read: {foreign}")
         if f"{module}.weight_packed" in self:  # compressed-tensors
@@ -97,6 +115,26 @@ class Catalogue:
             "or scale"
         )
 
+    def _int4(self, module: str) -> Int4 | None:
+        """Whole numbers of 4 bits, if the matrix is stored as those."""
+        packed, packing = self._tensors.get(f"{module}.weight_packed"), self.packing
+        if packed and packed.dtype == "I32":
+            self._typed(f"{module}.weight_shape", "I64", "I32")  # which the others say too
+            packing, names = Packing.COMPRESSED_TENSORS, _COMPRESSED_NAMES
+        elif f"{module}.qweight" in self and packing:
+            names = _GPTQ_NAMES
+        else:
+            return None
+        codes, scale, zero, groups = (f"{module}.{name}" for name in names)
+        return Int4(
+            packing,
+            codes=self._typed(codes, "I32", dimensions=2),
+            scale=self._typed(scale, *PLAIN_DTYPES, dimensions=2),
+            zero=self._typed(zero, "I32", dimensions=2) if zero in self or names is _GPTQ_NAMES else None,
+            groups=self._typed(groups, "I32", dimensions=1) if groups in self else None,
+            uniform=self.uniform and packing is self.packing,
+        )
+
     def _float8(self, name: str, scale: str) -> Expression:
         """Scaled as a whole, by rows or in blocks: the shape of the scales says it, not their name."""
         rows, columns = self._tensors[name].shape
@@ -114,8 +152,9 @@ class Catalogue:
                 self._left_out.append(name)
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor is there, be it in the two parts of compressed-tensors."""
-        return name in self or (name.endswith(".weight") and f"{name}_packed" in self)
+        """Whether a tensor is there, be it packed."""
+        module = name.removesuffix(".weight")
+        return name in self or (module != name and (f"{name}_packed" in self or f"{module}.qweight" in self))
 
     def holds_below(self, pattern: str) -> bool:
         """Whether there are tensors whose names begin as `pattern` does, up to its `{}`."""
@@ -133,15 +172,30 @@ class Catalogue:
             return Stack(tuple(self.matrix(separate.format(expert)) for expert in range(shape[0])))
         if half is None:
             return self.plain(fused)
-        if fused not in self._fused:
-            self._fused[fused] = self.plain(fused)
-        both = self._fused[fused]
+        both = self.fused(fused)
         if both.shape[-2:-1] != (2 * shape[1],):
+            file = first_tensor(both).file
             raise BadInput(
-                f"{fused} in {both.tensor.file} has shape {list(both.shape)}, expected {2 * shape[1]} rows for each "
+                f"{fused} in {file} has shape {list(both.shape)}, expected {2 * shape[1]} rows for each "
                 "expert: those of its gate, then those of its up projection"
             )
         return Rows(both, half * shape[1], (half + 1) * shape[1])
+
+    def fused(self, name: str) -> Expression:
+        """Claim a tensor that holds parts of several weights; asked for again it is the same one.
+
+        Bytes are the codes of microscaled floats, [experts, rows, groups, 16], with a tensor of scales beside them.
+        """
+        if name not in self._fused:
+            tensor = self._tensors.get(name)
+            self._fused[name] = self._mxfp4(name) if tensor and tensor.dtype == "U8" else self.plain(name)
+        return self._fused[name]
+
+    def _mxfp4(self, blocks: str) -> Mxfp4:
+        codes = self._typed(blocks, "U8", dimensions=4)
+        *leading, groups, size = codes.shape
+        scale = self._typed(f"{blocks.removesuffix('_blocks')}_scales", "U8", dimensions=3)
+        return Mxfp4(replace(codes, shape=(*leading, groups * size)), scale)
 
     def stored(self, name: str) -> Expression:
         """Claim a tensor of a GGUF file together with the `.scale` that llama.cpp multiplies it by."""

@@ -9,14 +9,13 @@ from typing import Any
 
 from ..errors import BadInput
 from .architecture import Architecture
-from .catalogue import Catalogue
 from .config import Config
 from .deepseek_v4_blocks import NAME, OVERLAPPING, STREAMS, Family, build, build_draft, check
 from .deepseek_v4_names import NAMES, draft_source
 from .deepseek_v4_ropes import read_ropes
 from .expressions import TensorInfo
 from .graph import Graph
-from .shared import CheckpointSource, expect_all, gguf_source, open_gguf, scale_block
+from .shared import CheckpointSource, catalogue_of, expect_all, gguf_source, open_gguf
 
 RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": OVERLAPPING, "heavily_compressed_attention": 128}
 _IMPLEMENTED: Mapping[str, Sequence[object]] = {
@@ -42,7 +41,7 @@ _HARMLESS = (
 
 def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
     dimensions = _read_config(config)
-    catalogue = Catalogue(tensors, config.origin, scale_block(config))
+    catalogue = catalogue_of(config, tensors)
     source = CheckpointSource(catalogue, NAMES)
     graph = build(dimensions, source)
     if _draft_blocks(tensors) == 1 and "mtp.0.e_proj.weight" in catalogue:

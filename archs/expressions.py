@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from ..errors import BadInput
 
@@ -68,7 +68,7 @@ class Expression(Protocol):
         """The part that one expert depends on."""
 
 
-class _Derived:
+class Derived:
     """An expression's members as they follow from its parts, where its class says nothing else."""
 
     @property
@@ -83,7 +83,7 @@ class _Derived:
         return self
 
 
-class _Moved(_Derived):
+class _Moved(Derived):
     """An expression whose numbers are those of its parts, none of them changed."""
 
     @cached_property  # a stack of experts has thousands of parts
@@ -108,150 +108,7 @@ class Read(_Moved):
 
 
 @dataclass(frozen=True)
-class _Codes(_Derived):
-    """Codes times scales of which there are few."""
-
-    codes: TensorInfo
-    scale: TensorInfo
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.codes.shape
-
-    @property
-    def parts(self) -> tuple[TensorInfo, ...]:
-        return (self.codes, self.scale)
-
-    @property
-    def bits(self) -> float:
-        return self.codes.bits
-
-
-@dataclass(frozen=True)
-class BlockScaled(_Codes):
-    """`codes[i, j] * scale[i // block_rows, j // block_columns]`, the last blocks may be partial.
-
-    MiniMax's `weight_scale_inv` and DeepSeek's `scale` are both multipliers, whatever their name says.
-    """
-
-    block: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        rows, columns = self.codes.shape
-        expected = (-(-rows // self.block[0]), -(-columns // self.block[1]))
-        if self.scale.shape != expected:
-            raise BadInput(
-                f"{self.scale.name} in {self.scale.file} has shape {list(self.scale.shape)}, expected "
-                f"{list(expected)}: one scale for each {self.block[0]}x{self.block[1]} block of {self.codes.name}"
-            )
-
-    @property
-    def exact(self) -> str | None:
-        """E4M3 has 4 significant bits and E8M0 is a power of two: their product fits BF16, unlike one with float32."""
-        return "BF16" if self.scale.dtype == "F8_E8M0" else None
-
-
-@dataclass(frozen=True)
-class Scaled(_Codes):
-    """`codes * scale`: one scale for the whole weight, one for each row, or one for each expert of a stored stack."""
-
-    def __post_init__(self) -> None:
-        rows = self.codes.shape[0]
-        if self.scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
-            raise BadInput(
-                f"{self.scale.name} in {self.scale.file} has shape {list(self.scale.shape)}, expected one scale for "
-                f"all of {self.codes.name} or [{rows}]"
-            )
-
-
-@dataclass(frozen=True)
-class _Nibbles(_Derived):
-    """Two 4-bit codes in a byte, the even column in the low nibble, and one scale for each GROUP columns."""
-
-    codes: TensorInfo
-    scale: TensorInfo
-
-    GROUP: ClassVar[int]
-
-    def __post_init__(self) -> None:
-        rows, columns = self.shape
-        if self.scale.shape != (rows, columns // self.GROUP) or columns % self.GROUP:
-            raise BadInput(
-                f"{self.scale.name} in {self.scale.file} has shape {list(self.scale.shape)}, expected "
-                f"[{rows}, {columns / self.GROUP:g}]: one scale for each {self.GROUP} columns of {self.codes.name}"
-            )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.codes.shape[0], 2 * self.codes.shape[1])
-
-    @property
-    def parts(self) -> tuple[TensorInfo, ...]:
-        return (self.codes, self.scale)
-
-    @property
-    def bits(self) -> float:
-        return 8 * (self.codes.length + self.scale.length) / prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Nvfp4(_Nibbles):
-    """NVIDIA's 4-bit floats: `e2m1(code) * scale[row, column // 16] * global scale`; `scale` is E4M3.
-
-    The global scale is stored as its reciprocal by compressed-tensors. Without it the weight is that of a GGUF tensor
-    before its `.scale`.
-    """
-
-    global_scale: TensorInfo | None
-    reciprocal: bool = False
-
-    GROUP: ClassVar[int] = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.global_scale and prod(self.global_scale.shape) != 1:
-            raise BadInput(
-                f"{self.global_scale.name} in {self.global_scale.file} has shape {list(self.global_scale.shape)}, "
-                f"expected a single number"
-            )
-
-    @property
-    def parts(self) -> tuple[TensorInfo, ...]:
-        return (self.codes, self.scale, *((self.global_scale,) if self.global_scale else ()))
-
-
-@dataclass(frozen=True)
-class Mxfp4(_Nibbles):
-    """Microscaled 4-bit floats (OCP MX): `e2m1(code) * scale[row, column // 32]`; `scale` is E8M0, a power of two."""
-
-    GROUP: ClassVar[int] = 32
-
-    @property
-    def exact(self) -> str:
-        return "MXFP4"
-
-
-@dataclass(frozen=True)
-class GlobalScales(_Derived):
-    """The global scales of NVFP4 matrices as a vector: one, or one for each expert of a stack."""
-
-    matrices: tuple[Nvfp4, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self.matrices),)
-
-    @property
-    def parts(self) -> tuple[Expression, ...]:
-        return self.matrices
-
-    @property
-    def bits(self) -> float:
-        return 32.0
-
-
-@dataclass(frozen=True)
-class Reshape(_Derived):
+class Reshape(Derived):
     """All numbers of a small tensor in another shape."""
 
     tensor: TensorInfo
@@ -270,7 +127,7 @@ class Reshape(_Derived):
 
 
 @dataclass(frozen=True)
-class _Wrapped(_Derived):
+class _Wrapped(Derived):
     """An expression made of another one."""
 
     source: Expression
@@ -308,7 +165,7 @@ class Below(_Mapped, _Moved):
 
 
 @dataclass(frozen=True)
-class Zeros(_Derived):
+class Zeros(Derived):
     """A weight that a file format demands and the model does not have."""
 
     shape: tuple[int, ...]
@@ -346,15 +203,50 @@ class SideBySide(_Moved):
 
 @dataclass(frozen=True)
 class Rows(_Wrapped, _Moved):
-    """Rows `start` to `stop` of every matrix of `source` (fused projections hold several weights)."""
+    """Rows `start` to before `stop`, every `step`-th, of all matrices of `source`: fused projections hold several."""
 
     start: int
     stop: int
+    step: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
         *leading, _, columns = self.source.shape
-        return (*leading, self.stop - self.start, columns)
+        return (*leading, len(range(self.start, self.stop, self.step)), columns)
+
+    def span(self, rows: tuple[int, int] | None) -> tuple[int, int]:
+        """From which row of the source to before which some of these, or all of them, lie."""
+        start, stop = rows or (0, self.shape[-2])
+        return self.start + start * self.step, self.start + (stop - 1) * self.step + 1
+
+    def of_expert(self, expert: int | None) -> Expression:
+        return self.source.of_expert(expert)
+
+
+@dataclass(frozen=True)
+class Columns(_Wrapped, _Moved):
+    """Every `step`-th column of `source` from `start` on: what is stored by turns with something else."""
+
+    start: int
+    step: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *leading, columns = self.source.shape
+        return (*leading, len(range(self.start, columns, self.step)))
+
+    def of_expert(self, expert: int | None) -> Expression:
+        return self.source.of_expert(expert)
+
+
+@dataclass(frozen=True)
+class Transposed(_Wrapped, _Moved):
+    """Every matrix of `source` with rows and columns exchanged."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *leading, rows, columns = self.source.shape
+        return (*leading, columns, rows)
 
     def of_expert(self, expert: int | None) -> Expression:
         return self.source.of_expert(expert)

@@ -9,12 +9,11 @@ from .expressions import TensorInfo
 _ORIGINAL = "convert the checkpoint that it was made of"
 # Endings beside a module's name, and what they are traces of.
 _TRACES = {
-    "qweight": f"qweight holds whole numbers packed by GPTQ, AWQ or AutoRound; {_ORIGINAL}",
+    "qweight": f"qweight holds whole numbers that neither GPTQ nor AWQ packed, as config.json has it; {_ORIGINAL}",
     "weight.absmax": f"weight.absmax is bitsandbytes' 4-bit form; {_ORIGINAL}",
     "weight.quant_map": f"weight.quant_map is bitsandbytes' 4-bit form; {_ORIGINAL}",
     "SCB": f"SCB is bitsandbytes' 8-bit form; {_ORIGINAL}",
     "weight.SCB": f"weight.SCB is bitsandbytes' 8-bit form; {_ORIGINAL}",
-    "weight_shape": f"weight_shape belongs to whole numbers packed by compressed-tensors; {_ORIGINAL}",
     "biases": f"scales and biases are MLX's form; {_ORIGINAL}",
     "lora_A.weight": "lora_A is an adapter; merge it into its model first",
     "lora_A.default.weight": "lora_A is an adapter; merge it into its model first",

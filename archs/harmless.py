@@ -36,7 +36,11 @@ _ARITHMETIC = """
     pretraining_tp residual_in_fp32 torch_dtype use_mamba_kernels
 """
 _QUANTIZATION = """
-    activation_scheme config_groups dequantize exclude_modules expert_dtype fmt format global_compression_ratio
+    act_group_aware activation_scheme backend batch_size block_name_to_quantize cache_block_outputs config_groups
+    damp_percent dataset desc_act do_fuse dynamic exllama_config hyb_act lm_head max_input_length meta
+    model_file_base_name model_name_or_path model_seqlen module_name_preceding_first_block
+    modules_in_block_to_quantize pack_dtype pad_token_id static_groups sym tokenizer true_sequential use_cuda_fp16
+    use_exllama zero_point dequantize exclude_modules expert_dtype fmt format global_compression_ratio
     group_size hf_quantizer ignore ignored_layers kv_cache_quant_algo kv_cache_scheme modules_to_not_convert
     moe_quant_algo producer quant_algo quant_method quantization_status quantized_layers scale_fmt targets version
     weight_block_size

@@ -25,7 +25,7 @@ from .nemotron_h_blocks import (
     build,
     check,
 )
-from .shared import CheckpointSource, Experts, Names, Source, expect_all, gguf_source, open_gguf, scale_block
+from .shared import CheckpointSource, Experts, Names, Source, catalogue_of, expect_all, gguf_source, open_gguf
 
 _NO_LIMIT: Sequence[object] = [[0.0, float("inf")], [0.0, 1e308], [0.0, {"__float__": "Infinity"}]]
 _IMPLEMENTED: Mapping[str, Sequence[object]] = {
@@ -145,7 +145,7 @@ def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
 
 
 def _read_checkpoint(config: Config, tensors: Sequence[TensorInfo], drafts: bool) -> Graph:
-    catalogue = Catalogue(tensors, config.origin, scale_block(config))
+    catalogue = catalogue_of(config, tensors)
     dimensions = _read_config(config, drafts)
     tied = config.flag("tie_word_embeddings", default=False)
     try:

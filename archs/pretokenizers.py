@@ -26,6 +26,7 @@ _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+"
 
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ANY_CASE = r"[\p{L}\p{M}]"
 _UPPER_ASCII, _LOWER_ASCII = r"((?=[\p{L}])([^a-z]))", r"((?=[\p{L}])([^A-Z]))"
 
 
@@ -109,6 +110,21 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
         sources=((_llama3(_CONTRACTION, r"\p{N}"),),),
     ),
     PreTokenizer(
+        names=("command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"),
+        splits=(r"\p{N}", _GPT2_ENGINE),
+        sources=((r"\p{N}", _GPT2),),
+    ),
+    PreTokenizer(
+        # Digits by threes from the right, then words as GPT-4o has them. llama.cpp leaves what precedes digits with the
+        # first of them until words are found, and takes letters of any case for both.
+        names=("cohere2moe", "tiny_aya"),
+        splits=(
+            r"[^\p{N}]*\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))",
+            _cased(_ANY_CASE, _ANY_CASE, _CONTRACTION_SPELLED + "?", r"\p{N}{1,3}"),
+        ),
+        sources=((r"\d{1,3}(?=(?:\d{3})*\b)", _cased(_UPPER, _LOWER, _CONTRACTION + "?", r"\p{N}{1,3}")),),
+    ),
+    PreTokenizer(
         names=("qwen35",), splits=(_with_marks(_CONTRACTION_SPELLED),), sources=((_with_marks(_CONTRACTION),),)
     ),
     PreTokenizer(
@@ -121,12 +137,12 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
 
 
 OTHER_NAMES = (
-    *("afmoe", "a.x-4.0", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "codeshell", "command-r"),
-    *("dbrx", "deepseek-coder", "deepseek-llm", "exaone", "exaone-moe", "f2llmv2", "falcon", "gemma4", "glm4", "glm5"),
+    *("afmoe", "a.x-4.0", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "dbrx"),
+    *("deepseek-coder", "deepseek-llm", "exaone-moe", "f2llmv2", "falcon", "gemma4", "glm4", "glm5"),
     *("gpt3-finnish", "granite-docling", "granite-embed-multi-311m", "granite-embed-multi-97m", "grok-2", "jais-2"),
     *("jina-de", "jina-es", "jina-v1-en", "jina-v2-code", "jina-v2-de", "jina-v2-es", "jina-v5-nano", "kimi-k2"),
-    *("kormo", "laguna", "llada-moe", "mellum2", "minerva-7b", "minicpm5", "mmbert", "poro-chat", "refact"),
-    *("roberta-bpe", "sarvam-moe", "seed-coder", "smaug-bpe", "smollm", "starcoder", "superbpe", "tiny_aya"),
+    *("kormo", "laguna", "llada-moe", "minicpm5", "mmbert", "poro-chat", "refact"),
+    *("roberta-bpe", "sarvam-moe", "seed-coder", "smaug-bpe", "starcoder", "superbpe"),
     *("trillion", "ufakzeka", "viking", "youtu"),
 )
 """Names that llama.cpp knows too, of splitters that the table lacks: what they do to a text cannot be checked."""
@@ -174,6 +190,8 @@ def pre_tokenizer_steps(tokenizer_json: Mapping[str, Any]) -> list[Mapping[str, 
 def _expression(step: Mapping[str, Any]) -> str:
     if step["type"] == "ByteLevel":
         return _GPT2 if step.get("use_regex", True) else ""
+    if step["type"] == "Digits" and step.get("individual_digits"):
+        return r"\p{N}"
     # "Removed" and inverted keeps the matches: the same pieces, as the table's expressions match every character.
     kept = (step.get("behavior"), step.get("invert")) in {("Isolated", False), ("Removed", True)}
     if step["type"] == "Split" and kept and "Regex" in step["pattern"]:

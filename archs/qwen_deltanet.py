@@ -21,11 +21,11 @@ from .shared import (
     Experts,
     Names,
     Source,
+    catalogue_of,
     gguf_source,
     open_gguf,
     read_yarn,
     rope_section,
-    scale_block,
 )
 from .weights import check_shape
 
@@ -134,7 +134,7 @@ def read_checkpoint(
     """
 
     def graph(drafts: bool) -> Graph:
-        catalogue = Catalogue(tensors, config.origin, scale_block(config))
+        catalogue = catalogue_of(config, tensors)
         d = read(config, drafts)
         check(d, config.origin)
         tied = config.flag("tie_word_embeddings", default=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import BadInput
-from . import deepseek_v4, minimax_m2, nemotron_h, qwen3_5, qwen3_moe, qwen3_next
+from . import cohere2, deepseek_v4, gpt_oss, minimax_m2, nemotron_h, qwen3_5, qwen3_moe, qwen3_next
 from .architecture import Architecture
 from .config import Config
 
@@ -16,6 +16,9 @@ def architectures() -> tuple[Architecture, ...]:
         nemotron_h.DENSE,
         deepseek_v4.ARCHITECTURE,
         qwen3_moe.ARCHITECTURE,
+        gpt_oss.ARCHITECTURE,
+        cohere2.DENSE,
+        cohere2.MIXTURE,
         qwen3_next.ARCHITECTURE,
         qwen3_5.MIXTURE,
         qwen3_5.DENSE,
@@ -34,8 +37,10 @@ def architecture_named(name: str, origin: str) -> Architecture:
 def architecture_of(config: Config) -> Architecture:
     """The adapter for a checkpoint's `model_type`. Raises BadInput for an unknown one."""
     model_type = config.text("model_type")
+    inner = config.section("text_config").text("model_type", default=model_type)  # beside a tower for pictures
     for architecture in architectures():
-        if model_type in architecture.model_types:
+        if {model_type, inner}.issubset(architecture.model_types):
             return architecture
-    known = ", ".join(model_type for architecture in architectures() for model_type in architecture.model_types)
-    raise BadInput(f"{config.origin}: model_type is {model_type!r}, expected one of {known}")
+    named = model_type if inner == model_type else f"{model_type} of {inner}"
+    known = ", ".join(dict.fromkeys(name for architecture in architectures() for name in architecture.model_types))
+    raise BadInput(f"{config.origin}: model_type is {named!r}, expected one of {known}")

@@ -12,6 +12,7 @@ from ..errors import BadInput
 from .catalogue import Catalogue
 from .config import Config
 from .dimensions import Dimensions
+from .encodings import Packing
 from .expressions import Expression, TensorInfo
 from .graph import MLP, Activation, Attention, Graph, HashRouter, Layer, MoE, Norm, Rope, Router, Yarn
 from .weights import Role, Weight
@@ -91,12 +92,13 @@ def yarn_of(factor: float, original_context: int) -> Yarn:
     return Yarn(factor, original_context, _YARN_FAST, _YARN_SLOW, 1 + 0.1 * max(math.log(factor), 0))
 
 
-def read_yarn(rope: Config, context: int) -> Yarn | None:
+def read_yarn(rope: Config, context: int, rounded: tuple[bool, ...] = (True,)) -> Yarn | None:
     """The scaling that a section of rotary settings asks for. Raises BadInput for any other than YaRN with its usual
     constants.
 
     Args:
         context: tokens that the model was trained with, unless the section says so.
+        rounded: whether the family's limits between pairs may be rounded; that they are is what is not said.
     """
     kind = rope.text("rope_type", "type", default="default")
     if kind == "default":
@@ -107,8 +109,8 @@ def read_yarn(rope: Config, context: int) -> Yarn | None:
     rope.expect("beta_fast", yarn.fast)
     rope.expect("beta_slow", yarn.slow)
     rope.expect("attention_factor", yarn.magnitude)
-    rope.expect("truncate", True)
-    return yarn
+    rope.expect("truncate", *rounded)
+    return replace(yarn, rounded=rope.flag("truncate", default=True))
 
 
 def scale_block(config: Config) -> tuple[int, int]:
@@ -127,6 +129,27 @@ def _block_structure(quantization: Config) -> Any:
     schemes = [group.get("weights") for group in listed if isinstance(group, dict)]
     blocks = (scheme.get("block_structure") for scheme in schemes if isinstance(scheme, dict))
     return next(filter(None, blocks), None)
+
+
+def catalogue_of(config: Config, tensors: Sequence[TensorInfo]) -> Catalogue:
+    """The tensors of a checkpoint, with what its configuration alone says of their encodings.
+
+    Raises BadInput for whole numbers of other sizes, or in another form, than are understood.
+    """
+    quantization, packing, uniform = config.section("quantization_config"), None, False
+    match quantization.text("quant_method", default="none"):
+        case "gptq":
+            quantization.expect("bits", 4)
+            quantization.expect("is_marlin_format", False)
+            quantization.expect("checkpoint_format", "gptq", "gptq_v2")
+            packing = Packing(quantization.text("checkpoint_format", default="gptq"))
+            ordered = not quantization.flag("desc_act", default=False)
+            uniform = quantization.flag("sym", default=True) and ordered
+        case "awq":
+            quantization.expect("bits", 4)
+            quantization.expect("version", "gemm", "GEMM")
+            packing = Packing.AWQ
+    return Catalogue(tensors, config.origin, scale_block(config), packing, uniform)
 
 
 @dataclass(frozen=True)
@@ -207,7 +230,7 @@ def read_checkpoint(
     config: Config, tensors: Sequence[TensorInfo], names: Names, build: Callable[[Source], Graph]
 ) -> Graph:
     """The graph of a checkpoint that uses each of its tensors; the head may be the embedding."""
-    catalogue = Catalogue(tensors, config.origin, scale_block(config))
+    catalogue = catalogue_of(config, tensors)
     graph = build(CheckpointSource(catalogue, names, config.flag("tie_word_embeddings", default=False)))
     return replace(graph, notes=catalogue.finish())
 
@@ -243,18 +266,19 @@ class Builder:
     def norm(self, name: str, *shape: int) -> Norm:
         return Norm(self.weight(name, Role.NORM, *shape), self._epsilon)
 
-    def graph(self, architecture: str, layers: tuple[Layer, ...]) -> Graph:
-        """Layers between embedding and head."""
+    def graph(self, architecture: str, layers: tuple[Layer, ...], tied: bool = False) -> Graph:
+        """Layers between embedding and head, or, `tied`, between the two uses of one weight."""
         vocabulary, hidden = self._dimensions.vocabulary, self.hidden
+        embedding = self.weight("token_embd.weight", Role.HEAD if tied else Role.EMBEDDING, vocabulary, hidden)
         return Graph(
             architecture=architecture,
             vocabulary_size=vocabulary,
             hidden_size=hidden,
             context_length=self._dimensions.context,
-            embedding=self.weight("token_embd.weight", Role.EMBEDDING, vocabulary, hidden),
+            embedding=embedding,
             layers=layers,
             final_norm=self.norm("output_norm.weight", hidden),
-            head=self.weight("output.weight", Role.HEAD, vocabulary, hidden),
+            head=embedding if tied else self.weight("output.weight", Role.HEAD, vocabulary, hidden),
         )
 
     def attention(
@@ -329,7 +353,7 @@ class Builder:
             shared: width of the shared expert, 0 where there is none.
         """
         count, size, width = shape
-        gated = activation is Activation.SWIGLU
+        gated = activation is not Activation.RELU_SQUARED
         gate = self.weight(f"{blk}.ffn_gate_exps.weight", Role.EXPERT_GATE, *shape) if gated else None
         return MoE(
             router=router,
@@ -341,8 +365,22 @@ class Builder:
             shared=self._shared(blk, activation, shared, clamp) if shared else None,
         )
 
+    def biased_experts(self, blk: str, experts: MoE) -> MoE:
+        """The same with a bias for each projection of each expert."""
+        assert experts.gate
+
+        def bias(kind: str, projection: Weight) -> Weight:
+            return self.weight(f"{blk}.{kind}.bias", Role.BIAS, *projection.shape[:2])
+
+        return replace(
+            experts,
+            gate_bias=bias("ffn_gate_exps", experts.gate),
+            up_bias=bias("ffn_up_exps", experts.up),
+            down_bias=bias("ffn_down_exps", experts.down),
+        )
+
     def _shared(self, blk: str, activation: Activation, size: int, clamp: float | None) -> MLP:
-        gated = activation is Activation.SWIGLU
+        gated = activation is not Activation.RELU_SQUARED
         gate = self.weight(f"{blk}.ffn_gate_shexp.weight", Role.SHARED_GATE, size, self.hidden) if gated else None
         return MLP(
             gate=gate,

@@ -31,7 +31,7 @@ def rounding(folder: Path, chunks: int) -> tuple[float, float, float]:
     for layer in model.graph.layers:
         advance(streams, [layer, layer])
     (divergence,) = compare_heads(streams[0], streams[1:], tokens)
-    result = summarize(divergence, (), CONTEXT, chunks, "bfloat16", model.context_length)
+    result = summarize(divergence, (), {"evaluation": len(tokens)}, CONTEXT, "bfloat16", model.context_length)
     return result.perplexity_ratio, result.mean_kld, float(divergence.kld.median())
 
 

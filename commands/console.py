@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from pathlib import PurePath
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +14,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from ..reports.text import human_bytes as human_bytes
+from ..reports.text import human_count as human_count
+from ..reports.text import json_text
 from .logs import LINES, LOGGER
 from .terminal import printable
 
@@ -24,21 +24,7 @@ _PLAIN_INTERVAL = 5.0  # seconds between lines when nobody watches a terminal
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    print(json.dumps(_finite(value), indent=2, default=_text, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for the numbers that JSON has no form for."""
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _text(value: object) -> str:
-    """What JSON has no form for; paths are written alike on every system."""
-    return value.as_posix() if isinstance(value, PurePath) else str(value)
+    print(json_text(value, indent=2))
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -52,7 +38,9 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def print_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*header, title=literal(title), title_justify="left")
+    table = Table(title=literal(title), title_justify="left")
+    for name in header:
+        table.add_column(name, overflow="fold")  # nothing of a file's name is lost
     for row in rows:
         table.add_row(*map(literal, row))
     Console().print(table)
@@ -61,24 +49,6 @@ def print_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str
 def literal(text: object) -> Text:
     """Text that rich shows as it reads: brackets are no markup."""
     return Text(printable(text))
-
-
-def human_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'"""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if round(count, 1) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def human_count(count: float) -> str:
-    """228689764864 -> '228.7 B'"""
-    for unit in ("", "K", "M", "B"):
-        if round(count, 1) < 1000:
-            return f"{count:.0f}" if unit == "" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} T"
 
 
 class TerminalProgress:

@@ -12,7 +12,6 @@ from ..errors import BadInput
 from .evaluate import exit_if_worse
 from .fitting import Fitting, fitting_options
 from .options import (
-    SOURCE,
     calibrating_options,
     calibration_options,
     calibration_text_options,
@@ -29,9 +28,11 @@ from .options import (
     quantizing_options,
     source_options,
     streaming_source_options,
-    text_options,
 )
+from .reporting import write_conversion_report
 from .terminal import printable
+from .texts import category_options
+from .values import SOURCE
 
 if TYPE_CHECKING:
     from ..convert.settings import Calibration, Goal, Output
@@ -49,8 +50,11 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show types and size as `moecast plan` does, without measuring.")
 @calibration_options
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare the result with the source.")
+@click.option(
+    "--report/--no-report", default=True, show_default=True, help="Write NAME.report.html and .json beside the output."
+)
 @max_kld_option
-@text_options
+@category_options
 @compute_options
 @streaming_source_options
 @json_option
@@ -63,6 +67,7 @@ def convert(
     dry_run: bool,
     calibration: Calibration,
     verify: bool,
+    report: bool,
     max_kld: float | None,
     evaluation: Evaluation,
     compute: Compute,
@@ -119,6 +124,8 @@ def convert(
             progress=progress,
         )
     show_conversion(result, as_json)
+    if report:
+        write_conversion_report(result)
     exit_if_worse(result.parity, max_kld)
 
 
@@ -273,3 +280,4 @@ def demo(output: Path) -> None:
         output_file, evaluation = Output(output, overwrite=True), Evaluation(chunks=32)
         result = run(source, output_file, evaluation=evaluation, progress=progress)
     show_conversion(result, as_json=False)
+    write_conversion_report(result)

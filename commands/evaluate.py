@@ -9,21 +9,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .logs import LOGGER
+from .logs import LOGGER, typed_command
 from .options import (
-    SOURCE,
-    Number,
+    calibrating_options,
     device_options,
     evaluating_options,
     json_option,
     low_memory_option,
     max_kld_option,
     source_options,
-    text_options,
 )
+from .reporting import report_option, save_report
 from .terminal import printable
+from .texts import category_options, text_options
+from .values import SOURCE, Number
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..runner.engines import OnnxModel
     from ..runner.measure.evaluate import Parity
     from ..runner.settings import Compute, Evaluation
@@ -67,58 +70,79 @@ def perplexity(
 
 @click.command()
 @click.argument("reference", type=SOURCE)
-@click.argument("candidate", type=SOURCE)
-@text_options
+@click.argument("candidates", metavar="CANDIDATE...", type=SOURCE, nargs=-1, required=True)
+@category_options
 @max_kld_option
-@evaluating_options
+@report_option
+@calibrating_options
 @low_memory_option
 @source_options
 @json_option
 def parity(
     reference: str,
-    candidate: str,
+    candidates: tuple[str, ...],
     evaluation: Evaluation,
     max_kld: float | None,
+    report_folder: Path | None,
     compute: Compute,
     low_memory: bool,
     access: HubAccess,
     as_json: bool,
 ) -> None:
-    """How far CANDIDATE is from REFERENCE: KL divergence, perplexity, agreement on the most probable token.
+    """How far each CANDIDATE is from REFERENCE: KL divergence, perplexity, agreement on the most probable token.
+
+    Several are compared side by side, in one pass over REFERENCE. They may be checkpoints, GGUF files and ONNX folders,
+    also of other tools.
 
     \b
     Examples:
       moecast parity CHECKPOINT model.gguf --max-kld 0.05
       moecast parity a.gguf b.gguf -f text.txt --json
+      moecast parity CHECKPOINT ours.gguf theirs.gguf model-onnx/ --categories
+      moecast parity CHECKPOINT *.gguf --text code=code.txt --text chat=chat.txt --memory 16GB
     """
-    from ..runner.measure.evaluate import parity as run
+    from ..reports.gather import comparison_report
+    from ..runner.measure.candidates import compare
+    from .candidates import show_candidates
     from .console import make_progress
     from .report import show_parity
 
     first = _open(reference, access, low_memory)
-    second = _open(candidate, replace(access, revision=None), low_memory)
+    others = [_open(candidate, replace(access, revision=None), low_memory) for candidate in candidates]
     with make_progress() as progress:
-        result = run(first, second, evaluation, compute, progress)
-    show_parity(f"{second.path} against {first.path}", result, as_json)
-    exit_if_worse(result, max_kld)
+        compared = compare(first, others, evaluation, compute, progress)
+    if len(compared) == 1:
+        show_parity(f"{compared[0].path} against {first.path}", compared[0].parity, as_json)
+    else:
+        show_candidates(first.path, compared, as_json)
+    if report_folder:
+        save_report(comparison_report(first, others, compared, evaluation, typed_command()), report_folder)
+    if len(compared) == 1:
+        exit_if_worse(compared[0].parity, max_kld)
+    else:
+        _exit_if([f"{found.path}: {line}" for found in compared for line in _failures(found.parity, max_kld)])
 
 
 def exit_if_worse(result: Parity | None, max_kld: float | None) -> None:
     """Exit with 1 when a result is no number, or worse than the user accepts."""
-    if result is None:
-        return
+    if result is not None:
+        _exit_if(_failures(result, max_kld))
+
+
+def _failures(result: Parity, max_kld: float | None) -> list[str]:
+    """In what a result is no number, or worse than the user accepts."""
     if not result.is_finite:
-        _exit_if([*result.problems])
+        return [*result.problems]
+    found: list[str] = []
     if max_kld is None:
-        return
-    failures = []
+        return found
     if not result.mean_kld <= max_kld:
-        failures.append(f"mean KL divergence {result.mean_kld:.6f} is above {max_kld}")
+        found.append(f"mean KL divergence {result.mean_kld:.6f} is above {max_kld}")
     if result.tokenization is None:
-        failures.append("the file's text splitter is none that moecast can run, so its token ids are not proved")
+        found.append("the file's text splitter is none that moecast can run, so its token ids are not proved")
     elif result.tokenization.evaluation_tokens > 0:  # probe texts go further than llama.cpp's splitters do: a note
-        failures.append(f"token ids differ on {result.tokenization}")
-    _exit_if(failures)
+        found.append(f"token ids differ on {result.tokenization}")
+    return found
 
 
 def _exit_if(failures: Sequence[str]) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import BadInput
-from .options import Size, grouped
+from .options import grouped
+from .values import Size
 
 if TYPE_CHECKING:
     from ..convert.settings import Goal

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,10 +50,21 @@ class _WithoutSecrets(logging.Formatter):
         self.secrets = {token} if (token := os.environ.get("HF_TOKEN")) else set()
 
     def format(self, record: logging.LogRecord) -> str:
-        text = printable(super().format(record), keep="\n" if record.exc_info else "")
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return _TOKEN.sub("hf_***", text)
+        return _hidden(printable(super().format(record), keep="\n" if record.exc_info else ""), self.secrets)
+
+
+def _hidden(text: str, secrets: Iterable[str]) -> str:
+    """Text in which no token stands."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return _TOKEN.sub("hf_***", text)
+
+
+def typed_command() -> str:
+    """The command that is running, as it can be run again, without tokens."""
+    context = click.get_current_context()
+    given = context.params.get("token")
+    return _hidden(shlex.join(("moecast", *context.find_root().meta.get(ARGUMENTS, ()))), [given] if given else ())
 
 
 LINES = Lines(logging.INFO)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import BadInput
-from .options import SOURCE, hub_options, json_option, source_options
+from .options import hub_options, json_option, source_options
 from .terminal import printable
+from .values import SOURCE
 
 if TYPE_CHECKING:
     from ..sources.hub.access import HubAccess

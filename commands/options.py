@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 import traceback
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -16,88 +14,15 @@ from ..documents import exists
 from ..errors import BadInput, MoecastError
 from .logs import ARGUMENTS, LOGGER, one_command
 from .terminal import one_line, save_traceback
+from .values import MatrixName, Number, Size, TypeOverride
 
 if TYPE_CHECKING:
     from ..convert.settings import Calibration, Goal, Output
     from ..quant.planning.plan import Form
-    from ..runner.settings import Compute, Evaluation
+    from ..runner.settings import Compute
     from ..sources.hub.access import HubAccess
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-class Size(click.ParamType[int]):
-    """A number of bytes as people write it: 4GB and 4G are decimal, 4GiB is binary."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", value.strip(), re.IGNORECASE)
-        if not match:
-            self.fail(f"{value!r} is not a size, expected for example 40GB or 36GiB", param, ctx)
-        size = float(match[1]) * _UNITS[(match[2] or "").upper()]
-        if size >= 2**63:
-            self.fail(f"{value!r} is more than any disk or memory has", param, ctx)
-        return int(size)
-
-
-class Number(click.FloatRange):
-    """A finite number of at least zero."""
-
-    def __init__(self, min_open: bool = False) -> None:
-        super().__init__(min=0, min_open=min_open)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = float(super().convert(value, param, ctx))
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number", param, ctx)
-        return number
-
-
-class TypeOverride(click.ParamType[tuple[str, str]]):
-    """REGEX=TYPE: a regular expression for tensor names, and a ggml type."""
-
-    name = "regex=type"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        pattern, _, type_name = value.rpartition("=")
-        if not pattern:
-            self.fail(f"{value!r}, expected REGEX=TYPE, for example ffn_down_exps=q6_k", param, ctx)
-        return pattern, type_name.upper()
-
-
-class ModelName(click.ParamType[str]):
-    """What names a model, of which all is known to be right that can be known without a look at it."""
-
-    name = "model"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from ..sources.named import parse_model
-
-        parse_model(value)
-        return str(value)
-
-
-class MatrixName(click.ParamType[str]):
-    """What names an importance matrix: a file, or one of a repository."""
-
-    name = "matrix"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from ..sources.hub.address import parse_file
-
-        if not exists(Path(value)):
-            if "/" not in value:
-                raise BadInput(f"--imatrix {value}: no such file")
-            parse_file(value)
-        return str(value)
-
-
-SOURCE = ModelName()
 
 
 class Commands(click.Group):
@@ -159,7 +84,7 @@ def grouped(
     return decorate
 
 
-def _require_files(given: Mapping[str, Path | None]) -> None:
+def require_files(given: Mapping[str, Path | None]) -> None:
     """Raises BadInput where what an option names is not there."""
     for option, path in given.items():
         if path is not None and not exists(path):
@@ -176,7 +101,7 @@ def _goal(**values: Any) -> Goal:
     from ..convert.settings import Goal
 
     goal = Goal(**values)
-    _require_files({"--plan": values["plan"], "--like": values["like"]})
+    require_files({"--plan": values["plan"], "--like": values["like"]})
     return goal
 
 
@@ -190,16 +115,8 @@ def _calibration(
         raise BadInput("--calibration and --no-calibration exclude each other: give one")
     text = None if no_calibration else calibration or CALIBRATION_TEXT
     made = Calibration(text, chunks=calibration_chunks, **values)
-    _require_files({"--calibration": calibration})
+    require_files({"--calibration": calibration})
     return made
-
-
-def _evaluation(file: Path | None, context: int, chunks: int | None) -> Evaluation:
-    from ..runner.settings import Evaluation
-    from ..runner.texts import EVALUATION_TEXT
-
-    _require_files({"--file": file})
-    return Evaluation(file or EVALUATION_TEXT, context, chunks)
 
 
 def _compute(**values: Any) -> Compute:
@@ -254,22 +171,14 @@ streaming_source_options = grouped(
 )
 
 
-_CONTEXT_OPTION = click.option(
+context_option = click.option(
     "-c", "--context", type=click.IntRange(4), default=512, show_default=True, help="Tokens in a chunk."
 )
 
 
-def _chunks_option(*names: str) -> Callable[[Command], Command]:
+def chunks_option(*names: str) -> Callable[[Command], Command]:
     return click.option(*names, type=click.IntRange(1), help="Use at most this many chunks of the text.")
 
-
-text_options = grouped(
-    "evaluation",
-    _evaluation,
-    click.option("-f", "--file", type=click.Path(path_type=Path), help="Evaluation text; a bundled one by default."),
-    _CONTEXT_OPTION,
-    _chunks_option("--chunks"),
-)
 
 form_options = grouped(
     "form",
@@ -322,8 +231,8 @@ calibration_text_options = grouped(
     "calibration",
     _calibration,
     _CALIBRATION_OPTION,
-    _CONTEXT_OPTION,
-    _chunks_option("--calibration-chunks", "--chunks"),
+    context_option,
+    chunks_option("--calibration-chunks", "--chunks"),
 )
 _WEIGHING_OPTIONS = (
     _CALIBRATION_OPTION,

@@ -12,8 +12,8 @@ import click
 from ..documents import exists
 from ..errors import BadInput, OutputExists
 from .fitting import Fitting, fitting_options_with_context
+from .logs import typed_command
 from .options import (
-    SOURCE,
     file_format_option,
     form_options,
     json_option,
@@ -23,6 +23,8 @@ from .options import (
     source_options,
     weighing_options,
 )
+from .reporting import report_option, save_report
+from .values import SOURCE
 
 if TYPE_CHECKING:
     from ..convert.settings import Calibration, Goal
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--tensors", "each", is_flag=True, help="List every tensor: name, type, shape, bytes.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan to a file for --plan.")
 @overwrite_option
+@report_option
 @source_options
 @json_option
 def plan(
@@ -55,6 +58,7 @@ def plan(
     each: bool,
     output: Path | None,
     overwrite: bool,
+    report_folder: Path | None,
     access: HubAccess,
     as_json: bool,
 ) -> None:
@@ -89,6 +93,8 @@ def plan(
     from ..convert.plans.choose import fit_machine, plan_for
     from ..convert.plans.measured import measured_plan
     from ..quant.planning.plan_file import write_plan_file
+    from ..reports.gather import plan_report
+    from ..runner.bandwidth import memory_bandwidth
     from ..sources.locate import locate_imatrix, open_headers, open_source
     from .console import make_progress
     from .report import show_fit, show_plan
@@ -110,9 +116,11 @@ def plan(
             if goal.machine:
                 found = fit_machine(model.graph, goal.machine, form)
                 chosen = found.plan
-                show_fit(found, as_json, each)
+                show_fit(found, memory_bandwidth(), as_json, each)
             else:
                 chosen = plan_for(model, goal, form, calibration, file_format)
                 show_plan(chosen, as_json, each)
         if output:
             write_plan_file(chosen, output)
+        if report_folder:
+            save_report(plan_report(chosen, source, typed_command()), report_folder)

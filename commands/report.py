@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from ..reports.rows import parity_rows, scoring_rows
 from .console import human_bytes, human_count, print_columns, print_json, print_table
 from .terminal import printable
 
@@ -71,27 +72,18 @@ def show_plan(plan: Plan, as_json: bool, each: bool = False) -> None:
     """A plan by roles and layers; before that tensor by tensor, where `each` asks for it."""
     from ..quant.planning.allocation import bytes_per_token
     from ..quant.planning.plan_file import plan_as_json
+    from ..reports.gather import planned_tensors
+    from ..reports.report import grouped
 
     if as_json:
         print_json(plan_as_json(plan))
         return
     if each:
         show_tensors(plan)
-    layers: dict[tuple[str, str], list[int]] = {}
-    sizes: Counter[tuple[str, str]] = Counter()
-    counts: Counter[tuple[str, str]] = Counter()
-    for tensor in plan.tensors:
-        key = tensor.weight.role.value, tensor.type.name
-        counts[key] += 1
-        sizes[key] += plan.bytes_of(tensor)
-        if tensor.weight.layer is not None:
-            layers.setdefault(key, []).append(tensor.weight.layer)
     rows = [
-        (role, name, _ranges(layers.get((role, name), [])), str(counts[role, name]), human_bytes(size))
-        for (role, name), size in sizes.items()
+        (group.role, group.type, group.layers, str(group.tensors), human_bytes(group.bytes))
+        for group in grouped(planned_tensors(plan))
     ]
-    roles = list(dict.fromkeys(row[0] for row in rows))
-    rows.sort(key=lambda row: roles.index(row[0]))
     title = f"{plan.recipe.name}: {human_bytes(plan.bytes)}, {plan.bits_per_weight:.2f} bits per weight"
     print_columns(title, ("Role", "Type", "Layers", "Tensors", "Size"), rows)
     if plan.expected_kld is not None:
@@ -108,33 +100,37 @@ def show_tensors(plan: Plan) -> None:
     print_columns(f"{plan.recipe.name}, {len(rows)} tensors", ("Tensor", "Type", "Shape", "Bytes"), rows)
 
 
-def show_fit(fit: MachinePlan, as_json: bool, each: bool = False) -> None:
+def show_fit(fit: MachinePlan, bandwidth: float, as_json: bool, each: bool = False) -> None:
+    """`bandwidth`: bytes a second that this machine reads from its memory."""
     if as_json:
         from ..quant.planning.plan_file import plan_as_json
 
         memory = {"state_bytes": fit.state_bytes, "working_bytes": fit.working_bytes}
-        print_json({**plan_as_json(fit.plan), **memory, "layers_in_ram": fit.layers_in_ram, "serve": _serve(fit)})
+        speed = {"ram_bytes_per_token": fit.ram_bytes_per_token, "memory_bandwidth": bandwidth}
+        lines = {"serve": _serve(fit), "chat": _serve(fit, "llama-cli")}
+        print_json({**plan_as_json(fit.plan), **memory, **speed, "layers_in_ram": fit.layers_in_ram, **lines})
         return
     show_plan(fit.plan, as_json, each)
     print(f"State of {fit.machine.context} tokens: {human_bytes(fit.state_bytes)}, ", end="")
     print(f"working memory: about {human_bytes(fit.working_bytes)}")
-    print(f"Serve it with\n\n    {_serve(fit)}\n")
+    if fit.ram_bytes_per_token:
+        rate = bandwidth / fit.ram_bytes_per_token
+        print(
+            f"A token reads {human_bytes(fit.ram_bytes_per_token)} of weights from RAM: at most "
+            f"{rate:.{0 if rate >= 10 else 1}f} tokens a second, if RAM is as fast as this machine's "
+            f"({human_bytes(bandwidth)}/s measured now) and what lies on a GPU costs nothing"
+        )
+    print(f"Serve it, or chat with it, by\n\n    {_serve(fit)}\n    {_serve(fit, 'llama-cli')}\n")
 
 
-def _serve(fit: MachinePlan) -> str:
-    experts = (*_GPU, "--n-cpu-moe", fit.layers_in_ram) if fit.machine.vram else ()
-    return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *experts)
-
-
-def _ranges(layers: list[int]) -> str:
-    """[0, 1, 2, 5] -> '0-2, 5'"""
-    runs: list[list[int]] = []
-    for layer in sorted(set(layers)):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+def _serve(fit: MachinePlan, program: str = "llama-server") -> str:
+    """With the options for a GPU; the head counts as a layer beside those that the GPU holds as a whole."""
+    options: tuple[str | int, ...] = ()
+    if fit.machine.vram:
+        graph = fit.plan.graph
+        on_gpu = ("--n-gpu-layers", len(graph.layers) - fit.layers_in_ram + 1)
+        options = (*_GPU, "--n-cpu-moe", fit.layers_in_ram) if graph.experts else on_gpu
+    return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *options, program=program)
 
 
 def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:
@@ -142,7 +138,7 @@ def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:
         print_json({**asdict(result), "problems": result.problems})
         return
     value = f"{result.perplexity:.4f} ± {result.error:.4f}"
-    print_table(title, [("Perplexity", value), *_scoring_rows(result)])
+    print_table(title, [("Perplexity", value), *scoring_rows(result)])
     show_problems(result.problems)
 
 
@@ -150,7 +146,8 @@ def show_parity(title: str, result: Parity, as_json: bool) -> None:
     if as_json:
         print_json({**asdict(result), "problems": result.problems})
         return
-    print_table(title, _parity_rows(result))
+    print_table(title, parity_rows(result))
+    _show_categories(result)
     show_problems(result.problems)
 
 
@@ -159,19 +156,23 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     from ..sources.tokenizer_gguf import CHAT_TEMPLATE
 
     if as_json:
-        print_json(asdict(result))
+        print_json({field.name: getattr(result, field.name) for field in fields(result) if field.name != "details"})
         return
     rows = [("Size", f"{human_bytes(result.bytes)}, {result.bits_per_weight:.2f} bits per weight")]
     if result.parity:
-        rows += _parity_rows(result.parity)
+        rows += parity_rows(result.parity)
     runs = " in all runs" if result.resumed else ""
     rows.append(("Time, peak memory", f"{result.seconds:.1f} s{runs}, {human_bytes(result.peak_rss_bytes)}"))
     print_table(str(result.files[0]), rows)
+    if result.parity:
+        _show_categories(result.parity)
     show_problems(result.problems)
     file = result.files[0]
     if file.suffix == ".gguf":
-        experts = (*_GPU, "--cpu-moe") if shutil.which("nvidia-smi") else ()
-        template = (_TEMPLATE,) if CHAT_TEMPLATE in read_gguf(file)[0] else ()
+        metadata = read_gguf(file)[0]
+        routed = f"{metadata.get('general.architecture')}.expert_count" in metadata
+        experts = (*_GPU, "--cpu-moe") if routed and shutil.which("nvidia-smi") else ()
+        template = (_TEMPLATE,) if CHAT_TEMPLATE in metadata else ()
         line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *template, *experts)
     else:
         line = f'moecast run {file.parent} -p "Once upon a time"'
@@ -219,24 +220,23 @@ def show_problems(problems: tuple[str, ...]) -> None:
         print(f"Note: {printable(problem)}")
 
 
-def server_line(model: str | Path, context: int, *options: object) -> str:
-    """The command that serves a file with llama.cpp."""
-    return " ".join(map(str, ("llama-server", "-m", model, "-c", context, *options)))
+def server_line(model: str | Path, context: int, *options: object, program: str = "llama-server") -> str:
+    """The command that serves a file with llama.cpp, or chats with it."""
+    return " ".join(map(str, (program, "-m", model, "-c", context, *options)))
 
 
-def _parity_rows(result: Parity) -> list[tuple[str, str]]:
-    return [
-        ("Perplexity, source", f"{result.perplexity_reference:.4f}"),
-        ("Perplexity, result", f"{result.perplexity_candidate:.4f} ({result.perplexity_ratio - 1:+.2%})"),
-        ("Mean KL divergence", f"{result.mean_kld:.6f} ± {result.mean_kld_error:.6f}"),
-        ("KL divergence, 99.9 %", f"{result.kld_999:.6f}"),
-        ("Same top token", f"{result.top1_agreement:.2%}"),
-        ("Token ids that differ", "not checked" if result.tokenization is None else str(result.tokenization)),
-        ("Δp of the right token", f"{result.mean_delta_p:+.3%} mean, {result.rms_delta_p:.3%} RMS"),
-        *_scoring_rows(result),
-    ]
-
-
-def _scoring_rows(result: Perplexity | Parity) -> list[tuple[str, str]]:
-    rows = [("Tokens scored", str(result.tokens))]
-    return rows if result.compute_dtype == "float32" else [*rows, ("Products computed in", result.compute_dtype)]
+def _show_categories(result: Parity) -> None:
+    """A table of the texts where there are several."""
+    texts = result.slices["category"]
+    if len(texts) > 1:
+        header = ("Text", "Tokens scored", "Mean KL divergence", "Same top token")
+        rows = [
+            (
+                text.name,
+                str(text.tokens),
+                f"{text.mean_kld:.6f} ± {text.mean_kld_error:.6f}",
+                f"{text.top1_agreement:.2%}",
+            )
+            for text in texts
+        ]
+        print_columns("By category", header, rows)

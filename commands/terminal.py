@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import traceback
-import unicodedata
+
+from ..reports.text import printable as printable
 
 MOST_CHARACTERS = 300  # of an error
-_OBEYED = {"Cc", "Cs", "Zl", "Zp"}  # controls, halves of characters, breaks of lines and paragraphs
-_REORDERING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
-
-
-def printable(text: object, keep: str = "") -> str:
-    """Text from outside with everything that a terminal obeys written as an escape, except for what to `keep`."""
-    return "".join(
-        character.encode("unicode_escape").decode() if _is_obeyed(character) and character not in keep else character
-        for character in str(text)
-    )
 
 
 def one_line(text: object) -> str:
@@ -37,7 +28,3 @@ def save_traceback(error: BaseException) -> str:
             return file.name
     except OSError:
         return "nowhere"
-
-
-def _is_obeyed(character: str) -> bool:
-    return unicodedata.category(character) in _OBEYED or ord(character) in _REORDERING

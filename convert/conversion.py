@@ -10,6 +10,7 @@ from pathlib import Path
 from .. import __version__
 from ..quant.planning.plan import Plan
 from ..runner.measure.evaluate import Parity
+from .findings import Findings
 from .resume.records import Spent
 
 
@@ -24,6 +25,14 @@ class InputFile:
     def of(cls, path: str | Path) -> InputFile:
         with Path(path).open("rb") as file:
             return cls(Path(path), hashlib.file_digest(file, "sha256").hexdigest())
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a report shows of a conversion, layer by layer: the plan it followed, and what it found on its way."""
+
+    plan: Plan
+    findings: Findings
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,8 @@ class Conversion:
         version: moecast's.
         imatrix: the importance matrix that was used.
         texts: those that calibrated and evaluated, by these words.
+        output: the name that was asked for; a split's files have others.
+        details: not in the JSON that commands print, because they are long.
     """
 
     files: tuple[Path, ...]
@@ -53,6 +64,8 @@ class Conversion:
     peak_rss_bytes: int
     recipe: str
     source: str
+    output: Path
+    details: Details
     revision: str | None = None
     version: str = __version__
     imatrix: InputFile | None = None
@@ -61,10 +74,19 @@ class Conversion:
 
     @classmethod
     def of(
-        cls, files: Sequence[Path], plan: Plan, source: str, spent: Spent, parity: Parity | None = None
+        cls,
+        output: Path,
+        files: Sequence[Path],
+        details: Details,
+        source: str,
+        spent: Spent,
+        parity: Parity | None = None,
     ) -> Conversion:
         """The conversion to finished `files`."""
+        plan = details.plan
         return cls(
+            output=output,
+            details=details,
             files=tuple(files),
             bytes=sum(file.stat().st_size for file in files),
             bits_per_weight=plan.bits_per_weight,

@@ -15,6 +15,7 @@ from ..errors import BadInput
 from ..progress import Progress
 from ..quant import dequantize
 from ..quant.formats import native
+from ..quant.planning.exact import exact_format
 from ..quant.planning.plan import Plan, PlannedTensor
 from ..quant.rounding.feedback import quantize_weight
 from ..quant.rounding.moments import SecondMoments
@@ -23,6 +24,7 @@ from ..runner.weights import CachedWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import pieces
 from ..sources.read_ahead import stored_rows
+from .findings import Findings, some_rows
 from .write_behind import WriteBehind
 
 _LARGEST_F16 = torch.finfo(torch.float16).max
@@ -64,6 +66,7 @@ class Encoder:
     ) -> None:
         self.plan = plan
         self.source = source
+        self.findings = Findings()
         self._writer = writer
         self._progress = progress
         self._importance = importance
@@ -164,9 +167,15 @@ class Encoder:
         packed = [self.source.model.repacked(weight, type_name, one, rows, self.source.device) for one in experts]
         copied = [data for data in packed if data is not None]
         if len(copied) == len(experts):
+            self.findings.add_exact(weight.name)
             return _side_by_side(copied)
+        if copied:  # whether a matrix is rounded is its own matter
+            return torch.cat([self._stored(tensor, [one], rows) for one in experts])
+        if tensor.type.block_size > 1 and tensor.type == exact_format(weight.source):
+            self._warn(f"rounded to {type_name} what config.json says has its form: zeros, scales or columns have not")
         values = _side_by_side([self.source.load(weight, one, rows).view(-1, weight.columns) for one in experts])
         if type_name == "I32":
+            self.findings.add_exact(weight.name)
             return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
         try:
             data = quantize_weight(values, weight, experts, type_name, self._importance, self._threads)
@@ -179,6 +188,7 @@ class Encoder:
             ) from None
         for matrix, blocks in zip(values, data, strict=True):
             self._check_range(weight, type_name, matrix, blocks)
+        self.findings.add_rounded(weight.name, some_rows(values), _decode(some_rows(data), type_name, torch.float32))
         return data
 
     def _check_range(self, weight: Weight, type_name: str, values: Tensor, data: Tensor) -> None:
@@ -194,17 +204,24 @@ class Encoder:
             line = f"{weight.name} holds {largest:.3g}, of which {type_name} keeps {kept:.3g}: BF16 would hold it"
         else:
             return
+        self._warn(line)
+
+    def _warn(self, line: str) -> None:
         if line not in self._writer.problems:
             self._writer.problems.append(line)
 
 
 def missing_entries(matrix: ImportanceMatrix, plan: Plan) -> tuple[str, ...]:
-    """A line where an importance matrix lacks what it is for: the experts of a plan that are quantized."""
-    experts = [t.weight.name for t in plan.tensors if t.weight.experts is not None and t.type.block_size > 1]
-    missing = [name for name in experts if name not in matrix.means]
+    """A line where an importance matrix lacks what it is for: what is quantized of experts, or of dense layers."""
+    quantized = [
+        tensor.weight for tensor in plan.tensors if tensor.type.block_size > 1 and tensor.weight.layer is not None
+    ]
+    experts = [weight for weight in quantized if weight.experts is not None]
+    wanted = [weight.name for weight in experts or quantized]
+    missing = [name for name in wanted if name not in matrix.means]
     if not missing:
         return ()
-    count = f"{len(missing)} of {len(experts)} weights of experts, {missing[0]} for one"
+    count = f"{len(missing)} of {len(wanted)} weights of {'experts' if experts else 'layers'}, {missing[0]} for one"
     return (f"{matrix.file} has nothing on {count}: all their inputs count alike",)
 
 

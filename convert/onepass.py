@@ -9,7 +9,8 @@ experts that no token reached for one, is encoded when the streams are done with
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -31,6 +32,7 @@ from ..runner.texts import DEFAULT_CONTEXT
 from ..runner.weights import ModelWeights
 from ..sources.model import Model
 from .encode import Encoder, QuantizingWeights
+from .findings import Findings
 from .gguf.imatrix import ImatrixWriter
 from .resume.journal import Journal
 from .resume.states import SavedStates, holds_statistics, load_statistics, save_statistics
@@ -45,6 +47,7 @@ class PassInputs:
     Attributes:
         calibration: token ids [chunks, context] that show which inputs of a weight matter; None for no calibration.
         evaluation: token ids [chunks, context] to compare the result with its source on; None for no comparison.
+        texts: how many of these chunks each text has, by category, in order.
         importance: what to weigh columns by where there is no calibration.
         imatrix: receives what calibration finds.
         min_expert_tokens: how many calibration tokens every expert must have seen.
@@ -53,6 +56,7 @@ class PassInputs:
 
     calibration: Tensor | None = None
     evaluation: Tensor | None = None
+    texts: Mapping[str, int] = field(default_factory=dict)
     importance: Importance | None = None
     imatrix: ImatrixWriter | None = None
     min_expert_tokens: int = 0
@@ -71,6 +75,14 @@ class PassInputs:
         return max((ids.shape[1] for ids in texts), default=DEFAULT_CONTEXT)
 
 
+@dataclass(frozen=True)
+class Passed:
+    """What came of a pass besides the file: the comparison, None where there was none, and what it found on its way."""
+
+    parity: Parity | None
+    findings: Findings
+
+
 def run_pass(
     model: Model,
     plan: Plan,
@@ -80,7 +92,7 @@ def run_pass(
     journal: Journal | None = None,
     workspace: Workspace | None = None,
     progress: Progress | None = None,
-) -> Parity | None:
+) -> Passed:
     """Write every tensor of a plan, and compare the result with its source on the evaluation tokens.
 
     Args:
@@ -109,7 +121,7 @@ def _run(
     journal: Journal | None,
     workspace: Workspace,
     progress: Progress,
-) -> Parity | None:
+) -> Passed:
     """The pass, once it is clear what writes."""
     source, plan, model = encoder.source, encoder.plan, encoder.source.model
     states = _saved_states(journal, model, encoder, inputs) if journal else None
@@ -121,7 +133,9 @@ def _run(
         layer_pass.begin(REFERENCE, inputs.evaluation, source)
         layer_pass.begin(CANDIDATE, inputs.evaluation, candidate)
     streams = layer_pass.streams
-    errors = layer_pass.facts.tolist() if layer_pass.facts is not None else []
+    findings = encoder.findings
+    if layer_pass.facts is not None:
+        findings.take_over(layer_pass.facts)
     lines = _Lines(plan, progress)
     for layers in zip(*(stream.weights.graph.layers for stream in streams.values()), strict=True):
         index = layers[0].index
@@ -133,24 +147,26 @@ def _run(
         layer_pass.advance(layers, partial(encoder.finish_experts, index))  # writes the layer: see QuantizingWeights
         encoder.finish_layer(index)  # before the journal says that the layer is passed
         if inputs.evaluation is not None:
-            errors.append(relative_error(streams[REFERENCE].hidden, streams[CANDIDATE].hidden))
+            findings.layer_errors.append(relative_error(streams[REFERENCE].hidden, streams[CANDIDATE].hidden))
         if inputs.imatrix:
             inputs.imatrix.add(statistics.sums, statistics.counts)
             if journal:
                 save_statistics(journal, index, statistics)
         _check_coverage(index, statistics, inputs.min_expert_tokens)
-        lines.write(index, errors[-1] if errors else None, statistics)
-        layer_pass.save(index, torch.tensor(errors, dtype=torch.float64, device="cpu"))
+        if statistics.expert_tokens is not None:
+            findings.expert_tokens[index] = statistics.expert_tokens.tolist()
+        lines.write(index, findings.layer_errors[-1] if findings.layer_errors else None, statistics)
+        layer_pass.save(index, findings.tensor())
         statistics.clear()
     if inputs.calibration is not None and inputs.error_feedback:
         observe_head(streams[CALIBRATION], statistics)
     result = None
     if inputs.evaluation is not None:
-        chunks, context = inputs.evaluation.shape
         (divergence,) = compare_heads(streams[REFERENCE], [streams[CANDIDATE]], inputs.evaluation)
-        result = summarize(divergence, tuple(errors), context, chunks, compute.dtype, model.graph.context_length)
+        errors, made_for = tuple(findings.layer_errors), model.graph.context_length
+        result = summarize(divergence, errors, inputs.texts, inputs.evaluation.shape[1], compute.dtype, made_for)
     encoder.finish_all()
-    return result
+    return Passed(result, findings)
 
 
 def _prepare_kernels(plan: Plan, inputs: PassInputs, device: torch.device) -> None:

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import BadInput
 from ..progress import NoProgress, Progress
 from ..quant.planning.onnx_plan import OnnxPlan
@@ -19,15 +21,16 @@ from ..runner.measure.evaluate import Parity
 from ..runner.measure.tokenization import Tokenization, compare_tokenizers
 from ..runner.memory import QUANTIZING, RUNNING, workspace
 from ..runner.settings import Compute, Evaluation
-from ..runner.texts import beyond_context, evaluated_text
+from ..runner.texts import beyond_context
 from ..sources.hub.access import HubAccess
 from ..sources.imatrix import SOURCE, read_imatrix
 from ..sources.locate import Source, locate_imatrix, open_source
 from ..sources.model import Model
 from ..sources.tokenizer import Tokenizer
-from .conversion import Conversion, InputFile
+from .conversion import Conversion, Details, InputFile
 from .decisions import decisions
 from .encode import MeasuredImportance, missing_entries
+from .findings import Findings
 from .gguf.imatrix import ImatrixWriter, Origin
 from .gguf.metadata import gguf_metadata, imatrix_metadata, source_metadata
 from .gguf.tokenizer import tokenizer_problems, written_tokenizer
@@ -105,7 +108,8 @@ def convert(
             parity = replace(parity, tokenization=_tokenization(work, evaluation))
     provenance = opened.provenance
     spent = done.earlier + (measured.earlier if measured else Spent()) + Spent.since(started)
-    made = Conversion.of(done.files, plan, provenance.get("repository", model.path.as_posix()), spent, parity)
+    origin, details = provenance.get("repository", model.path.as_posix()), Details(plan, done.findings)
+    made = Conversion.of(path, done.files, details, origin, spent, parity)
     return replace(
         made,
         problems=(*made.problems, *done.problems, *_problems(work, parity)),
@@ -119,7 +123,9 @@ def convert(
 def _texts(calibration: Calibration, evaluation: Evaluation | None) -> dict[str, InputFile]:
     """What ran through the model."""
     texts = {"calibration": calibration.text if calibration.runs else None}
-    texts["evaluation"] = evaluation.text if evaluation else None
+    if evaluation:
+        texts["evaluation"] = evaluation.text
+        texts |= {f"evaluation {name}": file for name, file in evaluation.categories.items()}
     return {use: InputFile.of(text) for use, text in texts.items() if text is not None}
 
 
@@ -127,7 +133,11 @@ def _tokenization(work: _Work, evaluation: Evaluation) -> Tokenization | None:
     """How the file's tokenizer does on the evaluation text; an ONNX folder has the source's own."""
     if (written := work.written_tokenizer) is None:
         return None
-    return compare_tokenizers(work.model.tokenizer, written, evaluated_text(Path(evaluation.text)))
+    return compare_tokenizers(work.model.tokenizer, written, evaluation.read())
+
+
+def _names(evaluation: Evaluation) -> str:
+    return " + ".join(file.name for file in evaluation.texts.values())
 
 
 def _problems(work: _Work, parity: Parity | None) -> list[str]:
@@ -178,11 +188,12 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Done:
-    """Files, the first of which is the model; how they compare, what they could not hold; whether runs went before, and
-    what these took."""
+    """Files, the first of which is the model; how they compare, what was found of layers, what they could not hold;
+    whether runs went before, and what these took."""
 
     files: list[Path]
     parity: Parity | None
+    findings: Findings
     problems: list[str]
     resumed: bool
     earlier: Spent
@@ -213,9 +224,11 @@ def _importance_metadata(inputs: PassInputs, calibration: Calibration, output: O
 def _inputs(model: Model, calibration: Calibration, evaluation: Evaluation | None) -> PassInputs:
     """What will run through the model."""
     imatrix = read_imatrix(Path(calibration.imatrix)).fitted_to(model) if calibration.imatrix else None
+    texts = evaluation.tokens_by_text(model.tokenizer) if evaluation else {}
     return PassInputs(
         calibration.tokens(model.tokenizer) if calibration.runs else None,
-        evaluation.tokens(model.tokenizer) if evaluation else None,
+        torch.cat([*texts.values()]) if texts else None,
+        {name: len(ids) for name, ids in texts.items()},
         importance=MeasuredImportance(imatrix) if imatrix else None,
         min_expert_tokens=calibration.min_expert_tokens,
         error_feedback=bool(calibration.error_feedback),
@@ -228,7 +241,7 @@ def _identity(work: _Work, evaluation: Evaluation | None) -> dict[str, str]:
     others = {
         "importance matrix": file_identity(Path(calibration.imatrix)) if calibration.imatrix else "none",
         "calibration": text_identity(calibration.text, inputs.calibration),
-        "evaluation": text_identity(evaluation.text if evaluation else None, inputs.evaluation),
+        "evaluation": text_identity(_names(evaluation) if evaluation else None, inputs.evaluation),
         "compute dtype": work.compute.dtype,
         "error feedback": "yes" if inputs.error_feedback else "no",
     }
@@ -253,11 +266,11 @@ def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Pro
         with _writer(work, journal) as writer:
             if resumed:
                 note_resumption(writer.bytes_there, plan, model, progress)
-            parity = run_pass(model, plan, writer, inputs, work.compute, journal, room, progress)
+            passed = run_pass(model, plan, writer, inputs, work.compute, journal, room, progress)
         files = [*writer.paths]
         if draft and model.graph.draft:
             files.append(_write_draft(work, journal, room, progress))
-    return _Done(files, parity, writer.problems, resumed, journal.earlier)
+    return _Done(files, passed.parity, passed.findings, writer.problems, resumed, journal.earlier)
 
 
 def _imatrix_writer(work: _Work) -> ImatrixWriter | None:

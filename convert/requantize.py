@@ -17,7 +17,7 @@ from ..sources.hub.access import HubAccess
 from ..sources.imatrix import ImportanceMatrix, read_imatrix
 from ..sources.locate import locate_imatrix
 from ..sources.model import Model, open_model
-from .conversion import Conversion, InputFile
+from .conversion import Conversion, Details, InputFile
 from .encode import MeasuredImportance, missing_entries
 from .gguf.metadata import QUANTIZATION_VERSION, imatrix_metadata
 from .gguf.writer import GGUFWriter
@@ -73,8 +73,9 @@ def requantize(
                 note_resumption(writer.bytes_there, plan, model, progress)
             inputs = PassInputs(importance=MeasuredImportance(importance) if importance else None)
             room = workspace(compute, plan.graph, 0, DEFAULT_CONTEXT)
-            run_pass(model, plan, writer, inputs, compute, workspace=room, progress=progress)
-    made = Conversion.of(writer.paths, plan, model.path.as_posix(), journal.earlier + Spent.since(started))
+            passed = run_pass(model, plan, writer, inputs, compute, workspace=room, progress=progress)
+    details, spent = Details(plan, passed.findings), journal.earlier + Spent.since(started)
+    made = Conversion.of(path, writer.paths, details, model.path.as_posix(), spent)
     missing = missing_entries(importance, plan) if importance else ()
     used = InputFile.of(imatrix) if imatrix else None
     problems = (*made.problems, *writer.problems, *missing)

@@ -56,6 +56,7 @@ class OnnxModel:
         self.vocabulary_size: int = self.description["vocabulary_size"]
         self.context_length: int = self.description["context_length"]
         check_operators(self.description["operators"])
+        self.files = model_files(path / MODEL_NAME)
         self._session = _open_session(path / MODEL_NAME, low_memory and not self.description.get("prepacked"), threads)
         self._inputs = {port.name for port in self._session.get_inputs()}
         self._states: list[dict[str, Any]] = self.description["states"]
@@ -197,6 +198,12 @@ def read_onnx(file: Path) -> onnx.ModelProto:
     return model
 
 
+def model_files(file: Path) -> frozenset[Path]:
+    """A model's file and those of its external data. Raises as `read_onnx`."""
+    stored = [tensor for tensor in _tensors(read_onnx(file).graph) if tensor.external_data]
+    return frozenset((file, *(file.parent / external_place(tensor, file).file for tensor in stored)))
+
+
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """Every tensor of a graph, also those that are constants of its nodes or lie in graphs within."""
     yield from graph.initializer
@@ -209,7 +216,6 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 def _open_session(file: Path, low_memory: bool, threads: int | None) -> Any:
     engine = runtime()
-    read_onnx(file)
     options = engine.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3

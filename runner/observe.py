@@ -45,6 +45,11 @@ class ObservingWeights:
 
 
 def observe_head(stream: Stream, statistics: Statistics) -> None:
-    """Count in what the head reads of all tokens of a stream that has passed all layers."""
+    """Count in what the head reads of all tokens of a stream that has passed all layers.
+
+    A head that is the embedding is written before that: to it all inputs are alike.
+    """
+    if stream.weights.graph.tied:
+        return
     for chunk in range(len(stream.hidden)):
         statistics.add(stream.weights.graph.head, None, stream.final(chunk, slice(None)))

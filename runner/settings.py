@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import BadInput
-from .texts import DEFAULT_CONTEXT, EVALUATION_TEXT, chunk_tokens
+from .texts import DEFAULT_CONTEXT, EVALUATION_TEXT, chunk_tokens, evaluated_text
 
 if TYPE_CHECKING:  # a command line is checked before torch is loaded
     import torch
@@ -22,15 +23,45 @@ DEVICES = "auto, cpu, cuda, cuda:N or mps"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What models are evaluated on: `chunks` chunks of `context` tokens of a text, by default all of it."""
+    """What models are evaluated on.
 
-    text: str | Path = EVALUATION_TEXT
+    Attributes:
+        text: a file; None where there are categories alone.
+        context: tokens in a chunk.
+        chunks: most chunks of each text, by default all of it.
+        categories: more files, each by the name of what it is an example of.
+    """
+
+    text: str | Path | None = EVALUATION_TEXT
     context: int = DEFAULT_CONTEXT
     chunks: int | None = None
+    categories: Mapping[str, str | Path] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.text is None and not self.categories:
+            raise BadInput("--file is missing, expected it or --text: a text to evaluate on")
+        if self.text is not None and Path(self.text).stem in self.categories:
+            raise BadInput(f"--text {Path(self.text).stem} has the name of --file {self.text}: give it another")
+
+    @property
+    def texts(self) -> dict[str, Path]:
+        """All files in the order of their chunks, by category; `text` is one by its file's name."""
+        first = {} if self.text is None else {Path(self.text).stem: Path(self.text)}
+        return first | {name: Path(file) for name, file in self.categories.items()}
+
+    def tokens_by_text(self, tokenizer: Tokenizer) -> dict[str, Tensor]:
+        """Token ids of each text, int64 [chunks, context]. Raises BadInput for one that is unreadable or too short."""
+        return {name: chunk_tokens(tokenizer, file, self.context, self.chunks) for name, file in self.texts.items()}
 
     def tokens(self, tokenizer: Tokenizer) -> Tensor:
-        """Token ids, int64 [chunks, context]. Raises BadInput for a text that cannot be read or is too short."""
-        return chunk_tokens(tokenizer, Path(self.text), self.context, self.chunks)
+        """The token ids of all texts, int64 [chunks, context]. Raises as `tokens_by_text`."""
+        import torch
+
+        return torch.cat([*self.tokens_by_text(tokenizer).values()])
+
+    def read(self) -> str:
+        """All texts, one after another."""
+        return "\n".join(map(evaluated_text, self.texts.values()))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,12 @@ DEFAULT_CONTEXT = 512  # tokens
 _TEXTS = Path(__file__).parents[1] / "examples" / "text"
 EVALUATION_TEXT = _TEXTS / "evaluation.txt"
 CALIBRATION_TEXT = _TEXTS / "diverse.txt"
+_CATEGORIES = _TEXTS / "categories"
+
+
+def bundled_categories() -> dict[str, Path]:
+    """Small texts of many kinds by the name of what each is an example of, as `Evaluation` takes them."""
+    return {file.stem.replace("-", " "): file for file in sorted(_CATEGORIES.glob("*.txt"))}
 
 
 def chunk_tokens(tokenizer: Tokenizer, file: Path, context: int, chunks: int | None) -> Tensor:

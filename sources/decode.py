@@ -11,29 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..archs.encodings import BlockScaled, GlobalScales, Int4, Mxfp4, Nvfp4, Scaled
 from ..archs.expressions import (
     Below,
-    BlockScaled,
+    Columns,
     Expression,
-    GlobalScales,
-    Mxfp4,
     NegativeExponential,
-    Nvfp4,
     OnePlus,
     Padded,
     Read,
     Reshape,
     Rows,
-    Scaled,
     SideBySide,
     Stack,
     TensorInfo,
+    Transposed,
     Zeros,
 )
 from ..archs.rearranged import ColumnRuns, RowRuns
 from ..errors import BadInput
 from ..quant import dequantize
 from .fp4 import decode_nvfp4, repack_mxfp4
+from .int4 import decode_int4, read_int4
 from .storage import Reader
 
 RowRange = tuple[int, int] | None  # (start, stop) within a matrix, None for all of it
@@ -140,16 +139,18 @@ def _evaluate_scaled(source: Scaled, storage: Reader, expert: int | None, rows: 
 
 
 def _evaluate_nvfp4(source: Nvfp4, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
-    start, stop = rows or (0, source.shape[0])
-    values = decode_nvfp4(storage.read(source.codes, start, stop), storage.read(source.scale, start, stop))
+    codes, scales = (_stored(tensor, storage, expert, rows) for tensor in (source.codes, source.scale))
+    values = decode_nvfp4(codes, scales)
     return values * _global_scale(source, storage) if source.global_scale else values
 
 
 def _evaluate_mxfp4(source: Mxfp4, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
-    start, stop = rows or (0, source.shape[0])
-    return _decode(
-        repack_mxfp4(storage.read(source.codes, start, stop), storage.read(source.scale, start, stop)), "MXFP4"
-    )
+    codes, scales = (_stored(tensor, storage, expert, rows) for tensor in (source.codes, source.scale))
+    return _decode(repack_mxfp4(codes, scales), "MXFP4")
+
+
+def _evaluate_int4(source: Int4, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
+    return decode_int4(read_int4(source, storage, rows))
 
 
 def _evaluate_global_scales(source: GlobalScales, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
@@ -231,8 +232,16 @@ def _evaluate_side_by_side(source: SideBySide, storage: Reader, expert: int | No
 
 
 def _evaluate_rows(source: Rows, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
-    start, stop = rows or (0, source.stop - source.start)
-    return evaluate(source.source, storage, expert, (source.start + start, source.start + stop))
+    return evaluate(source.source, storage, expert, source.span(rows))[:: source.step].contiguous()
+
+
+def _evaluate_columns(source: Columns, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
+    return evaluate(source.source, storage, expert, rows)[..., source.start :: source.step].contiguous()
+
+
+def _evaluate_transposed(source: Transposed, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
+    values = evaluate(source.source, storage, expert).T
+    return (values[slice(*rows)] if rows else values).contiguous()
 
 
 def _evaluate_row_runs(source: RowRuns, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
@@ -258,6 +267,7 @@ _EVALUATIONS: dict[type, Callable[[Any, Reader, int | None, RowRange], Tensor]] 
     Scaled: _evaluate_scaled,
     Nvfp4: _evaluate_nvfp4,
     Mxfp4: _evaluate_mxfp4,
+    Int4: _evaluate_int4,
     GlobalScales: _evaluate_global_scales,
     Reshape: _evaluate_reshape,
     NegativeExponential: _evaluate_negative_exponential,
@@ -267,6 +277,8 @@ _EVALUATIONS: dict[type, Callable[[Any, Reader, int | None, RowRange], Tensor]] 
     Padded: _evaluate_padded,
     SideBySide: _evaluate_side_by_side,
     Rows: _evaluate_rows,
+    Columns: _evaluate_columns,
+    Transposed: _evaluate_transposed,
     RowRuns: _evaluate_row_runs,
     ColumnRuns: _evaluate_column_runs,
     Stack: _evaluate_stack,

@@ -5,15 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..archs.expressions import Expression, Mxfp4, Nvfp4, Read, TensorInfo
-from ..errors import BadInput
-from ..quant import dequantize
-from ..quant.formats.table import format_named
-from .storage import Reader
-
-_E4M3_NAN = 0x7F  # the bits above it have the sign set
-_E8M0_NAN = 0xFF
-_E8M0_LARGE = 0xFD  # 2^126: times a code of 4 it is more than float32 holds
 GROUP = 16  # columns that share one E4M3 scale
 # Value of every E2M1 code (OCP Microscaling Formats 1.0, 5.3.3): sign, two bits of exponent, one of mantissa.
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -38,51 +29,6 @@ def decode_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:
     values = _CODES.to(codes.device)[unpack_nibbles(codes).int()].view(*scales.shape, GROUP)
     factors = scales.view(torch.float8_e4m3fn).float()[..., None]
     return torch.mul(values, factors).flatten(-2)
-
-
-def repack(
-    expression: Expression, type_name: str, storage: Reader, expert: int | None, rows: tuple[int, int] | None
-) -> Tensor | None:
-    """Rows of a weight in blocks of a ggml type, where its stored codes and scales can be moved there unchanged.
-
-    Arguments are those of `decode.evaluate`.
-
-    Returns:
-        uint8 [rows, row bytes]; None where the numbers must be quantized.
-    """
-    source = expression.of_expert(expert)
-    start, stop = rows or (0, source.shape[-2] if len(source.shape) > 1 else 1)
-    if isinstance(source, Read) and source.tensor.dtype == type_name and format_named(type_name).block_size > 1:
-        first = (expert or 0) * source.shape[-2]
-        return _finite(storage.read(source.tensor, first + start, first + stop), type_name, source.tensor, expert)
-    if not isinstance(source, Nvfp4 | Mxfp4):
-        return None
-    codes, scales = storage.read(source.codes, start, stop), storage.read(source.scale, start, stop)
-    if type_name == "NVFP4" and isinstance(source, Nvfp4) and not source.global_scale:
-        _check_scales(source.scale, scales, _E4M3_NAN)
-        return repack_nvfp4(codes, scales)
-    if type_name == "MXFP4" and isinstance(source, Mxfp4):
-        _check_scales(source.scale, scales, _E8M0_NAN)
-        blocks = repack_mxfp4(codes, scales)
-        return _finite(blocks, type_name, source.scale, expert) if (scales >= _E8M0_LARGE).any() else blocks
-    return None
-
-
-def _finite(blocks: Tensor, type_name: str, tensor: TensorInfo, expert: int | None) -> Tensor:
-    """Blocks that are copied as they are. Raises BadInput where one decodes to NaN or infinity."""
-    finite = torch.isfinite(dequantize(blocks, type_name)).all(dim=1)
-    if not finite.all():
-        where = "" if expert is None else f" of expert {expert}"
-        raise BadInput(
-            f"{tensor.name} in {tensor.file} gives NaN or infinity in row {int((~finite).nonzero()[0])}{where}: fetch "
-            "the file again"
-        )
-    return blocks
-
-
-def _check_scales(tensor: TensorInfo, scales: Tensor, least_bad: int) -> None:
-    if (scales >= least_bad).any():
-        raise BadInput(f"{tensor.name} in {tensor.file} holds NaN or a negative scale: fetch the file again")
 
 
 def repack_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:

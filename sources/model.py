@@ -123,7 +123,7 @@ class Model:
         device: torch.device | None = None,
     ) -> torch.Tensor | None:
         """The same piece in blocks of a ggml type without rounding, None where it must be quantized. See `repack`."""
-        from .fp4 import repack
+        from .repack import repack
 
         return repack(weight.source, type_name, self._seen_from(device), expert, rows)
 

@@ -9,7 +9,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from ..archs.expressions import Expression, Padded, Rows, Stack, TensorInfo, stored_tensors
+from ..archs.expressions import Columns, Expression, Padded, Rows, Stack, TensorInfo, Transposed, stored_tensors
 from ..archs.rearranged import RowRuns
 
 if TYPE_CHECKING:
@@ -41,8 +41,11 @@ def stored_rows(source: Expression, expert: int | None, rows: tuple[int, int] | 
         assert expert is not None
         yield from stored_rows(source.experts[expert], None, rows)
     elif isinstance(source, Rows):
-        start, stop = rows or (0, source.stop - source.start)
-        yield from stored_rows(source.source, expert, (source.start + start, source.start + stop))
+        yield from stored_rows(source.source, expert, source.span(rows))
+    elif isinstance(source, Columns):
+        yield from stored_rows(source.source, expert, rows)
+    elif isinstance(source, Transposed):
+        yield from stored_rows(source.source, expert, None)
     elif isinstance(source, RowRuns) and len(source.shape) > 1:
         for run in source.within(rows):
             yield from stored_rows(source.source, expert, run)

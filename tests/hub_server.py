@@ -2,7 +2,7 @@
 
 It answers model info, tree and paths-info calls, and resolve URLs by HEAD and GET with Range. Like the real Hub it
 redirects large files to a second origin (`localhost`, the stand-in for the CDN), which must never see the token.
-It does not offer Xet.
+What it does with uploads is in `hub_uploads`. It does not offer Xet.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Self
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from hub_uploads import Receiving, Store
 from huggingface_hub.utils.sha import git_hash
 
 API = "api"
@@ -72,28 +72,31 @@ class HubServer:
     `token` is the only one with access to a `gated` or `private` repository. `lfs` are the patterns of large files.
     `fail(name, fault, times)` queues faults for the next GETs of a file, or of API calls when the name is `API`, of one
     kind of them when it is `TREE`.
-    `push(folder)` makes a new commit on `main`; earlier commits stay. `log` holds every request.
+    `push(folder)` makes a new commit on `main`; earlier commits stay. `log` holds every request. Without a folder there
+    is no repository until somebody creates it.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         repository: str = "tiny/moe",
         *,
         token: str | None = None,
         gated: bool = False,
         private: bool = False,
-        lfs: tuple[str, ...] = ("*.safetensors", "tokenizer.json"),
+        lfs: tuple[str, ...] = ("*.safetensors", "*.gguf", "tokenizer.json"),
     ) -> None:
         self.repository, self.token, self.gated, self.private = repository, token, gated, private
         self.log: list[Request] = []
         self.branches: dict[str, str] = {}
-        self._lfs = lfs
+        self.store = Store(lfs)
+        self.exists = folder is not None
         self._commits: dict[str, dict[str, _File]] = {}
         self.closing = threading.Event()
         self._faults: defaultdict[str, deque[Fault]] = defaultdict(deque)
         self._http = _Server(("127.0.0.1", 0), _handler(self))
-        self.push(folder)
+        if folder:
+            self.push(folder)
 
     @property
     def endpoint(self) -> str:
@@ -116,6 +119,7 @@ class HubServer:
         self.closing.set()
         self._http.shutdown()
         self._http.server_close()
+        self.store.close()
 
     def push(self, folder: Path, branch: str = "main") -> str:
         """Commits the files as they are now (they must stay in place) and returns the commit."""
@@ -124,14 +128,23 @@ class HubServer:
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
+        return self._commit(files, branch)
+
+    def receive(self, contents: dict[str, bytes], branch: str) -> str:
+        """Commits files that were sent, beside those that are there, and returns the commit."""
+        files = dict(self._commits[self.branches[branch]]) if branch in self.branches else {}
+        files |= {name: self._file(self.store.keep(content), name) for name, content in contents.items()}
+        return self._commit(files, branch)
+
+    def _commit(self, files: dict[str, _File], branch: str) -> str:
         commit = hashlib.sha1(repr([(name, file.etag) for name, file in files.items()]).encode()).hexdigest()
         self._commits[commit] = files
         self.branches[branch] = commit
         return commit
 
-    def _file(self, path: Path) -> _File:
+    def _file(self, path: Path, name: str | None = None) -> _File:
         content = path.read_bytes()
-        if not any(fnmatchcase(path.name, pattern) for pattern in self._lfs):
+        if not self.store.is_large(name or path.name):
             return _File(path, len(content), git_hash(content), None)
         sha256 = hashlib.sha256(content).hexdigest()
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(content)}\n"
@@ -182,14 +195,14 @@ class _Server(ThreadingHTTPServer):
         self.close_request(request)
 
 
-def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
+def _handler(server: HubServer) -> type[_Handler]:
     class Handler(_Handler):
         hub = server
 
     return Handler
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Receiving):
     hub: HubServer
     protocol_version = "HTTP/1.1"
 
@@ -205,16 +218,25 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: object) -> None:
         """Silence: `HubServer.log` is the record."""
 
-    def _answer(self) -> None:
-        authorization = self.headers.get("Authorization")
-        token = authorization.removeprefix("Bearer ") if authorization else None
+    def note_request(self) -> None:
         self.request_log = Request(
-            self.command, self.path, self.headers.get("Host", ""), self.headers.get("Range"), token
+            self.command, self.path, self.headers.get("Host", ""), self.headers.get("Range"), self.token()
         )
         self.hub.log.append(self.request_log)
+
+    def _answer(self) -> None:
+        self.note_request()
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         repository = self.hub.repository.split("/")
-        if parts[:1] == ["cdn"]:
+        if parts[:1] == ["api"] and parts[-1] in ("create", "validate-yaml"):
+            self.take(parts[-1])
+        elif not self.hub.exists:
+            self._error(404, "RepoNotFound", "Repository not found")
+        elif parts[1:2] == [f"{repository[1]}.git"]:
+            self.take("batch")
+        elif self.command == "POST" and parts[4:5] and parts[4] in ("branch", "preupload", "commit"):
+            self.take(parts[4], parts[5])
+        elif parts[:1] == ["cdn"]:
             _, files = self.hub.tree(parts[1]) or ("", {})
             self._file(files["/".join(parts[2:])], "/".join(parts[2:]), {})
         elif parts[:2] == ["api", "models"] and parts[2:4] == repository:
@@ -255,7 +277,8 @@ class _Handler(BaseHTTPRequestHandler):
             commit, files = found
             if call == "revision":
                 names = [{"rfilename": name} for name in files]
-                self._json({"id": self.hub.repository, "sha": commit, "tags": [], "siblings": names})
+                described = {"id": self.hub.repository, "sha": commit, "private": self.hub.private, "tags": []}
+                self._json(described | {"siblings": names})
             elif call == "tree":
                 self._json(self.hub.listing(revision), fault.headers)
             else:  # paths-info
@@ -323,8 +346,21 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(200, {"Content-Type": "application/json"} | (headers or {}), len(body))
         self.wfile.write(body)
 
-    def _error(self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps({"error": message}).encode()
+    def answer_json(self, value: object) -> None:
+        self._json(value)
+
+    def answer_error(self, status: int, message: str, more: dict[str, object] | None = None) -> None:
+        self._error(status, None, message, more=more)
+
+    def _error(
+        self,
+        status: int,
+        code: str | None,
+        message: str,
+        headers: dict[str, str] | None = None,
+        more: dict[str, object] | None = None,
+    ) -> None:
+        body = json.dumps({"error": message} | (more or {})).encode()
         coded = {"X-Error-Code": code} if code else {}
         described = {"X-Error-Message": message, "Content-Type": "application/json"}
         self._head(status, described | coded | (headers or {}), len(body))

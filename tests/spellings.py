@@ -81,7 +81,7 @@ COMMON = [
     replaced(num_experts_per_tok=1),
     replaced(attention_dropout=0.1, use_cache=False, temperature=0.7),
     replaced(rope_scaling=None),
-    replaced(sliding_window_pattern=None, unheard_of=None, other={}),
+    replaced(unheard_of=None, other={}),
 ]
 CHANGES: dict[str, list[Callable[[Values], Values]]] = {
     "minimax_m2": [
@@ -130,6 +130,27 @@ CHANGES: dict[str, list[Callable[[Values], Values]]] = {
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+_WINDOW, _FULL = "sliding_attention", "full_attention"
+CHANGES["gpt_oss"] = [
+    *COMMON,
+    replaced(rope_theta=12345.0),
+    replaced(rope_scaling=YARN | {"original_max_position_embeddings": 4096}),
+    inside("rope_scaling", truncate=True, beta_fast=32, beta_slow=1),
+    inside("rope_scaling", attention_factor=1.3465735902799727),
+    replaced(rope_scaling={"rope_type": "default"}),
+    without("rope_scaling"),
+    without("rope_scaling", "rope_theta"),
+    without("layer_types"),
+    without("head_dim"),
+    without("initial_context_length"),
+    without("swiglu_limit"),
+    replaced(layer_types=[_FULL, *[_WINDOW] * 23]),
+    replaced(layer_types=[_FULL] * 24, sliding_window=None),
+    replaced(sliding_window=4096),
+    replaced(swiglu_limit=5.0, swiglu_alpha=1.702),
+    renamed("num_local_experts", "num_experts"),
+    replaced(intermediate_size=777),
+]
 CHANGES["qwen3_moe"] = [
     *COMMON,
     replaced(rope_theta=12345.0),
@@ -148,6 +169,48 @@ CHANGES["qwen3_moe"] = [
     replaced(attention_bias=True),
     replaced(qkv_bias=False, use_qk_norm=True, shared_expert_intermediate_size=0),
     replaced(intermediate_size=777),
+]
+CHANGES["cohere2"] = [
+    *COMMON,
+    replaced(rope_theta=12345.0),
+    inside("rope_parameters", rope_theta=777.0, rope_type="default"),
+    without("rope_theta"),
+    without("sliding_window_pattern"),
+    replaced(sliding_window_pattern=3),
+    replaced(sliding_window_pattern=1),
+    replaced(layer_types=["full_attention", "sliding_attention"] * 16),
+    without("head_dim"),
+    without("logit_scale"),
+    without("num_key_value_heads"),
+    without("tie_word_embeddings"),
+    replaced(tie_word_embeddings=False),
+    replaced(attention_bias=True),
+    replaced(sliding_window=128),
+    replaced(rotary_pct=1.0, position_embedding_type="rope_gptj", use_parallel_block=True, use_qk_norm=False),
+    replaced(order_of_interleaved_layers="local_attn_first", use_gated_activation=True, layer_switch=4),
+    replaced(cache_implementation="hybrid", use_parallel_embedding=False),
+    replaced(num_attention_heads=16, head_dim=None),
+]
+CHANGES["cohere2_moe"] = [
+    *COMMON,
+    replaced(rope_theta=12345.0),
+    inside("rope_parameters", rope_theta=777.0, rope_type="default"),
+    without("layer_types"),
+    without("layer_types", "first_k_dense_replace"),
+    replaced(layer_types=None, sliding_window_pattern=7, prefix_dense_sliding_window_pattern=2),
+    replaced(layer_types=None, first_k_dense_replace=3, prefix_dense_sliding_window_pattern=3),
+    replaced(prefix_dense_sliding_window_pattern=2),
+    replaced(mlp_layer_types=["dense"] * 2 + ["sparse"] * 47),
+    without("rms_norm_eps"),
+    without("norm_topk_prob"),
+    without("expert_selection_fn"),
+    without("head_dim"),
+    without("prefix_dense_intermediate_size"),
+    replaced(num_shared_experts=3, shared_expert_combination_strategy="sum"),
+    replaced(num_shared_experts=2, shared_expert_combination_strategy="average"),
+    replaced(expert_selection_fn="softmax", norm_topk_prob=False),
+    replaced(tie_word_embeddings=False),
+    replaced(norm_type="rms_norm", transformer_block_type="parallel"),
 ]
 _DELTA = [
     *COMMON,

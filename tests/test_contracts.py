@@ -20,7 +20,7 @@ from moecast.archs.graph import Operation
 from moecast.cli import main
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("quant", "sources", "runner", "convert")
+PACKAGES = ("quant", "sources", "runner", "convert", "reports")
 COMMANDS = sorted(main.commands)
 
 
@@ -79,10 +79,11 @@ def test_files_are_short() -> None:
 
 # Who may take more parameters than the eight that a reader can keep in mind, and why.
 MANY_PARAMETERS = {
-    "commands/convert.py:convert": 13,  # click gives a command each option or group of options by its name
+    "commands/convert.py:convert": 14,  # click gives a command each option or group of options by its name
     "commands/convert.py:quantize": 10,
+    "commands/evaluate.py:parity": 9,
     "commands/evaluate.py:run": 9,
-    "commands/plan.py:plan": 12,
+    "commands/plan.py:plan": 13,
     "convert/pipeline.py:convert": 9,  # the whole command as a function: each parameter is an object of settings
     "quant/planning/recipes.py:_recipe": 10,  # a row of the table of recipes, by names
 }
@@ -104,7 +105,10 @@ def test_functions_take_few_parameters() -> None:
     assert many == MANY_PARAMETERS
 
 
-HEAVY = {"torch", "onnx", "onnx_ir", "onnxruntime", "transformers", "numpy", "huggingface_hub", "tokenizers", "rich"}
+HEAVY = {
+    "torch", "onnx", "onnx_ir", "onnxruntime", "transformers", "numpy", "huggingface_hub", "tokenizers", "rich",
+    "matplotlib", "jinja2",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,7 @@ def test_what_is_public_is_documented() -> None:
 
 def test_files_that_documents_name_exist() -> None:
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
-    folders = "archs|quant|sources|runner|convert|commands|tests|benchmarks|examples"
+    folders = "archs|quant|sources|runner|convert|reports|commands|tests|benchmarks|examples"
     named = {
         (document.name, path)
         for document in documents
@@ -157,7 +161,7 @@ def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypa
             [folder, "-o", "model.gguf", "--quant", "Q8_0", *text],
             {
                 "files", "bytes", "bits_per_weight", "parity", "seconds", "peak_rss_bytes", "recipe", "source",
-                "revision", "version", "imatrix", "texts", "resumed", "problems",
+                "revision", "version", "imatrix", "texts", "resumed", "problems", "output",
             },
         ),
         "imatrix": (
@@ -171,6 +175,10 @@ def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypa
                 "perplexity_reference", "perplexity_candidate", "mean_kld", "mean_kld_error", "kld_999",
                 "top1_agreement", "tokens",
             },
+        ),
+        "publish": (
+            [".", "owner/name", "--dry-run", "-o", "card", "--despite", "one of them was not measured"],
+            {"repository", "url", "commit", "files"},
         ),
         "run": ([folder, "-p", "And", "-n", "2"], {"prompt", "text"}),
         "quantize": (["full.gguf", "out.gguf", "--quant", "Q8_0"], {"files", "bytes", "bits_per_weight"}),

@@ -105,7 +105,12 @@ def test_a_wheel_holds_what_the_demo_and_gpus_need_and_no_more(plain: Wheel) -> 
     others = {name.removeprefix("moecast/") for name in plain.names if not re.search(r"\.py$|\.dist-info/", name)}
     example = (ROOT / "examples/minimax-m2-tiny").iterdir()
     texts = {"examples/text/diverse.txt", "examples/text/evaluation.txt"}
-    files = [*example, *(ROOT / "quant/kernels").iterdir()]
+    files = [
+        *example,
+        *(ROOT / "quant/kernels").iterdir(),
+        *(ROOT / "examples/text/categories").iterdir(),
+        *(ROOT / "reports").glob("page.[ch]*"),
+    ]
     assert others == {"py.typed", *texts, *(file.relative_to(ROOT).as_posix() for file in files)}
 
 

@@ -26,7 +26,8 @@ MODULES = [file for folder in FOLDERS for file in folder.glob("*.py") if file.na
 
 # Modules whose documentation promises every name in them that has no underscore in front.
 PROMISED = {
-    "click", "gguf", "google.protobuf.message", "httpx2", "huggingface_hub", "huggingface_hub.errors", "numpy",
+    "click", "gguf", "google.protobuf.message", "httpx2", "huggingface_hub", "huggingface_hub.errors", "jinja2",
+    "markupsafe", "matplotlib", "matplotlib.axes", "matplotlib.figure", "matplotlib.ticker", "numpy",
     "numpy.lib.format", "numpy.typing", "onnx", "onnx.helper", "onnx_ir", "onnxruntime", "rich.console",
     "rich.progress", "rich.table", "rich.text", "safetensors", "tokenizers", "tokenizers.decoders",
     "tokenizers.models", "tokenizers.pre_tokenizers", "torch", "torch.nn.functional", "yaml",
@@ -69,6 +70,13 @@ def knows_errors(check: Any) -> bool:
     return True
 
 
+def takes_a_checksum(operation: Any) -> bool:
+    """A file whose SHA-256 is known is not read again for it."""
+    info = operation("name", __file__).upload_info
+    info.sha256 = bytes(32)
+    return info.is_hashed and info.sha256 == bytes(32)
+
+
 def keeps_keys_by_file(writer: Any) -> bool:
     """`kv_data` is a list of what each file of a split says; there is one until it is split."""
     (keys,) = writer(None, arch="any").kv_data
@@ -77,6 +85,7 @@ def keeps_keys_by_file(writer: Any) -> bool:
 
 HUB = "sources/hub/repository.py"
 CONNECTION = "sources/hub/connection.py"
+UPLOAD = "sources/hub/upload.py"
 RELIANCES = (
     Reliance("click.ParamType", "commands/options.py", lambda kind: kind[int]),
     Reliance("click.Choice", "commands/options.py", lambda kind: kind[str]),
@@ -106,6 +115,13 @@ RELIANCES = (
         lambda function: function(repo_id="owner/name", repo_type="model") == "models--owner--name",
     ),
     Reliance("huggingface_hub.HfApi.resolve_revision", HUB, takes(None, "id", revision="", local_files_only=True)),
+    Reliance("huggingface_hub.utils.are_progress_bars_disabled", UPLOAD, takes()),
+    Reliance("huggingface_hub.utils.disable_progress_bars", UPLOAD, takes()),
+    Reliance("huggingface_hub.utils.enable_progress_bars", UPLOAD, takes()),
+    Reliance("huggingface_hub.CommitOperationAdd", UPLOAD, takes_a_checksum),
+    Reliance(
+        "huggingface_hub.HfApi.preupload_lfs_files", UPLOAD, takes(None, "id", [], revision="", free_memory=False)
+    ),
     Reliance("huggingface_hub.utils.WeakFileLock", HUB, takes("file.lock", timeout=1.0)),
     Reliance("huggingface_hub.utils.get_token_to_send", HUB, lambda function: function("token") == "token"),
     Reliance("huggingface_hub.utils.get_session", CONNECTION, lambda function: has("stream")(function())),

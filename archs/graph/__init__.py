@@ -10,11 +10,12 @@ from .experts import MLP, HashRouter, MoE, Router
 from .mamba import Mamba2
 from .model import Branch, Graph, HyperConnections, Layer, Prediction, ResidualMix, SubLayer, sequential
 from .operation import Operation, Width
-from .parts import Activation, Norm, Rope, Score, Yarn
+from .parts import SIGMOID_GAIN, Activation, Norm, Rope, Score, Yarn
 from .walk import graph_as_json, weights_in, with_weights
 
 __all__ = [
     "MLP",
+    "SIGMOID_GAIN",
     "Activation",
     "Attention",
     "Branch",

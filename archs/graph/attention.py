@@ -18,8 +18,9 @@ class Attention(Operation):
 
     Query and key norms span all heads at once, or each head by itself if their weight is that wide. Without `rope` the
     attention knows no positions; with a `window` a token sees the last so many, itself included. An operation with
-    `keys_of` has no keys and values of its own: it attends to those of the layer of that number. The query projection
-    of a `gated` one gives each head its query and then a gate, by whose sigmoid what the head gives is multiplied.
+    `keys_of` has no keys and values of its own: it attends to those of the layer of that number. A learnt `sink` logit
+    per head takes its share of the softmax (Xiao et al. 2024). The query projection of a `gated` one gives each head
+    its query and then a gate, by whose sigmoid what the head gives is multiplied.
     """
 
     heads: int
@@ -39,6 +40,7 @@ class Attention(Operation):
     key_bias: Weight | None = None
     value_bias: Weight | None = None
     output_bias: Weight | None = None
+    sink: Weight | None = None
     gated: bool = False
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ class MLP(Operation):
 
 @dataclass(frozen=True)
 class Router:
-    """Scores every expert, adds `bias` for the choice only, and keeps `top_k`.
+    """Scores every expert, by logits `weight x + logit_bias`, adds `bias` for the choice only, and keeps `top_k`.
 
     With g = `groups` > 1 the experts form g equal groups, of which only the `groups_used` with the largest sum of
     two biased scores take part. To `normalize`, the scores are divided by their sum + `epsilon`; they are multiplied
@@ -59,6 +59,7 @@ class Router:
     expert_scale: Weight | None = None
     input_norm: Norm | None = None
     input_scale: float = 1.0
+    logit_bias: Weight | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,10 @@ class HashRouter:
 class MoE(Operation):
     """Routed experts `down(activation(gate x, up x))`, weighted by the router and summed.
 
+    Projections may have a bias for each expert, [experts, rows].
     With latent projections the experts live in a smaller space: `latent_up(sum of experts(latent_down x))`; the
     router and the shared expert, whose answer is added, see x itself. With a `shared_gate` [1, hidden size] that
-    answer is multiplied by sigmoid(shared_gate . x).
+    answer is multiplied by sigmoid(shared_gate . x). The sum of all is multiplied by `scale`.
     """
 
     router: Router | HashRouter
@@ -95,6 +97,10 @@ class MoE(Operation):
     shared: MLP | None = None
     shared_gate: Weight | None = None
     clamp: float | None = None
+    gate_bias: Weight | None = None
+    up_bias: Weight | None = None
+    down_bias: Weight | None = None
+    scale: float = 1.0
 
     TOKENS: ClassVar[int] = 1024  # that an expert takes at a time
 
@@ -120,13 +126,16 @@ class MoE(Operation):
 
     @property
     def writes(self) -> tuple[Weight, ...]:
-        return (self.latent_up or self.down, *(self.shared.writes if self.shared else ()))
+        routed = (self.latent_up,) if self.latent_up else self._outputs
+        return (*routed, *(self.shared.writes if self.shared else ()))
 
     @property
     def widths(self) -> tuple[Width, ...]:
-        widths = (Width(self.expert_size, self._inputs, (self.down,)), *(self.shared.widths if self.shared else ()))
+        biases = tuple(bias for bias in (self.gate_bias, self.up_bias) if bias)
+        inner = Width(self.expert_size, (*self._inputs, *biases), (self.down,))
+        widths = (inner, *(self.shared.widths if self.shared else ()))
         if self.latent_down and self.latent_up:
-            latent = Width(self.latent_up.columns, (self.latent_down, self.down), (self.latent_up, *self._inputs))
+            latent = Width(self.latent_up.columns, (self.latent_down, *self._outputs), (self.latent_up, *self._inputs))
             return (latent, *widths)
         return widths
 
@@ -150,3 +159,8 @@ class MoE(Operation):
     def _inputs(self) -> tuple[Weight, ...]:
         """What multiplies an expert's input."""
         return (self.gate, self.up) if self.gate else (self.up,)
+
+    @property
+    def _outputs(self) -> tuple[Weight, ...]:
+        """What gives an expert's output."""
+        return (self.down, self.down_bias) if self.down_bias else (self.down,)

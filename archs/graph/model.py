@@ -113,8 +113,9 @@ class Graph:
     `scaled_roles` are the roles whose weights llama.cpp multiplies by a tensor `<name>.scale` of the same file.
     `residual` is None for one stream that sublayers add to. `draft` is a graph without layers, whose predictions need
     a final norm and a stream mix of their own; it is no part of this graph's weights and makes a file of its own.
-    `notes` say what of the checkpoint the graph leaves out. Rows of the embedding are multiplied by `embedding_scale`;
-    logits are `logit_scale * (head . state)`, or with a soft cap c of them `c * tanh(logits / c)`.
+    `notes` say what of the checkpoint the graph leaves out. The embedding may be the head too, as one weight of the
+    head's role. Its rows are multiplied by `embedding_scale`; logits are `logit_scale * (head . state)`, or with a soft
+    cap c of them `c * tanh(logits / c)`.
     """
 
     architecture: str
@@ -135,6 +136,16 @@ class Graph:
     logit_softcap: float | None = None
 
     @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one weight."""
+        return self.head.name == self.embedding.name
+
+    @property
+    def experts(self) -> int:
+        """How many the largest of its mixtures has, 0 in a dense model."""
+        return max((weight.experts or 0 for weight in self.weights()), default=0)
+
+    @property
     def residual_size(self) -> int:
         """Values of a token between two layers: those of all residual streams."""
         return self.hidden_size * (self.residual.multiplicity if self.residual else 1)
@@ -144,7 +155,7 @@ class Graph:
         return weights_in(replace(self, draft=None))
 
     def parameters(self) -> int:
-        """Number of weights' elements, the stored head of tied models counted."""
+        """Number of weights' elements, with a head that repeats the embedding."""
         return sum(weight.elements for weight in self.weights() if weight.role is not Role.HASH_TABLE)
 
     def active_parameters(self) -> int:
@@ -158,7 +169,7 @@ class Graph:
 
         Names that are missing are touched as a whole; the blocks for drafting are not counted.
         """
-        shares = {self.embedding.name: 1 / self.embedding.shape[0]}
+        shares = {} if self.tied else {self.embedding.name: 1 / self.embedding.shape[0]}
         for operation in self.operations():
             shares |= {w.name: share for w in weights_in(operation) if (share := operation.active_share(w)) != 1.0}
         return shares | {weight.name: 0.0 for weight in weights_in(self.predictions)}

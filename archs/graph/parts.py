@@ -7,11 +7,14 @@ from enum import Enum
 
 from ..weights import Weight
 
+SIGMOID_GAIN = 1.702  # of SWIGLU_OAI
+
 
 class Activation(Enum):
     """What lies between the projections of an expert or a multi-layer perceptron."""
 
     SWIGLU = "swiglu"  # silu(gate) * up; with a clamp c: silu(min(gate, c)) * min(max(up, -c), c)
+    SWIGLU_OAI = "swiglu_oai"  # gate * sigmoid(1.702 gate) * (up + 1), clamped alike; llama.cpp's name of it
     RELU_SQUARED = "relu_squared"  # max(up, 0)^2, there is no gate (So et al. 2021)
 
 
@@ -41,8 +44,9 @@ class Norm:
 class Yarn:
     """Slows by `factor` the rotations that turn less than `slow` times within `original_context` tokens.
 
-    Those that turn more than `fast` times stay, the ones between are blended. What is rotated is multiplied by
-    `magnitude` (Peng et al. 2023, whose choice is 1 + 0.1 ln(factor)).
+    Those that turn more than `fast` times stay, the ones between are blended, from a whole pair to a whole pair where
+    limits are `rounded`. What is rotated is multiplied by `magnitude` (Peng et al. 2023, whose choice is
+    1 + 0.1 ln(factor)).
     """
 
     factor: float
@@ -50,6 +54,7 @@ class Yarn:
     fast: float
     slow: float
     magnitude: float = 1.0
+    rounded: bool = True
 
 
 @dataclass(frozen=True)

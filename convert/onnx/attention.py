@@ -31,6 +31,7 @@ def attention(build: Builder, operation: Attention, states: ir.Value, layer: int
     mixed, *present = build.ops(
         "GroupQueryAttention",
         *(query, key, value, *past, last, total),
+        *((*[None] * 4, build.weight(o.sink)) if o.sink else ()),
         outputs=3,
         domain="com.microsoft",
         num_heads=o.heads,

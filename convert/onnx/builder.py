@@ -224,12 +224,16 @@ class Builder:
         return self.op("RMSNormalization", states, self.constant(np.ones(size, np.float32)), axis=-1, epsilon=epsilon)
 
     def _stored(self, array: StoredArray, shape: Sequence[int]) -> ir.Value:
-        if array.name not in self._initializers:
+        """An array in the shape that an operator wants; in another one too, where two operators share it."""
+        name, wanted = array.name, ir.Shape(shape)
+        if name in self._initializers and self._initializers[name].shape != wanted:
+            name = f"{name}.{'x'.join(map(str, shape))}"
+        if name not in self._initializers:
             tensor = ir.ExternalTensor(
-                array.file, array.offset, array.bytes, _type(array.dtype), shape=ir.Shape(shape), name=array.name
+                array.file, array.offset, array.bytes, _type(array.dtype), shape=wanted, name=name
             )
-            self._initializer(array.name, tensor)
-        return self._initializers[array.name]
+            self._initializer(name, tensor)
+        return self._initializers[name]
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         shape = ir.Shape(tensor.shape.numpy())

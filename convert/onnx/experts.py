@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ...archs.graph import MLP, Activation, HashRouter, MoE, Router, Score
+from ...archs.graph import MLP, SIGMOID_GAIN, Activation, HashRouter, MoE, Router, Score
 from ...errors import BadInput
 from .builder import Builder
 
-# relu(u)^2 = u * sigmoid(alpha * u) * u, up to 1 / alpha^2: the gate of this SwiGLU is the projection itself.
-_SQUARED_RELU_ALPHA = 1e6
+# Operators of experts compute gate * sigmoid(alpha * gate) * (up + beta). With the projection itself as gate and a
+# large alpha that is relu(up)^2, up to 1 / alpha^2.
+_SIGMOIDS = {
+    Activation.SWIGLU: (1.0, 0.0),
+    Activation.SWIGLU_OAI: (SIGMOID_GAIN, 1.0),
+    Activation.RELU_SQUARED: (1e6, 0.0),
+}
 _NEVER = -1e4  # the logarithm of no weight
 
 
@@ -27,7 +32,7 @@ def moe(build: Builder, operation: MoE, states: ir.Value, layer: int) -> ir.Valu
             gate = build.microsoft("FusedMatMul", states, build.weight(operation.shared_gate), transB=1)
             shared = build.op("Mul", shared, build.op("Sigmoid", gate))
         answer = build.op("Add", answer, shared)
-    return answer
+    return build.scaled(answer, operation.scale)
 
 
 def route(build: Builder, router: Router | HashRouter, states: ir.Value) -> ir.Value:
@@ -39,6 +44,8 @@ def route(build: Builder, router: Router | HashRouter, states: ir.Value) -> ir.V
         raise BadInput("ONNX has no form for a router with a norm of its own yet: use --to gguf")
     experts = router.weight.shape[0]
     logits = build.op("Reshape", build.project(states, router.weight), build.constant([-1, experts]))
+    if isinstance(router, Router) and router.logit_bias:
+        logits = build.op("Add", logits, build.weight(router.logit_bias))
     scores = _score(build, router.score, build.known(logits, "tokens", experts))
     if isinstance(router, HashRouter):
         chosen = build.rows(build.op("Reshape", build.tokens(), build.constant([-1])), router.table)
@@ -88,17 +95,17 @@ def _best_groups(build: Builder, router: Router, scores: ir.Value) -> ir.Value:
 def _experts(build: Builder, operation: MoE, states: ir.Value, shares: ir.Value) -> ir.Value:
     """[batch, sequence, width] -> the same shape; only experts with a share in some token are computed."""
     attributes = {"k": operation.router.top_k, "activation_type": "swiglu", "swiglu_fusion": 1}
-    attributes |= {"activation_alpha": 1.0, "activation_beta": 0.0}
-    if operation.activation is Activation.RELU_SQUARED:
-        attributes["activation_alpha"] = _SQUARED_RELU_ALPHA
-    elif operation.clamp is not None:
+    alpha, beta = _SIGMOIDS[operation.activation]
+    attributes |= {"activation_alpha": alpha, "activation_beta": beta}
+    if operation.clamp is not None:
         attributes["swiglu_limit"] = operation.clamp
     packing = build.packing(operation.up)
     if packing is None:
         return _float_experts(build, operation, states, shares, attributes)
     up, up_scales = build.packed(operation.up)
     down, down_scales = build.packed(operation.down)
-    inputs = [states, shares, up, up_scales, None, down, down_scales, *[None] * 7, shares]
+    up_bias, down_bias = _biases(build, operation)
+    inputs = [states, shares, up, up_scales, up_bias, down, down_scales, down_bias, *[None] * 6, shares]
     return build.microsoft(
         "QMoE",
         *inputs,
@@ -116,11 +123,20 @@ def _float_experts(
     """The float operator takes no shares, but softmax of their logarithms gives them, up to their sum."""
     some = build.op("Greater", shares, build.constant(0.0))
     logits = build.op("Where", some, build.op("Log", shares), build.constant(_NEVER))
-    inputs = [states, logits, build.weight(operation.up), None, build.weight(operation.down)]
+    up_bias, down_bias = _biases(build, operation)
+    inputs = [states, logits, build.weight(operation.up), up_bias, build.weight(operation.down), down_bias]
     answer = build.microsoft("MoE", *inputs, normalize_routing_weights=1, **attributes)
     total = build.op("ReduceSum", shares, build.constant([-1]), keepdims=1)
     shape = build.op("Concat", build.op("Shape", states, end=-1), build.constant([1]), axis=0)
     return build.op("Mul", answer, build.op("Reshape", total, shape))
+
+
+def _biases(build: Builder, operation: MoE) -> tuple[ir.Value | None, ir.Value | None]:
+    """Of gate and up projections, by turns as their rows are, and of down projections; [experts, rows]."""
+    if not (operation.gate_bias and operation.up_bias and operation.down_bias):
+        return None, None
+    ways = (build.weight(bias, (*bias.shape, 1)) for bias in (operation.gate_bias, operation.up_bias))
+    return build.reshape(build.op("Concat", *ways, axis=-1), [operation.experts, -1]), build.weight(operation.down_bias)
 
 
 def dense(build: Builder, operation: MLP, states: ir.Value, layer: int) -> ir.Value:
@@ -139,5 +155,7 @@ def mlp(build: Builder, operation: MLP, states: ir.Value) -> ir.Value:
     if operation.clamp is not None:
         gate = build.op("Clip", gate, None, build.constant(operation.clamp))
         up = build.op("Clip", up, build.constant(-operation.clamp), build.constant(operation.clamp))
-    inner = build.op("Mul", build.silu(gate), up)
+    alpha, beta = _SIGMOIDS[operation.activation]
+    up = build.op("Add", up, build.constant(beta)) if beta else up
+    inner = build.op("Mul", build.microsoft("QuickGelu", gate, alpha=alpha), up)  # x * sigmoid(alpha * x)
     return build.project(inner, operation.down)

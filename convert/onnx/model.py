@@ -13,13 +13,14 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...archs.graph import MLP, Attention, Branch, CompressedAttention, Graph, Mamba2, MoE, Operation
+from ...archs.graph import MLP, Attention, Branch, CompressedAttention, GatedDeltaNet, Graph, Mamba2, MoE, Operation
 from ...archs.weights import Weight
 from ...errors import BadInput
 from ...quant.planning.onnx_plan import OnnxPlan
 from .attention import attention
 from .builder import Builder, State
 from .compressed_attention import compressed_attention
+from .deltanet import delta_net
 from .experts import dense, moe
 from .mamba import mamba
 from .residual import residual_of
@@ -33,6 +34,7 @@ Form = Callable[[Builder, Any, ir.Value, int], ir.Value]
 ONNX_FORMS: Mapping[type[Operation], Form] = {
     Attention: attention,
     CompressedAttention: compressed_attention,
+    GatedDeltaNet: delta_net,
     Mamba2: mamba,
     MLP: dense,
     MoE: moe,

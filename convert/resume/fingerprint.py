@@ -35,6 +35,7 @@ _DECIDING = (
     "runner/measure/*.py",
     "convert/calibrate.py",
     "convert/encode.py",
+    "convert/findings.py",  # in what form they are saved
     "convert/onepass.py",
     "convert/writer.py",
     "convert/gguf/*.py",
@@ -48,6 +49,7 @@ _NEUTRAL = (
     "sources/control_tokens.py",
     "sources/tokenizer*.py",
     "sources/locate.py",
+    "runner/bandwidth.py",
     "runner/engines.py",
     "runner/generate.py",
     "runner/memory.py",

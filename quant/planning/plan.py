@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from ...archs.expressions import GlobalScales, Nvfp4, Padded, Stack
+from ...archs.encodings import GlobalScales, Nvfp4
+from ...archs.expressions import Padded, Stack
 from ...archs.graph import Graph
 from ...archs.weights import Role, Weight, scale_name
 from ...errors import BadInput
@@ -17,6 +18,7 @@ from .exact import exact_format
 from .padding import changed_widths, padded_forms
 from .recipes import DOWN_PROJECTIONS, FALLBACKS, LAST_RESORT, VALUE_PROJECTIONS, Position, Recipe
 
+_LEAST_GAIN = 0.01  # of a file, for which blocks of the source are rounded anew
 ALIGNMENT = 32  # bytes; GGUF's default, every tensor starts at a multiple of it
 
 
@@ -159,6 +161,8 @@ def plan_file(graph: Graph, recipe: Recipe, form: Form = Form(), calibrated: boo
     if mtp and not (graph.predictions or graph.draft):
         raise BadInput("--mtp: this model has no blocks for multi-token prediction; leave the option out")
     notes = list(graph.notes)
+    if recipe.of_experts and not graph.experts:
+        notes.append(f"{recipe.name} is for experts, of which this model has none: all is {recipe.base}")
     if graph.draft and not mtp:
         notes.append("left out multi-token prediction, which takes a file of its own: --mtp writes it")
     elif graph.draft:
@@ -182,9 +186,19 @@ def _largest_block(plan: Plan) -> int:
 
 
 def _smallest(plans: Sequence[Plan]) -> Plan:
-    """The least bytes; a block for multi-token prediction is not given up for its own."""
-    hidden = min(plans, key=_bytes_without_predictions).graph.hidden_size
+    """The least bytes; neither a block for multi-token prediction is given up for its own, nor for next to nothing
+    what is stored as the source has it."""
+    best = min(plans, key=_bytes_without_predictions)
+    gain = 1 - _bytes_without_predictions(best) / _bytes_without_predictions(plans[0])
+    if gain < _LEAST_GAIN and any(map(_keeps_blocks, plans[0].tensors)):
+        return plans[0]
+    hidden = best.graph.hidden_size
     return min((plan for plan in plans if plan.graph.hidden_size == hidden), key=lambda plan: plan.bytes)
+
+
+def _keeps_blocks(tensor: PlannedTensor) -> bool:
+    """Whether blocks of codes are stored as the source has them, which padding would end."""
+    return tensor.type.block_size > 1 and tensor.type == exact_format(tensor.weight.source)
 
 
 def _bytes_without_predictions(plan: Plan) -> int:
@@ -198,11 +212,14 @@ def _describe_padding(unpadded: Plan, plan: Plan, padded: Plan) -> Iterator[str]
     possible = changed_widths(unpadded.graph, padded.graph)
     before, after, all_padded = map(_bytes_without_predictions, (unpadded, plan, padded))
     if changes:
-        more = "larger" if after > before else "smaller"
-        change = f"{abs(after / before - 1):.1%} {more}"
+        change = _change(before, after)
         yield f"padded rows with zeros, which changes no result: {changes}; that makes the file {change}"
     elif possible:
-        yield f"no rows padded with zeros ({possible}): that would make the file {all_padded / before - 1:.1%} larger"
+        yield f"no rows padded with zeros ({possible}): that would make the file {_change(before, all_padded)}"
+
+
+def _change(before: int, after: int) -> str:
+    return f"{abs(after / before - 1):.1%} {'larger' if after > before else 'smaller'}"
 
 
 def plan_tensors(graph: Graph, recipe: Recipe, calibrated: bool = False) -> Plan:
@@ -213,15 +230,17 @@ def plan_tensors(graph: Graph, recipe: Recipe, calibrated: bool = False) -> Plan
     """
     layers = len(graph.layers) + len(graph.predictions)
     heads_per_group = _heads_per_group(graph)
+    experts = graph.experts
     values = sum(weight.role in VALUE_PROJECTIONS for weight in graph.weights())
     seen: Counter[Role] = Counter()
     tensors: list[PlannedTensor] = []
     for weight in graph.weights():
         kind = _counted_as(weight.role)
         if kind is Role.ATTENTION_V:  # where only some layers have attention, llama.cpp counts these alone
-            position = Position(seen[kind], values, seen[kind], heads_per_group, calibrated)
+            layer, of_layers = seen[kind], values
         else:
-            position = Position(weight.layer or 0, layers, seen[kind], heads_per_group, calibrated)
+            layer, of_layers = (weight.layer or 0) if experts else seen[kind], layers
+        position = Position(layer, of_layers, seen[kind], heads_per_group, experts, calibrated)
         seen[kind] += 1
         if recipe.native:
             tensors += _plan_native(weight, graph)
@@ -250,11 +269,14 @@ def _plan_tensor(weight: Weight, recipe: Recipe, position: Position) -> PlannedT
         return PlannedTensor(weight, format_named("I32"), format_named("I32"))
     exact = exact_format(weight.source)
     wanted = format_named(recipe.type_of(weight.role, position))
-    if recipe.quantized and exact and exact.bits_per_weight < wanted.bits_per_weight:
-        return PlannedTensor(weight, exact, exact)  # more bits than the source has would buy nothing
     if weight.role is Role.HEAD and not format_named(recipe.base).fits(weight.columns):
-        return PlannedTensor(weight, _fitting("Q8_0", weight.columns), wanted)
-    return PlannedTensor(weight, _fitting(wanted.name, weight.columns), wanted)
+        fitting = _fitting("Q8_0", weight.columns)
+    else:
+        fitting = _fitting(wanted.name, weight.columns)
+    if recipe.quantized and exact and exact.bits_per_weight < fitting.bits_per_weight:
+        fitting = exact  # more bits than the source has would buy nothing
+        wanted = exact if exact.bits_per_weight < wanted.bits_per_weight else wanted
+    return PlannedTensor(weight, fitting, wanted)
 
 
 def _plan_native(weight: Weight, graph: Graph) -> tuple[PlannedTensor, ...]:

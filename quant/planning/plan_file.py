@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from ...archs.graph import Graph
 from ...archs.weights import Role
 from ...documents import read_json
 from ...errors import BadInput
-from ...files import sync
+from ...files import write_whole
 from ...paths import is_plain_name
 from ..formats.table import FORMATS, Format, format_named
 from .allocation import allowed_types, bytes_per_token, plan_with
@@ -64,16 +63,9 @@ def write_plan_file(plan: Plan, path: Path) -> None:
     """Raises BadInput when the file cannot be written; then there is none."""
     if not path.name:
         raise BadInput(f"--output is {str(path)!r}, expected the name of a file")
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(plan_as_json(plan), indent=1) + "\n")
-            file.flush()
-            sync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, json.dumps(plan_as_json(plan), indent=1) + "\n")
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise BadInput(f"{path} cannot be written: {error.strerror}") from None
 
 

@@ -1,7 +1,8 @@
 """llama.cpp's stock mixes as data: which type a tensor gets, by what it does and where it stands.
 
 A recipe has a base type and, for some kinds of tensor, rules of which the first that applies decides. They restate
-what `llama-quantize` of October 2026 does for models with more than 8 experts; tests compare whole-model sizes.
+what `llama-quantize` of October 2026 does for dense models and for those with more than 8 experts; tests compare
+whole-model sizes.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ class Position:
     """What a rule may ask about a tensor.
 
     Attributes:
-        layer, layers: index of its layer and number of layers (0 of n for tensors outside the layers).
+        layer, layers: index of its layer and number of layers (0 of n for tensors outside the layers); in a dense model
+            llama.cpp counts the tensors of a kind instead, which differs where only some layers have one.
         ordinal: how many tensors of its kind came before it.
         heads_per_group: attention heads that share one key-value head.
+        experts: how many its model's mixtures have, 0 in a dense model.
         calibrated: whether an importance matrix is there.
     """
 
@@ -30,6 +33,7 @@ class Position:
     layers: int
     ordinal: int
     heads_per_group: int
+    experts: int
     calibrated: bool
 
 
@@ -60,6 +64,10 @@ def _first_eighth_of_kind(position: Position) -> bool:
 
 def _grouped(position: Position) -> bool:
     return position.heads_per_group >= 4
+
+
+def _grouped_or_mixture(position: Position) -> bool:
+    return _grouped(position) or position.experts >= 4
 
 
 def _middle(position: Position) -> bool:
@@ -103,6 +111,11 @@ class Recipe:
         return not self.native and any(format_named(name).bits_per_weight < 8 for name in self.types)
 
     @property
+    def of_experts(self) -> bool:
+        """Whether it tells nothing but routed experts apart."""
+        return bool(self.rules) and {*self.rules} <= {Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN}
+
+    @property
     def types(self) -> set[str]:
         """All that it gives to some tensor of some model."""
         return {self.base, *(name for rules in self.rules.values() for name, _ in rules)}
@@ -117,7 +130,7 @@ class Recipe:
     def bits_of_experts(self) -> float:
         """Bits per weight of routed experts, which are nearly all of a large mixture, with an importance matrix."""
         layers = 48  # of a typical model; rules may spend more on the first and the last
-        positions = [Position(layer, layers, layer, 8, calibrated=True) for layer in range(layers)]
+        positions = [Position(layer, layers, layer, 8, 128, calibrated=True) for layer in range(layers)]
         roles = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
         bits = [format_named(self.type_of(role, place)).bits_per_weight for role in roles for place in positions]
         return sum(bits) / len(bits)
@@ -181,8 +194,8 @@ def _recipe(
 
 
 def _two_bit(name: str, file_type: int, base: str, low: str, output: str | None = None) -> Recipe:
-    """The mixes around 2 bits and below: `low` serves the embedding and the first down projections."""
-    value, down = (("Q4_K", _always),), ((low, _first_eighth_of_kind),)
+    """The mixes around 2 bits and below: `low` serves the embedding, the first down projections and narrow values."""
+    value, down = (("Q4_K", _grouped_or_mixture), (low, _always)), ((low, _first_eighth_of_kind),)
     return _recipe(name, file_type, base, head="Q5_K", embedding=low, value=value, output=output, down=down)
 
 

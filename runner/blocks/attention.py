@@ -56,12 +56,27 @@ class AttentionMixer:
         count = torch.arange(keys.shape[1], device=keys.device)
         distance = positions[:, None] - (positions[-1] + 1 - keys.shape[1] + count)
         visible = distance >= 0 if o.window is None else (distance >= 0) & (distance < o.window)
+        mixed = self._attend(query, keys, values, visible).transpose(0, 1).flatten(1)
+        mixed = mixed if gate is None else mixed * gate.sigmoid()
+        return self._projected(mixed, o.output, o.output_bias), self._remembered(keys, values)
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+        """query [heads, tokens, head size], visible [tokens, keys] -> [heads, tokens, head size]
+
+        A sink is one key more that all tokens see, and as a value it adds nothing. Its score is the head's logit:
+        queries have that in a dimension of its own, in which the sink is 1 and other keys are 0.
+        """
+        o = self._operation
+        if o.sink:
+            logits = self._weights.load(o.sink)[:, None, None] / o.softmax_scale
+            query = torch.cat((query, logits.expand(-1, len(visible), 1)), dim=-1)
+            keys, values = (functional.pad(states, (0, 1, 1, 0)) for states in (keys, values))
+            keys[:, 0, -1] = 1
+            visible = functional.pad(visible, (1, 0), value=True)
         mixed = functional.scaled_dot_product_attention(
-            query[None], keys[None], values[None], attn_mask=visible, scale=o.scale, enable_gqa=True
-        )  # [1, heads, tokens, head size]
-        mixed = mixed[0].transpose(0, 1).flatten(1)
-        gated = mixed if gate is None else mixed * gate.sigmoid()
-        return self._projected(gated, o.output, o.output_bias), self._remembered(keys, values)
+            query[None], keys[None], values[None], attn_mask=visible, scale=o.softmax_scale, enable_gqa=True
+        )
+        return mixed[0, ..., : o.head_size]
 
     def _query_and_gate(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
         """What heads ask and how much of the answer they let through, [tokens, heads * head size] each."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...archs.graph import MLP, Activation, HashRouter, Norm, Router, Score
+from ...archs.graph import MLP, SIGMOID_GAIN, Activation, HashRouter, Norm, Router, Score
 from ..weights import Weights
 from .context import Context
 
@@ -62,7 +62,10 @@ def route(router: Router | HashRouter, states: Tensor, tokens: Tensor, weights: 
 
     Shares are the chosen experts' own scores, as a rule scaled to a fixed sum: a bias moves the choice only.
     """
-    scores = _SCORES[router.score](weights.project(states, router.weight))
+    logits = weights.project(states, router.weight)
+    if isinstance(router, Router) and router.logit_bias:
+        logits = logits + weights.load(router.logit_bias)
+    scores = _SCORES[router.score](logits)
     if isinstance(router, HashRouter):
         chosen = weights.load(router.table)[tokens].long()
         return chosen, _normalized(scores.gather(1, chosen), router.epsilon) * router.scale
@@ -91,11 +94,13 @@ def _best_groups(router: Router, scores: Tensor) -> Tensor:
 def activate(activation: Activation, clamp: float | None, gate: Tensor | None, up: Tensor) -> Tensor:
     """What lies between an expert's projections."""
     match activation:
-        case Activation.SWIGLU:
+        case Activation.SWIGLU | Activation.SWIGLU_OAI:
             assert gate is not None
             if clamp is not None:
                 gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
-            return functional.silu(gate) * up
+            if activation is Activation.SWIGLU:
+                return functional.silu(gate) * up
+            return gate * torch.sigmoid(SIGMOID_GAIN * gate) * (up + 1)
         case Activation.RELU_SQUARED:
             return functional.relu(up).square()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...archs.graph import MoE, Router
+from ...archs.weights import Weight
 from ...errors import BadInput
 from ..activations import Workspace
 from ..weights import Weights
@@ -76,13 +77,18 @@ class RoutedTokens:
 
     def output(self, expert: int, states: Tensor) -> Tensor:
         """states [tokens, width] -> [tokens, width] through one expert. Raises BadInput when that is not finite."""
-        operation, project = self.operation, self.weights.project
-        gate = project(states, operation.gate, expert) if operation.gate else None
-        inner = activate(operation.activation, operation.clamp, gate, project(states, operation.up, expert))
-        answers = project(inner, operation.down, expert)
+        operation = self.operation
+        gate = self._projected(states, operation.gate, operation.gate_bias, expert) if operation.gate else None
+        up = self._projected(states, operation.up, operation.up_bias, expert)
+        inner = activate(operation.activation, operation.clamp, gate, up)
+        answers = self._projected(inner, operation.down, operation.down_bias, expert)
         if not math.isfinite(float(answers.sum())):
             raise BadInput(f"{self._where}, expert {expert}: the output is NaN or infinite")
         return answers
+
+    def _projected(self, states: Tensor, weight: Weight, bias: Weight | None, expert: int) -> Tensor:
+        projected = self.weights.project(states, weight, expert)
+        return projected + self.weights.load(bias)[expert] if bias else projected
 
     def add(self, rows: Tensor, answers: Tensor) -> None:
         """Add to tokens what an expert answers, in the share that it has."""
@@ -93,12 +99,12 @@ class RoutedTokens:
         operation, answer = self.operation, self._answers[chunk]
         if operation.latent_up:
             answer = self.weights.project(answer, operation.latent_up)
-        if not operation.shared:
-            return answer
-        shared = mlp(operation.shared, normed, self.weights)
-        if operation.shared_gate:
-            shared = shared * (normed @ self.weights.load(operation.shared_gate).view(-1, 1)).sigmoid()
-        return answer + shared
+        if operation.shared:
+            shared = mlp(operation.shared, normed, self.weights)
+            if operation.shared_gate:
+                shared = shared * (normed @ self.weights.load(operation.shared_gate).view(-1, 1)).sigmoid()
+            answer = answer + shared
+        return answer if operation.scale == 1 else answer * operation.scale
 
 
 _Piece = tuple[RoutedTokens, Tensor, Tensor]  # tokens of a stream, and the shares of an expert in their answers

@@ -41,7 +41,9 @@ def _slowed(rope: Rope, yarn: Yarn) -> Tensor:
         wavelength = yarn.original_context / times
         return rope.size * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.base))
 
-    first = max(math.floor(pair_turning(yarn.fast)), 0)
-    last = min(math.ceil(pair_turning(yarn.slow)), rope.size - 1)
+    first, last = pair_turning(yarn.fast), pair_turning(yarn.slow)
+    if yarn.rounded:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rope.size - 1)
     pairs = torch.arange(rope.size // 2, dtype=torch.float32, device="cpu")
     return ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)

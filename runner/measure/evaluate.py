@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ...errors import BadInput
@@ -19,10 +20,11 @@ from ..memory import working_set, workspace
 from ..placement import wide
 from ..settings import Compute, Evaluation
 from ..stream import Stream, advance, word_logits
-from ..texts import beyond_context, evaluated_text, with_bos
+from ..texts import beyond_context, with_bos
 from ..weights import ModelWeights
-from .logits import compare, logit_source, score
-from .scores import Divergence, Scores
+from .logits import compare_logits, engine_logits, score, stream_logits
+from .scores import Divergence, Scores, chunk_parts, standard_error
+from .slices import Slice, slices_of
 from .tokenization import Tokenization, compare_tokenizers
 
 _LARGEST_EXPONENT = 700.0  # of a float64; what a broken model gives may be beyond
@@ -66,6 +68,8 @@ class Parity:
         tokens: number of scored positions.
         compute_dtype: what the products of both were computed in, "float32" or "bfloat16".
         context_length: what both models are made for.
+        slices: the same by "category" of text, "position" in the context, and "confidence", the probability of the
+            reference's most probable token; each key's slices are all scored tokens.
         tokenization: what the candidate's tokenizer gives other ids; None where moecast cannot run it. All other
             figures are of the reference's tokens, in both models.
     """
@@ -85,6 +89,7 @@ class Parity:
     chunks: int
     compute_dtype: str
     context_length: int
+    slices: Mapping[str, tuple[Slice, ...]]
     tokenization: Tokenization | None = None
 
     @property
@@ -121,7 +126,7 @@ def perplexity(
     scores = Scores(labels(tokens))
     inputs = with_bos(tokens, model.tokenizer)
     if isinstance(model, OnnxModel):
-        score(logit_source(model, inputs, _scored_positions(context), progress), scores, len(tokens), progress)
+        score(engine_logits(model, inputs, _scored_positions(context)), scores, len(tokens), progress)
     else:
         with workspace(compute, model.graph, inputs.numel(), context) as room:
             weights = ModelWeights(model, compute.torch_dtype, room.device)
@@ -139,7 +144,7 @@ def _score_stream(stream: Stream, scores: Scores, progress: Progress) -> None:
     states = stream.final_activations(_scored_positions(tokens.shape[1]))
     first_word = 0
     for block in stream.head_blocks():
-        for chunk, part in enumerate(_chunks(scores.labels, len(tokens))):
+        for chunk, part in enumerate(chunk_parts(len(scores.labels), len(tokens))):
             scores.update(part, first_word, word_logits(stream.weights.graph, states[chunk], block))
         first_word += len(block)
 
@@ -156,41 +161,81 @@ def parity(
     A model that ONNX Runtime runs is compared by its logits alone, without errors of layers. Both get the tokens
     of the reference. Raises BadInput when the two do not share a vocabulary.
     """
-    reference, candidate, progress = _opened(reference), _opened(candidate), progress or NoProgress()
-    tokens = evaluation.tokens(reference.tokenizer)
-    _check_same_vocabulary(reference, candidate, tokens)
-    inputs = [with_bos(tokens, model.tokenizer) for model in (reference, candidate)]
-    layer_errors: tuple[float, ...] = ()
-    if isinstance(reference, Model) and isinstance(candidate, Model):
-        with _room_for([reference, candidate], tokens, compute) as room:
-            streams = [
-                Stream(model, text, weights=ModelWeights(model, compute.torch_dtype, room.device), workspace=room)
-                for model, text in zip((reference, candidate), inputs, strict=True)
-            ]
-            layer_errors = _advance_together(streams[0], streams[1], progress)
-            (divergence,) = compare_heads(streams[0], streams[1:], tokens)
-    else:
-        divergence = Divergence(labels(tokens))
-        positions = _scored_positions(evaluation.context)
-        with _room_for([reference, candidate], tokens, compute) as room:
-            first, second = (
-                logit_source(model, text, positions, progress, compute.torch_dtype, room)
-                for model, text in zip((reference, candidate), inputs, strict=True)
-            )
-            compare(first, second, divergence, len(tokens), progress)
-    length = min(reference.context_length, candidate.context_length)
-    found = summarize(divergence, layer_errors, evaluation.context, len(tokens), compute.dtype, length)
-    tokenization = compare_tokenizers(reference.tokenizer, candidate.tokenizer, evaluated_text(Path(evaluation.text)))
-    return replace(found, tokenization=tokenization)
+    (found,) = parities(reference, [candidate], evaluation, compute, progress)
+    return found
+
+
+def parities(
+    reference: Model | OnnxModel | str | Path,
+    candidates: Sequence[Model | OnnxModel | str | Path],
+    evaluation: Evaluation = Evaluation(),
+    compute: Compute = Compute(),
+    progress: Progress | None = None,
+) -> list[Parity]:
+    """The same for several candidates, all in one pass over the reference.
+
+    Raises as `parity`, and for more candidates than memory is allowed for.
+    """
+    reference, opened, progress = _opened(reference), [*map(_opened, candidates)], progress or NoProgress()
+    texts = evaluation.tokens_by_text(reference.tokenizer)
+    tokens = torch.cat([*texts.values()])
+    for candidate in opened:
+        _check_same_vocabulary(reference, candidate, tokens)
+    with _room_for([reference, *opened], tokens, compute) as room:
+        found = _compared([reference, *opened], tokens, compute, room, progress)
+    chunks, text, results = {name: len(ids) for name, ids in texts.items()}, evaluation.read(), []
+    for candidate, (divergence, layer_errors) in zip(opened, found, strict=True):
+        length = min(reference.context_length, candidate.context_length)
+        result = summarize(divergence, layer_errors, chunks, evaluation.context, compute.dtype, length)
+        tokenization = compare_tokenizers(reference.tokenizer, candidate.tokenizer, text)
+        results.append(replace(result, tokenization=tokenization))
+    return results
+
+
+def _compared(
+    models: Sequence[Model | OnnxModel], tokens: Tensor, compute: Compute, room: Workspace, progress: Progress
+) -> list[tuple[Divergence, tuple[float, ...]]]:
+    """How far each model is from the first, and its errors of layers where both are streams."""
+    texts = [with_bos(tokens, model.tokenizer) for model in models]
+    streams = {
+        place: Stream(model, text, weights=ModelWeights(model, compute.torch_dtype, room.device), workspace=room)
+        for place, (model, text) in enumerate(zip(models, texts, strict=True))
+        if isinstance(model, Model)
+    }
+    reference, alike = streams.get(0), [place for place in streams if place]
+    own = [streams[place] for place in alike]
+    errors = _advance_together(reference, own, progress) if streams else []
+    found: dict[int, tuple[Divergence, tuple[float, ...]]] = {}
+    if reference and own:
+        divergences = compare_heads(reference, own, tokens)
+        found.update(zip(alike, zip(divergences, errors, strict=True), strict=True))
+    if others := [place for place in range(1, len(models)) if place not in found]:
+        positions = _scored_positions(tokens.shape[1])
+        engines = {place: model for place, model in enumerate(models) if isinstance(model, OnnxModel)}
+        first, *rest = (
+            engine_logits(engines[place], texts[place], positions)
+            if place in engines
+            else stream_logits(streams[place], positions)
+            for place in (0, *others)
+        )
+        divergences = compare_logits(first, rest, labels(tokens), len(tokens), progress)
+        found.update((place, (divergence, ())) for place, divergence in zip(others, divergences, strict=True))
+    return [found[place] for place in range(1, len(models))]
 
 
 def _room_for(models: Sequence[Model | OnnxModel], tokens: Tensor, compute: Compute) -> Workspace:
-    """For those of the models that run here, each on all tokens [chunks, context]; room for the largest is for all."""
+    """For those of the models that run here, each on all tokens [chunks, context]; room for the largest is for all.
+
+    Raises BadInput where memory is not enough.
+    """
     graphs = [model.graph for model in models if isinstance(model, Model)]
     if not graphs:
         return Workspace()
     largest = max(graphs, key=lambda graph: working_set(graph, tokens.shape[1], len(graphs)))
-    return workspace(compute, largest, len(graphs) * tokens.numel(), tokens.shape[1], copies=len(graphs))
+    try:
+        return workspace(compute, largest, len(graphs) * tokens.numel(), tokens.shape[1], copies=len(graphs))
+    except BadInput as error:
+        raise BadInput(f"{error}, or compare fewer models at once") from None
 
 
 def _opened(model: Model | OnnxModel | str | Path) -> Model | OnnxModel:
@@ -206,12 +251,6 @@ def labels(tokens: Tensor) -> Tensor:
     return tokens[:, context // 2 + 1 :].flatten()
 
 
-def _chunks(scored: Tensor, chunks: int) -> list[slice]:
-    """Which of all scored positions are those of each chunk."""
-    size = len(scored) // chunks
-    return [slice(chunk * size, (chunk + 1) * size) for chunk in range(chunks)]
-
-
 def _check_same_vocabulary(reference: Model | OnnxModel, candidate: Model | OnnxModel, tokens: Tensor) -> None:
     """The ids must mean the same text to both."""
     sizes = [model.vocabulary_size for model in (reference, candidate)]
@@ -223,15 +262,23 @@ def _check_same_vocabulary(reference: Model | OnnxModel, candidate: Model | Onnx
         )
 
 
-def _advance_together(reference: Stream, candidate: Stream, progress: Progress) -> tuple[float, ...]:
-    layers = list(zip_longest(reference.model.graph.layers, candidate.model.graph.layers))
+def _advance_together(
+    reference: Stream | None, candidates: Sequence[Stream], progress: Progress
+) -> list[tuple[float, ...]]:
+    """Through all layers; each candidate's errors after each of them, none without a reference."""
+    streams = [reference, *candidates] if reference else [*candidates]
+    layers = list(zip_longest(*(stream.model.graph.layers for stream in streams)))
     progress.begin("Parity", len(layers), "layers")
-    errors = []
-    for index, pair in enumerate(layers):
-        advance((reference, candidate), pair)
-        errors.append(relative_error(reference.hidden, candidate.hidden))
-        progress.advance(1, f"layer {index}: relative error {errors[-1]:.2e}")
-    return tuple(errors)
+    errors: list[list[float]] = [[] for _ in candidates]
+    for index, own in enumerate(layers):
+        advance(streams, own)
+        detail = f"layer {index}"
+        if reference and candidates:
+            for of_candidate, candidate in zip(errors, candidates, strict=True):
+                of_candidate.append(relative_error(reference.hidden, candidate.hidden))
+            detail += f": relative error {max(of_candidate[-1] for of_candidate in errors):.2e}"
+        progress.advance(1, detail)
+    return [*map(tuple, errors)]
 
 
 def relative_error(reference: Activations, candidate: Activations) -> float:
@@ -255,16 +302,17 @@ def compare_heads(reference: Stream, candidates: Sequence[Stream], expected: Ten
 
     `expected` are the tokens [chunks, context]. The vocabulary comes in blocks, each loaded once for all streams.
     """
-    streams = (reference, *candidates)
-    divergences = [Divergence(labels(expected)) for _ in candidates]
+    streams, scores = (reference, *candidates), Scores(labels(expected))
+    divergences = [Divergence(scores) for _ in candidates]
     states = [stream.final_activations(_scored_positions(expected.shape[1])) for stream in streams]
     first_word = 0
     for _, rows in pieces(reference.weights.graph.head):
         blocks = [stream.weights.load(stream.weights.graph.head, None, rows) for stream in streams]
-        for chunk, part in enumerate(_chunks(labels(expected), len(expected))):
+        for chunk, part in enumerate(chunk_parts(len(scores.labels), len(expected))):
             logits = word_logits(reference.weights.graph, states[0][chunk], blocks[0])
+            update = scores.update(part, first_word, logits)
             for divergence, stream, own, block in zip(divergences, candidates, states[1:], blocks[1:], strict=True):
-                divergence.update(part, first_word, logits, word_logits(stream.weights.graph, own[chunk], block))
+                divergence.update(part, first_word, update, word_logits(stream.weights.graph, own[chunk], block))
         first_word += len(blocks[0])
         for stream in streams:
             stream.weights.release()
@@ -276,22 +324,18 @@ def _perplexity_of(scores: Scores) -> tuple[float, float]:
     losses = -scores.log_probability
     mean = float(losses.mean())
     value = math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf
-    return value, value * _standard_error(losses)
-
-
-def _standard_error(values: Tensor) -> float:
-    return math.sqrt(float(values.var(correction=0)) / max(len(values) - 1, 1))
+    return value, value * standard_error(losses)
 
 
 def summarize(
     divergence: Divergence,
     layer_errors: tuple[float, ...],
+    texts: Mapping[str, int],
     context: int,
-    chunks: int,
     compute_dtype: str,
     context_length: int,
 ) -> Parity:
-    """What a comparison of all scored tokens amounts to."""
+    """What a comparison of all scored tokens amounts to. `texts` are the numbers of their chunks, by category."""
     kld = divergence.kld
     reference, candidate = divergence.reference, divergence.candidate
     delta = candidate.log_probability.exp() - reference.log_probability.exp()
@@ -299,7 +343,7 @@ def summarize(
         perplexity_reference=_perplexity_of(reference)[0],
         perplexity_candidate=_perplexity_of(candidate)[0],
         mean_kld=float(kld.mean()),
-        mean_kld_error=_standard_error(kld),
+        mean_kld_error=standard_error(kld),
         kld_999=float(kld.quantile(0.999)),
         kld_maximum=float(kld.max()),
         top1_agreement=float((reference.best == candidate.best).double().mean()),
@@ -308,7 +352,8 @@ def summarize(
         layer_errors=layer_errors,
         tokens=len(kld),
         context=context,
-        chunks=chunks,
+        chunks=sum(texts.values()),
         compute_dtype=compute_dtype,
         context_length=context_length,
+        slices=slices_of(divergence, context, texts),
     )

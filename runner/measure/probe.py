@@ -53,7 +53,7 @@ def measure_damage(measuring: Measuring, tokens: Tensor, forms: Sequence[Graph])
     probes = _Probes(layer_pass, reference, quantizer, probed)
     if layer_pass.facts is not None:
         errors.squares = unpacked(layer_pass.facts)
-    elif graph.embedding.name in probed:
+    elif graph.embedding.name in probed and not graph.tied:
         errors.note_embedding(reference.tokens)
     probes.begin(graph.embedding)
     probes.leave(None)
@@ -104,16 +104,20 @@ class _Probes:
     def begin(self, weight: Weight, done: bool = False) -> None:
         """Begin the probe of a weight that the reference comes to, if this is its first one.
 
+        An embedding that is the head too is rounded once more there.
+
         done: an earlier run has passed the layer, and has saved the stream; so it is with the embedding's, too.
         """
-        probe = self._probe_of.get(weight.name)
-        if probe is None or probe in self.streams:
+        probe, source = self._probe_of.get(weight.name), self._quantizer.source
+        again = probe in self.streams
+        if probe is None or (again and weight is not source.graph.head):
             return
-        source = self._quantizer.source
         weights = RoundedWeights(
             self._quantizer, source.graph, {name: self._types[name] for name in self.groups[probe]}
         )
-        if done or weight is source.graph.embedding:
+        if again:
+            self.streams[probe].weights = weights
+        elif done or weight is source.graph.embedding:
             self.streams[probe] = self._pass.begin(probe, self._reference.tokens, weights)
         else:
             self.streams[probe] = self._pass.fork(probe, self._reference, weights)

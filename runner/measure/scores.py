@@ -5,8 +5,19 @@ A 200,064-word vocabulary makes 100 MB of logits for every 128 positions; here a
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Update(NamedTuple):
+    """Some logits, exp(logits - maximum) with the largest so far, and by what sums up to here are to be rescaled."""
+
+    logits: Tensor
+    exponentials: Tensor
+    rescale: Tensor
 
 
 class Scores:
@@ -25,8 +36,8 @@ class Scores:
         self.best = torch.zeros(count, dtype=torch.int64, device="cpu")
         self.target_logit = torch.zeros(count, dtype=torch.float64, device="cpu")
 
-    def update(self, part: slice, first_word: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in `logits` [positions of part, words]; return exp(logits - maximum) and the old sums' rescaling."""
+    def update(self, part: slice, first_word: int, logits: Tensor) -> Update:
+        """Take in `logits` [positions of part, words]."""
         block_maximum, block_best = (found.cpu() for found in logits.max(dim=1))
         old = self.maximum[part].clone()
         better = block_maximum > old
@@ -39,12 +50,17 @@ class Scores:
         rows = torch.where((local >= 0) & (local < logits.shape[1]))[0]
         found = logits[rows.to(logits.device), local[rows].to(logits.device)]
         self.target_logit[part][rows] = found.cpu().double()
-        return exponentials, rescale
+        return Update(logits, exponentials, rescale)
 
     @property
     def log_normalizer(self) -> Tensor:
         """log(sum(exp(logits))), float64 [positions]."""
         return self.maximum + self.total.log()
+
+    @property
+    def confidence(self) -> Tensor:
+        """The probability of the most probable token, float64 [positions]."""
+        return 1 / self.total
 
     @property
     def log_probability(self) -> Tensor:
@@ -56,18 +72,19 @@ class Divergence:
     """KL(reference || candidate) at every position, from the same vocabulary blocks of both models.
 
     With l, m the two models' logits: KL = sum(p_l * (l - m)) - log_normalizer(l) + log_normalizer(m).
+    Several candidates share their reference's scores.
     """
 
-    def __init__(self, labels: Tensor) -> None:
-        self.reference = Scores(labels)
-        self.candidate = Scores(labels)
-        self._difference = torch.zeros(len(labels), dtype=torch.float64, device="cpu")
+    def __init__(self, reference: Scores) -> None:
+        self.reference = reference
+        self.candidate = Scores(reference.labels)
+        self._difference = torch.zeros(len(reference.labels), dtype=torch.float64, device="cpu")
 
-    def update(self, part: slice, first_word: int, reference: Tensor, candidate: Tensor) -> None:
-        exponentials, rescale = self.reference.update(part, first_word, reference)
-        self.candidate.update(part, first_word, candidate)
-        difference = (exponentials * (reference - candidate)).sum(dim=1).cpu().double()
-        self._difference[part] = self._difference[part] * rescale + difference
+    def update(self, part: slice, first_word: int, reference: Update, logits: Tensor) -> None:
+        """Take in the candidate's logits of a block that the reference's scores have just taken in."""
+        self.candidate.update(part, first_word, logits)
+        difference = (reference.exponentials * (reference.logits - logits)).sum(dim=1).cpu().double()
+        self._difference[part] = self._difference[part] * reference.rescale + difference
 
     @property
     def kld(self) -> Tensor:
@@ -92,3 +109,14 @@ class Divergence:
         mean of lengths does not hang on the few positions where a token happened to go to another expert.
         """
         return float(self.probability_weighted_kld.clamp_min(0).sqrt().mean().square())
+
+
+def chunk_parts(positions: int, chunks: int) -> list[slice]:
+    """Which of all scored positions are those of each chunk."""
+    size = positions // chunks
+    return [slice(chunk * size, (chunk + 1) * size) for chunk in range(chunks)]
+
+
+def standard_error(values: Tensor) -> float:
+    """That of the mean of values [positions]."""
+    return math.sqrt(float(values.var(correction=0)) / max(len(values) - 1, 1))

@@ -17,10 +17,13 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from ...errors import Interrupted
+from ...errors import BadInput, Interrupted
 
 if TYPE_CHECKING:
     from .address import HubSource
+
+MAY_WRITE = "run `hf auth login`, or set HF_TOKEN to an access token that may write"
+GOES_ON = "run the same again, what has arrived is not sent again"
 
 
 @contextmanager
@@ -57,3 +60,38 @@ def _explanation(error: BaseException, source: HubSource) -> str:
         f"{endpoint} cannot be reached ({type(error).__name__}): check the network and run the same again, it will"
         " resume; HF_HUB_OFFLINE=1 uses what was fetched before"
     )
+
+
+@contextmanager
+def upload_explained(target: HubSource) -> Iterator[None]:
+    """Turns what the client raises while it sends files into Interrupted, or into BadInput for what the Hub refuses."""
+    try:
+        yield
+    except (httpx2.HTTPError, OSError, RuntimeError) as error:
+        around = isinstance(error, RuntimeError) and isinstance(error.__cause__, httpx2.HTTPError | OSError)
+        raise Interrupted(_upload_explanation(error.__cause__ if around else error, target)) from error
+    except BadInput:
+        raise
+    except ValueError as error:  # about the metadata of a card, before anything is committed
+        reason = " ".join(str(error).split())[:500]
+        raise BadInput(f"{target.endpoint} does not take the files: {reason}") from error
+
+
+def _upload_explanation(error: BaseException | None, target: HubSource) -> str:
+    endpoint, repository = target.endpoint, target.repository
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    refused = isinstance(error, RepositoryNotFoundError) or (isinstance(error, PermissionError) and error.errno is None)
+    if refused or status in (401, 403):
+        return f"{endpoint} does not let this access token write to {repository}: check the name; {MAY_WRITE}"
+    if status == 412:
+        return f"somebody else has changed {target.url} meanwhile: {GOES_ON}"
+    if isinstance(error, HfHubHTTPError):
+        said = f" ({_first_line(error.server_message)})" if error.server_message else ""
+        return f"{endpoint} answers {status} for {repository}{said}: {GOES_ON}"
+    if isinstance(error, httpx2.TransportError):
+        return f"the connection to {endpoint} is lost ({type(error).__name__}): check the network and {GOES_ON}"
+    return f"the upload to {target.url} has stopped ({_first_line(error)}): {GOES_ON}"
+
+
+def _first_line(text: object) -> str:
+    return (str(text).strip().splitlines() or [type(text).__name__])[0][:200]

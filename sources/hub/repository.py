@@ -95,7 +95,7 @@ class HubCheckpoint:
         self.notes = progress or NoProgress()
         self._needed = needed
         self._source = replace(source, revision=revision or source.revision)
-        self._connection = Connection(source.endpoint, _usable(token, self._source))
+        self._connection = Connection(source.endpoint, usable_token(token, self._source))
         self._in_cache = folder is None
         self._storage = _storage(self._source)
         self._reference = inside(self._storage / "refs", self._source.revision, "--revision")
@@ -310,7 +310,7 @@ def _storage(source: HubSource) -> Path:
     return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=source.repository, repo_type="model"))
 
 
-def _usable(token: str | None, source: HubSource) -> str | None:
+def usable_token(token: str | None, source: HubSource) -> str | None:
     """The token to send, or None. A malformed one would be quoted by the HTTP library's error."""
     found = (get_token_to_send(token or None) or "").strip()
     if not re.fullmatch(r"[!-~]*", found):

@@ -6,23 +6,21 @@ import inspect
 from math import prod
 
 import pytest
-from moecast.archs import expressions, rearranged
+from moecast.archs import encodings, expressions, rearranged
 from moecast.archs.catalogue import Catalogue
+from moecast.archs.encodings import BlockScaled, GlobalScales, Int4, Mxfp4, Nvfp4, Packing, Scaled
 from moecast.archs.expressions import (
-    BlockScaled,
+    Columns,
     Expression,
-    GlobalScales,
-    Mxfp4,
     NegativeExponential,
-    Nvfp4,
     Padded,
     Read,
     Reshape,
     Rows,
-    Scaled,
     SideBySide,
     Stack,
     TensorInfo,
+    Transposed,
     Zeros,
     stored_tensors,
 )
@@ -30,7 +28,7 @@ from moecast.archs.rearranged import ColumnRuns, RowRuns
 from moecast.errors import BadInput
 from moecast.sources.decode import _EVALUATIONS
 
-BYTES = {"F32": 4, "BF16": 2, "I64": 8}
+BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4}
 
 
 def tensor(name: str, dtype: str, *shape: int) -> TensorInfo:
@@ -41,6 +39,7 @@ PLAIN = Read(tensor("plain", "BF16", 4, 64))
 FLOAT = Read(tensor("float", "F32", 4, 64))
 NVFP4 = Nvfp4(tensor("codes", "U8", 4, 32), tensor("scale", "F8_E4M3", 4, 4), tensor("global", "F32", 1))
 MXFP4 = Mxfp4(tensor("codes", "I8", 4, 32), tensor("scale", "F8_E8M0", 4, 2))
+STACKED = Mxfp4(tensor("codes", "U8", 3, 4, 32), tensor("scale", "U8", 3, 4, 2))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +54,9 @@ MXFP4 = Mxfp4(tensor("codes", "I8", 4, 32), tensor("scale", "F8_E8M0", 4, 2))
         (Scaled(tensor("codes", "F8_E4M3", 4, 64), tensor("scale", "F32", 4)), 8, None, ["codes", "scale"]),
         (NVFP4, 4.5, None, ["codes", "scale", "global"]),
         (MXFP4, 4.25, "MXFP4", ["codes", "scale"]),
+        (Int4(Packing.AWQ, tensor("words", "I32", 64, 1), tensor("scales", "F16", 4, 8)), 5, None, ["words", "scales"]),
+        (Int4(Packing.COMPRESSED_TENSORS, tensor("words", "I32", 4, 8), tensor("scales", "BF16", 4, 2)), 4.5, "Q4_0",
+         ["words", "scales"]),
         (GlobalScales((NVFP4,)), 32, None, ["codes", "scale", "global"]),
         (Reshape(PLAIN.tensor, (64, 4)), 16, None, ["plain"]),
         (NegativeExponential(PLAIN), 16, None, ["plain"]),
@@ -63,8 +65,11 @@ MXFP4 = Mxfp4(tensor("codes", "I8", 4, 32), tensor("scale", "F8_E8M0", 4, 2))
         (SideBySide((PLAIN, PLAIN)), 16, "BF16", ["plain", "plain"]),
         (SideBySide((PLAIN, FLOAT)), 32, None, ["plain", "float"]),
         (Rows(FLOAT, 1, 3), 32, "F32", ["float"]),
+        (Columns(PLAIN, 1, 2), 16, "BF16", ["plain"]),
+        (Transposed(FLOAT), 32, "F32", ["float"]),
         (RowRuns(PLAIN, ((2, 4), (0, 1))), 16, "BF16", ["plain"]),
         (ColumnRuns(FLOAT, ((32, 64), (0, 8))), 32, "F32", ["float"]),
+        (STACKED, 4.25, "MXFP4", ["codes", "scale"]),
         (Stack((MXFP4, MXFP4)), 4.25, "MXFP4", ["codes", "scale"] * 2),
     ],
 )  # fmt: skip
@@ -75,7 +80,7 @@ def test_facts(expression: Expression, bits: float, exact: str | None, names: li
 
 def test_one_expert_depends_on_its_own_matrix() -> None:
     stack = Stack((PLAIN, FLOAT))
-    for whole in (stack, Padded(stack, (2, 8, 64)), Rows(stack, 0, 2)):
+    for whole in (stack, Padded(stack, (2, 8, 64)), Rows(stack, 0, 2), Columns(stack, 0, 2), Transposed(stack)):
         assert whole.of_expert(1) == FLOAT
     assert stack.of_expert(None) == stack and PLAIN.of_expert(1) == PLAIN
 
@@ -89,9 +94,9 @@ def test_runs_of_rows_within_rows(rows: tuple[int, int] | None) -> None:
 
 
 def test_every_kind_can_be_evaluated() -> None:
-    found = (inspect.getmembers(module, inspect.isclass) for module in (expressions, rearranged))
-    classes = {kind for members in found for _, kind in members if hasattr(kind, "of_expert")}
-    assert {kind for kind in classes - {Expression} if not kind.__name__.startswith("_")} == _EVALUATIONS.keys()
+    found = (inspect.getmembers(module, inspect.isclass) for module in (expressions, encodings, rearranged))
+    classes = {kind for members in found for name, kind in members if hasattr(kind, "of_expert") and name[0] != "_"}
+    assert classes - {Expression, expressions.Derived} == _EVALUATIONS.keys()
 
 
 def test_fused_experts_of_another_width_are_named() -> None:

@@ -10,7 +10,8 @@ import pytest
 import real_models
 import real_nemotron
 from moecast.archs.config import Config
-from moecast.archs.expressions import Nvfp4, Scaled, Stack, TensorInfo, stored_tensors
+from moecast.archs.encodings import Nvfp4, Scaled
+from moecast.archs.expressions import Stack, TensorInfo, stored_tensors
 from moecast.archs.graph import MLP, Attention, Graph, Mamba2, MoE, graph_as_json
 from moecast.archs.nemotron_h import MIXTURE
 from moecast.errors import BadInput

@@ -65,18 +65,19 @@ def test_real_model(name: str, total: float, active: float, state: int) -> None:
     assert experts.router.normalize and experts.router.top_k == 8
 
 
-@pytest.mark.parametrize("encoding", ["FP8", "NVFP4"])
+@pytest.mark.parametrize("encoding", ["FP8", "NVFP4", "GPTQ", "AWQ"])
 @pytest.mark.parametrize("name", RELEASES[:2])
 def test_quantized_releases_hold_the_same_weights(name: str, encoding: str) -> None:
-    plain, quantized = graph_of(name), graph_of(name, encoding)
+    quantization = {"quant_method": encoding.lower(), "bits": 4} if encoding in ("GPTQ", "AWQ") else None
+    plain, quantized = graph_of(name), graph_of(name, encoding, quantization_config=quantization)
     assert [(w.name, w.shape) for w in quantized.weights()] == [(w.name, w.shape) for w in plain.weights()]
     assert quantized.notes == ()
 
 
 @pytest.mark.parametrize("encoding", ["GPTQ", "AWQ"])
-def test_whole_numbers_are_refused_by_name(encoding: str) -> None:
-    with pytest.raises(BadInput, match=r"self_attn\.q_proj is not in a form that can be read: .*GPTQ, AWQ") as error:
-        graph_of("qwen3-30b-a3b", encoding, quantization_config={"quant_method": encoding.lower(), "bits": 4})
+def test_whole_numbers_of_other_tools_are_refused_by_name(encoding: str) -> None:
+    with pytest.raises(BadInput, match=r"self_attn\.q_proj is not in a form that can be read: .*GPTQ nor AWQ") as error:
+        graph_of("qwen3-30b-a3b", encoding, quantization_config={"quant_method": "auto-round", "bits": 4})
     assert "\n" not in str(error.value)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import real_models
-from moecast.archs import deepseek_v4, minimax_m2, nemotron_h, qwen3_5, qwen3_moe, qwen3_next
+from moecast.archs import cohere2, deepseek_v4, gpt_oss, minimax_m2, nemotron_h, qwen3_5, qwen3_moe, qwen3_next
 from moecast.archs.architecture import Architecture
 from moecast.archs.config import Config
 from moecast.archs.harmless import check_repeated, refuse_unread, refuse_unread_metadata
@@ -26,6 +26,9 @@ EXAMPLE = {
     "deepseek_v4": EXAMPLES / "deepseek-v4-tiny" / "config.json",
     "nemotron_h": EXAMPLES / "nemotron-3-tiny" / "config.json",
     "qwen3_moe": real_models.DATA / "qwen3-30b-a3b-config.json",
+    "gpt_oss": real_models.DATA / "gpt-oss-20b-config.json",
+    "cohere2": real_models.DATA / "command-r7b-config.json",
+    "cohere2_moe": real_models.DATA / "north-mini-code-config.json",
     "qwen3_next": real_models.DATA / "qwen3-next-80b-a3b-config.json",
     "qwen3_5_moe_text": real_models.DATA / "qwen3.5-35b-a3b-config.json",
 }
@@ -37,7 +40,8 @@ def example(family: str) -> Values:
     values.pop("quantization_config", None)
     if "time_step_limit" in values:
         values["time_step_limit"] = [0.0, float("inf")]
-    values.pop("norm_eps", None)  # another name of layer_norm_epsilon
+    for other_name in ("norm_eps", "experts_per_token"):
+        values.pop(other_name, None)
     return values
 
 
@@ -51,6 +55,10 @@ def read(values: Values) -> tuple[Any, Architecture]:
             found, architecture = deepseek_v4._read_config(config), deepseek_v4.ARCHITECTURE
         case "qwen3_moe":
             found, architecture = qwen3_moe._read_config(config), qwen3_moe.ARCHITECTURE
+        case "gpt_oss":
+            found, architecture = gpt_oss._read_config(config), gpt_oss.ARCHITECTURE
+        case "cohere2" | "cohere2_moe" | "cohere2_vision":
+            found, architecture = cohere2._read_config(config), cohere2.MIXTURE
         case "qwen3_next":
             found, architecture = qwen3_next._read_config(config, drafts=False), qwen3_next.ARCHITECTURE
         case "qwen3_5_moe" | "qwen3_5_moe_text":
@@ -72,6 +80,23 @@ def ours(values: Values) -> Values:
             yarn = (d.yarn_factor, d.yarn_context) if d.scaling == "yarn" else None
             of_layers = {"window": d.window, "dense": d.dense, "biased": d.biased, "normalized": d.normalized}
             return shared | of_layers | {"theta": d.rope_base, "width": d.expert_size, "yarn": yarn}
+        case "gpt_oss":
+            yarn = (d.yarn_factor, d.yarn_context, d.rounded) if d.scaling == "yarn" else None
+            of_layers = {"windows": tuple(d.window if windowed else 0 for windowed in d.windowed), "clamp": d.clamp}
+            return shared | of_layers | {"theta": d.rope_base, "width": d.expert_size, "yarn": yarn}
+        case "cohere2" | "cohere2_moe":
+            of_layers = {"windowed": d.windowed, "rotated": d.rotated, "dense": d.dense}
+            return (
+                shared
+                | of_layers
+                | {
+                    "window": d.window,
+                    "theta": d.rope_base,
+                    "logit scale": d.logit_scale,
+                    "switches": (d.biased, d.tied, d.normalized, d.averaged),
+                    "widths": (d.expert_size, d.shared_size, d.dense_size),
+                }
+            )
         case "qwen3_next" | "qwen3_5_moe_text":
             return shared | {
                 "recurrent": d.recurrent,
@@ -103,8 +128,10 @@ def theirs(values: Values) -> Values:
     values = copy.deepcopy(values)
     c = AutoConfig.for_model(values.pop("model_type"), **values)
     head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    shared = {"heads": c.num_attention_heads, "head_size": head_size, "top_k": c.num_experts_per_tok}
+    shared = {"heads": c.num_attention_heads, "head_size": head_size, "top_k": getattr(c, "num_experts_per_tok", 0)}
     match c.model_type:
+        case "cohere2" | "cohere2_moe":
+            return shared | _theirs_of_cohere(c)
         case "qwen3_moe":
             rope, layers = c.rope_parameters, range(c.num_hidden_layers)
             yarn = rope["rope_type"] == "yarn"
@@ -119,6 +146,18 @@ def theirs(values: Values) -> Values:
                 "theta": rope["rope_theta"],
                 "width": c.moe_intermediate_size,
                 "yarn": (rope["factor"], rope["original_max_position_embeddings"]) if yarn else None,
+            }
+        case "gpt_oss":
+            rope = c.rope_parameters
+            yarn = (rope["factor"], rope["original_max_position_embeddings"]) if rope["rope_type"] == "yarn" else None
+            return shared | {
+                "epsilon": c.rms_norm_eps,
+                "experts": c.num_local_experts,
+                "windows": tuple(c.sliding_window if kind == "sliding_attention" else 0 for kind in c.layer_types),
+                "clamp": c.swiglu_limit,
+                "theta": rope["rope_theta"],
+                "width": c.intermediate_size,
+                "yarn": (*yarn, rope.get("truncate", True)) if yarn else None,
             }
         case "qwen3_next" | "qwen3_5_moe_text":
             rope = c.rope_parameters
@@ -162,6 +201,37 @@ def theirs(values: Values) -> Values:
                 "scale": c.routed_scaling_factor,
                 "kernel": c.conv_kernel,
             }
+
+
+def _theirs_of_cohere(c: Any) -> Values:
+    mixture = c.model_type == "cohere2_moe"
+    windowed = tuple(kind == "sliding_attention" for kind in c.layer_types)
+    dense = tuple(kind == "dense" for kind in c.mlp_layer_types) if mixture else (True,) * c.num_hidden_layers
+    forced = mixture and c.prefix_dense_sliding_window_pattern == 1
+    size = c.intermediate_size
+    dense_size = (c.prefix_dense_intermediate_size or size) if mixture else size
+    normalized = mixture and (c.norm_topk_prob or c.expert_selection_fn == "softmax")
+    return {
+        "epsilon": c.rms_norm_eps if mixture and c.rms_norm_eps is not None else c.layer_norm_eps,
+        "experts": c.num_experts if mixture else 0,
+        "windowed": windowed,
+        "rotated": tuple(window or (forced and alone) for window, alone in zip(windowed, dense, strict=True)),
+        "dense": dense,
+        "window": c.sliding_window,
+        "theta": c.rope_parameters["rope_theta"],
+        "logit scale": c.logit_scale,
+        "switches": (
+            c.attention_bias,
+            c.tie_word_embeddings is not False,
+            normalized,
+            mixture and c.shared_expert_combination_strategy == "average",
+        ),
+        "widths": (
+            size if mixture else 0,
+            size * c.num_shared_experts if mixture else 0,
+            dense_size if any(dense) else 0,
+        ),
+    }
 
 
 def perturbed(family: str, count: int) -> Iterator[Values]:
@@ -247,7 +317,7 @@ def test_unknown_keys_are_refused_until_the_user_says_so(family: str, key: str, 
 @pytest.mark.parametrize(("family", "first", "second"), [
     ("minimax_m2", "num_local_experts", "num_experts"), ("deepseek_v4", "n_routed_experts", "num_local_experts"),
     ("nemotron_h", "layer_norm_epsilon", "norm_eps"), ("nemotron_h", "n_groups", "mamba_n_groups"),
-    ("qwen3_moe", "num_experts", "num_local_experts"),
+    ("qwen3_moe", "num_experts", "num_local_experts"), ("gpt_oss", "num_experts_per_tok", "experts_per_token"),
 ])  # fmt: skip
 def test_two_names_of_one_quantity_have_to_agree(family: str, first: str, second: str) -> None:
     values = example(family)
@@ -260,7 +330,8 @@ def test_two_names_of_one_quantity_have_to_agree(family: str, first: str, second
     ("minimax_m2", "rms_norm_eps"), ("minimax_m2", "rope_theta"), ("deepseek_v4", "hc_eps"),
     ("deepseek_v4", "routed_scaling_factor"), ("deepseek_v4", "swiglu_limit"), ("deepseek_v4", "compress_rope_theta"),
     ("nemotron_h", "layer_norm_epsilon"), ("nemotron_h", "routed_scaling_factor"),
-    ("qwen3_moe", "rms_norm_eps"), ("qwen3_moe", "rope_theta"),
+    ("qwen3_moe", "rms_norm_eps"), ("qwen3_moe", "rope_theta"), ("gpt_oss", "swiglu_limit"), ("gpt_oss", "rope_theta"),
+    ("cohere2", "logit_scale"), ("cohere2", "layer_norm_eps"), ("cohere2_moe", "rms_norm_eps"),
     ("qwen3_next", "rms_norm_eps"), ("qwen3_next", "rope_theta"), ("qwen3_next", "partial_rotary_factor"),
 ])  # fmt: skip
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), -1.0, 0.0, 1e39, 1e-46, 10**40, -5])

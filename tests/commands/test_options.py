@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from moecast.cli import main
-from moecast.commands.options import Size
+from moecast.commands.values import Size
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minimax-m2-tiny"
 

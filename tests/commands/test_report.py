@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import checkpoints
+import cohere_checkpoints as cohere
 import pytest
 from click.testing import CliRunner, Result
 from moecast.cli import main
@@ -67,6 +68,13 @@ def test_tables_keep_to_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "".join(shown.split()).count("33.0") == 1 and len(_rows(shown)) > len(_rows(INSPECTED))
 
 
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    folder = cohere.save_cohere(tmp_path / "model", cohere.pictured(True))
+    for command in (["inspect"], ["plan", "--quant", "Q8_0"]):
+        shown = _run(*command, folder).stdout
+        assert shown.count("Note: left out the vision tower, 52 tensors: text alone is understood") == 1
+
+
 def test_plan_tells_layers_in_ranges() -> None:
     rows = {row[0]: row[1:4] for row in _rows(_run("plan", "nemotron-3-tiny", "--quant", "Q8_0").stdout)}
     assert rows["embedding"] == ["Q8_0", "", "1"]
@@ -97,6 +105,13 @@ def test_fit_tells_how_to_serve_the_file() -> None:
     assert f"{human_bytes(fit['state_bytes'])}, working memory: about {human_bytes(fit['working_bytes'])}" in shown
     alone = json.loads(_run("plan", *machine, "--vram", "0", "--json").stdout)
     assert alone["layers_in_ram"] == 3 and "gpu" not in alone["serve"]
+    assert fit["ram_bytes_per_token"] == 0 and alone["memory_bandwidth"] > 0
+    experts, others = 0, 0
+    for tensor in alone["tensors"]:
+        routed = tensor["name"].endswith("_exps.weight")
+        experts, others = experts + tensor["bytes"] * routed, others + tensor["bytes"] * (not routed)
+    assert experts * 4 / 16 < alone["ram_bytes_per_token"] < experts * 4 / 16 + others
+    assert " of weights from RAM: at most " in _run("plan", *machine, "--vram", "0").stdout
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["CPU", "GPU"])

@@ -23,7 +23,7 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
 
 def _convert(folder: Path, output: Path, *options: str) -> Result:
     return CliRunner().invoke(
-        main, ["convert", str(folder), "-o", str(output), "--no-verify", "--no-calibration", *options]
+        main, ["convert", str(folder), "-o", str(output), "--no-verify", "--no-calibration", "--no-report", *options]
     )
 
 

@@ -144,10 +144,3 @@ def test_nvfp4_is_kept_code_for_code(family: str, heads: int, tmp_path: Path) ->
     written = runner_logits(open_model(path), TOKENS)[0]
     assert relative_error(written, expected) < (1e-5 if moved else 0.02)  # what is moved is rounded to Q8_0
     assert llama.mean_divergence(written.numpy(), llama.run_isolated(path, TOKENS[0].tolist())) < ROUNDED
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_onnx_is_refused_in_a_line(family: str, tmp_path: Path) -> None:
-    folder = deltanet.save(tmp_path / "model", deltanet.model_of(family))
-    with pytest.raises(BadInput, match="ONNX has no form for GatedDeltaNet yet: use --to gguf"):
-        convert(folder, tmp_path, "F32", file_format="onnx", verify=False, calibration=None)

@@ -128,7 +128,7 @@ def test_wrong_bytes_are_refused(minimax_fp8: Checkpoint, tmp_path: Path) -> Non
 def _stream(server: HubServer, tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     output = str(tmp_path / "out" / "model.gguf")
     plain = ["--quant", "Q8_0", "-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "2"]
-    return _moecast(server, tmp_path / "home", "convert", "tiny/moe", "-o", output, *plain, *options)
+    return _moecast(server, tmp_path / "home", "convert", "tiny/moe", "-o", output, *plain, "--no-report", *options)
 
 
 @pytest.mark.whole
@@ -226,7 +226,7 @@ def test_what_the_network_stops_is_continued(
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
         server.fail(shard, Fault())  # the header, then
         server.fail(shard, fault, times=99)
-        call = ["convert", "tiny/moe", "-o", str(output), "--quant", "Q8_0", *options]
+        call = ["convert", "tiny/moe", "-o", str(output), "--quant", "Q8_0", "--no-report", *options]
         stopped = CliRunner().invoke(main, call)
         assert stopped.exit_code == 2, stopped.output
         assert "checkpoint is damaged" not in stopped.output

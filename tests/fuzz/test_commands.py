@@ -25,7 +25,7 @@ VALUES = (
     "../x", "a/b/c", "\x1b[31m", "é", "日本", "4GB", "0B", "1KB", "10MB", "1e9GB", "Q4_K_M", "q8_0", "COPY", "a=Q4_K",
     "[=Q4_K", "(.*)*x=F32", "model.gguf", "cpu", "cuda", "main", "[/INST]", "%s", "{}", "\udcff",
 )  # fmt: skip
-_QUICKLY = ["--no-verify", "--no-calibration", "--no-pad", "--quant", "Q4_0"]
+_QUICKLY = ["--no-report", "--no-verify", "--no-calibration", "--no-pad", "--quant", "Q4_0"]
 SOURCES = ("inspect", "plan", "convert", "imatrix", "perplexity", "run")
 
 

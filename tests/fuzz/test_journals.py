@@ -76,7 +76,7 @@ def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def _convert(folder: Path, options: tuple[str, ...], *more: str) -> Result:
-    text = ("-f", str(EXAMPLES / "text" / "evaluation.txt"), "-c", "16", "--chunks", "2")
+    text = ("--no-report", "-f", str(EXAMPLES / "text" / "evaluation.txt"), "-c", "16", "--chunks", "2")
     output = folder / ("out" if "onnx" in options else "out.gguf")
     given = (option.format(folder) for option in options)
     with bounded(CONVERTING):

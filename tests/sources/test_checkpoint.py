@@ -11,7 +11,8 @@ import checkpoints
 import pytest
 import torch
 from conftest import Checkpoint
-from moecast.archs.expressions import BlockScaled, Read, TensorInfo
+from moecast.archs.encodings import BlockScaled
+from moecast.archs.expressions import Read, TensorInfo
 from moecast.errors import BadInput, Interrupted
 from moecast.sources.checkpoint import read_config, read_tensors
 from moecast.sources.decode import evaluate

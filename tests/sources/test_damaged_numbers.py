@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from moecast.archs.expressions import Mxfp4, Nvfp4, Read, TensorInfo
+from moecast.archs.encodings import Mxfp4, Nvfp4
+from moecast.archs.expressions import Read, TensorInfo
 from moecast.archs.weights import Role
 from moecast.convert import convert
 from moecast.errors import BadInput
 from moecast.quant import quantize
 from moecast.sources.decode import evaluate
-from moecast.sources.fp4 import repack
 from moecast.sources.model import open_model
+from moecast.sources.repack import repack
 from moecast.sources.storage import Storage
 from safetensors.torch import load_file, save_file
 

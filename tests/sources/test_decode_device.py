@@ -6,23 +6,21 @@ from math import prod
 
 import pytest
 import torch
+from moecast.archs.encodings import BlockScaled, GlobalScales, Int4, Mxfp4, Nvfp4, Packing, Scaled
 from moecast.archs.expressions import (
     Below,
-    BlockScaled,
+    Columns,
     Expression,
-    GlobalScales,
-    Mxfp4,
     NegativeExponential,
-    Nvfp4,
     OnePlus,
     Padded,
     Read,
     Reshape,
     Rows,
-    Scaled,
     SideBySide,
     Stack,
     TensorInfo,
+    Transposed,
     Zeros,
 )
 from moecast.archs.rearranged import ColumnRuns, RowRuns
@@ -31,7 +29,7 @@ from moecast.sources.storage import OnDevice
 from numbered import DEVICE, numbered_device
 from torch import Tensor
 
-BYTES = {"F32": 4, "BF16": 2, "I64": 8}
+BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4}
 
 
 def tensor(name: str, dtype: str, *shape: int) -> TensorInfo:
@@ -47,6 +45,7 @@ EVERY: list[Expression] = [
     Scaled(tensor("codes", "F8_E4M3", 4, 64), tensor("scale", "F32", 4)),
     NVFP4,
     MXFP4,
+    Int4(Packing.GPTQ, tensor("words", "I32", 8, 4), tensor("scales", "F16", 4, 4), tensor("zeros", "I32", 4, 1)),
     GlobalScales((NVFP4,)),
     Reshape(PLAIN.tensor, (64, 4)),
     NegativeExponential(PLAIN),
@@ -56,6 +55,8 @@ EVERY: list[Expression] = [
     Padded(PLAIN, (8, 64)),
     SideBySide((PLAIN, PLAIN)),
     Rows(PLAIN, 1, 3),
+    Columns(PLAIN, 1, 2),
+    Transposed(PLAIN),
     RowRuns(PLAIN, ((2, 4), (0, 1))),
     ColumnRuns(PLAIN, ((32, 64), (0, 8))),
     Stack((MXFP4, PLAIN)),

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import cohere_checkpoints as cohere
 import deltanet_checkpoints as deltanet
 import gguf
+import gpt_oss_checkpoints as gpt_oss
+import int4_packs
 import pytest
 import qwen3_checkpoints as qwen3
 from conversions import convert
@@ -31,10 +34,19 @@ def example(name: str) -> Save:
     return lambda folder: checkpoints.copied(EXAMPLES / name, folder)
 
 
+def packed_qwen3(folder: Path, style: str) -> None:
+    """In whole numbers of 4 bits, which both decode."""
+    plain = qwen3.save_qwen3(folder.parent / "plain", qwen3.qwen3_model(hidden_size=128, moe_intermediate_size=96))
+    int4_packs.repacked(plain, folder, folder.parent / "exact", style)
+
+
 CHECKPOINTS: dict[str, Save] = {
     "MiniMax": lambda folder: checkpoints.save_minimax(folder, checkpoints.minimax_model()),
     "MiniMax in FP8": example("minimax-m2-tiny"),
     "Nemotron": example("nemotron-3-tiny"),
+    "Cohere2 in BF16": lambda folder: cohere.publish_cohere2(folder, cohere.cohere_model(False)),
+    "Cohere2-MoE": lambda folder: cohere.save_cohere(folder, cohere.cohere_model(True)),
+    "Cohere2-MoE as North": lambda folder: cohere.save_cohere(folder, cohere.cohere_model(True, **cohere.NORTH)),
     "Qwen3": lambda folder: qwen3.save_qwen3(folder, qwen3.qwen3_model()),
     "Qwen3 with YaRN": lambda folder: qwen3.save_qwen3(folder, qwen3.qwen3_model(**qwen3.VARIANTS["yarn"])),
     "Qwen3-Next": published("qwen3_next", fused=False),
@@ -44,6 +56,9 @@ CHECKPOINTS: dict[str, Save] = {
     "Qwen3.5 in FP8": published("qwen3_5_moe", fp8=True),
     "Qwen3.5 dense": published("qwen3_5"),
     "Qwen3 in FP8": lambda folder: qwen3.save_qwen3_fp8(folder, qwen3.qwen3_model()),
+    "Qwen3 packed by GPTQ": lambda folder: packed_qwen3(folder, "gptq order"),
+    "Qwen3 packed by compressed-tensors": lambda folder: packed_qwen3(folder, "compressed"),
+    "gpt-oss": lambda folder: gpt_oss.save_gpt_oss(folder, gpt_oss.gpt_oss_model()),
 }
 # What sets decay and strength of linear attention: kept in float32, as what is smaller still.
 ROUNDED_BY_THEM = ("ssm_ba.weight", "ssm_beta.weight", "ssm_alpha.weight")
@@ -75,6 +90,21 @@ def test_same_tensors_and_keys(save: Save, file_type: str, tmp_path: Path) -> No
     if MISREAD.isdisjoint(keys):
         graphs = [open_model(path).graph for path in (written, made)]
         assert [(w.name, w.shape) for w in graphs[0].weights()] == [(w.name, w.shape) for w in graphs[1].weights()]
+
+
+def test_gpt_oss_keeps_the_same_codes(tmp_path: Path) -> None:
+    """Its converter has one form for MXFP4 whatever type is asked for; all else is BF16, or float32 where small."""
+    folder = tmp_path / "model"
+    gpt_oss.save_gpt_oss_mxfp4(folder, gpt_oss.gpt_oss_model(hidden_size=288, intermediate_size=96))
+    theirs = gguf.GGUFReader(converted(folder, tmp_path / "theirs.gguf", "bf16"))
+    ours = gguf.GGUFReader(convert(folder, tmp_path, "native", calibration=None, verify=False).files[0])
+    stored = {tensor.name: tensor for tensor in theirs.tensors}
+    assert {tensor.name for tensor in ours.tensors} == stored.keys()
+    for tensor in ours.tensors:
+        assert tensor.tensor_type == stored[tensor.name].tensor_type, tensor.name
+        assert tensor.data.tobytes() == stored[tensor.name].data.tobytes(), tensor.name
+    mxfp4 = [tensor for tensor in ours.tensors if tensor.tensor_type == gguf.GGMLQuantizationType.MXFP4]
+    assert len(mxfp4) == 3 * 4
 
 
 def test_deepseek_keeps_the_same_codes(tmp_path: Path) -> None:

@@ -79,7 +79,10 @@ def trained(pre: str, folder: Path, source: int = 0, **options: Any) -> Tokenize
     return read_tokenizer_folder(vocabularies.save(backend, folder, **FILES))
 
 
-TRIED = ["minimax-m2", "pixtral", "joyai-llm", "llama-bpe", "tekken", "qwen2", "qwen35", "gpt-2"]
+TRIED = [
+    *("minimax-m2", "pixtral", "joyai-llm", "llama-bpe", "tekken"),
+    *("qwen2", "qwen35", "command-r", "cohere2moe", "gpt-2"),
+]
 
 
 @pytest.fixture(scope="module", params=TRIED)

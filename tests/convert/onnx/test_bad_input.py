@@ -29,7 +29,18 @@ from safetensors.torch import load_file, save_file
 
 
 def _convert(folder: Path, output: Path, *options: str) -> Result:
-    arguments = ["convert", str(folder), "--to", "onnx", "-o", str(output), "--threads", "1", "--no-calibration"]
+    arguments = [
+        "convert",
+        str(folder),
+        "--to",
+        "onnx",
+        "-o",
+        str(output),
+        "--threads",
+        "1",
+        "--no-calibration",
+        "--no-report",
+    ]
     return CliRunner().invoke(main, [*arguments, *options])
 
 

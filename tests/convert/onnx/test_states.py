@@ -1,4 +1,4 @@
-"""Blocks that remember more than keys and values, in ONNX Runtime: state spaces and compressed attention."""
+"""Blocks that remember more than keys and values, in ONNX Runtime: state spaces, delta rule, compressed attention."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import deepseek_checkpoints
+import deltanet_checkpoints
 import nemotron_checkpoints
 import numpy as np
 import onnxruntime
@@ -50,6 +51,13 @@ def nemotron(tmp_path_factory: pytest.TempPathFactory) -> Cast:
     return cast(
         nemotron_checkpoints.save_nemotron(folder / "hf", nemotron_checkpoints.nemotron_model()), folder / "out"
     )
+
+
+@pytest.fixture(scope="module")
+def deltanet(tmp_path_factory: pytest.TempPathFactory) -> Cast:
+    folder = tmp_path_factory.mktemp("deltanet")
+    model = deltanet_checkpoints.model_of("qwen3_5_moe", linear_num_value_heads=6)
+    return cast(deltanet_checkpoints.save(folder / "hf", model), folder / "out")
 
 
 def _in_full(checkpoint: Path) -> OnnxModel:
@@ -104,7 +112,7 @@ def test_quantized_deepseek_is_our_runner(deepseek: Cast) -> None:
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("kind", ["nemotron", "deepseek"])
+@pytest.mark.parametrize("kind", ["nemotron", "deltanet", "deepseek"])
 def test_pieces_equal_the_whole(kind: str, cuts: list[int], request: pytest.FixtureRequest) -> None:
     result: Cast = request.getfixturevalue(kind)
     tokens = _tokens()[: cuts[-1]]
@@ -112,7 +120,7 @@ def test_pieces_equal_the_whole(kind: str, cuts: list[int], request: pytest.Fixt
     assert relative_error(_in_pieces(result.engine(), tokens, cuts)[0], expected) < EXACT
 
 
-@pytest.mark.parametrize("kind", ["nemotron", "deepseek"])
+@pytest.mark.parametrize("kind", ["nemotron", "deltanet", "deepseek"])
 def test_texts_of_a_batch_are_each_its_own(kind: str, request: pytest.FixtureRequest) -> None:
     result: Cast = request.getfixturevalue(kind)
     engine, texts = result.engine(), torch.stack([_tokens(150, seed=1), _tokens(150, seed=2)])
@@ -159,9 +167,10 @@ def test_states_grow_by_compressed_entries_alone(deepseek: Cast) -> None:
     assert lengths["past.2.compressor.values"] == lengths["past.2.compressor.gates"] == TOKENS % 128
 
 
-def test_recurrent_states_are_those_of_our_runner_and_keep_their_size(nemotron: Cast) -> None:
-    engine = nemotron.engine()
+@pytest.mark.parametrize(("kind", "channels", "heads"), [("nemotron", 768, 8), ("deltanet", 640, 6)])
+def test_recurrent_states_keep_their_size(kind: str, channels: int, heads: int, request: pytest.FixtureRequest) -> None:
+    engine = request.getfixturevalue(kind).engine()
     before, after = engine.initial_state(), _in_pieces(engine, _tokens(), [0, TOKENS])[1]
-    assert before["past.0.conv"].shape == after["past.0.conv"].shape == (1, 8 * 64 + 2 * 2 * 64, 3)
-    assert before["past.0.recurrent"].shape == after["past.0.recurrent"].shape == (1, 8, 64, 64)
+    assert before["past.0.conv"].shape == after["past.0.conv"].shape == (1, channels, 3)
+    assert before["past.0.recurrent"].shape == after["past.0.recurrent"].shape == (1, heads, 64, 64)
     assert np.abs(after["past.0.recurrent"]).max() > 0 == np.abs(before["past.0.recurrent"]).max()

@@ -17,15 +17,15 @@ from moecast.convert.plans.choose import Budget, plan_for
 from moecast.convert.requantize import requantize
 from moecast.convert.settings import Goal
 from moecast.errors import BadInput
-from moecast.progress import NoProgress
 from moecast.quant.planning.allocation import typical_damage
 from moecast.quant.planning.plan import Form, plan_file
 from moecast.quant.planning.recipes import RECIPES, recipe_named
 from moecast.runner.measure import probe
 from moecast.runner.measure.compare_plans import divergences
-from moecast.runner.measure.logits import logit_source
+from moecast.runner.measure.logits import stream_logits
 from moecast.runner.measure.probe import measure_damage
 from moecast.runner.passes import Measuring
+from moecast.runner.stream import Stream
 from moecast.runner.texts import CALIBRATION_TEXT, EVALUATION_TEXT, chunk_tokens
 from moecast.sources.model import Model, open_model
 from torch import Tensor
@@ -79,7 +79,11 @@ def test_a_probe_of_many_layers_is_a_file_with_a_weight_of_each_rounded(
 def typical_divergence(reference: Model, candidate: Model, tokens: Tensor) -> float:
     """The mean root of the second half's KL divergences, weighed by the probability of the token that follows."""
     positions, total, weight = slice(CONTEXT // 2, CONTEXT - 1), 0.0, 0.0
-    sources = [logit_source(model, tokens, positions, NoProgress()) for model in (reference, candidate)]
+    streams = [Stream(model, tokens) for model in (reference, candidate)]
+    for stream in streams:
+        for layer in stream.model.graph.layers:
+            stream.advance(layer)
+    sources = [stream_logits(stream, positions) for stream in streams]
     for chunk, ids in enumerate(tokens):
         first, second = (source(chunk).double().log_softmax(dim=1) for source in sources)
         follows = first.exp().gather(1, ids[CONTEXT // 2 + 1 :, None])[:, 0]

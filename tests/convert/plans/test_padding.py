@@ -93,7 +93,7 @@ def test_every_command_decides_alike(
     plan = planned("plan", folder, *given, "-o", tmp_path / "plan.json")
     assert plan == planned("convert", folder, "--dry-run", *given)
     file, again, like = (tmp_path / f"{name}.gguf" for name in ("file", "again", "like"))
-    quiet = ("--no-verify", "--no-calibration")
+    quiet = ("--no-report", "--no-verify", "--no-calibration")
     for output, goal in (
         (file, given),
         (again, ("--plan", tmp_path / "plan.json")),
@@ -105,7 +105,7 @@ def test_every_command_decides_alike(
 
 def test_a_resumed_conversion_keeps_its_padding(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed, output = tmp_path / "undisturbed.gguf", tmp_path / "out" / "model.gguf"
-    quiet = ("--quant", "Q3_K_M", "--no-verify", "--no-calibration", "--name", "m")
+    quiet = ("--quant", "Q3_K_M", "--no-report", "--no-verify", "--no-calibration", "--name", "m")
     assert run("convert", folder, "-o", undisturbed, *quiet).exit_code == 0
     with monkeypatch.context() as patched:
         patched.setattr(moecast.convert.encode, "quantize_weight", _stopping(moecast.convert.encode.quantize_weight))

@@ -15,6 +15,8 @@ from checkpoints import EXAMPLES, TEXT
 from click.testing import CliRunner
 from moecast.archs import minimax_m2
 from moecast.cli import main
+from moecast.convert.findings import Findings
+from moecast.convert.onepass import Passed
 from moecast.convert.plans.choose import plan_for
 from moecast.convert.settings import NO_CALIBRATION, Calibration, Goal
 from moecast.quant.planning.onnx_plan import ONNX_RECIPES
@@ -36,7 +38,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversions decide all that they decide, and lay out their files, whose numbers stay zero."""
-    monkeypatch.setattr(moecast.convert.pipeline, "run_pass", lambda *arguments, **named: None)
+    nothing = Passed(None, Findings())
+    monkeypatch.setattr(moecast.convert.pipeline, "run_pass", lambda *arguments, **named: nothing)
 
 
 def run(command: str, folder: Path, *options: object) -> dict[str, Any]:
@@ -47,7 +50,11 @@ def run(command: str, folder: Path, *options: object) -> dict[str, Any]:
 
 
 def convert(folder: Path, output: Path, *options: object) -> Path:
-    return Path(run("convert", folder, "-o", output, "--overwrite", "--no-verify", "-c", 16, *options)["files"][0])
+    return Path(
+        run("convert", folder, "-o", output, "--overwrite", "--no-verify", "--no-report", "-c", 16, *options)["files"][
+            0
+        ]
+    )
 
 
 def planned(plan: dict[str, Any]) -> list[tuple[str, str, list[int], int]]:

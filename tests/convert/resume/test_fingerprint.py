@@ -11,7 +11,7 @@ from moecast.quant.formats.kernel_sources import digest
 
 ROOT = Path(fingerprint.__file__).parents[2]
 code_digest = fingerprint.code_digest.__wrapped__  # without its memory
-PACKAGES = ("archs", "quant", "sources", "runner", "convert", "commands")
+PACKAGES = ("archs", "quant", "sources", "runner", "convert", "reports", "commands")
 
 
 @pytest.fixture

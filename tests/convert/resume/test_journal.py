@@ -16,7 +16,7 @@ from moecast.errors import BadInput
 
 
 def _convert(folder: Path, output: Path, *options: str) -> Result:
-    command = ["convert", str(folder), "-o", str(output), "--no-verify", "--no-calibration", *options]
+    command = ["convert", str(folder), "-o", str(output), "--no-verify", "--no-calibration", "--no-report", *options]
     return CliRunner().invoke(main, command)
 
 

@@ -48,7 +48,7 @@ def every_piece_is_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _convert(folder: Path, output: Path, *options: str) -> Result:
-    command = ["convert", str(folder), "-o", str(output), "--no-verify", "--no-calibration", *options]
+    command = ["convert", str(folder), "-o", str(output), "--no-verify", "--no-calibration", "--no-report", *options]
     return CliRunner().invoke(main, command)
 
 

@@ -17,7 +17,18 @@ from moecast.convert.resume import journal
 
 
 def _convert(folder: Path, output: Path, *options: str) -> Result:
-    command = ["convert", str(folder), "-o", str(output), "--name", "m", "--no-verify", "--no-calibration", *options]
+    command = [
+        "convert",
+        str(folder),
+        "-o",
+        str(output),
+        "--name",
+        "m",
+        "--no-verify",
+        "--no-calibration",
+        "--no-report",
+        *options,
+    ]
     return CliRunner().invoke(main, command)
 
 

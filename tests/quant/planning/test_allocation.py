@@ -22,7 +22,7 @@ from moecast.quant.planning.allocation import (
     typical_error,
 )
 from moecast.quant.planning.exact import exact_format
-from moecast.quant.planning.fit import Machine, fit
+from moecast.quant.planning.fit import Machine, fit, layers_in_ram
 from moecast.quant.planning.plan import plan_tensors
 from moecast.quant.planning.plan_file import plan_like, read_plan_file, write_plan_file
 from moecast.quant.planning.recipes import SENSITIVE, UNREPACKED, recipe_named
@@ -141,6 +141,20 @@ def test_a_machine_holds_weights_state_and_working_memory(minimax: Graph) -> Non
     assert in_ram + on_gpu > 0.97 * (90 * GIB + 23.5 * GIB - found.state_bytes - found.working_bytes)
     with pytest.raises(BadInput, match="less --context"):
         fit(minimax, Machine(96 * GIB, 8 * GIB, 200_000), typical_damage(minimax))
+
+
+def test_where_a_plan_runs(minimax: Graph) -> None:
+    """As the plan that was made for a machine; with less of either memory it does not run, or less is on the GPU."""
+    machine = Machine(ram=96 * GIB, vram=24 * GIB, context=32768)
+    found = fit(minimax, machine, typical_damage(minimax))
+    assert layers_in_ram(found.plan, machine) == found.layers_in_ram
+    assert layers_in_ram(found.plan, Machine(90 * GIB, 24 * GIB, 32768)) is None
+    assert layers_in_ram(found.plan, Machine(96 * GIB, 4 * GIB, 32768)) is None
+    assert layers_in_ram(found.plan, Machine(192 * GIB, 20 * GIB, 32768)) > found.layers_in_ram  # type: ignore[operator]
+    assert layers_in_ram(found.plan, Machine(192 * GIB, 192 * GIB, 32768)) == 0
+    needed = found.plan.bytes + found.state_bytes + found.working_bytes
+    alone = [layers_in_ram(found.plan, Machine(ram, 0, 32768)) for ram in (needed + 7 * GIB, needed + 9 * GIB)]
+    assert needed > 16 * 7 * GIB and alone == [None, 62]
 
 
 def test_recurrent_state_does_not_depend_on_the_context() -> None:

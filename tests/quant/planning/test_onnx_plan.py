@@ -6,11 +6,13 @@ from functools import cache
 
 import pytest
 import real_deepseek
+import real_deltanet
 import real_models
 import real_nemotron
 from checkpoints import EXAMPLES
 from moecast.archs import deepseek_v4, minimax_m2, nemotron_h
 from moecast.archs.graph import Activation, Graph, MoE
+from moecast.archs.registry import architecture_of
 from moecast.archs.weights import Role
 from moecast.errors import BadInput
 from moecast.quant.planning.file_formats import plan_format
@@ -28,6 +30,9 @@ def real_graph(name: str) -> Graph:
     if name in ("nano", "super", "ultra"):
         tensors = real_nemotron.tensors(name, "bf16")
         return nemotron_h.MIXTURE.from_checkpoint(real_models.config(f"nemotron-3-{name}"), tensors)
+    if name in real_deltanet.RELEASES:
+        config = real_models.config(real_deltanet.RELEASES[name].config)
+        return architecture_of(config).from_checkpoint(config, real_deltanet.tensors(name))
     config = real_models.config(real_deepseek.CONFIGS[name])
     return deepseek_v4.ARCHITECTURE.from_checkpoint(config, real_deepseek.tensors(name))
 
@@ -43,6 +48,8 @@ def plan(graph: Graph, quant: str) -> OnnxPlan:
     [
         ("minimax", 239.7, 133.6, 67.4), ("nano", 48.5, 27.1, 14.0), ("super", 185.7, 103.6, 52.4),
         ("ultra", 846.1, 471.0, 236.8), ("flash", 298.1, 167.0, 84.0), ("pro", 1648.8, 919.4, 460.7),
+        ("Qwen3-Next", 83.6, 46.7, 23.7), ("Qwen3.5-35B-A3B", 36.4, 20.6, 10.8), ("Qwen3.5-27B", 28.3, 16.5, 9.4),
+        ("Qwen3.5-122B-A10B", 128.1, 71.7, 36.6), ("Qwen3.5-397B-A17B", 415.7, 231.8, 117.1),
     ],
 )  # fmt: skip
 def test_documented_sizes(name: str, q8_0: float, q4_0: float, q2_0: float) -> None:
