@@ -87,7 +87,7 @@ HUB = "sources/hub/repository.py"
 CONNECTION = "sources/hub/connection.py"
 UPLOAD = "sources/hub/upload.py"
 RELIANCES = (
-    Reliance("click.ParamType", "commands/options.py", lambda kind: kind[int]),
+    Reliance("click.ParamType", "commands/values.py", lambda kind: kind[int]),
     Reliance("click.Choice", "commands/options.py", lambda kind: kind[str]),
     Reliance("gguf.quants", "quant/formats/lattice.py", has_lattices),
     Reliance("gguf.GGUFWriter", "convert/gguf/writer.py", keeps_keys_by_file),
