@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from moecast.reports.heatmaps import Area, rounding_map, traffic_map, type_map
@@ -15,6 +16,22 @@ from moecast.reports.page import page
 from moecast.reports.report import ExpertTraffic, Report
 from moecast.reports.text import printable
 from reported import EXPERTS, HOSTILE, LAYERS, STEP, large_report, parsed, words
+
+
+def _compared(report: Report, **changed: Any) -> Report:
+    """A report whose comparison found something else."""
+    assert report.parity
+    return replace(report, parity=replace(report.parity, **changed))
+
+
+def _without_difference(report: Report) -> Report:
+    assert report.parity
+    slices = {
+        key: tuple(replace(part, mean_kld=0.0, mean_kld_error=0.0) for part in parts)
+        for key, parts in report.parity.slices.items()
+    }
+    return _compared(report, layer_errors=(0.0,) * LAYERS, mean_kld=0.0, slices=slices)
+
 
 BARE = replace(large_report(), bytes_per_token=None, parity=None, tensors=(), experts=(), candidates=(), problems=())
 
@@ -27,8 +44,10 @@ BARE = replace(large_report(), bytes_per_token=None, parity=None, tensors=(), ex
         replace(large_report(), kind="plan", parity=None, experts=()),
         replace(large_report(), kind="comparison", tensors=(), experts=(), candidates=()),
         BARE,
+        replace(_compared(large_report(), layer_errors=(0.1,)), candidates=large_report().candidates[:1]),
+        _without_difference(large_report()),
     ],
-    ids=["conversion", "hostile", "plan", "comparison", "bare"],
+    ids=["conversion", "hostile", "plan", "comparison", "bare", "one layer, one candidate", "no difference"],
 )
 def test_html_is_valid_and_fetches_nothing(report: Report) -> None:
     text = page(report)
