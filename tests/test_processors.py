@@ -19,11 +19,19 @@ PROCESSORS = {
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these variables are for x86-64")
-@pytest.mark.parametrize("variables", PROCESSORS.values(), ids=PROCESSORS)
-def test_numbers_keep_their_bounds(variables: dict[str, str], tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | variables
+def test_numbers_keep_their_bounds(tmp_path: Path) -> None:
+    """Side by side, as the last of the slow tests: each takes minutes."""
     command = [sys.executable, "-m", "pytest", "-m", "numeric and not slow and not whole", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, "--basetemp", tmp_path / "base"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-10_000:]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    running = {}
+    for number, (processor, variables) in enumerate(PROCESSORS.items()):
+        environment = plain | {"OMP_NUM_THREADS": "1"} | variables
+        arguments = [*command, "--basetemp", str(tmp_path / f"base-{number}")]
+        output = (tmp_path / f"output-{number}.txt").open("w+")
+        process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        running[processor] = process, output
+    codes = {processor: process.wait() for processor, (process, _) in running.items()}
+    for processor, (_, output) in running.items():
+        with output:
+            output.seek(0)
+            assert codes[processor] == 0, f"{processor}:\n{output.read()[-10_000:]}"

@@ -115,4 +115,5 @@ def test_other_packings_are_refused(change: dict[str, object], named: str, tmp_p
     int4_packs.edit_config(tmp_path / "packed", quantization_config=quantization)
     with pytest.raises(BadInput, match=named) as error:
         open_model(tmp_path / "packed")
-    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    line = str(error.value).replace(str(tmp_path), "")
+    assert "\n" not in line and len(line) < 300
