@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,14 +11,7 @@ from ..placement import wide
 from ..weights import Weights
 from .common import normalizer, split_heads
 from .context import Context
-
-
-@dataclass(frozen=True)
-class DeltaState:
-    """The last inputs of the convolution, [taps - 1, channels], and S, [heads, key size, value size]."""
-
-    convolution: Tensor
-    space: Tensor
+from .recurrent import RecurrentState, convolve, exponential, fading
 
 
 class DeltaNetMixer:
@@ -33,18 +24,16 @@ class DeltaNetMixer:
         self._step_bias, self._decay = load(operation.step_bias), load(operation.decay)
         self._normalize = normalizer(operation.norm, weights)
 
-    def initial_state(self) -> DeltaState:
+    def initial_state(self) -> RecurrentState:
         """The state before the first token."""
-        o, (channels, taps), device = self._operation, self._convolution.shape, self._weights.device
-        space = torch.zeros(o.heads, o.key_size, o.value_size, device=device)
-        return DeltaState(torch.zeros(taps - 1, channels, device=device), space)
+        o = self._operation
+        return RecurrentState.initial(self._convolution, o.heads, o.key_size, o.value_size)
 
-    def __call__(self, states: Tensor, memory: DeltaState, context: Context) -> tuple[Tensor, DeltaState]:
+    def __call__(self, states: Tensor, memory: RecurrentState, context: Context) -> tuple[Tensor, RecurrentState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         o, project = self._operation, self._weights.project
-        convolved = torch.cat((memory.convolution, project(states, o.input)))
-        mixed = functional.conv1d(convolved.T, self._convolution[:, None], groups=convolved.shape[1]).T
-        query, key, value = torch.split(functional.silu(mixed), [*o.parts], dim=-1)
+        mixed, convolved = convolve(project(states, o.input), memory.convolution, self._convolution)
+        query, key, value = torch.split(mixed, [*o.parts], dim=-1)
         beta, alpha = self._rates(states)
         y, space = delta_rule(
             self._for_all_heads(query) * o.key_size**-0.5,
@@ -55,7 +44,7 @@ class DeltaNetMixer:
             memory.space,
         )
         gated = self._normalize(y.transpose(0, 1)).flatten(1) * functional.silu(project(states, o.gate))
-        return project(gated, o.output), DeltaState(convolved[len(states) :], space)
+        return project(gated, o.output), RecurrentState(convolved, space)
 
     def _rates(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """What decides how much is written and how much is kept, [tokens, heads] each."""
@@ -75,7 +64,7 @@ class DeltaNetMixer:
 
 
 def delta_rule(
-    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, fading: Tensor, space: Tensor
+    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, decay: Tensor, space: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The recurrence S_t = a_t S_(t-1) + k_t (outer) d_t, d_t = beta_t (v_t - (a_t S_(t-1))^T k_t), y_t = S_t^T q_t.
 
@@ -86,7 +75,7 @@ def delta_rule(
         query, key: [heads, tokens, key size].
         value: [heads, tokens, value size].
         beta: [heads, tokens], from 0 to 1.
-        fading: logarithms of a, [heads, tokens].
+        decay: logarithms of a, [heads, tokens].
         space: S before the first token, [heads, key size, value size].
 
     Returns:
@@ -96,19 +85,12 @@ def delta_rule(
     for start in range(0, query.shape[1], GatedDeltaNet.CHUNK):
         part = slice(start, start + GatedDeltaNet.CHUNK)
         q, k, v, strength = query[:, part], key[:, part], value[:, part], beta[:, part, None]
-        passed = wide(fading[:, part]).cumsum(1)  # in float64, because differences of long sums follow
-        later = torch.ones(2 * passed.shape[1:], dtype=torch.bool, device=passed.device).tril()
-        between = _exponential((passed[:, :, None] - passed[:, None, :]).masked_fill(~later, -torch.inf), query)
-        since = _exponential(passed, query)[..., None]
+        passed = wide(decay[:, part]).cumsum(1)  # in float64, because differences of long sums follow
+        between, since = fading(passed, query), exponential(passed, query)[..., None]
         system = strength * (k @ k.mT) * between  # its diagonal counts as ones
         missed = strength * (v - since * (k @ space))
         written = torch.linalg.solve_triangular(system, missed, upper=False, unitriangular=True)
         outputs.append(since * (q @ space) + (q @ k.mT * between) @ written)
-        remaining = _exponential(passed[:, -1:] - passed, query)[..., None]
+        remaining = exponential(passed[:, -1:] - passed, query)[..., None]
         space = since[:, -1:] * space + (k * remaining).mT @ written
     return torch.cat(outputs, dim=1), space
-
-
-def _exponential(powers: Tensor, like: Tensor) -> Tensor:
-    """In float32, on the device of another tensor."""
-    return powers.exp().float().to(like.device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,14 +11,7 @@ from ..placement import wide
 from ..weights import Weights
 from .common import normalizer
 from .context import Context
-
-
-@dataclass(frozen=True)
-class MambaState:
-    """The last inputs of the convolution, [taps - 1, channels], and S, [heads, head size, state size]."""
-
-    convolution: Tensor
-    space: Tensor
+from .recurrent import RecurrentState, convolve, exponential, fading
 
 
 class MambaMixer:
@@ -35,23 +26,19 @@ class MambaMixer:
         self._decay, self._skip = load(operation.decay).flatten(), load(operation.skip)
         self._normalize = normalizer(operation.norm, weights)
 
-    def initial_state(self) -> MambaState:
+    def initial_state(self) -> RecurrentState:
         """The state before the first token."""
-        o, (channels, taps), device = self._operation, self._convolution.shape, self._weights.device
-        space = torch.zeros(o.heads, o.head_size, o.state_size, device=device)
-        return MambaState(torch.zeros(taps - 1, channels, device=device), space)
+        o = self._operation
+        return RecurrentState.initial(self._convolution, o.heads, o.head_size, o.state_size)
 
-    def __call__(self, states: Tensor, memory: MambaState, context: Context) -> tuple[Tensor, MambaState]:
+    def __call__(self, states: Tensor, memory: RecurrentState, context: Context) -> tuple[Tensor, RecurrentState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         o = self._operation
         tokens, channels = len(states), len(self._convolution)
         projected = self._weights.project(states, o.input)
-        gate, convolved, step = torch.split(projected, [o.inner_size, channels, o.heads], dim=-1)
-        convolved = torch.cat((memory.convolution, convolved))
-        mixed = functional.conv1d(
-            convolved.T, self._convolution[:, None], self._convolution_bias, groups=channels
-        )  # [channels, tokens]
-        x, b, c = torch.split(functional.silu(mixed.T), [o.inner_size, *2 * [o.groups * o.state_size]], dim=-1)
+        gate, inputs, step = torch.split(projected, [o.inner_size, channels, o.heads], dim=-1)
+        mixed, convolved = convolve(inputs, memory.convolution, self._convolution, self._convolution_bias)
+        x, b, c = torch.split(mixed, [o.inner_size, *2 * [o.groups * o.state_size]], dim=-1)
         x = x.reshape(tokens, o.heads, o.head_size)
         y, space = scan(
             x,
@@ -63,7 +50,7 @@ class MambaMixer:
         )
         gated = (y + self._skip * x).flatten(1) * functional.silu(gate)
         normed = self._normalize(gated.view(tokens, o.groups, -1)).flatten(1)
-        return self._weights.project(normed, o.output), MambaState(convolved[tokens:], space)
+        return self._weights.project(normed, o.output), RecurrentState(convolved, space)
 
 
 def scan(x: Tensor, step: Tensor, decay: Tensor, b: Tensor, c: Tensor, space: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,16 +77,9 @@ def scan(x: Tensor, step: Tensor, decay: Tensor, b: Tensor, c: Tensor, space: Te
         keys, queries = (t[part].transpose(0, 1).repeat_interleave(shared, dim=0) for t in (b, c))
         # In float64, because differences of long sums follow.
         passed = (wide(step[part]) * wide(decay)).cumsum(0).T  # [heads, tokens]
-        later = torch.ones(passed.shape[1], passed.shape[1], dtype=torch.bool, device=passed.device).tril()
-        fading = _exponential((passed[:, :, None] - passed[:, None, :]).masked_fill(~later, -torch.inf), x)
-        within = (queries @ keys.transpose(1, 2) * fading) @ inputs
-        before = queries @ space.transpose(1, 2) * _exponential(passed, x)[..., None]
+        within = (queries @ keys.transpose(1, 2) * fading(passed, x)) @ inputs
+        before = queries @ space.transpose(1, 2) * exponential(passed, x)[..., None]
         outputs.append((within + before).transpose(0, 1))
-        remaining = _exponential(passed[:, -1:] - passed, x)[..., None]
-        space = _exponential(passed[:, -1], x)[:, None, None] * space + (inputs * remaining).transpose(1, 2) @ keys
+        remaining = exponential(passed[:, -1:] - passed, x)[..., None]
+        space = exponential(passed[:, -1], x)[:, None, None] * space + (inputs * remaining).transpose(1, 2) @ keys
     return torch.cat(outputs), space
-
-
-def _exponential(powers: Tensor, like: Tensor) -> Tensor:
-    """In float32, on the device of another tensor."""
-    return powers.exp().float().to(like.device)
