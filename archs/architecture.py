@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import BadInput
 from .config import Config
 from .expressions import TensorInfo
 from .graph import Graph
@@ -38,3 +39,9 @@ class Architecture:
     draft_metadata: Callable[[Graph], Mapping[str, Any]] | None = None
     harmless: Collection[str] = ()
     harmless_metadata: Collection[str] = ()
+
+
+def refuse_unlike(graph: Graph, unlike: Mapping[str, object]) -> None:
+    """Raises BadInput naming the first of what a model may have and llama.cpp does not compute, if it is there."""
+    if found := next((what for what, there in unlike.items() if there), None):
+        raise BadInput(f"this model has {found}, which llama.cpp does not do for {graph.architecture}: use --to onnx")

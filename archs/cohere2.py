@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import BadInput
-from .architecture import Architecture
+from .architecture import Architecture, refuse_unlike
 from .cohere2_blocks import (
     AVERAGE,
     DENSE_NAME,
@@ -29,8 +29,8 @@ from .shared import (
     ATTENTION_BIAS_NAMES,
     ATTENTION_NAMES,
     DENSE_NAMES,
+    EXPERT_NAMES,
     CheckpointSource,
-    Experts,
     Names,
     catalogue_of,
     expect_all,
@@ -78,11 +78,7 @@ _NAMES = Names(
         "ffn_up_shexp.weight": ("mlp.shared_experts.up_proj.weight",),
         "ffn_down_shexp.weight": ("mlp.shared_experts.down_proj.weight",),
     },
-    experts={
-        "ffn_gate_exps.weight": Experts("mlp.experts.{}.gate_proj", "mlp.experts.gate_up_proj", half=0),
-        "ffn_up_exps.weight": Experts("mlp.experts.{}.up_proj", "mlp.experts.gate_up_proj", half=1),
-        "ffn_down_exps.weight": Experts("mlp.experts.{}.down_proj", "mlp.experts.down_proj"),
-    },
+    experts=EXPERT_NAMES,
 )
 
 
@@ -155,7 +151,7 @@ def _mixture(text: Config, layers: int) -> dict[str, Any]:
     sigmoid = text.get("expert_selection_fn") == "sigmoid"
     of_shares, size = text.flag("norm_topk_prob", default=True), text.integer("intermediate_size")
     leading = text.integer("first_k_dense_replace", default=0)
-    listed = _marked(text, "mlp_layer_types", layers, "dense", "sparse")
+    listed = text.marked("mlp_layer_types", layers, "dense", "sparse")
     dense = listed or tuple(index < leading for index in range(layers))
     dense_size = text.integer("prefix_dense_intermediate_size", default=size)
     return {
@@ -174,7 +170,7 @@ def _mixture(text: Config, layers: int) -> dict[str, Any]:
 
 def _windowed(text: Config, layers: int, leading: int) -> tuple[bool, ...]:
     """Which layers' attention has a window: as listed, or all but every so many, `leading` ones apart from the rest."""
-    listed = _marked(text, "layer_types", layers, "sliding_attention", "full_attention")
+    listed = text.marked("layer_types", layers, "sliding_attention", "full_attention")
     every = text.integer("sliding_window_pattern", default=4)
     if listed is not None:
         return listed
@@ -183,18 +179,6 @@ def _windowed(text: Config, layers: int, leading: int) -> tuple[bool, ...]:
         *(bool((index + 1) % apart) for index in range(leading)),
         *(bool((index + 1) % every) for index in range(layers - leading)),
     )
-
-
-def _marked(text: Config, key: str, layers: int, marked: str, other: str) -> tuple[bool, ...] | None:
-    """Which layers of a list are of one of two kinds; None without a list."""
-    kinds = text.get(key)
-    if kinds is None:
-        return None
-    if not isinstance(kinds, list) or len(kinds) != layers or not {*map(str, kinds)} <= {marked, other}:
-        raise BadInput(
-            f"{text.origin}: {key} is {str(kinds)[:60]}, expected {marked} or {other} for each of {layers} layers"
-        )
-    return tuple(kind == marked for kind in kinds)
 
 
 def _from_gguf(metadata: Config, tensors: Sequence[TensorInfo]) -> Graph:
@@ -262,8 +246,7 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
             experts and experts.shared and experts.scale != AVERAGE
         ),
     }
-    if found := next((what for what, there in unlike.items() if there), None):
-        raise BadInput(f"this model has {found}, which llama.cpp does not do for {graph.architecture}: use --to onnx")
+    refuse_unlike(graph, unlike)
     return Family.metadata(graph)
 
 

@@ -86,6 +86,15 @@ class Config:
             raise BadInput(f"{self.origin}: {key} is {value!r}, expected {count} whole numbers, one for each layer")
         return tuple(values)
 
+    def marked(self, key: str, count: int, kind: str, other: str) -> tuple[bool, ...] | None:
+        """Which of `count` layers a list says to be of one kind rather than the other; None where there is no list."""
+        kinds = self.get(key)
+        if kinds is None:
+            return None
+        if not isinstance(kinds, list) or len(kinds) != count or not all(entry in (kind, other) for entry in kinds):
+            raise self._wrong((key,), kinds, f"{kind} or {other} for each of {count} layers")
+        return tuple(entry == kind for entry in kinds)
+
     def number(self, *keys: str, default: float = _REQUIRED) -> float:
         """A positive number that float32 holds, under the first of `keys` that is present; also 0, where that is the
         default."""

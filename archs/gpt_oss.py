@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import BadInput
-from .architecture import Architecture
+from .architecture import Architecture, refuse_unlike
 from .catalogue import Catalogue
 from .config import Config
 from .dimensions import Dimensions, first, of, of_rope, of_yarn, quantity, written
@@ -38,7 +38,6 @@ from .weights import Role
 NAME = "gpt-oss"
 _ROPE_BASE = 150_000.0
 _CLAMP = 7.0  # the only one that llama.cpp has
-_KINDS = {"sliding_attention": True, "full_attention": False}
 _PATTERN = "attention.sliding_window_pattern"
 _UNROUNDED = (
     "llama.cpp rounds the limits of YaRN, which this model does not, and no GGUF key can say so: a KL divergence of "
@@ -200,13 +199,8 @@ def _read_yarn(config: Config, rope: Config) -> Yarn | None:
 
 def _read_kinds(config: Config) -> tuple[bool, ...]:
     """Which layers look through a window: those that are listed, by default every other one from the first on."""
-    layers, kinds = config.integer("num_hidden_layers"), config.get("layer_types")
-    if kinds is None:
-        return tuple(_by_turns(layers))
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in _KINDS for kind in kinds):
-        found, expected = str(kinds)[:60], f"{' or '.join(_KINDS)} for each of {layers} layers"
-        raise BadInput(f"{config.origin}: layer_types is {found}, expected {expected}")
-    return tuple(_KINDS[kind] for kind in kinds)
+    layers = config.integer("num_hidden_layers")
+    return config.marked("layer_types", layers, "sliding_attention", "full_attention") or tuple(_by_turns(layers))
 
 
 def _from_gguf(metadata: Config, tensors: Sequence[TensorInfo]) -> Graph:
@@ -274,8 +268,7 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
         f"a swiglu_limit other than {_CLAMP:g}": experts.clamp != _CLAMP,
         "no layer with a sliding window (layer_types)": not any(_windows(graph)),
     }
-    if found := next((what for what, there in unlike.items() if there), None):
-        raise BadInput(f"this model has {found}, which llama.cpp does not do for {NAME}: use --to onnx")
+    refuse_unlike(graph, unlike)
     return _Dimensions.metadata(graph)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..errors import BadInput
@@ -11,6 +12,7 @@ from .architecture import Architecture
 from .catalogue import Catalogue
 from .config import Config
 from .dimensions import first
+from .drafts import with_draft
 from .expressions import Expression, NegativeExponential, Reshape, TensorInfo, Zeros
 from .graph import MLP, Graph, MoE
 from .nemotron_h_blocks import (
@@ -134,14 +136,8 @@ _IN_SECOND_LAYER = ("ffn_", "exp_probs_b.", "post_attention_norm.", "nextn.share
 
 
 def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
-    """With the drafting block, as long as that is whole: it is not needed to run the model."""
-    if not any(tensor.name == "mtp.layers.0.eh_proj.weight" for tensor in tensors):
-        return _read_checkpoint(config, tensors, drafts=False)
-    try:
-        return _read_checkpoint(config, tensors, drafts=True)
-    except BadInput as error:
-        graph = _read_checkpoint(config, tensors, drafts=False)
-        return replace(graph, notes=(f"multi-token prediction is left out: {error}", *graph.notes))
+    there = any(tensor.name == "mtp.layers.0.eh_proj.weight" for tensor in tensors)
+    return with_draft(there, partial(_read_checkpoint, config, tensors))
 
 
 def _read_checkpoint(config: Config, tensors: Sequence[TensorInfo], drafts: bool) -> Graph:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import BadInput
-from .architecture import Architecture
+from .architecture import Architecture, refuse_unlike
 from .config import Config
 from .dimensions import Dimensions, first, of, of_rope, of_yarn, quantity, written
 from .expressions import TensorInfo
@@ -17,9 +17,9 @@ from .shared import (
     ATTENTION_BIAS_NAMES,
     ATTENTION_NAMES,
     DENSE_NAMES,
+    EXPERT_NAMES,
     WHOLE_NAMES,
     Builder,
-    Experts,
     Names,
     Source,
     check_heads,
@@ -103,11 +103,7 @@ _NAMES = Names(
     layers=("model.layers.{}.",),
     whole=WHOLE_NAMES,
     layer=ATTENTION_NAMES | ATTENTION_BIAS_NAMES | DENSE_NAMES | {"ffn_gate_inp.weight": ("mlp.gate.weight",)},
-    experts={
-        "ffn_gate_exps.weight": Experts("mlp.experts.{}.gate_proj", "mlp.experts.gate_up_proj", half=0),
-        "ffn_up_exps.weight": Experts("mlp.experts.{}.up_proj", "mlp.experts.gate_up_proj", half=1),
-        "ffn_down_exps.weight": Experts("mlp.experts.{}.down_proj", "mlp.experts.down_proj"),
-    },
+    experts=EXPERT_NAMES,
 )
 
 
@@ -198,8 +194,7 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
             experts and isinstance(experts.router, Router) and not experts.router.normalize
         ),
     }
-    if found := next((what for what, there in unlike.items() if there), None):
-        raise BadInput(f"this model has {found}, which llama.cpp does not do for {NAME}: use --to onnx")
+    refuse_unlike(graph, unlike)
     return _Dimensions.metadata(graph)
 
 

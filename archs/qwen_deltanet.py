@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import BadInput
 from .catalogue import Catalogue
 from .config import Config
+from .drafts import with_draft
 from .expressions import Expression, NegativeExponential, OnePlus, Reshape, TensorInfo
 from .graph import Graph
 from .qwen_deltanet_blocks import INTERVAL, KEY_EPSILON, SECTIONS, Family, build, check
@@ -17,8 +18,8 @@ from .rearranged import ColumnRuns, RowRuns, Run
 from .shared import (
     ATTENTION_NAMES,
     DENSE_NAMES,
+    EXPERT_NAMES,
     CheckpointSource,
-    Experts,
     Names,
     Source,
     catalogue_of,
@@ -29,7 +30,6 @@ from .shared import (
 )
 from .weights import check_shape
 
-_KINDS = {"linear_attention": True, "full_attention": False}
 _PREFIXES = ("model.language_model.", "model.")  # beside a vision tower, and alone
 _VISION = ("model.visual.", "visual.")
 _DRAFTS = "mtp."
@@ -81,11 +81,7 @@ NAMES = Names(
         "nextn.hnorm.weight": ("pre_fc_norm_hidden.weight",),
         "nextn.shared_head_norm.weight": ("norm.weight",),
     },
-    experts={
-        "ffn_gate_exps.weight": Experts("mlp.experts.{}.gate_proj", "mlp.experts.gate_up_proj", half=0),
-        "ffn_up_exps.weight": Experts("mlp.experts.{}.up_proj", "mlp.experts.gate_up_proj", half=1),
-        "ffn_down_exps.weight": Experts("mlp.experts.{}.down_proj", "mlp.experts.down_proj"),
-    },
+    experts=EXPERT_NAMES,
     special={"ssm_conv1d.weight": _convolution, "ssm_a": _decay},
 )
 
@@ -111,15 +107,8 @@ def quantities(text: Config, **given: Any) -> Family:
 def _recurrent_layers(config: Config) -> tuple[bool, ...]:
     """As they are listed, or all but every so many."""
     layers, interval = config.integer("num_hidden_layers"), config.integer("full_attention_interval", default=INTERVAL)
-    kinds = config.get("layer_types")
-    if kinds is None:
-        return tuple(bool((layer + 1) % interval) for layer in range(layers))
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in [*_KINDS] for kind in kinds):
-        raise BadInput(
-            f"{config.origin}: layer_types is {str(kinds)[:60]}, expected {' or '.join(_KINDS)} for each of {layers} "
-            "layers"
-        )
-    return tuple(_KINDS[kind] for kind in kinds)
+    listed = config.marked("layer_types", layers, "linear_attention", "full_attention")
+    return listed or tuple(bool((layer + 1) % interval) for layer in range(layers))
 
 
 def read_checkpoint(
@@ -141,13 +130,7 @@ def read_checkpoint(
         made = build(name, d, _checkpoint_source(CheckpointSource(catalogue, NAMES, tied), d, fused), fused)
         return replace(made, notes=(*_left_out(catalogue, drafts), *catalogue.finish()))
 
-    if not any(tensor.name.startswith(_DRAFTS) for tensor in tensors):
-        return graph(drafts=False)
-    try:
-        return graph(drafts=True)
-    except BadInput as error:
-        found = graph(drafts=False)
-        return replace(found, notes=(f"multi-token prediction is left out: {error}", *found.notes))
+    return with_draft(any(tensor.name.startswith(_DRAFTS) for tensor in tensors), graph)
 
 
 def _left_out(catalogue: Catalogue, drafts: bool) -> list[str]:

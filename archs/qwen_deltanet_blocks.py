@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import BadInput
+from .architecture import refuse_unlike
 from .dimensions import Dimensions, first, of, of_rope, of_yarn, quantity, written
 from .graph import (
     MLP,
@@ -236,6 +237,5 @@ def gguf_metadata(graph: Graph) -> dict[str, Any]:
             experts and isinstance(experts.router, Router) and not experts.router.normalize
         ),
     }
-    if found := next((what for what, there in unlike.items() if there), None):
-        raise BadInput(f"this model has {found}, which llama.cpp does not do for {graph.architecture}: use --to onnx")
+    refuse_unlike(graph, unlike)
     return Family.metadata(graph)

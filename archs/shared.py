@@ -143,6 +143,13 @@ class Experts:
     half: int | None = None
 
 
+EXPERT_NAMES = {
+    "ffn_gate_exps.weight": Experts("mlp.experts.{}.gate_proj", "mlp.experts.gate_up_proj", half=0),
+    "ffn_up_exps.weight": Experts("mlp.experts.{}.up_proj", "mlp.experts.gate_up_proj", half=1),
+    "ffn_down_exps.weight": Experts("mlp.experts.{}.down_proj", "mlp.experts.down_proj"),
+}
+
+
 @dataclass(frozen=True)
 class Names:
     """What the tensors of a family are called in checkpoints.
