@@ -55,6 +55,13 @@ def convert(
 @contextmanager
 def stopped_after(pieces: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Conversions inside are stopped, as by Ctrl-C, when they have quantized so many pieces and recorded each."""
+    with interrupting_after(pieces, monkeypatch), pytest.raises(KeyboardInterrupt):
+        yield
+
+
+@contextmanager
+def interrupting_after(pieces: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same, for who runs them to hear of: commands end with a code of their own."""
     quantize, left = moecast.convert.encode.quantize_weight, iter(range(pieces))
 
     def until_stopped(*arguments: object) -> object:
@@ -65,5 +72,4 @@ def stopped_after(pieces: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     with monkeypatch.context() as patched:
         patched.setattr(journal, "BATCH_SECONDS", 0.0)
         patched.setattr(moecast.convert.encode, "quantize_weight", until_stopped)
-        with pytest.raises(KeyboardInterrupt):
-            yield
+        yield

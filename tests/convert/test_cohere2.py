@@ -14,6 +14,7 @@ import torch
 from cohere_checkpoints import DENSE_BEYOND_LLAMA, DENSE_VARIANTS, MIXTURE_BEYOND_LLAMA, MIXTURE_VARIANTS
 from conversions import convert
 from forward import random_tokens, relative_error, runner_logits
+from in_llama import assert_goes_on_alike, divergence, unquantized
 from moecast.archs.cohere2 import DENSE, MIXTURE
 from moecast.archs.config import Config
 from moecast.convert.onnx.prepack import prepack
@@ -22,7 +23,6 @@ from moecast.convert.settings import Goal
 from moecast.errors import BadInput
 from moecast.progress import NoProgress
 from moecast.runner.engines import OnnxModel
-from moecast.runner.generate import generate
 from moecast.sources.gguf import read_gguf
 from moecast.sources.model import open_model
 from onnx_models import cast, onnx_logits
@@ -44,16 +44,6 @@ BEYOND_LLAMA = listed(DENSE_BEYOND_LLAMA, MIXTURE_BEYOND_LLAMA)
 ALL = listed(DENSE_VARIANTS | DENSE_BEYOND_LLAMA, MIXTURE_VARIANTS | MIXTURE_BEYOND_LLAMA)
 UNQUANTIZED = 1e-10  # measured: at most 1e-12
 ROUNDED = 3e-3  # llama.cpp rounds activations to 8 bits; measured: at most 8e-4, where tokens go to other experts
-
-
-def unquantized(checkpoint: Path, output: Path) -> Path:
-    return convert(checkpoint, output, "F32", calibration=None, verify=False).files[0]
-
-
-def divergence(path: Path) -> float:
-    """Mean KL divergence of llama.cpp on a file from our runner on it."""
-    theirs = llama.run_isolated(path, TOKENS[0].tolist())
-    return llama.mean_divergence(runner_logits(open_model(path), TOKENS)[0].numpy(), theirs)
 
 
 @IN_LLAMA
@@ -79,7 +69,7 @@ def test_quantized_file_in_llama(quant: str, mixture: bool, tmp_path: Path) -> N
     assert {w.columns for w in open_model(path).graph.weights() if "ffn_down" in w.name} == (
         {160, 320} if mixture and quant == "Q8_0" else {160} if quant == "Q8_0" else {256, 512} if mixture else {256}
     )
-    assert divergence(path) < ROUNDED
+    assert divergence(path, TOKENS) < ROUNDED
 
 
 @BEYOND_LLAMA
@@ -153,14 +143,7 @@ def test_keys_as_other_converters_write_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mixture", [False, True], ids=["dense", "experts"])
 def test_text_goes_on_as_in_llama(mixture: bool, tmp_path: Path) -> None:
     folder = cohere.save_cohere(tmp_path / "model", cohere.cohere_model(mixture))
-    path = convert(folder, tmp_path, "Q8_0", calibration=None, verify=False).files[0]
-    prompt = "And it came to pass"
-    with llama.Engine(path) as engine:
-        ids = prompted = engine.tokenize(prompt, add_special=True)
-        for _ in range(16):
-            ids = [*ids, int(engine.logits(ids)[-1].argmax())]
-    model = open_model(path)
-    assert "".join(generate(model, prompt, 16)) == model.tokenizer.decode(ids[len(prompted) :])
+    assert_goes_on_alike(folder, tmp_path)
 
 
 def test_nvfp4_is_kept_code_for_code(tmp_path: Path) -> None:

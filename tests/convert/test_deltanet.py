@@ -16,10 +16,10 @@ import torch
 from conversions import convert
 from deltanet_checkpoints import BEYOND_LLAMA, FAMILIES, VARIANTS
 from forward import assert_same_logits, random_tokens, relative_error, runner_logits
+from in_llama import assert_goes_on_alike, divergence, unquantized
 from moecast.convert.plans.choose import plan_for
 from moecast.convert.settings import Goal
 from moecast.errors import BadInput
-from moecast.runner.generate import generate
 from moecast.sources.model import open_model
 from toy_models import logits_of
 
@@ -28,16 +28,6 @@ pytestmark = pytest.mark.numeric
 TOKENS = random_tokens(1, 96)
 UNQUANTIZED = 1e-8
 ROUNDED = 1e-3  # llama.cpp rounds activations to 8 bits
-
-
-def unquantized(checkpoint: Path, output: Path) -> Path:
-    return convert(checkpoint, output, "F32", calibration=None, verify=False).files[0]
-
-
-def divergence(path: Path) -> float:
-    """Mean KL divergence of llama.cpp on a file from our runner on it."""
-    theirs = llama.run_isolated(path, TOKENS[0].tolist())
-    return llama.mean_divergence(runner_logits(open_model(path), TOKENS)[0].numpy(), theirs)
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
@@ -88,20 +78,13 @@ def test_quantized_file(family: str, quant: str, tmp_path: Path) -> None:
         name: type for name, type in types.items() if name.endswith(("_ba.weight", "_beta.weight", "_alpha.weight"))
     }
     assert rates and {*rates.values()} == {"F32"}
-    assert divergence(result.files[0]) < ROUNDED
+    assert divergence(result.files[0], TOKENS) < ROUNDED
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_goes_on_as_in_llama(family: str, tmp_path: Path) -> None:
     folder = deltanet.save(tmp_path / "model", deltanet.model_of(family, seed=1))
-    path = convert(folder, tmp_path, "Q8_0", calibration=None, verify=False).files[0]
-    prompt = "And it came to pass"
-    with llama.Engine(path) as engine:
-        ids = prompted = engine.tokenize(prompt, add_special=True)
-        for _ in range(12):
-            ids = [*ids, int(engine.logits(ids)[-1].argmax())]
-    model = open_model(path)
-    assert "".join(generate(model, prompt, 12)) == model.tokenizer.decode(ids[len(prompted) :])
+    assert_goes_on_alike(folder, tmp_path, 12)
 
 
 @pytest.mark.parametrize("overrides", BEYOND_LLAMA.values(), ids=BEYOND_LLAMA)

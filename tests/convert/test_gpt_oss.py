@@ -12,11 +12,11 @@ import pytest
 from conversions import convert
 from forward import random_tokens, relative_error, runner_logits
 from gpt_oss_checkpoints import BEYOND_LLAMA, UNROUNDED, VARIANTS
+from in_llama import assert_goes_on_alike, divergence, unquantized
 from moecast.convert.plans.choose import plan_for
 from moecast.convert.settings import Goal
 from moecast.errors import BadInput
 from moecast.runner.engines import OnnxModel
-from moecast.runner.generate import generate
 from moecast.sources.model import open_model
 from onnx_models import cast, onnx_logits
 from toy_models import logits_of
@@ -27,16 +27,6 @@ TOKENS = random_tokens(1, 96)
 ALL = VARIANTS | BEYOND_LLAMA | {"limits as they are": UNROUNDED}
 UNQUANTIZED = 1e-8  # measured: at most 1e-13
 ROUNDED = 3e-3  # llama.cpp rounds activations to 8 bits; measured: at most 6e-4
-
-
-def unquantized(checkpoint: Path, output: Path) -> Path:
-    return convert(checkpoint, output, "F32", calibration=None, verify=False).files[0]
-
-
-def divergence(path: Path) -> float:
-    """Mean KL divergence of llama.cpp on a file from our runner on it."""
-    theirs = llama.run_isolated(path, TOKENS[0].tolist())
-    return llama.mean_divergence(runner_logits(open_model(path), TOKENS)[0].numpy(), theirs)
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
@@ -69,7 +59,7 @@ def test_limits_that_llama_rounds(tmp_path: Path) -> None:
     assert sum("llama.cpp rounds the limits of YaRN" in line for line in result.problems) == 1
     theirs = llama.run_isolated(result.files[0], TOKENS[0].tolist())
     assert 1e-5 < llama.mean_divergence(logits_of(oracle, TOKENS)[0].numpy(), theirs) < 1e-2
-    assert divergence(result.files[0]) < UNQUANTIZED
+    assert divergence(result.files[0], TOKENS) < UNQUANTIZED
     gpt_oss.save_gpt_oss(tmp_path / "rounded", gpt_oss.gpt_oss_model())
     assert convert(tmp_path / "rounded", tmp_path / "out", "F32", calibration=None, verify=False).problems == ()
 
@@ -81,7 +71,7 @@ def test_quantized_file_in_llama(quant: str, tmp_path: Path) -> None:
     folder = gpt_oss.save_gpt_oss(tmp_path / "model", oracle)
     result = convert(folder, tmp_path, quant, calibration=None, verify=False, padding=True)
     assert open_model(result.files[0]).graph.hidden_size == (192 if quant == "Q8_0" else 256)
-    assert divergence(result.files[0]) < ROUNDED
+    assert divergence(result.files[0], TOKENS) < ROUNDED
 
 
 @pytest.mark.parametrize("quant", ["native", "MXFP4_MOE", "Q8_0", "Q4_K_M", "Q2_K"])
@@ -95,7 +85,7 @@ def test_mxfp4_is_kept_code_for_code(quant: str, tmp_path: Path) -> None:
     if quant == "native":
         expected = logits_of(oracle, TOKENS)[0]
         assert relative_error(runner_logits(open_model(path), TOKENS)[0], expected) < 1e-5
-    assert divergence(path) < ROUNDED
+    assert divergence(path, TOKENS) < ROUNDED
 
 
 def test_mxfp4_may_be_padded_where_that_is_smaller(tmp_path: Path) -> None:
@@ -103,19 +93,12 @@ def test_mxfp4_may_be_padded_where_that_is_smaller(tmp_path: Path) -> None:
     for quant, padded in (("Q4_K_M", False), ("Q2_K", True)):
         result = convert(tmp_path / "m", tmp_path / quant, quant, calibration=None, verify=False)
         assert open_model(result.files[0]).graph.hidden_size == (512 if padded else 480)
-        assert divergence(result.files[0]) < ROUNDED
+        assert divergence(result.files[0], TOKENS) < ROUNDED
 
 
 def test_text_goes_on_as_in_llama(tmp_path: Path) -> None:
     folder = gpt_oss.save_gpt_oss(tmp_path / "model", gpt_oss.gpt_oss_model())
-    path = convert(folder, tmp_path, "Q8_0", calibration=None, verify=False).files[0]
-    prompt = "And it came to pass"
-    with llama.Engine(path) as engine:
-        ids = prompted = engine.tokenize(prompt, add_special=True)
-        for _ in range(16):
-            ids = [*ids, int(engine.logits(ids)[-1].argmax())]
-    model = open_model(path)
-    assert "".join(generate(model, prompt, 16)) == model.tokenizer.decode(ids[len(prompted) :])
+    assert_goes_on_alike(folder, tmp_path)
 
 
 def test_metadata(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ import qwen3_checkpoints as qwen3
 import torch
 from conversions import convert
 from forward import random_tokens, relative_error, runner_logits
+from in_llama import assert_goes_on_alike, divergence, unquantized
 from moecast.convert.plans.choose import plan_for
 from moecast.convert.settings import Goal
 from moecast.errors import BadInput
 from moecast.runner.engines import OnnxModel
-from moecast.runner.generate import generate
 from moecast.sources.model import open_model
 from onnx_models import cast, onnx_logits
 from qwen3_checkpoints import BEYOND_LLAMA, QWEN3, VARIANTS
@@ -29,16 +29,6 @@ TOKENS = random_tokens(1, 96)
 ALL = VARIANTS | BEYOND_LLAMA
 UNQUANTIZED = 1e-8  # measured: at most 1e-12
 ROUNDED = 1e-3  # llama.cpp rounds activations to 8 bits; measured: at most 5e-5
-
-
-def unquantized(checkpoint: Path, output: Path) -> Path:
-    return convert(checkpoint, output, "F32", calibration=None, verify=False).files[0]
-
-
-def divergence(path: Path) -> float:
-    """Mean KL divergence of llama.cpp on a file from our runner on it."""
-    theirs = llama.run_isolated(path, TOKENS[0].tolist())
-    return llama.mean_divergence(runner_logits(open_model(path), TOKENS)[0].numpy(), theirs)
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
@@ -68,19 +58,12 @@ def test_quantized_file_in_llama(quant: str, tmp_path: Path) -> None:
     folder = qwen3.save_qwen3(tmp_path / "model", oracle)
     result = convert(folder, tmp_path, quant, calibration=None, verify=False, padding=True)
     assert open_model(result.files[0]).graph.hidden_size == (192 if quant == "Q8_0" else 256)
-    assert divergence(result.files[0]) < ROUNDED
+    assert divergence(result.files[0], TOKENS) < ROUNDED
 
 
 def test_text_goes_on_as_in_llama(tmp_path: Path) -> None:
     folder = qwen3.save_qwen3(tmp_path / "model", qwen3.qwen3_model())
-    path = convert(folder, tmp_path, "Q8_0", calibration=None, verify=False).files[0]
-    prompt = "And it came to pass"
-    with llama.Engine(path) as engine:
-        ids = prompted = engine.tokenize(prompt, add_special=True)
-        for _ in range(16):
-            ids = [*ids, int(engine.logits(ids)[-1].argmax())]
-    model = open_model(path)
-    assert "".join(generate(model, prompt, 16)) == model.tokenizer.decode(ids[len(prompted) :])
+    assert_goes_on_alike(folder, tmp_path)
 
 
 def test_metadata(tmp_path: Path) -> None:

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import checkpoints
-import moecast.convert.encode
 import pytest
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
+from conversions import interrupting_after
 from moecast.cli import main
-from moecast.convert.resume import journal
 
 
 def _convert(folder: Path, output: Path, *options: str) -> Result:
@@ -36,16 +35,7 @@ def _convert(folder: Path, output: Path, *options: str) -> Result:
 def stopped(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A source of its own, and the output of a conversion of it that was stopped."""
     source, output = checkpoints.copied(minimax_fp8.folder, tmp_path / "source"), tmp_path / "out" / "model.gguf"
-    quantize, left = moecast.convert.encode.quantize_weight, iter(range(30))
-
-    def until_stopped(*arguments: object) -> object:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return quantize(*arguments)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patched:
-        patched.setattr(journal, "BATCH_SECONDS", 0.0)
-        patched.setattr(moecast.convert.encode, "quantize_weight", until_stopped)
+    with interrupting_after(30, monkeypatch):
         assert _convert(source, output).exit_code == 130
     return source, output
 
