@@ -23,7 +23,7 @@ from ..runner.memory import QUANTIZING, RUNNING, workspace
 from ..runner.settings import Compute, Evaluation
 from ..runner.texts import beyond_context
 from ..sources.hub.access import HubAccess
-from ..sources.imatrix import SOURCE, read_imatrix
+from ..sources.imatrix import read_imatrix, source_in
 from ..sources.locate import Source, locate_imatrix, open_source
 from ..sources.model import Model
 from ..sources.tokenizer import Tokenizer
@@ -277,8 +277,7 @@ def _imatrix_writer(work: _Work) -> ImatrixWriter | None:
     calibration, tokens = work.calibration, work.inputs.calibration
     if calibration.save_to is None or calibration.text is None or tokens is None:
         return None
-    source = {key: str(value) for key, value in work.metadata.items() if key.startswith(SOURCE)}
-    origin = Origin.of(Path(calibration.text), tokens, source)
+    origin = Origin.of(Path(calibration.text), tokens, source_in(work.metadata))
     return ImatrixWriter(Path(calibration.save_to), origin, work.output.overwrite)
 
 

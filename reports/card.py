@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from shlex import quote
 
 from ..quant.planning.allocation import bytes_per_token
@@ -12,6 +13,7 @@ from .card_metadata import base_model, front_matter
 from .folder import PublishedFile, PublishedFolder, plan_names
 from .gather import planned_tensors
 from .markdown import code, code_block, literal, table
+from .report import grouped
 from .text import human_bytes
 
 _GIB = 2**30
@@ -105,12 +107,11 @@ def _types(folder: PublishedFolder) -> str:
 
 def _types_by_role(file: PublishedFile) -> dict[str, str]:
     """The types of each role's weights, those of most bytes first."""
-    sizes: dict[str, dict[str, int]] = {}
-    for tensor in planned_tensors(file.plan):
-        if not tensor.protected:
-            types = sizes.setdefault(tensor.role, {})
-            types[tensor.type] = types.get(tensor.type, 0) + tensor.bytes
-    return {role: ", ".join(sorted(types, key=types.__getitem__, reverse=True)) for role, types in sizes.items()}
+    groups = grouped([tensor for tensor in planned_tensors(file.plan) if not tensor.protected])
+    return {
+        role: ", ".join(group.type for group in sorted(members, key=lambda group: group.bytes, reverse=True))
+        for role, members in groupby(groups, key=lambda group: group.role)
+    }
 
 
 def _machines(folder: PublishedFolder) -> str:

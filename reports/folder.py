@@ -14,7 +14,6 @@ from ..quant.planning.plan import Plan
 from ..quant.planning.plan_file import StoredTypes, plan_like
 from ..quant.planning.recipes import RECIPES
 from ..runner.measure.candidates import Candidate, dominates, ranked
-from ..sources.gguf import read_gguf
 from ..sources.imatrix import is_imatrix
 from ..sources.model import open_model
 from .stored import StoredReport, read_report
@@ -136,9 +135,8 @@ def plan_names(folder: PublishedFolder) -> list[str]:
 
 def _read_file(path: Path) -> PublishedFile:
     model = open_model(path)
-    _, tensors = read_gguf(path)
     recipe = str(model.metadata.get("moecast.quant", "other"))
-    stored = StoredTypes(path.name, recipe, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
+    stored = StoredTypes(path.name, recipe, {tensor.name: (tensor.dtype, tensor.shape) for tensor in model.tensors})
     split = _PART.search(path.stem)
     name = path.stem[: split.start()] if split else path.stem
     parts = sorted(path.parent.glob(f"{_pattern(name)}-*-of-{split[2]}.gguf")) if split else [path]

@@ -25,7 +25,7 @@ from .model import Model, pieces
 from .storage import Storage
 
 DIGESTS: Final = "moecast.imatrix.sha256"  # of the texts, one for each of imatrix.datasets
-SOURCE: Final = "moecast.source."
+_SOURCE: Final = "moecast.source."
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,13 @@ def _read_gguf_form(path: Path) -> ImportanceMatrix:
         raise BadInput(f"{path} holds no statistics, expected tensors named *.in_sum2 and *.counts")
     chunks, size = (_whole_number(metadata, f"imatrix.chunk_{key}", path) for key in ("count", "size"))
     datasets, digests = (_names(metadata, key, path) for key in ("imatrix.datasets", DIGESTS))
-    source = {key: str(value) for key, value in metadata.items() if key.startswith(SOURCE)}
+    source = source_in(metadata)
     return ImportanceMatrix(path.as_posix(), datasets, chunks, means, size, inputs, digests, source)
+
+
+def source_in(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of a GGUF file that say which model it was made from."""
+    return {key: str(value) for key, value in metadata.items() if key.startswith(_SOURCE)}
 
 
 def _names(metadata: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def fit(graph: Graph, machine: Machine, damage: Damage, one_bit: bool = False, n
     ram = _for_weights(machine.ram)
     if machine.vram:
         states = _states(graph, machine.context)
-        vram = machine.vram - _GPU_RESERVE - working - (state - sum(states.values()))
+        vram = _vram_for_weights(machine, working, state - sum(states.values()))
         types, layers = _split(graph, (ram, vram), states, damage, one_bit)
     else:
         budget = ram - state - working
@@ -89,10 +89,9 @@ def layers_in_ram(plan: Plan, machine: Machine) -> int | None:
         return len(graph.layers) if plan.bytes + state + working <= ram else None
     states = _states(graph, machine.context)
     slow, fast = _slow_and_fast(graph)
-    left = machine.vram - _GPU_RESERVE - working - (state - sum(states.values())) - _bytes(fast, types)
+    left = _vram_for_weights(machine, working, state - sum(states.values())) - _bytes(fast, types)
     on_gpu, in_ram = _place(graph, slow, types, states, left)
-    in_both = _bytes([graph.embedding], types) if graph.tied else 0
-    return len(graph.layers) - on_gpu if left >= 0 and in_ram + in_both <= ram else None
+    return len(graph.layers) - on_gpu if left >= 0 and in_ram + _in_both(graph, types) <= ram else None
 
 
 def _beside_weights(graph: Graph, machine: Machine) -> tuple[int, int]:
@@ -104,6 +103,16 @@ def _beside_weights(graph: Graph, machine: Machine) -> tuple[int, int]:
 def _for_weights(ram: int) -> int:
     """What of a machine's RAM the model may take."""
     return ram - max(_RESERVE, ram // _RESERVE_SHARE)
+
+
+def _vram_for_weights(machine: Machine, working: int, state: int) -> int:
+    """What of a GPU's memory the weights may take beside working memory and the `state` that stays there."""
+    return machine.vram - _GPU_RESERVE - working - state
+
+
+def _in_both(graph: Graph, types: Mapping[str, Format]) -> int:
+    """Bytes of RAM that an embedding takes which as the head is on the GPU too."""
+    return _bytes([graph.embedding], types) if graph.tied else 0
 
 
 def _states(graph: Graph, context: int) -> dict[int, int]:
@@ -141,8 +150,7 @@ def _split(
         raise BadInput(
             f"what every token needs does not fit into VRAM beside the context: {error}; ask for less --context"
         ) from None
-    if graph.tied:
-        ram -= _bytes([graph.embedding], types)  # which is in both
+    ram -= _in_both(graph, types)
     left = vram - _bytes(fast, types)
     low, high = (total - sum(states.values()) for total in (ram, ram + left))
     budget, found, refusal = low, None, BadInput("")
@@ -187,5 +195,5 @@ def _place(
     return layers, total - taken
 
 
-def _bytes(weights: list[Weight], types: dict[str, Format]) -> int:
+def _bytes(weights: list[Weight], types: Mapping[str, Format]) -> int:
     return sum(PlannedTensor(w, types[w.name], types[w.name]).aligned_bytes for w in weights)

@@ -10,9 +10,9 @@ from pathlib import Path
 from ...archs.expressions import stored_tensors
 from ...progress import Progress
 from ...sources.model import Model
-from ..engines import OnnxModel, open_runnable
+from ..engines import OnnxModel
 from ..settings import Compute, Evaluation
-from .evaluate import Parity, parities
+from .evaluate import Parity, opened, parities
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,11 @@ def compare(
     progress: Progress | None = None,
 ) -> tuple[Candidate, ...]:
     """Compare any number of models with one, in a single pass over it; the smallest comes first. Raises as `parity`."""
-    opened = [model if isinstance(model, Model | OnnxModel) else open_runnable(model) for model in candidates]
-    first = reference if isinstance(reference, Model | OnnxModel) else open_runnable(reference)
-    results = parities(first, opened, evaluation, compute, progress)
+    first, models = opened(reference), [*map(opened, candidates)]
+    results = parities(first, models, evaluation, compute, progress)
     compared = [
         Candidate(model.path, _bytes_of(model), _bits_per_weight(model, first), parity)
-        for model, parity in zip(opened, results, strict=True)
+        for model, parity in zip(models, results, strict=True)
     ]
     return ranked(compared)
 

@@ -120,7 +120,7 @@ def perplexity(
     Each chunk of the text begins with an empty cache, and its second half is scored. ONNX models say themselves what
     they compute in. Raises BadInput for a text shorter than two chunks.
     """
-    model, progress = _opened(model), progress or NoProgress()
+    model, progress = opened(model), progress or NoProgress()
     tokens = evaluation.tokens(model.tokenizer)
     context = evaluation.context
     scores = Scores(labels(tokens))
@@ -176,15 +176,15 @@ def parities(
 
     Raises as `parity`, and for more candidates than memory is allowed for.
     """
-    reference, opened, progress = _opened(reference), [*map(_opened, candidates)], progress or NoProgress()
+    reference, models, progress = opened(reference), [*map(opened, candidates)], progress or NoProgress()
     texts = evaluation.tokens_by_text(reference.tokenizer)
     tokens = torch.cat([*texts.values()])
-    for candidate in opened:
+    for candidate in models:
         _check_same_vocabulary(reference, candidate, tokens)
-    with _room_for([reference, *opened], tokens, compute) as room:
-        found = _compared([reference, *opened], tokens, compute, room, progress)
+    with _room_for([reference, *models], tokens, compute) as room:
+        found = _compared([reference, *models], tokens, compute, room, progress)
     chunks, text, results = {name: len(ids) for name, ids in texts.items()}, evaluation.read(), []
-    for candidate, (divergence, layer_errors) in zip(opened, found, strict=True):
+    for candidate, (divergence, layer_errors) in zip(models, found, strict=True):
         length = min(reference.context_length, candidate.context_length)
         result = summarize(divergence, layer_errors, chunks, evaluation.context, compute.dtype, length)
         tokenization = compare_tokenizers(reference.tokenizer, candidate.tokenizer, text)
@@ -238,7 +238,8 @@ def _room_for(models: Sequence[Model | OnnxModel], tokens: Tensor, compute: Comp
         raise BadInput(f"{error}, or compare fewer models at once") from None
 
 
-def _opened(model: Model | OnnxModel | str | Path) -> Model | OnnxModel:
+def opened(model: Model | OnnxModel | str | Path) -> Model | OnnxModel:
+    """A model that is open already is taken as it is."""
     return open_runnable(model) if isinstance(model, str | Path) else model
 
 
