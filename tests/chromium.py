@@ -41,10 +41,12 @@ frame.srcdoc = PAGE;
 
 
 def chromium() -> str:
-    """Its program; a test is skipped where there is none."""
+    """Its program; where there is none a test is skipped, or fails if REQUIRE_CHROMIUM is set."""
     for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
         if program := shutil.which(name):
             return program
+    if os.environ.get("REQUIRE_CHROMIUM"):
+        pytest.fail("there is no Chromium: `apt-get install chromium`, or unset REQUIRE_CHROMIUM to go without")
     pytest.skip("there is no Chromium")
 
 
