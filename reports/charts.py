@@ -72,7 +72,7 @@ def slice_chart(name: str, slices: Sequence[Slice]) -> str:
         axes.set_yticks(places, [_short(entry.name) for entry in slices])
         axes.invert_yaxis()
         axes.set_xlim(left=0)
-        axes.grid(axis="y", visible=False)
+        _label_sparsely(axes)
         axes.set_xlabel("Mean KL divergence, nats")
 
     return _drawn(name, 0.8 + 0.26 * len(slices), f"KL divergence by {name}", draw)
@@ -88,7 +88,7 @@ def size_chart(sizes: Sequence[tuple[str, int]]) -> str:
         axes.set_yticks(range(len(sizes)), [_short(role) for role, _ in sizes])
         axes.invert_yaxis()
         axes.margins(x=0.15)
-        axes.grid(axis="y", visible=False)
+        _label_sparsely(axes)
         axes.set_xlabel("Percent of all bytes")
 
     return _drawn("sizes", 0.6 + 0.26 * len(sizes), "Share of the file by role", draw)
@@ -124,6 +124,13 @@ def pareto_chart(candidates: Sequence[Candidate]) -> str:
         axes.set_ylabel("Mean KL divergence, nats")
 
     return _drawn("pareto", 3.4, "Size against KL divergence", draw)
+
+
+def _label_sparsely(axes: Axes) -> None:
+    """So few labels of a bar's length that long ones have room beside long names."""
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(axis="y", visible=False)
 
 
 def _drawn(name: str, height: float, title: str, draw: Callable[[Axes], None]) -> str:
