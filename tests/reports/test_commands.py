@@ -89,7 +89,7 @@ def _numbers(model: Model, weight: Weight) -> torch.Tensor:
 @pytest.mark.whole
 def test_what_is_found_outlives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traffic and errors of layers are those of a run that nobody stopped, and all else of layers that were done."""
-    how: dict[str, Any] = {"context": 64, "chunks": 2, "calibration": checkpoints.TEXT, "padding": False}
+    how: dict[str, Any] = {"context": 64, "chunks": 2, "calibration_chunks": 4, "padding": False}
     source = EXAMPLES / "nemotron-3-tiny"
     whole = convert(source, tmp_path / "whole.gguf", "Q4_K_M", **how).details.findings
     with stopped_after(60, monkeypatch):
