@@ -140,7 +140,7 @@ def test_a_conversion_stands_without_its_report(tmp_path: Path) -> None:
 
 
 def test_an_onnx_folder_has_its_report_beside_it(tmp_path: Path) -> None:
-    run("convert", EXAMPLES / "minimax-m2-tiny", "--to", "onnx", "-o", tmp_path, *TEXT)
+    run("convert", EXAMPLES / "minimax-m2-tiny", "--to", "onnx", "-o", tmp_path, *TEXT, "--calibration-chunks", 2)
     name = "minimax-m2-tiny-Q4_0-onnx"
     assert {file.name for file in tmp_path.iterdir()} == {name, f"{name}.report.html", f"{name}.report.json"}
     assert facts(tmp_path / f"{name}.report.json")["bytes"] > 1_000_000
