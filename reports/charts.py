@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from .report import LayerError
@@ -172,7 +171,7 @@ def _saved(height: float, draw: Callable[[Axes], None], colors: _Colors, opaque:
     drawn_in: dict[Any, Any] = dict.fromkeys(ink, colors.ink) | dict.fromkeys(faint, colors.faint)
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()  # whatever a user's own style says
-        matplotlib.rcParams.update(_STYLE | drawn_in | {"axes.prop_cycle": cycler(color=colors.series)})
+        matplotlib.rcParams.update(_STYLE | drawn_in | {"axes.prop_cycle": f"cycler('color', {[*colors.series]})"})
         warnings.simplefilter("ignore")  # of letters that this machine's fonts lack and the reader's need not
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
