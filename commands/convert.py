@@ -123,7 +123,7 @@ def convert(
             access=access,
             progress=progress,
         )
-    show_conversion(result, as_json)
+    show_conversion(result, as_json, goal.machine)
     if report:
         write_conversion_report(result)
     exit_if_worse(result.parity, max_kld)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -34,21 +33,14 @@ class Fitting:
         Raises BadInput where one was.
         """
         from ..convert.settings import Goal
-        from ..quant.planning.fit import Machine
+        from .serving import this_machine
 
         if goal != Goal():
             raise BadInput(
                 "--fit finds the size by itself: leave out --quant, --size, --bpw, --plan, --like, --measure and "
                 "--tensor-type"
             )
-        ram = self.ram
-        if ram is None or vram is None:
-            from .doctor import examine
-
-            facts = examine(Path.cwd())
-            ram = int(facts["memory_bytes"]) if ram is None else ram
-            vram = sum(int(gpu["bytes"]) for gpu in facts["gpus"]) if vram is None else vram
-        return replace(goal, machine=Machine(ram, vram, self.context or _CONTEXT))
+        return replace(goal, machine=this_machine(self.context or _CONTEXT, self.ram, vram))
 
 
 def _fitting(fit: bool, **values: int | None) -> Fitting | None:

@@ -94,7 +94,6 @@ def plan(
     from ..convert.plans.measured import measured_plan
     from ..quant.planning.plan_file import write_plan_file
     from ..reports.gather import plan_report
-    from ..runner.bandwidth import memory_bandwidth
     from ..sources.locate import locate_imatrix, open_headers, open_source
     from .console import make_progress
     from .report import show_fit, show_plan
@@ -116,7 +115,7 @@ def plan(
             if goal.machine:
                 found = fit_machine(model.graph, goal.machine, form)
                 chosen = found.plan
-                show_fit(found, memory_bandwidth(), as_json, each)
+                show_fit(found, as_json, each)
             else:
                 chosen = plan_for(model, goal, form, calibration, file_format)
                 show_plan(chosen, as_json, each)

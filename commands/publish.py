@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Write what would be published to --output, upload nothing.")
 @click.option("--private", is_flag=True, help="The repository must be private; a new one is made so.")
+@click.option(
+    "--base-model", metavar="OWNER/NAME", help="The Hub repository of what was converted from a folder on this machine."
+)
 @click.option("--despite", metavar="REASON", help="Publish files with faults; these and the reason stand in the card.")
 @hub_options
 @json_option
@@ -41,6 +44,7 @@ def publish(
     output: Path | None,
     dry_run: bool,
     private: bool,
+    base_model: str | None,
     despite: str | None,
     access: HubAccess,
     as_json: bool,
@@ -54,13 +58,19 @@ def publish(
     Examples:
       moecast publish out/ OWNER/NAME-GGUF --dry-run -o card/
       moecast publish out/ OWNER/NAME-GGUF --private
+      moecast publish out/ OWNER/NAME-GGUF --base-model ORIGIN/NAME
       moecast publish out/ OWNER/NAME-GGUF --despite "experts 3 and 9 of layer 0 are never routed to"
     """
     from ..reports.folder import read_folder
     from ..reports.publication import write_publication
 
-    target, made = _target(repository, access), read_folder(folder)
+    target = _repository(repository, "to publish to")
+    target = replace(target, revision=access.revision or target.revision)
+    source = _repository(base_model, "of --base-model").repository if base_model is not None else None
+    made = read_folder(folder, source)
     statement = _statement(made, despite)
+    if not made.base_model:
+        LOGGER.warning("The card names no base model: say with --base-model OWNER/NAME what was converted")
     with ExitStack() as stack:
         place = output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moecast-")))
         files = write_publication(made, target.repository, place, statement)
@@ -70,13 +80,13 @@ def publish(
             _show(_upload(target, files, access, private), as_json)
 
 
-def _target(repository: str, access: HubAccess) -> HubSource:
+def _repository(address: str, use: str) -> HubSource:
     from ..sources.hub.address import parse_file
 
-    target, file = parse_file(repository)
+    source, file = parse_file(address)
     if file:
-        raise BadInput(f"{repository!r} names a file, expected the repository to publish to, owner/name")
-    return replace(target, revision=access.revision or target.revision)
+        raise BadInput(f"{address!r} names a file, expected the repository {use}, owner/name")
+    return source
 
 
 def _statement(made: PublishedFolder, despite: str | None) -> Statement | None:

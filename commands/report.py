@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
 from dataclasses import asdict, fields
 from itertools import zip_longest
@@ -11,22 +9,19 @@ from typing import TYPE_CHECKING
 
 from ..reports.rows import parity_rows, scoring_rows
 from .console import human_bytes, human_count, print_columns, print_json, print_table
+from .serving import Serving, this_machine
 from .terminal import printable
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ..convert.calibrate import MeasuredMatrix
     from ..convert.conversion import Conversion
-    from ..quant.planning.fit import MachinePlan
+    from ..quant.planning.fit import Machine, MachinePlan
     from ..quant.planning.plan import Plan
     from ..runner.measure.evaluate import Parity, Perplexity
     from ..sources.imatrix import ImportanceMatrix
     from ..sources.model import Model
 
 _CONTEXT = 8192  # tokens that a server is told to keep where nobody says how many
-_TEMPLATE = "--jinja"  # llama-server's option to use the file's chat template
-_GPU = ("--n-gpu-layers", 99)  # llama-server's options for all layers on a GPU, but for the experts that others exclude
 
 
 def show_model(model: Model, as_json: bool) -> None:
@@ -100,37 +95,15 @@ def show_tensors(plan: Plan) -> None:
     print_columns(f"{plan.recipe.name}, {len(rows)} tensors", ("Tensor", "Type", "Shape", "Bytes"), rows)
 
 
-def show_fit(fit: MachinePlan, bandwidth: float, as_json: bool, each: bool = False) -> None:
-    """`bandwidth`: bytes a second that this machine reads from its memory."""
+def show_fit(fit: MachinePlan, as_json: bool, each: bool = False) -> None:
+    serving = Serving("MODEL.gguf", fit.machine.context, True, fit)
     if as_json:
         from ..quant.planning.plan_file import plan_as_json
 
-        memory = {"state_bytes": fit.state_bytes, "working_bytes": fit.working_bytes}
-        speed = {"ram_bytes_per_token": fit.ram_bytes_per_token, "memory_bandwidth": bandwidth}
-        lines = {"serve": _serve(fit), "chat": _serve(fit, "llama-cli")}
-        print_json({**plan_as_json(fit.plan), **memory, **speed, "layers_in_ram": fit.layers_in_ram, **lines})
+        print_json({**plan_as_json(fit.plan), **serving.facts()})
         return
     show_plan(fit.plan, as_json, each)
-    print(f"State of {fit.machine.context} tokens: {human_bytes(fit.state_bytes)}, ", end="")
-    print(f"working memory: about {human_bytes(fit.working_bytes)}")
-    if fit.ram_bytes_per_token:
-        rate = bandwidth / fit.ram_bytes_per_token
-        print(
-            f"A token reads {human_bytes(fit.ram_bytes_per_token)} of weights from RAM: at most "
-            f"{rate:.{0 if rate >= 10 else 1}f} tokens a second, if RAM is as fast as this machine's "
-            f"({human_bytes(bandwidth)}/s measured now) and what lies on a GPU costs nothing"
-        )
-    print(f"Serve it, or chat with it, by\n\n    {_serve(fit)}\n    {_serve(fit, 'llama-cli')}\n")
-
-
-def _serve(fit: MachinePlan, program: str = "llama-server") -> str:
-    """With the options for a GPU; the head counts as a layer beside those that the GPU holds as a whole."""
-    options: tuple[str | int, ...] = ()
-    if fit.machine.vram:
-        graph = fit.plan.graph
-        on_gpu = ("--n-gpu-layers", len(graph.layers) - fit.layers_in_ram + 1)
-        options = (*_GPU, "--n-cpu-moe", fit.layers_in_ram) if graph.experts else on_gpu
-    return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *options, program=program)
+    serving.show()
 
 
 def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:
@@ -151,32 +124,36 @@ def show_parity(title: str, result: Parity, as_json: bool) -> None:
     show_problems(result.problems)
 
 
-def show_conversion(result: Conversion, as_json: bool) -> None:
-    from ..sources.gguf import read_gguf
-    from ..sources.tokenizer_gguf import CHAT_TEMPLATE
-
+def show_conversion(result: Conversion, as_json: bool, machine: Machine | None = None) -> None:
+    """With how to run it on a machine, by default this one."""
+    file = result.files[0]
+    serving = _serving(result, machine or this_machine(_CONTEXT)) if file.suffix == ".gguf" else None
     if as_json:
-        print_json({field.name: getattr(result, field.name) for field in fields(result) if field.name != "details"})
+        facts = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "details"}
+        print_json({**facts, **(serving.facts() if serving else {})})
         return
     rows = [("Size", f"{human_bytes(result.bytes)}, {result.bits_per_weight:.2f} bits per weight")]
     if result.parity:
         rows += parity_rows(result.parity)
     runs = " in all runs" if result.resumed else ""
     rows.append(("Time, peak memory", f"{result.seconds:.1f} s{runs}, {human_bytes(result.peak_rss_bytes)}"))
-    print_table(str(result.files[0]), rows)
+    print_table(str(file), rows)
     if result.parity:
         _show_categories(result.parity)
     show_problems(result.problems)
-    file = result.files[0]
-    if file.suffix == ".gguf":
-        metadata = read_gguf(file)[0]
-        routed = f"{metadata.get('general.architecture')}.expert_count" in metadata
-        experts = (*_GPU, "--cpu-moe") if routed and shutil.which("nvidia-smi") else ()
-        template = (_TEMPLATE,) if CHAT_TEMPLATE in metadata else ()
-        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *template, *experts)
+    if serving:
+        serving.show()
     else:
-        line = f'moecast run {file.parent} -p "Once upon a time"'
-    print(f"Run it with\n\n    {printable(line)}\n")
+        print(f'Run it with\n\n    moecast run {printable(file.parent)} -p "Once upon a time"\n')
+
+
+def _serving(result: Conversion, machine: Machine) -> Serving:
+    from ..quant.planning.fit import placed
+    from ..sources.gguf import read_gguf
+    from ..sources.tokenizer_gguf import CHAT_TEMPLATE
+
+    template = CHAT_TEMPLATE in read_gguf(result.files[0])[0]
+    return Serving(result.files[0], machine.context, template, placed(result.details.plan, machine))
 
 
 def show_calibration(result: MeasuredMatrix, as_json: bool) -> None:
@@ -218,11 +195,6 @@ def show_imatrix(matrix: ImportanceMatrix, as_json: bool) -> None:
 def show_problems(problems: tuple[str, ...]) -> None:
     for problem in problems:
         print(f"Note: {printable(problem)}")
-
-
-def server_line(model: str | Path, context: int, *options: object, program: str = "llama-server") -> str:
-    """The command that serves a file with llama.cpp, or chats with it."""
-    return " ".join(map(str, (program, "-m", model, "-c", context, *options)))
 
 
 def _show_categories(result: Parity) -> None:

@@ -9,13 +9,14 @@ from shlex import quote
 
 from ..quant.planning.allocation import bytes_per_token
 from ..quant.planning.fit import Machine, layers_in_ram
-from .card_metadata import base_model, front_matter
+from .card_metadata import front_matter
 from .folder import PublishedFile, PublishedFolder, plan_names
 from .gather import planned_tensors
 from .markdown import code, code_block, literal, table
 from .report import grouped
 from .text import human_bytes
 
+PICTURE = "pareto.png"
 _GIB = 2**30
 _GPU = 24  # GiB
 _RAM = (32, 64, 96, 128, 192, 256, 512)  # GiB
@@ -46,7 +47,7 @@ def card(folder: PublishedFolder, repository: str, statement: Statement | None =
 
 
 def _introduction(folder: PublishedFolder, repository: str) -> str:
-    metadata, base = folder.files[0].metadata, base_model(folder)
+    metadata, base = folder.files[0].metadata, folder.base_model
     revision, version = metadata.get("moecast.source.revision"), metadata.get("moecast.version")
     source = f"[{literal(base)}](https://huggingface.co/{base})" if base else literal(metadata.get("general.name"))
     commit = f" at commit {code(revision)}" if revision else ""
@@ -66,18 +67,23 @@ def _listed(names: Iterable[str]) -> str:
 def _files(folder: PublishedFolder) -> str:
     head = (
         "File", "Size", "Bits per weight", "Mean KL divergence", "99.9 %", "Same top token", "Perplexity ratio",
-        "Read for a token", "Best of its size",
+        "Read for a token",
     )  # fmt: skip
-    marks = folder.are_comparable and len(folder.files) > 1
-    dominated = {candidate.path.name for candidate in folder.candidates if candidate.dominated}
-    rows = [(*_row(file), "no" if file.parts[0].name in dominated else "yes") for file in folder.files]
-    shown = table(head if marks else head[:-1], rows if marks else [row[:-1] for row in rows], range(1, 8))
-    notes = ["KL divergence is that from the source, in nats, with its standard error; 0 is the same model."]
-    if marks:
-        notes.append("A file is not the best of its size when another is no larger and no farther from the source.")
-    elif len(folder.files) > 1:
-        notes.append("These files were not measured on the same tokens: compare none of these figures across rows.")
-    return f"## Files\n\n{shown}\n\n{' '.join(notes)}"
+    rows = {file.parts[0].name: _row(file) for file in folder.files}
+    parts = ["KL divergence is that from the source, in nats, with its standard error; 0 is the same model."]
+    if folder.are_compared:
+        compared = [
+            (str(number), *rows[one.path.name], "no" if one.dominated else "yes")
+            for number, one in enumerate(folder.candidates, 1)
+        ]
+        shown = table(("", *head, "Best of its size"), compared, range(2, 9))
+        parts[0] += " A file is not the best of its size when another is no larger and no farther from the source."
+        parts.append(f"![Size against KL divergence; numbers of points are those of the table]({PICTURE})")
+    else:
+        shown = table(head, rows.values(), range(1, 8))
+        if len(folder.files) > 1:
+            parts[0] += " These files were not measured on the same tokens: compare none of these figures across rows."
+    return "\n\n".join(("## Files", shown, *parts))
 
 
 def _row(file: PublishedFile) -> tuple[str, ...]:

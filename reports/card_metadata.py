@@ -11,8 +11,7 @@ from huggingface_hub import ModelCardData
 from .folder import PublishedFolder
 from .text import printable
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual")
+_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 _LICENSE = re.compile(r"[a-z0-9.-]+")
 _LINK, _FILE = re.compile(r"https?://[^\s<>\"']+"), re.compile(r"[\w./-]+")
 _TAG = re.compile(r"[\w.+-]{1,60}")
@@ -23,8 +22,9 @@ _OWN_TAGS = ("gguf", "moecast", "mixture-of-experts")
 def front_matter(folder: PublishedFolder, repository: str) -> str:
     """The metadata of a repository, `owner/name`, as YAML. What the Hub would not take is left out."""
     metadata = folder.files[0].metadata
-    tags, base = _texts(metadata, "general.tags"), base_model(folder)
-    languages = [language for language in _texts(metadata, "general.languages") if _LANGUAGE.fullmatch(language)]
+    tags, base = _texts(metadata, "general.tags"), folder.base_model
+    named = (language.partition("-")[0].lower() for language in _texts(metadata, "general.languages"))
+    languages = [language for language in dict.fromkeys(named) if _LANGUAGE.fullmatch(language)]
     data = ModelCardData(
         base_model=base,
         language=languages or None,
@@ -35,12 +35,6 @@ def front_matter(folder: PublishedFolder, repository: str) -> str:
         **_license(metadata, base),
     )
     return str(data.to_yaml())
-
-
-def base_model(folder: PublishedFolder) -> str | None:
-    """The repository that the files were made from, None where they were made from a folder."""
-    found = folder.files[0].metadata.get("moecast.source.repository")
-    return found if isinstance(found, str) and _REPOSITORY.fullmatch(found) else None
 
 
 def _license(metadata: Mapping[str, Any], base: str | None) -> dict[str, Any]:

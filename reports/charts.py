@@ -1,4 +1,4 @@
-"""Charts by matplotlib as SVG that stands in a page: its words are words, its colours those of the page."""
+"""Charts by matplotlib as SVG that stands in a page: its words are words, its colours those of the page. One as PNG."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from io import StringIO
+from dataclasses import dataclass
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -22,27 +23,33 @@ if TYPE_CHECKING:
     from ..runner.measure.candidates import Candidate
     from ..runner.measure.slices import Slice
 
-# Colours that the page replaces by its own, which differ between light and dark.
-_INK, _FAINT, _SERIES, _OTHER = "#010203", "#010204", "#010205", "#010206"
-_PAGE = {_INK: "var(--ink)", _FAINT: "var(--faint)", _SERIES: "var(--series)", _OTHER: "var(--other)"}
+
+@dataclass(frozen=True)
+class _Colors:
+    """What a chart is drawn in; the series are matplotlib's "C0" and "C1"."""
+
+    ink: str
+    faint: str
+    series: tuple[str, str]
+
+
+_PLACES = _Colors("#010203", "#010204", ("#010205", "#010206"))  # which the page's own take, light or dark
+_PAGE = {"#010203": "var(--ink)", "#010204": "var(--faint)", "#010205": "var(--series)", "#010206": "var(--other)"}
+_LIGHT = _Colors("#1b1f24", "#c4ccd4", ("#0b66b0", "#c8641a"))  # the page's where it is light
+_SERIES, _OTHER = "C0", "C1"
 _WIDTH = 5.0  # inches of 72 units: 10 units high letters stay readable where a phone shows them at its width
+_PARETO_HEIGHT = 3.4  # inches
 _LONGEST = 26  # characters of a name
 _STYLE: dict[Any, Any] = {  # whose keys are of types that differ between versions of matplotlib
     "svg.fonttype": "none",
     "svg.hashsalt": "moecast",  # the same page for the same data
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _FAINT,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.color": _FAINT,
     "grid.linewidth": 0.4,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
     "text.parse_math": False,
 }
 
@@ -68,11 +75,18 @@ def slice_chart(name: str, slices: Sequence[Slice]) -> str:
     def draw(axes: Axes) -> None:
         places = range(len(slices))
         errors = [entry.mean_kld_error for entry in slices]
-        axes.barh(places, [entry.mean_kld for entry in slices], xerr=errors, color=_SERIES, ecolor=_INK, height=0.6)
+        axes.barh(
+            places,
+            [entry.mean_kld for entry in slices],
+            xerr=errors,
+            color=_SERIES,
+            ecolor=matplotlib.rcParams["text.color"],
+            height=0.6,
+        )
         axes.set_yticks(places, [_short(entry.name) for entry in slices])
         axes.invert_yaxis()
         axes.set_xlim(left=0)
-        axes.grid(axis="y", visible=False)
+        _label_sparsely(axes)
         axes.set_xlabel("Mean KL divergence, nats")
 
     return _drawn(name, 0.8 + 0.26 * len(slices), f"KL divergence by {name}", draw)
@@ -88,7 +102,7 @@ def size_chart(sizes: Sequence[tuple[str, int]]) -> str:
         axes.set_yticks(range(len(sizes)), [_short(role) for role, _ in sizes])
         axes.invert_yaxis()
         axes.margins(x=0.15)
-        axes.grid(axis="y", visible=False)
+        _label_sparsely(axes)
         axes.set_xlabel("Percent of all bytes")
 
     return _drawn("sizes", 0.6 + 0.26 * len(sizes), "Share of the file by role", draw)
@@ -96,6 +110,16 @@ def size_chart(sizes: Sequence[tuple[str, int]]) -> str:
 
 def pareto_chart(candidates: Sequence[Candidate]) -> str:
     """Size against KL divergence; what is dominated is hollow. The numbers stand in the table beside."""
+    return _drawn("pareto", _PARETO_HEIGHT, "Size against KL divergence", _pareto(candidates))
+
+
+def pareto_picture(candidates: Sequence[Candidate]) -> bytes:
+    """The same as PNG on white, for pages that are not ours."""
+    options = {"dpi": 160, "metadata": {"Software": None}}
+    return _saved(_PARETO_HEIGHT, _pareto(candidates), _LIGHT, True, format="png", **options)
+
+
+def _pareto(candidates: Sequence[Candidate]) -> Callable[[Axes], None]:
     points = [
         (number, entry.dominated, entry.bytes / 2**30, entry.parity.mean_kld)
         for number, entry in enumerate(candidates, 1)
@@ -123,23 +147,40 @@ def pareto_chart(candidates: Sequence[Candidate]) -> str:
         axes.set_xlabel("GiB")
         axes.set_ylabel("Mean KL divergence, nats")
 
-    return _drawn("pareto", 3.4, "Size against KL divergence", draw)
+    return draw
+
+
+def _label_sparsely(axes: Axes) -> None:
+    """So few labels of a bar's length that long ones have room beside long names."""
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(axis="y", visible=False)
 
 
 def _drawn(name: str, height: float, title: str, draw: Callable[[Axes], None]) -> str:
-    """What `draw` draws on axes, so many inches high."""
+    """What `draw` draws on axes, so many inches high, as SVG for a page."""
+    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    svg = _saved(height, draw, _PLACES, False, format="svg", metadata=metadata)
+    return _for_a_page(svg.decode(), name, title)
+
+
+def _saved(height: float, draw: Callable[[Axes], None], colors: _Colors, opaque: bool, **options: Any) -> bytes:
+    """What `draw` draws, as matplotlib saves it."""
+    ink = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
+    faint = ("axes.edgecolor", "grid.color")
+    drawn_in: dict[Any, Any] = dict.fromkeys(ink, colors.ink) | dict.fromkeys(faint, colors.faint)
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()  # whatever a user's own style says
-        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rcParams.update(_STYLE | drawn_in | {"axes.prop_cycle": f"cycler('color', {[*colors.series]})"})
         warnings.simplefilter("ignore")  # of letters that this machine's fonts lack and the reader's need not
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
-        figure.patch.set_visible(False)
-        axes.patch.set_visible(False)
-        text = StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _for_a_page(text.getvalue(), name, title)
+        figure.patch.set_visible(opaque)
+        axes.patch.set_visible(opaque)
+        file = BytesIO()
+        figure.savefig(file, **options)
+    return file.getvalue()
 
 
 def _for_a_page(svg: str, name: str, title: str) -> str:

@@ -20,6 +20,7 @@ from .stored import StoredReport, read_report
 from .text import ranges
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DRAFT = "-mtp"  # what the name of a draft ends in that belongs to another file
 
 
@@ -65,11 +66,26 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class PublishedFolder:
-    """Files from the smallest to the largest, and importance matrices beside them."""
+    """Files from the smallest to the largest, and importance matrices beside them.
+
+    `said` is the repository that they were made from by who publishes them.
+    """
 
     path: Path
     files: tuple[PublishedFile, ...]
     matrices: tuple[Path, ...]
+    said: str | None = None
+
+    @property
+    def base_model(self) -> str | None:
+        """The repository that the files were made from, as they hold it themselves or as it is said."""
+        held = self.files[0].metadata.get("moecast.source.repository")
+        return held if isinstance(held, str) and _REPOSITORY.fullmatch(held) else self.said
+
+    @property
+    def are_compared(self) -> bool:
+        """Whether there are several, all measured on the same tokens."""
+        return self.are_comparable and len(self.files) > 1
 
     @property
     def are_comparable(self) -> bool:
@@ -112,8 +128,11 @@ class PublishedFolder:
         return next((other for other in stock if other.candidate and dominates(other.candidate, file.candidate)), None)
 
 
-def read_folder(path: Path) -> PublishedFolder:
-    """Raises BadInput for a folder without a GGUF file, and for files that are damaged or of different models."""
+def read_folder(path: Path, base_model: str | None = None) -> PublishedFolder:
+    """Files to publish; `base_model` is what they were made from, where they do not hold it themselves.
+
+    Raises BadInput for a folder without a GGUF file, and for files that are damaged or of other models.
+    """
     if not is_folder(path):
         raise BadInput(f"{path}: no such folder, expected one with the GGUF files that `moecast convert` made")
     found = sorted(file for file in path.iterdir() if file.name.lower().endswith(".gguf"))
@@ -125,7 +144,10 @@ def read_folder(path: Path) -> PublishedFolder:
         raise BadInput(f"{path} holds no GGUF file of a model: expected those that `moecast convert` made")
     files = sorted((_read_file(file) for file in first), key=lambda file: file.bytes)
     _require_one_model(path, files)
-    return PublishedFolder(path, tuple(files), tuple(matrices))
+    folder = PublishedFolder(path, tuple(files), tuple(matrices), base_model)
+    if base_model not in (None, folder.base_model):
+        raise BadInput(f"{path}: its files were made from {folder.base_model}, leave out --base-model {base_model}")
+    return folder
 
 
 def plan_names(folder: PublishedFolder) -> list[str]:

@@ -1,4 +1,4 @@
-"""Writes what goes beside published files: the card, the report of all of them, and the plan of each."""
+"""Writes what goes beside published files: the card with its picture, the report of all, and the plan of each."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..errors import BadInput
 from ..files import write_whole
 from ..quant.planning.plan_file import write_plan_file
 from ..sources.model_card import CARD
-from .card import Statement, card
-from .card_metadata import base_model
+from .card import PICTURE, Statement, card
+from .charts import pareto_picture
 from .folder import PublishedFolder, plan_names
 from .report import Provenance, Report
 from .write import write_report
@@ -22,16 +22,19 @@ _REPORT = ("report.html", "report.json")
 def write_publication(
     folder: PublishedFolder, repository: str, output: Path, statement: Statement | None = None
 ) -> dict[str, Path]:
-    """Write README.md, report.html, report.json and plans to a folder; returns all files to publish, by name.
+    """Write README.md, its picture, reports and plans to a folder; returns all files to publish, by name.
 
     Raises BadInput when they cannot be written.
     """
     reports = [path for file in folder.files for path in _reports_of(folder.path, file.name)]
     alone, plans = len(folder.files) == 1, plan_names(folder)
     shown = [f"report{path.suffix}" for path in reports] if alone else [*_REPORT]
+    pictures = [PICTURE] if folder.are_compared else []
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / CARD, card(folder, repository, statement))
+        for name in pictures:
+            (output / name).write_bytes(pareto_picture(folder.candidates))
         if alone:
             for path, name in zip(reports, shown, strict=True):
                 shutil.copyfile(path, output / name)
@@ -43,7 +46,7 @@ def write_publication(
         write_plan_file(file.plan, output / name)
     models = [path for file in folder.files for path in file.paths]
     found = [*models, *folder.matrices, *(() if alone else reports)]
-    return {path.name: path for path in (*(output / name for name in (CARD, *shown, *plans)), *found)}
+    return {path.name: path for path in (*(output / name for name in (CARD, *pictures, *shown, *plans)), *found)}
 
 
 def _reports_of(folder: Path, name: str) -> list[Path]:
@@ -54,7 +57,7 @@ def _reports_of(folder: Path, name: str) -> list[Path]:
 def _report(folder: PublishedFolder, repository: str) -> Report:
     """All files that were measured side by side; the same data make the same report."""
     reports = [file.report for file in folder.files if file.report]
-    source = base_model(folder) or str(folder.files[0].metadata.get("general.name", repository))
+    source = folder.base_model or str(folder.files[0].metadata.get("general.name", repository))
     created = max((report.provenance.created for report in reports), default="")
     provenance = Provenance(source, versions={"moecast": __version__}, created=created)
     return Report("comparison", repository, provenance, candidates=folder.candidates)

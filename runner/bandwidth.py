@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import torch
 
@@ -10,8 +11,9 @@ _VALUES = 1 << 26  # float32: four times what the largest caches hold
 _TURNS = 4
 
 
+@cache
 def memory_bandwidth() -> float:
-    """Bytes a second that all threads together read: the best of some sums."""
+    """Bytes a second that all threads together read: the best of some sums, measured when first asked for."""
     values = torch.ones(_VALUES, device="cpu")
     best = float("inf")
     for _ in range(_TURNS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import tempfile
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler
@@ -16,6 +17,34 @@ import yaml
 
 UPLOAD = "upload"
 COMMIT = "api/commit"
+_LICENSES = ("apache-2.0", "mit", "cc-by-nc-4.0", "llama3.1", "other")  # of those that the Hub knows
+_TASKS = ("text-generation", "image-text-to-text", "any-to-any")
+_MODEL = r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?/[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?"
+
+
+def metadata_fault(card: str) -> str | None:
+    """What the Hub refuses of the front matter of a card, by its documentation of model cards."""
+    try:
+        values = yaml.safe_load(card.split("---\n")[1])
+    except (yaml.YAMLError, IndexError) as error:
+        return str(error)
+    license, named = values.get("license", "mit"), values.get("license_name", "a-name")
+    languages, tags = values.get("language", []), values.get("tags", [])
+    rules = {
+        '"license" must be one of [apache-2.0, mit, ...]': license in _LICENSES,
+        '"license_name" must be lower case, without blanks': re.fullmatch(r"[a-z0-9.-]+", named),
+        '"license_link" must be a file here or a URL': re.fullmatch(
+            r"LICENSE(\.md)?|https?://\S+", values.get("license_link", "LICENSE")
+        ),
+        '"base_model" must be a model id': re.fullmatch(_MODEL, values.get("base_model", "owner/name")),
+        '"base_model_relation" must be one of [adapter, merge, quantized, finetune]': (
+            values.get("base_model_relation", "merge") in ("adapter", "merge", "quantized", "finetune")
+        ),
+        '"language[0]" must only contain lowercase characters': all(map(str.islower, languages)),
+        '"tags" must be a list of texts': all(isinstance(tag, str) for tag in tags),
+        '"pipeline_tag" must be a task': values.get("pipeline_tag", "text-generation") in _TASKS,
+    }
+    return next((rule for rule, holds in rules.items() if not holds), None)
 
 
 class Store:
@@ -107,13 +136,7 @@ class Receiving(BaseHTTPRequestHandler):
         raise NotImplementedError
 
     def _validate(self, card: str) -> None:
-        """Two rules of the Hub: what is between the fences is YAML, and has a license that it knows."""
-        try:
-            values = yaml.safe_load(card.split("---\n")[1])
-            wrong = None if values.get("license") != "unheard-of" else '"license" must be one of [apache-2.0, mit, ...]'
-        except (yaml.YAMLError, IndexError) as error:
-            wrong = str(error)
-        if wrong:
+        if wrong := metadata_fault(card):
             self.answer_error(400, wrong, {"errors": [{"message": wrong}]})
         else:
             self.answer_json({"warnings": [], "errors": []})

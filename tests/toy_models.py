@@ -158,6 +158,10 @@ def tokens_of(count: int, chunks: int = 2, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCABULARY, (chunks, count), generator=torch.Generator().manual_seed(seed))
 
 
+# Of 80 tokens: steps from the first one on, across the ends of windows of 17 and of 24 tokens, and after a long piece.
+STEPS_AND_PIECES = [1, 1, 13, *[1] * 12, 50, *[1] * 3]
+
+
 def logits_in_pieces(model: Model, tokens: Tensor, sizes: list[int]) -> Tensor:
     """[chunks, context] -> [chunks, context, vocabulary], some tokens at a time from the remembered states."""
     cache, parts = Cache(), []

@@ -80,6 +80,12 @@ def fit(graph: Graph, machine: Machine, damage: Damage, one_bit: bool = False, n
     return MachinePlan(replace(plan, expected_kld=expected), machine, state, working, layers)
 
 
+def placed(plan: Plan, machine: Machine) -> MachinePlan | None:
+    """A plan on a machine, None where it does not fit."""
+    layers = layers_in_ram(plan, machine)
+    return None if layers is None else MachinePlan(plan, machine, *_beside_weights(plan.graph, machine), layers)
+
+
 def layers_in_ram(plan: Plan, machine: Machine) -> int | None:
     """How many layers' experts stay in RAM where a machine runs a plan, or of a dense model whole layers; None where it
     does not fit."""

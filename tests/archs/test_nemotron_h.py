@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from real_nemotron import CONFIGS, ENCODINGS
 GIB = 2**30
 
 
+@cache
 def real_graph(model: str, encoding: str = "bf16") -> Graph:
     return MIXTURE.from_checkpoint(real_models.config(CONFIGS[model]), real_nemotron.tensors(model, encoding))
 

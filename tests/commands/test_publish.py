@@ -108,16 +108,29 @@ def test_faults_end_in_a_line_each_unless_a_reason_is_given(hub: HubServer, fold
     assert "never saw 1 experts" in text and r"a \*test\*" in text
 
 
+def test_the_model_is_named_that_was_converted(folder: Path, tmp_path: Path) -> None:
+    arguments = ("publish", folder, REPOSITORY, "--dry-run", "-o", tmp_path / "card")
+    assert "--base-model OWNER/NAME" in run(*arguments).stderr
+    result = run(*arguments, "--base-model", "https://huggingface.co/owner/tiny")
+    assert result.exit_code == 0 and "--base-model" not in result.stderr
+    assert "\nbase_model: owner/tiny\n" in (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("none", REPOSITORY), "none: no such folder, expected one with the GGUF files"),
         ((".", REPOSITORY), "holds no GGUF file of a model"),
         ((".", "somebody"), "somebody"),
-        ((".", f"{REPOSITORY}/file.gguf"), "names a file, expected the repository"),
+        ((".", f"{REPOSITORY}/file.gguf"), "names a file, expected the repository to publish to"),
+        ((".", REPOSITORY, "--base-model", "tiny"), "'tiny' is neither"),
+        (
+            (".", REPOSITORY, "--base-model", "owner/tiny/a.gguf"),
+            "expected the repository of --base-model",
+        ),
     ],
 )
-def test_bad_input(arguments: tuple[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input(arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = run("publish", *arguments)
     assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import sys
 from pathlib import Path
 
 import checkpoints
@@ -114,20 +114,44 @@ def test_fit_tells_how_to_serve_the_file() -> None:
     assert " of weights from RAM: at most " in _run("plan", *machine, "--vram", "0").stdout
 
 
+UNMEASURED = ("--no-verify", "--no-calibration", "--no-report", "--overwrite")
+
+
 @pytest.mark.parametrize("gpu", [False, True], ids=["CPU", "GPU"])
-def test_convert_tells_how_to_serve_the_file(gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    if gpu:
-        driver = tools / ("nvidia-smi.exe" if os.name == "nt" else "nvidia-smi")
-        driver.touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(tools))
+def test_convert_tells_how_to_run_the_file_here(gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine whose driver, if there is one, tells a GPU of 8 GiB."""
+    monkeypatch.setattr("moecast.runner.placement.names", lambda: ["cpu"])
+    driver = (sys.executable, "-c", "print(8192)") if gpu else ("no-such-driver",)
+    monkeypatch.setattr("moecast.commands.serving._DRIVER", driver)
     file = tmp_path / "model.gguf"
-    shown = _run("convert", "minimax-m2-tiny", "-o", file, "--quant", "Q8_0", "--no-verify", "--no-calibration").stdout
-    (line,) = [line.strip() for line in shown.splitlines() if "llama-server" in line]
-    assert line.startswith(f"llama-server -m {file} -c 8192 -t {os.cpu_count()} --jinja")
-    assert line.endswith(" --n-gpu-layers 99 --cpu-moe") == gpu
+    convert = ("convert", "minimax-m2-tiny", "-o", file, "--quant", "Q8_0", *UNMEASURED)
+    shown = _run(*convert).stdout
+    options = " --n-gpu-layers 99 --n-cpu-moe 0" if gpu else ""
+    for program in ("llama-server", "llama-cli"):
+        assert f"\n    {program} -m {file} -c 8192 --jinja{options}\n" in shown
     assert f"{human_bytes(file.stat().st_size)}, " in shown
+    assert (" of weights from RAM: at most " in shown) == (not gpu)
+    facts = json.loads(_run(*convert, "--json").stdout)
+    assert facts["serve"] in shown and (facts["ram_bytes_per_token"] == 0) == gpu
+
+
+def test_convert_tells_what_fit_has_planned(tmp_path: Path) -> None:
+    machine, file = ("deepseek-v4-tiny", "--fit", "--ram", "8GB", "--vram", "700MB"), tmp_path / "model.gguf"
+    planned = json.loads(_run("plan", *machine, "--json").stdout)
+    made = json.loads(_run("convert", *machine, "-o", file, *UNMEASURED, "--json").stdout)
+    for line in ("serve", "chat"):
+        assert made[line] == planned[line].replace("MODEL.gguf", str(file)).replace(
+            " --jinja", ""
+        )  # it has no template
+    for fact in ("state_bytes", "working_bytes", "layers_in_ram", "ram_bytes_per_token"):
+        assert made[fact] == planned[fact]
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moecast.files.memory_bytes", lambda: 1 << 20)
+    shown = _run("convert", "minimax-m2-tiny", "-o", tmp_path / "a.gguf", "--quant", "Q8_0", *UNMEASURED).stdout
+    assert "With 8192 tokens of context it takes more memory than this machine has" in shown
+    assert "llama-server -m" in shown and "at most" not in shown
 
 
 def test_scores_as_a_table_and_as_json() -> None:

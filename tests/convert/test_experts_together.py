@@ -21,7 +21,8 @@ from trained_examples import EXAMPLES
 GB = 10**9
 EXAMPLE = EXAMPLES / "minimax-m2-tiny"
 TOGETHER = 5  # of 16 experts: the last is alone
-FEEDBACK: dict[str, Any] = {"error_feedback": True, "chunks": 4}
+SHORT: dict[str, Any] = {"context": 128, "chunks": 8, "calibration_chunks": 24}
+FEEDBACK: dict[str, Any] = {"error_feedback": True} | SHORT
 
 
 def _placed(monkeypatch: pytest.MonkeyPatch, placement: Placement) -> list[Need]:
@@ -54,9 +55,9 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 def test_without_error_feedback_the_bytes_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: set[int], verify: bool
 ) -> None:
-    alone = convert(EXAMPLE, tmp_path / "alone.gguf", "Q3_K_M", chunks=4, verify=verify)
+    alone = convert(EXAMPLE, tmp_path / "alone.gguf", "Q3_K_M", verify=verify, **SHORT)
     _placed(monkeypatch, Placement(CPU, experts_at_once=TOGETHER))
-    together = convert(EXAMPLE, tmp_path / "together.gguf", "Q3_K_M", chunks=4, verify=verify)
+    together = convert(EXAMPLE, tmp_path / "together.gguf", "Q3_K_M", verify=verify, **SHORT)
     assert sizes == {1, TOGETHER}
     assert together.files[0].read_bytes() == alone.files[0].read_bytes()
 

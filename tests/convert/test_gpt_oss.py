@@ -74,11 +74,18 @@ def test_quantized_file_in_llama(quant: str, tmp_path: Path) -> None:
     assert divergence(result.files[0], TOKENS) < ROUNDED
 
 
+@pytest.fixture(scope="module")
+def mxfp4(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A checkpoint with rows of 288, which no block of 256 divides, and what its codes stand for."""
+    folder = tmp_path_factory.mktemp("mxfp4") / "m"
+    return folder, gpt_oss.save_gpt_oss_mxfp4(folder, gpt_oss.gpt_oss_model(hidden_size=288, intermediate_size=288))
+
+
 @pytest.mark.parametrize("quant", ["native", "MXFP4_MOE", "Q8_0", "Q4_K_M", "Q2_K"])
-def test_mxfp4_is_kept_code_for_code(quant: str, tmp_path: Path) -> None:
-    """In rows of 288, which no block of 256 divides, also where less was wanted: nothing that fits takes fewer bits."""
-    oracle = gpt_oss.save_gpt_oss_mxfp4(tmp_path / "m", gpt_oss.gpt_oss_model(hidden_size=288, intermediate_size=288))
-    path = convert(tmp_path / "m", tmp_path, quant, calibration=None, verify=False, padding=False).files[0]
+def test_mxfp4_is_kept_code_for_code(quant: str, mxfp4: tuple[Path, Any], tmp_path: Path) -> None:
+    """Also where less was wanted: nothing that fits takes fewer bits."""
+    folder, oracle = mxfp4
+    path = convert(folder, tmp_path, quant, calibration=None, verify=False, padding=False).files[0]
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     experts = {f"blk.{n}.ffn_{kind}_exps.weight" for n in range(4) for kind in ("gate", "up", "down")}
     assert {name for name in types if types[name] == "MXFP4"} == experts
@@ -89,7 +96,8 @@ def test_mxfp4_is_kept_code_for_code(quant: str, tmp_path: Path) -> None:
 
 
 def test_mxfp4_may_be_padded_where_that_is_smaller(tmp_path: Path) -> None:
-    gpt_oss.save_gpt_oss_mxfp4(tmp_path / "m", gpt_oss.gpt_oss_model(hidden_size=480, intermediate_size=480))
+    small = {"hidden_size": 480, "intermediate_size": 480, "num_hidden_layers": 2}
+    gpt_oss.save_gpt_oss_mxfp4(tmp_path / "m", gpt_oss.gpt_oss_model(**small))
     for quant, padded in (("Q4_K_M", False), ("Q2_K", True)):
         result = convert(tmp_path / "m", tmp_path / quant, quant, calibration=None, verify=False)
         assert open_model(result.files[0]).graph.hidden_size == (512 if padded else 480)

@@ -24,7 +24,7 @@ from moecast.sources.storage import Storage
 from torch import Tensor
 
 SOON = 60.0  # seconds; what does not come by then never comes
-STREAMS: dict[str, Any] = {"calibration": checkpoints.TEXT, "context": 64, "chunks": 2}
+STREAMS: dict[str, Any] = {"calibration": checkpoints.TEXT, "calibration_chunks": 4, "context": 64, "chunks": 2}
 ALONE: dict[str, Any] = {"calibration": None, "verify": False}
 
 

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.etree.ElementTree import Element
 
 import gguf
 import pytest
 import yaml
 from conversions import convert
+from hub_uploads import metadata_fault
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from matplotlib.image import imread
 from moecast.documents import read_json
 from moecast.errors import BadInput
 from moecast.reports.card import Statement, card
+from moecast.reports.charts import pareto_picture
 from moecast.reports.folder import PublishedFolder, read_folder
 from moecast.reports.publication import write_publication
 from moecast.sources.gguf import read_gguf
 from published import COMMAND, SHA256, parity, write_folder, write_report
+from reported import large_report, parsed
 
 if TYPE_CHECKING:
     from conftest import Checkpoint
@@ -51,15 +58,19 @@ def with_metadata(folder: PublishedFolder, values: Mapping[str, Any]) -> Publish
 
 
 def metadata_of(text: str) -> dict[str, Any]:
-    """The front matter, as YAML and the Hub's own library read it."""
+    """The front matter, as YAML and the Hub's own library read it; the Hub takes it."""
     found = yaml.safe_load(text.split("---\n")[1])
     assert ModelCard(text).data.to_dict() == found
+    assert metadata_fault(text) is None
     return dict(found)
 
 
+RENDERER = MarkdownIt("gfm-like", {"linkify": False})  # of the Hub's Markdown
+
+
 def tokens_of(text: str) -> list[Token]:
-    """What a renderer of the Hub's Markdown makes of what follows the front matter."""
-    return MarkdownIt("gfm-like", {"linkify": False}).parse(text.split("---\n", 2)[2])
+    """What a renderer makes of what follows the front matter."""
+    return RENDERER.parse(text.split("---\n", 2)[2])
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -79,9 +90,18 @@ def shape(text: str) -> list[list[int]]:
     return [[len(row) for row in rows] for rows in tables(text)]
 
 
+def rendered(text: str) -> Element:
+    """The page that a reader gets, in which there is no fault."""
+    return parsed(f"<!DOCTYPE html><title>card</title>{RENDERER.render(text.split('---', 2)[2])}")
+
+
 def links(text: str) -> list[str | int | float | None]:
     parts = (part for token in tokens_of(text) for part in token.children or ())
     return [part.attrGet("href") for part in parts if part.type == "link_open"]
+
+
+def pictures(text: str) -> list[str | None]:
+    return [image.get("src") for image in rendered(text).iter("img")]
 
 
 def text_of(text: str) -> str:
@@ -96,6 +116,8 @@ def test_figures_are_those_of_the_reports(folder: Path) -> None:
     write_report(folder / "tiny-Q4_K_M.gguf", parity=parity(mean_kld=0.25, perplexity_candidate=30.0))
     read = read_folder(folder)
     files = tables(card(read, REPOSITORY))[0]
+    assert [row[0] for row in files] == ["", "1", "2"]
+    files = [row[1:] for row in files]
     assert files[0][3:8] == [
         "Mean KL divergence", "99.9 %", "Same top token", "Perplexity ratio", "Read for a token",
     ]  # fmt: skip
@@ -208,7 +230,7 @@ def test_metadata_of_the_hub(folder: Path) -> None:
             "general.license": "other",
             "general.license.name": "Tiny License",
             "general.license.link": "LICENSE",
-            "general.languages": ["en", "zh", "not a language"],
+            "general.languages": ["en", "zh-CN", "zh", "not a language"],
             "general.tags": ["text-generation", "code", "gguf", "<b>"],
         },
     )
@@ -224,10 +246,7 @@ def test_metadata_of_the_hub(folder: Path) -> None:
         "pipeline_tag": "text-generation",
         "tags": ["gguf", "moecast", "mixture-of-experts", "code"],
     }
-    links = [
-        part.attrGet("href") for token in tokens_of(text) for part in token.children or () if part.type == "link_open"
-    ]
-    assert links == ["https://huggingface.co/owner/tiny", "report.html"]
+    assert links(text) == ["https://huggingface.co/owner/tiny", "report.html"]
 
 
 def test_text_from_outside_is_text(folder: Path) -> None:
@@ -248,14 +267,49 @@ def test_text_from_outside_is_text(folder: Path) -> None:
     assert found["license"] == "other" and "base_model" not in found and found["tags"] == metadata_of(harmless)["tags"]
     assert "license_link" not in found and not set(found["license_name"]) & set("<>`[]()| ")
     parts = [part for token in tokens_of(text) for part in (token, *(token.children or ()))]
-    assert not {"html_inline", "html_block", "image", "strong_open", "hr"} & {part.type for part in parts}
-    assert links(text) == ["report.html"]
+    assert not {"html_inline", "html_block", "strong_open", "hr"} & {part.type for part in parts}
+    assert links(text) == ["report.html"] and pictures(text) == ["pareto.png"]
     headings = [part for part in parts if part.type == "heading_open"]
     assert len(headings) == sum(token.type == "heading_open" for token in tokens_of(harmless)) + 1  # of known faults
     assert [[len(row) for row in rows] for rows in tables(text)] == [
         [len(row) for row in rows] for rows in tables(harmless)
     ]
     assert text_of(text).count("www.evil.example") >= 6
+
+
+def test_files_that_can_be_compared_have_a_picture(folder: Path, tmp_path: Path) -> None:
+    read = read_folder(folder)
+    for several, expected in ((read, ["pareto.png"]), (replace(read, files=read.files[:1]), [])):
+        files = write_publication(several, REPOSITORY, tmp_path / str(len(expected)))
+        assert pictures(files["README.md"].read_text(encoding="utf-8")) == expected
+        assert [name for name in files if name.endswith(".png")] == expected
+    height, width, colors = imread(tmp_path / "1" / "pareto.png").shape
+    assert (width, colors) == (800, 4) and height > 500
+
+
+def test_the_picture_has_the_colours_of_the_page() -> None:
+    picture = imread(BytesIO(pareto_picture(large_report().candidates)))
+    drawn = {tuple((255 * color[:3]).round().astype(int)) for color in picture.reshape(-1, 4)}
+    style = (Path(__file__).parents[2] / "reports" / "page.css").read_text(encoding="utf-8")
+    for name in ("paper", "ink", "series", "other"):
+        color = re.findall(rf"--{name}: #(\w{{6}})", style)[0]  # the first is the light one
+        assert tuple(bytes.fromhex(color)) in drawn, name
+
+
+@pytest.mark.parametrize("said", [None, "owner/tiny"])
+def test_where_files_of_a_folder_come_from_is_said(said: str | None, folder: Path) -> None:
+    text = card(read_folder(folder, said), REPOSITORY)
+    metadata = metadata_of(text)
+    assert (metadata.get("base_model"), metadata.get("base_model_relation")) == (said, said and "quantized")
+    assert ("https://huggingface.co/owner/tiny" in links(text)) == (said is not None)
+
+
+def test_what_files_hold_cannot_be_said_otherwise(minimax: Checkpoint, tmp_path: Path) -> None:
+    source = {"repository": "another/model", "revision": "c0ffee"}
+    convert(minimax.folder, tmp_path / "other.gguf", "Q8_0", calibration=None, verify=False, provenance=source)
+    assert read_folder(tmp_path, "another/model").base_model == "another/model"
+    with pytest.raises(BadInput, match=r"made from another/model, leave out --base-model owner/tiny"):
+        read_folder(tmp_path, "owner/tiny")
 
 
 def test_what_is_written(folder: Path, tmp_path: Path) -> None:
@@ -265,7 +319,13 @@ def test_what_is_written(folder: Path, tmp_path: Path) -> None:
     (folder / "imatrix.gguf").unlink()
     files = write_publication(read_folder(folder), REPOSITORY, tmp_path / "card")
     beside = {f"tiny-{recipe}.{part}" for recipe in RECIPES for part in ("gguf", "report.html", "report.json")}
-    written = {"README.md", "report.html", "report.json", *(f"tiny-{recipe}.plan.json" for recipe in RECIPES)}
+    written = {
+        "README.md",
+        "pareto.png",
+        "report.html",
+        "report.json",
+        *(f"tiny-{recipe}.plan.json" for recipe in RECIPES),
+    }
     assert {*files} == beside | written and {path.name for path in (tmp_path / "card").iterdir()} == written
     before = {name: path.read_bytes() for name, path in files.items()}
     again = write_publication(read_folder(folder), REPOSITORY, tmp_path / "card")
@@ -293,7 +353,7 @@ def test_parts_count_as_one_and_an_importance_matrix_goes_along(
     assert by_name["big"].paths == made and by_name["big"].bytes == sum(path.stat().st_size for path in made)
     assert by_name["tiny-Q8_0"].paths == (folder / "tiny-Q8_0.gguf", draft)
     text = card(read, REPOSITORY)
-    assert any(row[0] == f"{made[0].name} and {len(made) - 1} more" for row in tables(text)[0])
+    assert any(row[1] == f"{made[0].name} and {len(made) - 1} more" for row in tables(text)[0])
     assert "Ollama takes no file in parts" in text  # the largest that fits is the example
     files = write_publication(read, REPOSITORY, tmp_path / "card")
     assert {*(path.name for path in made), draft.name, "imatrix.gguf"} <= {*files}

@@ -1,4 +1,4 @@
-"""Reports that commands write: of the three examples, with numbers that others find too."""
+"""Reports that commands write: of the examples, with numbers that others find too."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
+from chromium import flaws
 from click.testing import CliRunner, Result
 from conversions import convert, stopped_after
 from moecast.archs.weights import Weight
@@ -35,15 +36,19 @@ def facts(file: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize("name", ["minimax-m2-tiny", "nemotron-3-tiny", "deepseek-v4-tiny"])
-def test_conversion_of_an_example(name: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=["minimax-m2-tiny", "nemotron-3-tiny", "deepseek-v4-tiny", "qwen3.5-tiny"])
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An example, and the file that a conversion of it has made beside its report."""
+    source, folder = EXAMPLES / request.param, tmp_path_factory.mktemp("converted")
     calibration = ["--calibration", checkpoints.TEXT, "--calibration-chunks", 2, "--no-pad"]
-    run("convert", EXAMPLES / name, "-o", tmp_path, "--quant", "Q4_K_M", *TEXT, *calibration, "--token", TOKEN)
-    stem = f"{name}-Q4_K_M"
-    report = facts(tmp_path / f"{stem}.report.json")
-    source, file = open_model(EXAMPLES / name), open_model(tmp_path / f"{stem}.gguf")
+    run("convert", source, "-o", folder, "--quant", "Q4_K_M", *TEXT, *calibration, "--token", TOKEN)
+    return source, folder / f"{request.param}-Q4_K_M.gguf"
 
+
+@pytest.mark.whole
+def test_conversion_of_an_example(converted: tuple[Path, Path]) -> None:
+    report = facts(converted[1].with_suffix(".report.json"))
+    source, file = map(open_model, converted)
     assert [tensor["name"] for tensor in report["tensors"]] == [tensor.name for tensor in file.tensors]
     assert [tensor["bytes"] for tensor in report["tensors"]] == [tensor.length for tensor in file.tensors]
     weights = {weight.name: weight for weight in source.graph.weights()}
@@ -53,13 +58,26 @@ def test_conversion_of_an_example(name: str, tmp_path: Path) -> None:
         error = float((found - expected).norm() / expected.norm()) if expected.any() else 0.0
         assert tensor["rounding_error"] == pytest.approx(error, rel=0.1, abs=1e-6), tensor["name"]
 
-    each = facts(EXAMPLES / name / "config.json")["num_experts_per_tok"]
-    assert {sum(layer["tokens"]) for layer in report["experts"]} == {TOKENS * each}
+    config = facts(source.path / "config.json")
+    routed = TOKENS * config.get("text_config", config)["num_experts_per_tok"]
+    assert {sum(layer["tokens"]) for layer in report["experts"]} == {routed}
     assert len(report["layers"]) == len(source.graph.layers)
     assert {*report["parity"]["slices"]} == {"category", "position", "confidence"}
     assert TOKEN not in report["provenance"]["command"] and "--quant Q4_K_M" in report["provenance"]["command"]
-    page = words(parsed((tmp_path / f"{stem}.report.html").read_text(encoding="utf-8")))
+    page = words(parsed(_page(converted[1])))
     assert f"{report['parity']['mean_kld']:.6f}" in page and "Expert traffic" in page
+
+
+@pytest.mark.whole
+@pytest.mark.chromium
+def test_its_labels_have_room(converted: tuple[Path, Path]) -> None:
+    groups, found = flaws(_page(converted[1]))
+    assert groups > 8
+    assert found == []
+
+
+def _page(file: Path) -> str:
+    return file.with_suffix(".report.html").read_text(encoding="utf-8")
 
 
 def _numbers(model: Model, weight: Weight) -> torch.Tensor:
@@ -71,7 +89,7 @@ def _numbers(model: Model, weight: Weight) -> torch.Tensor:
 @pytest.mark.whole
 def test_what_is_found_outlives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traffic and errors of layers are those of a run that nobody stopped, and all else of layers that were done."""
-    how: dict[str, Any] = {"context": 64, "chunks": 2, "calibration": checkpoints.TEXT, "padding": False}
+    how: dict[str, Any] = {"context": 64, "chunks": 2, "calibration_chunks": 4, "padding": False}
     source = EXAMPLES / "nemotron-3-tiny"
     whole = convert(source, tmp_path / "whole.gguf", "Q4_K_M", **how).details.findings
     with stopped_after(60, monkeypatch):
@@ -122,7 +140,7 @@ def test_a_conversion_stands_without_its_report(tmp_path: Path) -> None:
 
 
 def test_an_onnx_folder_has_its_report_beside_it(tmp_path: Path) -> None:
-    run("convert", EXAMPLES / "minimax-m2-tiny", "--to", "onnx", "-o", tmp_path, *TEXT)
+    run("convert", EXAMPLES / "minimax-m2-tiny", "--to", "onnx", "-o", tmp_path, *TEXT, "--calibration-chunks", 2)
     name = "minimax-m2-tiny-Q4_0-onnx"
     assert {file.name for file in tmp_path.iterdir()} == {name, f"{name}.report.html", f"{name}.report.json"}
     assert facts(tmp_path / f"{name}.report.json")["bytes"] > 1_000_000

@@ -19,10 +19,25 @@ SMALL = replace(
 )
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("report", [LARGE, SMALL, large_report(100 * "name")], ids=["large", "small", "long names"])
-def test_labels_have_room(report: Report, width: int) -> None:
-    groups, found = flaws(page(report), width)
+def _scaled(report: Report, scale: float) -> Report:
+    """A report of divergences so many times as large."""
+    assert report.parity
+    slices = {
+        key: tuple(
+            replace(one, mean_kld=scale * one.mean_kld, mean_kld_error=scale * one.mean_kld_error) for one in members
+        )
+        for key, members in report.parity.slices.items()
+    }
+    return replace(report, parity=replace(report.parity, slices=slices))
+
+
+@pytest.mark.parametrize(
+    "report",
+    [LARGE, _scaled(SMALL, 0.03), _scaled(large_report(100 * "name"), 0.001)],
+    ids=["large", "small", "long names"],
+)
+def test_labels_have_room(report: Report) -> None:
+    groups, found = flaws(page(report))
     assert groups > 10
     assert found == []
 
@@ -31,6 +46,7 @@ def test_what_has_no_room_is_found() -> None:
     chart = (
         '<svg class="chart" width="100"><text x="50" y="9">much too long</text><text x="55" y="9">on it</text></svg>'
     )
-    _, found = flaws(f"<!DOCTYPE html><title>t</title><p style='width: 500px'>wide</p>{chart}", 390)
-    assert {"much too long is cut off", "much too long on on it"} <= {*found}
-    assert any(flaw.endswith(" wide") for flaw in found)
+    axis = '<div class="axis"><span>0.5</span><span>0.6</span></div>'
+    _, found = flaws(f"<!DOCTYPE html><title>t</title><p style='width: 500px'>wide</p>{chart}{axis}")
+    assert {"390: much too long is cut off", "1280: much too long on on it", "390: 0.5 on 0.6"} <= {*found}
+    assert any(flaw.startswith("390: ") and flaw.endswith(" wide") for flaw in found)

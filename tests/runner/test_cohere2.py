@@ -14,7 +14,7 @@ from forward import assert_same_logits, random_tokens, relative_error
 from moecast.quant.planning.padding import pad
 from moecast.sources.model import Model, open_model
 from nemotron_checkpoints import edit
-from toy_models import logits_in_pieces, logits_of
+from toy_models import STEPS_AND_PIECES, logits_in_pieces, logits_of
 
 pytestmark = pytest.mark.numeric
 
@@ -31,11 +31,10 @@ def test_logits_equal_transformers(mixture: bool, overrides: dict[str, Any], tmp
 
 
 @pytest.mark.parametrize(("mixture", "overrides"), ALL, ids=IDS)
-@pytest.mark.parametrize("sizes", [[1] * 80, [50, 1, 1, 28]], ids=["steps", "pieces"])
-def test_steps_and_pieces_of_a_text(mixture: bool, overrides: dict[str, Any], sizes: list[int], tmp_path: Path) -> None:
+def test_steps_and_pieces_of_a_text(mixture: bool, overrides: dict[str, Any], tmp_path: Path) -> None:
     oracle = cohere.cohere_model(mixture, **overrides)
     model = open_model(cohere.save_cohere(tmp_path / "m", oracle))
-    assert relative_error(logits_in_pieces(model, TOKENS, sizes), logits_of(oracle, TOKENS)) < 1e-5
+    assert relative_error(logits_in_pieces(model, TOKENS, STEPS_AND_PIECES), logits_of(oracle, TOKENS)) < 1e-5
 
 
 @pytest.mark.parametrize(("mixture", "overrides"), ALL, ids=IDS)

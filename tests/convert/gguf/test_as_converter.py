@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import qwen3_checkpoints as qwen3
 import torch
 from conversions import convert
 from forward import random_tokens, runner_logits
-from llama_converter import converted
+from llama_converter import Converter, llama_converter
 from moecast.sources.model import open_model
 from trained_examples import EXAMPLES
 
@@ -68,9 +68,15 @@ ROUNDED_BY_THEM = ("ssm_ba.weight", "ssm_beta.weight", "ssm_alpha.weight")
 MISREAD = {"nemotron_h_moe.attention.head_count_kv", "nemotron_h_moe.feed_forward_length"}
 
 
+@pytest.fixture(scope="module")
+def converted() -> Iterator[Converter]:
+    with llama_converter() as converter:
+        yield converter
+
+
 @pytest.mark.parametrize("file_type", ["f32", "bf16"])
 @pytest.mark.parametrize("save", CHECKPOINTS.values(), ids=CHECKPOINTS)
-def test_same_tensors_and_keys(save: Save, file_type: str, tmp_path: Path) -> None:
+def test_same_tensors_and_keys(save: Save, file_type: str, tmp_path: Path, converted: Converter) -> None:
     save(tmp_path / "model")
     written = converted(tmp_path / "model", tmp_path / "theirs.gguf", file_type)
     made = convert(tmp_path / "model", tmp_path, file_type, calibration=None, verify=False).files[0]
@@ -95,7 +101,7 @@ def test_same_tensors_and_keys(save: Save, file_type: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("family", ["Qwen3-Next", "Qwen3.5"])
-def test_gate_and_up_projection_in_one_tensor(family: str, tmp_path: Path) -> None:
+def test_gate_and_up_projection_in_one_tensor(family: str, tmp_path: Path, converted: Converter) -> None:
     """As the converter writes them if asked to."""
     CHECKPOINTS[family](tmp_path / "model")
     path = converted(tmp_path / "model", tmp_path / "fused.gguf", "f32", "--fuse-gate-up-exps")
@@ -105,7 +111,7 @@ def test_gate_and_up_projection_in_one_tensor(family: str, tmp_path: Path) -> No
     assert torch.equal(found, expected)
 
 
-def test_gpt_oss_keeps_the_same_codes(tmp_path: Path) -> None:
+def test_gpt_oss_keeps_the_same_codes(tmp_path: Path, converted: Converter) -> None:
     """Its converter has one form for MXFP4 whatever type is asked for; all else is BF16, or float32 where small."""
     folder = tmp_path / "model"
     gpt_oss.save_gpt_oss_mxfp4(folder, gpt_oss.gpt_oss_model(hidden_size=288, intermediate_size=96))
@@ -120,7 +126,7 @@ def test_gpt_oss_keeps_the_same_codes(tmp_path: Path) -> None:
     assert len(mxfp4) == 3 * 4
 
 
-def test_deepseek_keeps_the_same_codes(tmp_path: Path) -> None:
+def test_deepseek_keeps_the_same_codes(tmp_path: Path, converted: Converter) -> None:
     """Its converter has one form for all files: MXFP4 experts, code for code; matrices of FP8 it rounds to Q8_0."""
     folder = EXAMPLES / "deepseek-v4-tiny"
     theirs = gguf.GGUFReader(converted(folder, tmp_path / "theirs.gguf", "bf16"))

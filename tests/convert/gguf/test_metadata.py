@@ -97,7 +97,8 @@ def test_broken_card_is_noted_and_stops_nothing(tmp_path: Path) -> None:
 def test_importance_matrix_is_named_without_its_place(tmp_path: Path) -> None:
     matrix = tmp_path / "somewhere" / "imatrix.gguf"
     folder, quick = EXAMPLES / "minimax-m2-tiny", {"verify": False, "padding": False, "context": 64}
-    made = convert(folder, tmp_path, "IQ4_XS", calibration=TEXT, save_to=matrix, **quick).files[0]
+    said = {"calibration": TEXT, "calibration_chunks": 4, "save_to": matrix}
+    made = convert(folder, tmp_path, "IQ4_XS", **said, **quick).files[0]
     keys = {"dataset": TEXT.name, "chunks_count": gguf.GGUFReader(matrix).fields["imatrix.chunk_count"].contents()}
     assert imatrix_keys(made) == keys
     used = convert(folder, tmp_path / "out.gguf", "IQ4_XS", imatrix=matrix, **quick).files[0]

@@ -163,7 +163,8 @@ def test_parity_reads_onnx_folders_on_either_side(example: Cast) -> None:
 
 @pytest.mark.whole
 def test_convert_makes_a_folder_that_stands_alone(minimax: Checkpoint, tmp_path: Path) -> None:
-    result = convert(minimax.folder, tmp_path, file_format="onnx", file=TEXT, context=64, chunks=2, threads=1)
+    quick = {"context": 64, "chunks": 2, "calibration_chunks": 2, "threads": 1}
+    result = convert(minimax.folder, tmp_path, file_format="onnx", file=TEXT, **quick)
     folder = tmp_path / f"{minimax.folder.name}-Q4_0-onnx"
     assert result.files[0] == folder / "model.onnx" and {*result.files} == {*folder.iterdir()}
     assert result.bytes == sum(file.stat().st_size for file in folder.iterdir())

@@ -69,12 +69,11 @@ def stored(file: Path) -> Iterator[tuple[str, str, list[int], int]]:
 @pytest.mark.whole
 @pytest.mark.usefixtures("nothing_is_computed")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "options", [(), ("--no-calibration",), ("--no-pad",), ("--no-pad", "--no-calibration")], ids=" ".join
-)
+@pytest.mark.parametrize("options", [(), ("--no-calibration",), ("--no-pad",)], ids=" ".join)
 def test_every_recipe(family: str, options: tuple[str, ...], text: Path, tmp_path: Path) -> None:
+    """As it is for every family, with each of the options for two families."""
     folder = EXAMPLES / family
-    for recipe in GGUF_RECIPES:
+    for recipe in GGUF_RECIPES[FAMILIES.index(family) % 2 :: 2] if options else GGUF_RECIPES:
         given = ("--quant", recipe, *options, *(() if "--no-calibration" in options else ("--calibration", text)))
         plan = planned(run("plan", folder, *given))
         if not options:

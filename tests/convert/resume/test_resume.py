@@ -70,21 +70,17 @@ def _excerpt(folder: Path) -> Path:
     return path
 
 
-def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("example", "options"),
     [
-        slow("minimax-m2-tiny", {"padding": False, "quant": "IQ4_XS", "error_feedback": True} | LANES),
+        ("minimax-m2-tiny", {"padding": False, "quant": "IQ4_XS", "error_feedback": True} | LANES),
         ("nemotron-3-tiny", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
-        slow("a draft", {"mtp": True, "calibration": None, "verify": False}),  # it is a second file
-        slow("minimax-m2-tiny", {"file_format": "onnx"} | LANES),
-        slow("nemotron-3-tiny", {"size": 2_000_000} | LANES),
-        slow("from the Hub", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
-        slow("from the Hub", {"file_format": "onnx"} | LANES),
+        ("a draft", {"mtp": True, "calibration": None, "verify": False}),  # it is a second file
+        ("minimax-m2-tiny", {"file_format": "onnx"} | LANES),
+        ("nemotron-3-tiny", {"size": 2_000_000} | LANES),
+        ("from the Hub", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
+        ("from the Hub", {"file_format": "onnx"} | LANES),
     ],
 )
 def test_killed_at_random_moments(
