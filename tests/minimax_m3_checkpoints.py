@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from checkpoints import write_tokenizer
+from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
     from transformers import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLForCausalLM
@@ -109,3 +111,57 @@ def save_minimax_m3(folder: Path, model: Any, in_memory_names: bool = False) -> 
     model.save_pretrained(folder, save_original_format=not in_memory_names)
     write_tokenizer(folder, MINIMAX_M3["vocab_size"])
     return folder
+
+
+def save_published(folder: Path, model: MiniMaxM3VLForCausalLM, flattened: bool = False) -> Path:
+    """As the Hub has it, beside a vision tower, or `flattened` to the language model alone; the Hub's names of keys."""
+    save_minimax_m3(folder, with_vision_tower(model))
+    config = json.loads((folder / "config.json").read_text())
+    text = _published_keys(config.pop("text_config"))
+    if flattened:
+        tensors = load_file(folder / "model.safetensors")
+        names = {name: name.removeprefix("language_model.") for name in tensors if name.startswith("language_model.")}
+        save_file({new: tensors[name] for name, new in names.items()}, folder / "model.safetensors")
+        text |= {
+            "first_k_dense_replace": text["moe_layer_freq"].index(1),
+            "moe_intermediate_size": text["intermediate_size"],
+        }
+        config = text | {
+            "model_type": "minimax_m3",
+            "architectures": ["MiniMaxM3SparseForCausalLM"],
+            "num_mtp_modules": 7,
+        }
+    else:
+        config["text_config"] = text
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _published_keys(text: dict[str, Any]) -> dict[str, Any]:
+    selecting = [int(kind == _SELECTING) for kind in text.pop("layer_types")]
+    sparse = {
+        "use_sparse_attention": True,
+        "sparse_index_dim": text.pop("index_head_dim"),
+        "sparse_num_index_heads": text.pop("index_n_heads"),
+        "sparse_topk_blocks": text.pop("index_topk_blocks"),
+        "sparse_block_size": text.pop("index_block_size"),
+        "sparse_local_block": text.pop("index_local_blocks"),
+        "sparse_init_block": 0,
+        "sparse_score_type": "max",
+        "sparse_disable_index_value": selecting,
+        "sparse_attention_freq": selecting,
+    }
+    rope = text.pop("rope_parameters")
+    text.pop("model_type")
+    return text | {
+        "hidden_act": "swigluoai",
+        "moe_layer_freq": [int(kind == "sparse") for kind in text.pop("mlp_layer_types")],
+        "num_mtp_modules": 1,
+        "n_shared_experts": 1,
+        "scoring_func": "sigmoid",
+        "use_gemma_norm": True,
+        "qk_norm_type": "per_head",
+        "rope_theta": rope["rope_theta"],
+        "partial_rotary_factor": rope["partial_rotary_factor"],
+        "sparse_attention_config": sparse,
+    }

@@ -34,6 +34,12 @@ def test_beside_a_vision_tower(in_memory_names: bool, tmp_path: Path) -> None:
     assert_same_logits(model, oracle, TOKENS)
 
 
+@pytest.mark.parametrize("flattened", [False, True], ids=["nested", "flattened"])
+def test_published_names_of_keys(flattened: bool, tmp_path: Path) -> None:
+    oracle = m3.minimax_m3_model()
+    assert_same_logits(open_model(m3.save_published(tmp_path / "m", oracle, flattened)), oracle, TOKENS)
+
+
 @pytest.mark.parametrize("overrides", ALL.values(), ids=ALL)
 def test_pieces_of_a_text(overrides: dict[str, Any], tmp_path: Path) -> None:
     _assert_same_in_pieces([100, 1, 1, 48], overrides, tmp_path)
