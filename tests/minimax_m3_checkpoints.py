@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import modelopt
 import torch
 from checkpoints import write_tokenizer
 from safetensors.torch import load_file, save_file
@@ -165,3 +166,21 @@ def _published_keys(text: dict[str, Any]) -> dict[str, Any]:
         "partial_rotary_factor": rope["partial_rotary_factor"],
         "sparse_attention_config": sparse,
     }
+
+
+def save_quantized(folder: Path, model: MiniMaxM3VLForCausalLM, encodings: tuple[modelopt.Encoding, ...]) -> Any:
+    """As the Hub has it, experts in the first encoding, what else of the language model is large in the second.
+
+    Returns the model with the weights that the file now holds.
+    """
+    from transformers import MiniMaxM3SparseForConditionalGeneration
+
+    def encoding_of(module: str) -> modelopt.Encoding | None:
+        if ".experts." in module:
+            return encodings[0]
+        return encodings[1] if module.startswith("language_model.model.layers.") and module.endswith("_proj") else None
+
+    plain = save_published(folder.parent / "plain", model)
+    values = modelopt.rewrite(plain, folder, encoding_of)
+    exact = modelopt.dequantized(plain, folder.parent / "exact", values)
+    return MiniMaxM3SparseForConditionalGeneration.from_pretrained(exact, dtype=torch.float32).eval()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import minimax_m3_checkpoints as m3
+import modelopt
 import pytest
 from forward import assert_same_logits, random_tokens, relative_error, runner_logits
 from minimax_m3_checkpoints import BEYOND_LLAMA, VARIANTS
@@ -38,6 +39,12 @@ def test_beside_a_vision_tower(in_memory_names: bool, tmp_path: Path) -> None:
 def test_published_names_of_keys(flattened: bool, tmp_path: Path) -> None:
     oracle = m3.minimax_m3_model()
     assert_same_logits(open_model(m3.save_published(tmp_path / "m", oracle, flattened)), oracle, TOKENS)
+
+
+@pytest.mark.parametrize("encodings", [("nvfp4", "mxfp8"), ("mxfp8_inverse", "mxfp8_inverse")])
+def test_quantized_releases(encodings: tuple[modelopt.Encoding, ...], tmp_path: Path) -> None:
+    oracle = m3.save_quantized(tmp_path / "m", m3.minimax_m3_model(hidden_size=160), encodings)
+    assert_same_logits(open_model(tmp_path / "m"), oracle, TOKENS)
 
 
 @pytest.mark.parametrize("overrides", ALL.values(), ids=ALL)
