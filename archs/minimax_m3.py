@@ -42,7 +42,7 @@ _VISION = (
     *("model.vision_tower.", "model.multi_modal_projector."),
 )
 _NEEDS_FLASH_ATTENTION = (
-    "llama.cpp selects blocks of tokens with -fa on alone, and not with --kv-unified for several texts; otherwise all "
+    "llama.cpp selects blocks of tokens with -fa on and one text at a time (llama-server: -np 1) alone; otherwise all "
     "tokens are attended to, which is another model"
 )
 
@@ -236,8 +236,7 @@ def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
     graph = _build(_read_config(text), find)
     vision = sum(catalogue.ignore(prefix) for prefix in _VISION)
     left_out = (f"{vision} tensors of the vision tower are left out: the model reads text alone",) if vision else ()
-    needed = (_NEEDS_FLASH_ATTENTION,) if any(_selecting(graph)) else ()
-    return replace(graph, notes=(*needed, *left_out, *catalogue.finish()))
+    return replace(graph, notes=(*graph.notes, *left_out, *catalogue.finish()))
 
 
 def _read_config(text: Config) -> _Dimensions:
@@ -351,7 +350,8 @@ def _build(d: _Dimensions, source: Source) -> Graph:
         return Layer(index, (mixed, sequential(norm, experts(blk) if d.routed[index] else dense(blk))))
 
     graph = builder.graph(NAME, tuple(layer(index) for index in range(d.layers)))
-    return replace(graph, scaled_roles=_SCALED_ROLES)
+    notes = (_NEEDS_FLASH_ATTENTION,) if graph.needs_flash_attention else ()
+    return replace(graph, scaled_roles=_SCALED_ROLES, notes=notes)
 
 
 def _gguf_metadata(graph: Graph) -> dict[str, Any]:

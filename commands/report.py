@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from ..reports.llama import needed_options
 from ..reports.rows import parity_rows, scoring_rows
 from .console import human_bytes, human_count, print_columns, print_json, print_table
 from .terminal import printable
@@ -125,11 +126,11 @@ def show_fit(fit: MachinePlan, bandwidth: float, as_json: bool, each: bool = Fal
 
 def _serve(fit: MachinePlan, program: str = "llama-server") -> str:
     """With the options for a GPU; the head counts as a layer beside those that the GPU holds as a whole."""
-    options: tuple[str | int, ...] = ()
+    graph = fit.plan.graph
+    options: tuple[str | int, ...] = needed_options(graph, program)
     if fit.machine.vram:
-        graph = fit.plan.graph
         on_gpu = ("--n-gpu-layers", len(graph.layers) - fit.layers_in_ram + 1)
-        options = (*_GPU, "--n-cpu-moe", fit.layers_in_ram) if graph.experts else on_gpu
+        options += (*_GPU, "--n-cpu-moe", fit.layers_in_ram) if graph.experts else on_gpu
     return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *options, program=program)
 
 
@@ -173,7 +174,8 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
         routed = f"{metadata.get('general.architecture')}.expert_count" in metadata
         experts = (*_GPU, "--cpu-moe") if routed and shutil.which("nvidia-smi") else ()
         template = (_TEMPLATE,) if CHAT_TEMPLATE in metadata else ()
-        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *template, *experts)
+        options = (*template, *needed_options(result.details.plan.graph, "llama-server"), *experts)
+        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *options)
     else:
         line = f'moecast run {file.parent} -p "Once upon a time"'
     print(f"Run it with\n\n    {printable(line)}\n")

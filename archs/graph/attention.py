@@ -114,6 +114,10 @@ class Attention(Operation):
         index = self.selection.head_size if self.selection else 0
         return 0 if self.keys_of is not None else _CACHED * (2 * self.key_value_heads * self.head_size + index)
 
+    @property
+    def needs_flash_attention(self) -> bool:
+        return self.selection is not None
+
     def scratch_values(self, context: int) -> int:
         index = self.selection.heads * (context + self.selection.head_size) if self.selection else 0
         return PASSING * context * (self.heads * (context + self.head_size) + index)

@@ -14,11 +14,13 @@ from .rotary import rotate
 def attention(build: Builder, operation: Attention, states: ir.Value, layer: int) -> ir.Value:
     """states [batch, sequence, hidden size] -> what attention adds, of the same shape.
 
-    Raises BadInput for attention to another layer's keys.
+    Raises BadInput for attention to another layer's keys, or to selected blocks of tokens.
     """
     o = operation
     if not o.key or not o.value:
         raise BadInput("ONNX has no form for attention to keys of another layer yet: use --to gguf")
+    if o.selection:
+        raise BadInput("ONNX has no form for attention to selected blocks of tokens yet: use --to gguf")
     query, gate = _query_and_gate(build, o, states)
     query = _prepared(build, o, query, o.query_norm, o.heads)
     key = _prepared(build, o, _projected(build, states, o.key, o.key_bias), o.key_norm, o.key_value_heads)

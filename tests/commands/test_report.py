@@ -8,6 +8,7 @@ from pathlib import Path
 
 import checkpoints
 import cohere_checkpoints as cohere
+import minimax_m3_checkpoints as m3
 import pytest
 from click.testing import CliRunner, Result
 from moecast.cli import main
@@ -128,6 +129,20 @@ def test_convert_tells_how_to_serve_the_file(gpu: bool, tmp_path: Path, monkeypa
     assert line.startswith(f"llama-server -m {file} -c 8192 -t {os.cpu_count()} --jinja")
     assert line.endswith(" --n-gpu-layers 99 --cpu-moe") == gpu
     assert f"{human_bytes(file.stat().st_size)}, " in shown
+
+
+def test_lines_to_serve_name_what_llama_must_be_told(tmp_path: Path) -> None:
+    """Of a model that it computes otherwise without flash attention, or for several texts at once."""
+    folder = m3.save_minimax_m3(tmp_path / "m3", m3.minimax_m3_model())
+    planned = _run("plan", folder, "--fit", "--ram", "8GB", "--vram", "2GB", "-c", "512", "--json")
+    fit = json.loads(planned.stdout)
+    assert fit["serve"].startswith("llama-server -m MODEL.gguf -c 512 --jinja -fa on -np 1 --n-gpu-layers 99")
+    assert fit["chat"].startswith("llama-cli -m MODEL.gguf -c 512 --jinja -fa on --n-gpu-layers 99")
+    assert sum("-fa on" in problem for problem in fit["problems"]) == 1
+    shown = _run("convert", folder, "-o", tmp_path / "a.gguf", "--quant", "Q8_0", "--no-verify").stdout
+    (line,) = [line for line in shown.splitlines() if "llama-server -m" in line]
+    assert " --jinja -fa on -np 1" in line
+    assert sum("-fa on" in line for line in shown.splitlines() if line.startswith("Note: ")) == 1
 
 
 def test_scores_as_a_table_and_as_json() -> None:
