@@ -23,7 +23,7 @@ pytestmark = pytest.mark.numeric
 
 TOKENS = random_tokens(1, 160)
 FLASH = {"flash_attention": True}  # without which blocks are not selected
-UNQUANTIZED = 1e-8  # measured: at most 3e-10, with a block chosen otherwise 2e-5
+UNQUANTIZED = 3e-7  # measured: at most 8e-8, with a block or an expert chosen otherwise 2e-5
 ROUNDED = 3e-3  # llama.cpp rounds activations to 8 bits; measured: at most 3e-4
 
 
