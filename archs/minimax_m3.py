@@ -233,13 +233,14 @@ def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
         found = stored(name, shape)
         return OnePlus(found) if name.endswith("norm.weight") else found
 
-    graph = _build(_read_config(text), find)
+    graph = _build(_read_config(config), find)
     vision = sum(catalogue.ignore(prefix) for prefix in _VISION)
     left_out = (f"{vision} tensors of the vision tower are left out: the model reads text alone",) if vision else ()
     return replace(graph, notes=(*graph.notes, *left_out, *catalogue.finish()))
 
 
-def _read_config(text: Config) -> _Dimensions:
+def _read_config(config: Config) -> _Dimensions:
+    text = text_section(config)
     expect_all(text, _IMPLEMENTED)
     expect_all(text.section(_SPARSE), _IMPLEMENTED_SPARSE)
     layers, rope = text.integer("num_hidden_layers"), read_rope(text)

@@ -42,7 +42,7 @@ def test_list_has_the_published_totals() -> None:
 
 
 def test_real_model() -> None:
-    """428B-A23B, as llama.cpp names it, without the head; keys and values of 60 layers, index keys of 57, in 16 bits."""
+    """428B-A23B without the head, as llama.cpp names it; keys and values of 60 layers, index keys of 57."""
     graph = _published()
     language_model = (t for t in real_minimax_m3.tensors() if t.name.startswith("language_model."))
     assert graph.parameters() == sum(prod(tensor.shape) for tensor in language_model)
