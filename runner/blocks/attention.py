@@ -85,9 +85,11 @@ class AttentionMixer:
             keys[:, 0, -1] = 1
             visible = functional.pad(visible, (1, 0), value=True)
         apart = 1 if visible.dim() == 2 else o.key_value_heads  # how many are attended to each by itself
-        grouped = (states.unflatten(0, (apart, -1)) for states in (query, keys, values))
+        query, keys, values = (states.unflatten(0, (apart, -1)) for states in (query, keys, values))
         mask = visible if apart == 1 else visible[:, None]
-        mixed = functional.scaled_dot_product_attention(*grouped, mask, scale=o.softmax_scale, enable_gqa=True)
+        mixed = functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, scale=o.softmax_scale, enable_gqa=True
+        )
         return mixed.flatten(0, 1)[..., : o.head_size]
 
     def _query_and_gate(self, states: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""MiniMax M3 in llama.cpp: the numbers of transformers, of every variant that it can run."""
+"""MiniMax M3 in llama.cpp and ONNX Runtime: the numbers of transformers, of every variant that each can run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from minimax_m3_checkpoints import BEYOND_LLAMA, VARIANTS
 from moecast.convert.plans.choose import plan_for
 from moecast.convert.settings import Goal
 from moecast.errors import BadInput
+from moecast.runner.engines import OnnxModel
 from moecast.sources.model import open_model
+from onnx_models import cast, onnx_logits
 from toy_models import logits_of
 
 pytestmark = pytest.mark.numeric
 
 TOKENS = random_tokens(1, 160)
+ALL = VARIANTS | BEYOND_LLAMA
 FLASH = {"flash_attention": True}  # without which blocks are not selected
 UNQUANTIZED = 3e-7  # measured: at most 8e-8, with a block or an expert chosen otherwise 2e-5
 ROUNDED = 3e-3  # llama.cpp rounds activations to 8 bits; measured: at most 3e-4
@@ -96,3 +99,20 @@ def test_quantized_release(tmp_path: Path) -> None:
     assert {types[f"ffn_{kind}_exps.weight"] for kind in ("gate", "up", "down")} == {"Q8_0"}
     theirs = llama.run_isolated(path, TOKENS[0].tolist(), **FLASH)
     assert llama.mean_divergence(logits_of(oracle, TOKENS)[0].numpy(), theirs) < ROUNDED
+
+
+@pytest.mark.parametrize("overrides", ALL.values(), ids=ALL)
+def test_onnx_is_transformers(overrides: dict[str, Any], tmp_path: Path) -> None:
+    oracle = m3.minimax_m3_model(seed=1, **overrides)
+    folder = m3.save_minimax_m3(tmp_path / "model", oracle)
+    settings = {"file_format": "onnx", "activations": "float32", "verify": False, "threads": 1}
+    engine = OnnxModel(convert(folder, tmp_path, "F32", **settings).files[0].parent, threads=1)
+    expected = logits_of(oracle, TOKENS)[0]
+    assert relative_error(onnx_logits(engine, TOKENS[0]), expected) < 1e-5
+    assert relative_error(onnx_logits(engine, TOKENS[0], pieces=7), expected) < 1e-5
+
+
+def test_quantized_onnx_is_our_runner(tmp_path: Path) -> None:
+    result = cast(m3.save_minimax_m3(tmp_path / "model", m3.minimax_m3_model(seed=1)), tmp_path / "out")
+    expected = runner_logits(open_model(result.gguf), TOKENS)[0]
+    assert relative_error(onnx_logits(result.engine(), TOKENS[0]), expected) < 1e-5
