@@ -101,6 +101,17 @@ def test_quantized_release(tmp_path: Path) -> None:
     assert llama.mean_divergence(logits_of(oracle, TOKENS)[0].numpy(), theirs) < ROUNDED
 
 
+def test_nvfp4_of_attention_is_kept_code_for_code(tmp_path: Path) -> None:
+    oracle = m3.save_quantized(tmp_path / "m", m3.minimax_m3_model(seed=1), ("mxfp8", "nvfp4"))
+    path = convert(tmp_path / "m", tmp_path, "native", calibration=None, verify=False).files[0]
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert {name for name in types if types[name] == "NVFP4"} == {
+        f"blk.{layer}.attn_{kind}.weight" for layer in range(4) for kind in ("q", "k", "v", "output")
+    }
+    theirs = llama.run_isolated(path, TOKENS[0].tolist(), **FLASH)
+    assert llama.mean_divergence(logits_of(oracle, TOKENS)[0].numpy(), theirs) < ROUNDED
+
+
 @pytest.mark.parametrize("overrides", ALL.values(), ids=ALL)
 def test_onnx_is_transformers(overrides: dict[str, Any], tmp_path: Path) -> None:
     oracle = m3.minimax_m3_model(seed=1, **overrides)
