@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import BadInput
 from .config import Config
-from .encodings import BlockScaled, Int4, Mxfp4, Nvfp4, Packing, Scaled
+from .encodings import MX_GROUP, BlockScaled, Int4, Mxfp4, Nvfp4, Packing, Scaled
 from .expressions import Expression, Read, Rows, Stack, TensorInfo, first_tensor
 from .foreign import foreign_form, what_else
 from .weights import scale_name
@@ -138,8 +138,14 @@ class Catalogue:
         )
 
     def _float8(self, name: str, scale: str) -> Expression:
-        """Scaled as a whole, by rows or in blocks: the shape of the scales says it, not their name."""
+        """Scaled as a whole, by rows or in blocks: the shape of the scales says it, not their name.
+
+        Of microscaled ones (OCP MX) the scales may be stored as bytes.
+        """
         rows, columns = self._tensors[name].shape
+        stored = self._tensors[scale]
+        if stored.dtype == "U8" or (stored.dtype == "F8_E8M0" and stored.shape == (rows, -(-columns // MX_GROUP))):
+            return BlockScaled(self.take(name), replace(self.take(scale), dtype="F8_E8M0"), (1, MX_GROUP))
         shape, grid = self._tensors[scale].shape, (-(-rows // self.block[0]), -(-columns // self.block[1]))
         simple = shape in ((), (1,), (1, 1), (rows,), (rows, 1))
         if simple and (shape != grid or scale.endswith(".weight_scale")):

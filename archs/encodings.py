@@ -10,6 +10,8 @@ from typing import ClassVar
 from ..errors import BadInput
 from .expressions import Derived, Expression, TensorInfo
 
+MX_GROUP = 32  # columns that share a scale in microscaled formats (OCP MX)
+
 
 @dataclass(frozen=True)
 class _Codes(Derived):
@@ -35,7 +37,8 @@ class _Codes(Derived):
 class BlockScaled(_Codes):
     """`codes[i, j] * scale[i // block_rows, j // block_columns]`, the last blocks may be partial.
 
-    MiniMax's `weight_scale_inv` and DeepSeek's `scale` are both multipliers, whatever their name says.
+    MiniMax's `weight_scale_inv` and DeepSeek's `scale` are both multipliers, whatever their name says. Blocks of MXFP8
+    (OCP MX) are 1x32, their scales E8M0.
     """
 
     block: tuple[int, int]
@@ -132,7 +135,7 @@ class Nvfp4(_Nibbles):
 class Mxfp4(_Nibbles):
     """Microscaled 4-bit floats (OCP MX): `e2m1(code) * scale[row, column // 32]`; `scale` is E8M0, a power of two."""
 
-    GROUP: ClassVar[int] = 32
+    GROUP: ClassVar[int] = MX_GROUP
 
     @property
     def exact(self) -> str:

@@ -26,10 +26,9 @@ def foreign_form(module: str, tensors: Mapping[str, TensorInfo]) -> str | None:
     for ending, meaning in _TRACES.items():
         if f"{module}.{ending}" in tensors:
             return meaning
-    scale = tensors.get(f"{module}.weight_scale")
-    if scale is not None and scale.dtype == "U8":
+    scale, stored = tensors.get(f"{module}.weight_scale"), tensors.get(f"{module}.weight")
+    if scale is not None and scale.dtype == "U8" and (stored is None or stored.dtype != "F8_E4M3"):
         return f"weight_scale in U8 is a microscaled (MX) form of another layout; {_ORIGINAL}"
-    stored = tensors.get(f"{module}.weight")
     if scale is not None and stored is not None and stored.dtype == "I8" and scale.dtype != "F8_E8M0":
         return f"it holds 8-bit whole numbers; {_ORIGINAL}"
     return None

@@ -68,6 +68,11 @@ _IMPLEMENTED: Mapping[str, Sequence[object]] = {
 }
 _HARMLESS = ("mlp_intermediate_size",)  # the width of dense layers, which no release has
 _HARMLESS_METADATA = ("vocab_size",)  # the embedding says it
+EXPERTS = {
+    "ffn_gate_exps.weight": Experts("block_sparse_moe.experts.{}.w1", "mlp.experts.gate_up_proj", half=0),
+    "ffn_up_exps.weight": Experts("block_sparse_moe.experts.{}.w3", "mlp.experts.gate_up_proj", half=1),
+    "ffn_down_exps.weight": Experts("block_sparse_moe.experts.{}.w2", "mlp.experts.down_proj"),
+}
 _NAMES = Names(
     layers=("model.layers.{}.",),
     whole=WHOLE_NAMES,
@@ -76,11 +81,7 @@ _NAMES = Names(
         "ffn_gate_inp.weight": ("block_sparse_moe.gate.weight", "mlp.gate.weight"),
         "exp_probs_b.bias": ("block_sparse_moe.e_score_correction_bias", "mlp.e_score_correction_bias"),
     },
-    experts={
-        "ffn_gate_exps.weight": Experts("block_sparse_moe.experts.{}.w1", "mlp.experts.gate_up_proj", half=0),
-        "ffn_up_exps.weight": Experts("block_sparse_moe.experts.{}.w3", "mlp.experts.gate_up_proj", half=1),
-        "ffn_down_exps.weight": Experts("block_sparse_moe.experts.{}.w2", "mlp.experts.down_proj"),
-    },
+    experts=EXPERTS,
 )
 
 
@@ -94,19 +95,22 @@ def _read_config(config: Config) -> _Dimensions:
     for layer, kind in enumerate(kinds if isinstance(kinds, list) else [kinds]):
         if kind != 1:
             raise BadInput(f"{config.origin}: attn_type_list[{layer}] is {kind!r}, expected 1 (full attention)")
+    rope = read_rope(config)
+    dimensions = _Dimensions.from_config(config, rotary_size=rope.size, rope_base=rope.base)
+    _check(dimensions, config.origin)
+    return dimensions
+
+
+def read_rope(config: Config) -> Rope:
+    """The rotary embedding of a part of each head, whichever way the part is given."""
     rope = rope_section(config)
     rope.expect("rope_type", "default")
     rope.expect("type", "default")
     head_size, base = config.integer("head_dim"), config.number("rope_theta", default=_ROPE_BASE)
     whole = config.integer("rotary_dim", default=head_size)
     partial = config.number("partial_rotary_factor", default=whole / head_size)
-    dimensions = _Dimensions.from_config(
-        config,
-        rotary_size=int(head_size * rope.number("partial_rotary_factor", default=partial)),
-        rope_base=rope.number("rope_theta", default=base),
-    )
-    _check(dimensions, config.origin)
-    return dimensions
+    size = int(head_size * rope.number("partial_rotary_factor", default=partial))
+    return Rope(size, rope.number("rope_theta", default=base))
 
 
 def _check(d: _Dimensions, origin: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import BadInput
-from . import cohere2, deepseek_v4, gpt_oss, minimax_m2, nemotron_h, qwen3_5, qwen3_moe, qwen3_next
+from . import cohere2, deepseek_v4, gpt_oss, minimax_m2, minimax_m3, nemotron_h, qwen3_5, qwen3_moe, qwen3_next
 from .architecture import Architecture
 from .config import Config
 
@@ -12,6 +12,7 @@ def architectures() -> tuple[Architecture, ...]:
     """Every architecture that moecast knows."""
     return (
         minimax_m2.ARCHITECTURE,
+        minimax_m3.ARCHITECTURE,
         nemotron_h.MIXTURE,
         nemotron_h.DENSE,
         deepseek_v4.ARCHITECTURE,

@@ -39,6 +39,7 @@ class Role(Enum):
     COMPRESSOR_POSITION = "compressor_position"
     INDEXER = "indexer"
     INDEXER_HEADS = "indexer_heads"
+    BLOCK_INDEX = "block_index"  # which blocks of tokens another one sees
     HYPER_CONNECTION = "hyper_connection"
     ROUTER = "router"
     ROUTER_BIAS = "router_bias"
@@ -88,6 +89,7 @@ _KEPT_F32 = (
     Role.ATTENTION_SINK,
     Role.COMPRESSOR_POSITION,
     Role.INDEXER_HEADS,
+    Role.BLOCK_INDEX,
     Role.HYPER_CONNECTION,
     Role.MAMBA_CONVOLUTION,
     Role.MAMBA_SCALAR,

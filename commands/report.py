@@ -96,7 +96,7 @@ def show_tensors(plan: Plan) -> None:
 
 
 def show_fit(fit: MachinePlan, as_json: bool, each: bool = False) -> None:
-    serving = Serving("MODEL.gguf", fit.machine.context, True, fit)
+    serving = Serving("MODEL.gguf", fit.plan.graph, fit.machine.context, True, fit)
     if as_json:
         from ..quant.planning.plan_file import plan_as_json
 
@@ -153,7 +153,8 @@ def _serving(result: Conversion, machine: Machine) -> Serving:
     from ..sources.tokenizer_gguf import CHAT_TEMPLATE
 
     template = CHAT_TEMPLATE in read_gguf(result.files[0])[0]
-    return Serving(result.files[0], machine.context, template, placed(result.details.plan, machine))
+    plan = result.details.plan
+    return Serving(result.files[0], plan.graph, machine.context, template, placed(plan, machine))
 
 
 def show_calibration(result: MeasuredMatrix, as_json: bool) -> None:

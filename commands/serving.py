@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..reports.llama import needed_options
 from .console import human_bytes
 from .terminal import printable
 
 if TYPE_CHECKING:
+    from ..archs.graph import Graph
     from ..quant.planning.fit import Machine, MachinePlan
 
 _TEMPLATE = "--jinja"  # to use the file's chat template
@@ -47,11 +49,13 @@ class Serving:
 
     Attributes:
         model: what to call it.
+        graph: what is in it.
         template: whether it has a chat template.
         fit: where a machine keeps its parts, None where that does not have the memory.
     """
 
     model: str | Path
+    graph: Graph
     context: int
     template: bool
     fit: MachinePlan | None
@@ -84,17 +88,17 @@ class Serving:
         print(f"Serve it, or chat with it, by\n\n    {printable(facts['serve'])}\n    {printable(facts['chat'])}\n")
 
     def _line(self, program: str) -> str:
-        template = (_TEMPLATE,) if self.template else ()
-        return " ".join(map(str, (program, "-m", self.model, "-c", self.context, *template, *self._on_gpu())))
+        options = ((_TEMPLATE,) if self.template else ()) + needed_options(self.graph, program)
+        return " ".join(map(str, (program, "-m", self.model, "-c", self.context, *options, *self._on_gpu())))
 
     def _on_gpu(self) -> tuple[str | int, ...]:
         """The options for a GPU; the head counts as a layer beside those that the GPU holds as a whole."""
         if not self.fit or not self.fit.machine.vram:
             return ()
-        graph, in_ram = self.fit.plan.graph, self.fit.layers_in_ram
-        if graph.experts:
+        in_ram = self.fit.layers_in_ram
+        if self.graph.experts:
             return "--n-gpu-layers", 99, "--n-cpu-moe", in_ram
-        return "--n-gpu-layers", len(graph.layers) - in_ram + 1
+        return "--n-gpu-layers", len(self.graph.layers) - in_ram + 1
 
 
 def _show_memory(facts: Mapping[str, Any], context: int) -> None:

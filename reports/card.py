@@ -12,6 +12,7 @@ from ..quant.planning.fit import Machine, layers_in_ram
 from .card_metadata import front_matter
 from .folder import PublishedFile, PublishedFolder, plan_names
 from .gather import planned_tensors
+from .llama import needed_options
 from .markdown import code, code_block, literal, table
 from .report import grouped
 from .text import human_bytes
@@ -147,7 +148,7 @@ def _context(file: PublishedFile) -> int:
 def _run_lines(folder: PublishedFolder, repository: str) -> str:
     file = next((one for one in reversed(folder.files) if _layers_in_ram(one, _USUAL_RAM) is not None), folder.files[0])
     layers = _layers_in_ram(file, _USUAL_RAM) or 0
-    first, tag = file.parts[0].name, file.recipe if file.is_stock and file.recipe in file.name else file.parts[0].name
+    tag = file.recipe if file.is_stock and file.recipe in file.name else file.parts[0].name
     options = f"-c {_context(file)} -ngl 99" + (f" -ncmoe {layers}" if layers else "")
     draft = f" -md {quote(file.draft.name)}" if file.draft else ""
     included = " ".join(f"--include {quote(path.name)}" for path in file.paths)
@@ -157,8 +158,8 @@ def _run_lines(folder: PublishedFolder, repository: str) -> str:
         code_block(
             [
                 f"hf download {repository} {included} --local-dir .",
-                f"llama-server -m {quote(first)} {options}{draft} --jinja",
-                f"llama-cli -m {quote(first)} {options} --jinja",
+                _run_line("llama-server", file, f"{options}{draft}"),
+                _run_line("llama-cli", file, options),
             ]
         ),
         "All experts stay in RAM with `-ot exps=CPU` in place of `-ncmoe`.",
@@ -168,6 +169,11 @@ def _run_lines(folder: PublishedFolder, repository: str) -> str:
     else:
         parts.append("Ollama takes no file in parts; LM Studio finds the repository by its name.")
     return "\n\n".join(parts)
+
+
+def _run_line(program: str, file: PublishedFile, options: str) -> str:
+    needed = needed_options(file.plan.graph, program)
+    return " ".join((program, "-m", quote(file.parts[0].name), options, *needed, "--jinja"))
 
 
 def _other_engines(repository: str, tag: str) -> list[str]:

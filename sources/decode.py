@@ -125,6 +125,8 @@ def _evaluate_block_scaled(source: BlockScaled, storage: Reader, expert: int | N
     values = _decode(storage.read(source.codes, start, stop), source.codes.dtype)
     scales = _decode(storage.read(source.scale, first_block, last_block), source.scale.dtype)
     scales = scales.repeat_interleave(block_columns, dim=1)[:, : values.shape[1]]
+    if block_rows == 1:
+        return values.mul_(scales)
     for block in range(first_block, last_block):
         part = slice(max(block * block_rows - start, 0), (block + 1) * block_rows - start)
         values[part] *= scales[block - first_block]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import llama
 from conversions import convert
@@ -18,16 +19,16 @@ def unquantized(checkpoint: Path, output: Path) -> Path:
     return convert(checkpoint, output, "F32", calibration=None, verify=False).files[0]
 
 
-def divergence(path: Path, tokens: Tensor) -> float:
-    """Mean KL divergence of llama.cpp on a file from our runner on it; tokens [1, context]."""
-    theirs = llama.run_isolated(path, tokens[0].tolist())
+def divergence(path: Path, tokens: Tensor, **options: Any) -> float:
+    """Mean KL divergence of llama.cpp, with options, on a file from our runner on it; tokens [1, context]."""
+    theirs = llama.run_isolated(path, tokens[0].tolist(), **options)
     return llama.mean_divergence(runner_logits(open_model(path), tokens)[0].numpy(), theirs)
 
 
-def assert_goes_on_alike(checkpoint: Path, output: Path, count: int = 16) -> None:
+def assert_goes_on_alike(checkpoint: Path, output: Path, count: int = 16, **options: Any) -> None:
     """Of a Q8_0 file the runner says the same so many tokens as llama.cpp, the most probable one each time."""
     path = convert(checkpoint, output, "Q8_0", calibration=None, verify=False).files[0]
-    with llama.Engine(path) as engine:
+    with llama.Engine(path, **options) as engine:
         ids = prompted = engine.tokenize(PROMPT, add_special=True)
         for _ in range(count):
             ids = [*ids, int(engine.logits(ids)[-1].argmax())]

@@ -1,6 +1,6 @@
 """Rewrites a BF16 or float32 checkpoint into the 8- and 4-bit forms that NVIDIA publishes.
 
-NVFP4 and FP8 as ModelOpt stores them, FP8 with a scale for each row, and NVFP4 as compressed-tensors stores it.
+NVFP4, FP8 and MXFP8 as ModelOpt stores them, FP8 with a scale for each row, and NVFP4 as compressed-tensors stores it.
 Nothing of the package under test is used, so that it can be compared with what is computed here.
 """
 
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-Encoding = Literal["nvfp4", "fp8", "fp8_rows", "nvfp4_compressed"]
+Encoding = Literal["nvfp4", "fp8", "fp8_rows", "nvfp4_compressed", "mxfp8", "mxfp8_inverse"]
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 LARGEST_E2M1, LARGEST_E4M3, GROUP = 6.0, 448.0, 16
@@ -54,7 +54,7 @@ def rewrite(source: Path, target: Path, encoding_of: Callable[[str], Encoding | 
         stored |= {f"{module}.{suffix}": part for suffix, part in parts.items()}
         modules[module] = encoding
     save_file(stored, target / "model.safetensors")
-    layers = {module: {"quant_algo": "NVFP4" if "nvfp4" in kind else "FP8"} for module, kind in modules.items()}
+    layers = {module: {"quant_algo": kind.partition("_")[0].upper()} for module, kind in modules.items()}
     recipe = {"producer": {"name": "modelopt"}, "quantization": {"quantized_layers": layers}}
     (target / "hf_quant_config.json").write_text(json.dumps(recipe))
     return values
@@ -115,9 +115,26 @@ def _fp8_rows(matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return {"weight": codes, "weight_scale": scale}, codes.float() * scale
 
 
+def _mxfp8(matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """A power of two for each 32 columns, stored as its exponent."""
+    groups = matrix.unflatten(1, (-1, 32))
+    exponents = (groups.abs().amax(-1) / LARGEST_E4M3).log2().ceil().clamp(-127, 127)
+    codes = (groups / exponents.exp2()[..., None]).to(torch.float8_e4m3fn)
+    values = codes.float() * exponents.exp2()[..., None]
+    return {"weight": codes.flatten(1), "weight_scale": (exponents + 127).to(torch.uint8)}, values.flatten(1)
+
+
+def _mxfp8_inverse(matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Under the name that other releases have."""
+    parts, values = _mxfp8(matrix)
+    return {"weight": parts["weight"], "weight_scale_inv": parts["weight_scale"]}, values
+
+
 _ENCODERS: dict[Encoding, Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]] = {
     "nvfp4": _nvfp4,
     "nvfp4_compressed": _nvfp4_compressed,
     "fp8": _fp8,
     "fp8_rows": _fp8_rows,
+    "mxfp8": _mxfp8,
+    "mxfp8_inverse": _mxfp8_inverse,
 }

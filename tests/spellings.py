@@ -248,3 +248,26 @@ CHANGES["qwen3_5_moe_text"] = [
     replaced(attn_output_gate=True, output_gate_type="swish", mtp_num_hidden_layers=1),
     without("rope_parameters"),
 ]
+_SELECTING = "minimax_m3_sparse"
+CHANGES["minimax_m3_vl_text"] = [
+    *COMMON,
+    replaced(rope_theta=12345.0),
+    inside("rope_parameters", rope_theta=777.0, rope_type="default"),
+    inside("rope_parameters", partial_rotary_factor=0.25, rope_type="default"),
+    replaced(partial_rotary_factor=0.25),
+    without("rope_theta"),
+    without("hidden_act", "swiglu_alpha", "swiglu_limit", "use_gemma_norm", "use_qk_norm", "qk_norm_type"),
+    without("scoring_func", "use_routing_bias", "n_shared_experts", "routed_scaling_factor"),
+    without("dense_intermediate_size", "shared_intermediate_size"),
+    without("moe_layer_freq"),
+    without("sparse_attention_config"),
+    replaced(moe_layer_freq=[0] * 5 + [1] * 55, first_k_dense_replace=5),
+    replaced(mlp_layer_types=["dense", "sparse"] * 30),
+    replaced(layer_types=["full_attention"] * 20 + [_SELECTING] * 40),
+    replaced(dense_intermediate_size=777, shared_intermediate_size=96, intermediate_size=160),
+    inside("sparse_attention_config", sparse_block_size=64, sparse_topk_blocks=8, sparse_local_block=2),
+    inside("sparse_attention_config", sparse_index_dim=64),
+    replaced(sparse_attention_config=None, layer_types=[_SELECTING] * 60, index_head_dim=64, index_topk_blocks=4),
+    replaced(swiglu_limit=5.0, routed_scaling_factor=1.5),
+    renamed("num_local_experts", "num_experts"),
+]

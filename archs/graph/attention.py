@@ -13,6 +13,35 @@ _CACHED = 2  # bytes of a number in a cache of keys and values
 
 
 @dataclass(frozen=True)
+class BlockSelection:
+    """Picks the `top_k` blocks of `block_size` tokens that each key-value head lets a token see (MiniMax 2026).
+
+    Every such head has an index query, all share one index key a token; both are normed and rotated. A block counts by
+    the largest product in it of the query and the keys up to the token. The token's own block and those before it,
+    `local` in all, come first.
+    """
+
+    head_size: int
+    block_size: int
+    top_k: int
+    local: int
+    query: Weight
+    key: Weight
+    query_norm: Norm
+    key_norm: Norm
+    rope: Rope
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[0] // self.head_size
+
+    @property
+    def reads(self) -> tuple[Weight, ...]:
+        """The weights whose columns are the hidden size."""
+        return (self.query, self.key)
+
+
+@dataclass(frozen=True)
 class Attention(Operation):
     """Causal grouped-query attention: softmax(`scale` * query . key), by default with head size^-1/2.
 
@@ -20,7 +49,8 @@ class Attention(Operation):
     attention knows no positions; with a `window` a token sees the last so many, itself included. An operation with
     `keys_of` has no keys and values of its own: it attends to those of the layer of that number. A learnt `sink` logit
     per head takes its share of the softmax (Xiao et al. 2024). The query projection of a `gated` one gives each head
-    its query and then a gate, by whose sigmoid what the head gives is multiplied.
+    its query and then a gate, by whose sigmoid what the head gives is multiplied. With a `selection` each key-value
+    head shows a token some blocks of tokens alone.
     """
 
     heads: int
@@ -42,10 +72,12 @@ class Attention(Operation):
     output_bias: Weight | None = None
     sink: Weight | None = None
     gated: bool = False
+    selection: BlockSelection | None = None
 
     def __post_init__(self) -> None:
         alone = self.keys_of is None
         assert alone == (self.key is not None) == (self.value is not None), "keys and values are of one layer"
+        assert not self.selection or (alone and not self.window and self.selection.heads == self.key_value_heads)
 
     @property
     def softmax_scale(self) -> float:
@@ -53,7 +85,8 @@ class Attention(Operation):
 
     @property
     def reads(self) -> tuple[Weight, ...]:
-        return tuple(weight for weight in (self.query, self.key, self.value) if weight)
+        projections = tuple(weight for weight in (self.query, self.key, self.value) if weight)
+        return (*projections, *(self.selection.reads if self.selection else ()))
 
     @property
     def shares_state_of(self) -> int | None:
@@ -78,10 +111,16 @@ class Attention(Operation):
     @property
     def _state_bytes(self) -> int:
         """Of a token that is remembered."""
-        return 0 if self.keys_of is not None else _CACHED * 2 * self.key_value_heads * self.head_size
+        index = self.selection.head_size if self.selection else 0
+        return 0 if self.keys_of is not None else _CACHED * (2 * self.key_value_heads * self.head_size + index)
+
+    @property
+    def needs_flash_attention(self) -> bool:
+        return self.selection is not None
 
     def scratch_values(self, context: int) -> int:
-        return PASSING * context * self.heads * (context + self.head_size)
+        index = self.selection.heads * (context + self.selection.head_size) if self.selection else 0
+        return PASSING * context * (self.heads * (context + self.head_size) + index)
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,11 @@ class Graph:
         """Bytes of state that do not grow with the context: recurrent states, windows of keys."""
         return sum(operation.fixed_state_bytes for operation in self.operations())
 
+    @property
+    def needs_flash_attention(self) -> bool:
+        """Whether an operation does, see there."""
+        return any(operation.needs_flash_attention for operation in self.operations())
+
     def operations(self) -> Iterator[Operation]:
         return (operation for layer in self.layers for operation in layer.operations)
 

@@ -80,6 +80,11 @@ class Operation:
         """Bytes that are remembered of a text of any length."""
         return 0
 
+    @property
+    def needs_flash_attention(self) -> bool:
+        """Whether llama.cpp, without flash attention or for several texts at once, computes something else."""
+        return False
+
     def active_share(self, weight: Weight) -> float:
         """The part of one of its weights that a token touches."""
         return 1.0

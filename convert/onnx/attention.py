@@ -7,6 +7,7 @@ import onnx_ir as ir
 from ...archs.graph import Attention, Norm
 from ...archs.weights import Weight
 from ...errors import BadInput
+from .block_selection import selection_bias
 from .builder import Builder
 from .rotary import rotate
 
@@ -28,10 +29,12 @@ def attention(build: Builder, operation: Attention, states: ir.Value, layer: int
     memories = [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
     results = [f"present.{layer}.{kind}" for kind in ("key", "value")]
     past = [build.state(memory, result, shape, growing=1) for memory, result in zip(memories, results, strict=True)]
+    bias = selection_bias(build, o.selection, states, layer, o.heads) if o.selection else None
+    added = (bias, build.weight(o.sink)) if o.sink else (bias,)
     mixed, *present = build.ops(
         "GroupQueryAttention",
         *(query, key, value, *past, last, total),
-        *((*[None] * 4, build.weight(o.sink)) if o.sink else ()),
+        *((*[None] * 3, *added) if any(added) else ()),
         outputs=3,
         domain="com.microsoft",
         num_heads=o.heads,

@@ -1,4 +1,4 @@
-"""Grouped-query attention over everything before, or a window of it."""
+"""Grouped-query attention over everything before, a window or selected blocks of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional
 from ...archs.graph import Attention, Norm, Rope
 from ...archs.weights import Weight
 from ..weights import Weights
+from .block_selection import BlockSelector
 from .common import normalizer, split_heads
 from .context import Context
 from .rotary import rotate
@@ -19,10 +20,14 @@ from .rotary import rotate
 
 @dataclass(frozen=True)
 class AttentionState:
-    """Keys and values of all tokens that later ones may see, [key-value heads, tokens, head size] each."""
+    """Keys and values of all tokens that later ones may see, [key-value heads, tokens, head size] each.
+
+    Where blocks of tokens are selected, there are index keys [tokens, index head size] too.
+    """
 
     keys: Tensor
     values: Tensor
+    index_keys: Tensor | None = None
 
 
 class AttentionMixer:
@@ -33,6 +38,7 @@ class AttentionMixer:
         self._weights = weights
         self._prepare_query = _preparation(operation.query_norm, operation.heads, operation.rope, weights)
         self._prepare_key = _preparation(operation.key_norm, operation.key_value_heads, operation.rope, weights)
+        self._selector = BlockSelector(operation.selection, weights) if operation.selection else None
 
     def initial_state(self) -> AttentionState:
         """The state before the first token."""
@@ -56,27 +62,35 @@ class AttentionMixer:
         count = torch.arange(keys.shape[1], device=keys.device)
         distance = positions[:, None] - (positions[-1] + 1 - keys.shape[1] + count)
         visible = distance >= 0 if o.window is None else (distance >= 0) & (distance < o.window)
+        index_keys = None
+        if self._selector:
+            index_keys, chosen = self._selector(states, memory.index_keys, positions)
+            visible = visible & chosen
         mixed = self._attend(query, keys, values, visible).transpose(0, 1).flatten(1)
         mixed = mixed if gate is None else mixed * gate.sigmoid()
-        return self._projected(mixed, o.output, o.output_bias), self._remembered(keys, values)
+        return self._projected(mixed, o.output, o.output_bias), self._remembered(keys, values, index_keys)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
         """query [heads, tokens, head size], visible [tokens, keys] -> [heads, tokens, head size]
 
+        Where key-value heads differ in what is `visible`, it is [key-value heads, tokens, keys].
         A sink is one key more that all tokens see, and as a value it adds nothing. Its score is the head's logit:
         queries have that in a dimension of its own, in which the sink is 1 and other keys are 0.
         """
         o = self._operation
         if o.sink:
             logits = self._weights.load(o.sink)[:, None, None] / o.softmax_scale
-            query = torch.cat((query, logits.expand(-1, len(visible), 1)), dim=-1)
+            query = torch.cat((query, logits.expand(-1, query.shape[1], 1)), dim=-1)
             keys, values = (functional.pad(states, (0, 1, 1, 0)) for states in (keys, values))
             keys[:, 0, -1] = 1
             visible = functional.pad(visible, (1, 0), value=True)
+        apart = 1 if visible.dim() == 2 else o.key_value_heads  # how many are attended to each by itself
+        query, keys, values = (states.unflatten(0, (apart, -1)) for states in (query, keys, values))
+        mask = visible if apart == 1 else visible[:, None]
         mixed = functional.scaled_dot_product_attention(
-            query[None], keys[None], values[None], attn_mask=visible, scale=o.softmax_scale, enable_gqa=True
+            query, keys, values, attn_mask=mask, scale=o.softmax_scale, enable_gqa=True
         )
-        return mixed[0, ..., : o.head_size]
+        return mixed.flatten(0, 1)[..., : o.head_size]
 
     def _query_and_gate(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
         """What heads ask and how much of the answer they let through, [tokens, heads * head size] each."""
@@ -100,11 +114,11 @@ class AttentionMixer:
         projected = self._weights.project(states, weight)
         return projected + self._weights.load(bias) if bias else projected
 
-    def _remembered(self, keys: Tensor, values: Tensor) -> AttentionState:
+    def _remembered(self, keys: Tensor, values: Tensor, index_keys: Tensor | None) -> AttentionState:
         """Nothing of another layer's, and of a window what the next token will see."""
         o, count = self._operation, keys.shape[1]
         first = count if o.keys_of is not None else 0 if o.window is None else max(0, count + 1 - o.window)
-        return AttentionState(keys[:, first:], values[:, first:])
+        return AttentionState(keys[:, first:], values[:, first:], index_keys)
 
 
 def _preparation(

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import real_models
-from moecast.archs import cohere2, deepseek_v4, gpt_oss, minimax_m2, nemotron_h, qwen3_5, qwen3_moe, qwen3_next
+from moecast.archs import (
+    cohere2,
+    deepseek_v4,
+    gpt_oss,
+    minimax_m2,
+    minimax_m3,
+    nemotron_h,
+    qwen3_5,
+    qwen3_moe,
+    qwen3_next,
+)
 from moecast.archs.architecture import Architecture
 from moecast.archs.config import Config
 from moecast.archs.harmless import check_repeated, refuse_unread, refuse_unread_metadata
@@ -23,6 +33,7 @@ from transformers import AutoConfig
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXAMPLE = {
     "minimax_m2": EXAMPLES / "minimax-m2-tiny" / "config.json",
+    "minimax_m3_vl_text": real_models.DATA / "minimax-m3-nvfp4-config.json",
     "deepseek_v4": EXAMPLES / "deepseek-v4-tiny" / "config.json",
     "nemotron_h": EXAMPLES / "nemotron-3-tiny" / "config.json",
     "qwen3_moe": real_models.DATA / "qwen3-30b-a3b-config.json",
@@ -37,6 +48,7 @@ EXAMPLE = {
 def example(family: str) -> Values:
     values: Values = json.loads(EXAMPLE[family].read_text())
     values = values.get("text_config", values)
+    values.setdefault("model_type", family)
     values.pop("quantization_config", None)
     if "time_step_limit" in values:
         values["time_step_limit"] = [0.0, float("inf")]
@@ -51,6 +63,8 @@ def read(values: Values) -> tuple[Any, Architecture]:
     match values["model_type"]:
         case "minimax_m2":
             found, architecture = minimax_m2._read_config(config), minimax_m2.ARCHITECTURE
+        case "minimax_m3_vl_text" | "minimax_m3_vl" | "minimax_m3":
+            found, architecture = minimax_m3._read_config(config), minimax_m3.ARCHITECTURE
         case "deepseek_v4":
             found, architecture = deepseek_v4._read_config(config), deepseek_v4.ARCHITECTURE
         case "qwen3_moe":
@@ -107,6 +121,14 @@ def ours(values: Values) -> Values:
             }
         case "minimax_m2":
             return shared | {"rotary": d.rotary_size, "theta": d.rope_base, "width": d.expert_size}
+        case "minimax_m3_vl_text":
+            return shared | {
+                "rope": (d.rotary_size, d.rope_base),
+                "widths": (d.expert_size, d.shared_size, d.dense_size),
+                "layers": ([*d.routed], [*d.selecting]),
+                "index": (d.index_heads, d.index_size, d.block_size, d.blocks, d.local),
+                "scale": (d.routed_scale, d.clamp),
+            }
         case "deepseek_v4":
             yarn = (d.yarn_factor, d.yarn_context) if d.scaling == "yarn" else None
             thetas = (d.rope_base, d.compressed_rope_base)
@@ -146,6 +168,25 @@ def theirs(values: Values) -> Values:
                 "theta": rope["rope_theta"],
                 "width": c.moe_intermediate_size,
                 "yarn": (rope["factor"], rope["original_max_position_embeddings"]) if yarn else None,
+            }
+        case "minimax_m3_vl_text":
+            rope = c.rope_parameters
+            routed = [kind == "sparse" for kind in c.mlp_layer_types]
+            return shared | {
+                "epsilon": c.rms_norm_eps,
+                "experts": c.num_local_experts,
+                "rope": (int(c.head_dim * rope["partial_rotary_factor"]), rope["rope_theta"]),
+                "widths": (
+                    c.intermediate_size,
+                    c.shared_intermediate_size,
+                    0 if all(routed) else c.dense_intermediate_size,
+                ),
+                "layers": (routed, [kind == "minimax_m3_sparse" for kind in c.layer_types]),
+                "index": (
+                    *(c.index_n_heads, c.index_head_dim, c.index_block_size),
+                    *(c.index_topk_blocks, c.index_local_blocks),
+                ),
+                "scale": (c.routed_scaling_factor, c.swiglu_limit),
             }
         case "gpt_oss":
             rope = c.rope_parameters

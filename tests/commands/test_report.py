@@ -8,6 +8,7 @@ from pathlib import Path
 
 import checkpoints
 import cohere_checkpoints as cohere
+import minimax_m3_checkpoints as m3
 import pytest
 from click.testing import CliRunner, Result
 from moecast.cli import main
@@ -152,6 +153,20 @@ def test_what_does_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shown = _run("convert", "minimax-m2-tiny", "-o", tmp_path / "a.gguf", "--quant", "Q8_0", *UNMEASURED).stdout
     assert "With 8192 tokens of context it takes more memory than this machine has" in shown
     assert "llama-server -m" in shown and "at most" not in shown
+
+
+def test_lines_to_serve_name_what_llama_must_be_told(tmp_path: Path) -> None:
+    """Of a model that it computes otherwise without flash attention, or for several texts at once."""
+    folder = m3.save_minimax_m3(tmp_path / "m3", m3.minimax_m3_model())
+    planned = _run("plan", folder, "--fit", "--ram", "8GB", "--vram", "2GB", "-c", "512", "--json")
+    fit = json.loads(planned.stdout)
+    assert fit["serve"].startswith("llama-server -m MODEL.gguf -c 512 --jinja -fa on -np 1 --n-gpu-layers 99")
+    assert fit["chat"].startswith("llama-cli -m MODEL.gguf -c 512 --jinja -fa on --n-gpu-layers 99")
+    assert sum("-fa on" in problem for problem in fit["problems"]) == 1
+    shown = _run("convert", folder, "-o", tmp_path / "a.gguf", "--quant", "Q8_0", "--no-verify").stdout
+    (line,) = [line for line in shown.splitlines() if "llama-server -m" in line]
+    assert " --jinja -fa on -np 1" in line
+    assert sum("-fa on" in line for line in shown.splitlines() if line.startswith("Note: ")) == 1
 
 
 def test_scores_as_a_table_and_as_json() -> None:

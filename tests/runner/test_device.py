@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import deltanet_checkpoints as deltanet
+import minimax_m3_checkpoints as m3
 import pytest
 import torch
 from conversions import convert
@@ -62,6 +63,13 @@ def test_a_device_gives_the_numbers_of_the_cpu(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("family", deltanet.FAMILIES)
 def test_linear_attention_on_a_device(family: str, tmp_path: Path) -> None:
     _check_on_a_device(open_model(deltanet.save(tmp_path / "model", deltanet.model_of(family))), tmp_path)
+
+
+def test_selected_blocks_on_a_device(tmp_path: Path) -> None:
+    """Of 24 tokens each sees 12."""
+    kinds = {"mlp_layer_types": ["sparse"], "layer_types": ["minimax_m3_sparse"]}
+    oracle = m3.minimax_m3_model(index_block_size=4, intermediate_size=32, num_hidden_layers=1, **kinds)
+    _check_on_a_device(open_model(m3.save_minimax_m3(tmp_path / "model", oracle)), tmp_path)
 
 
 def _check_on_a_device(model: Model, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import deltanet_checkpoints as deltanet
 import gguf
 import gpt_oss_checkpoints as gpt_oss
 import int4_packs
+import minimax_m3_checkpoints as m3
 import pytest
 import qwen3_checkpoints as qwen3
 import torch
@@ -45,6 +46,7 @@ def packed_qwen3(folder: Path, style: str) -> None:
 CHECKPOINTS: dict[str, Save] = {
     "MiniMax": lambda folder: checkpoints.save_minimax(folder, checkpoints.minimax_model()),
     "MiniMax in FP8": example("minimax-m2-tiny"),
+    "MiniMax M3": lambda folder: m3.save_published(folder, m3.minimax_m3_model(), flattened=True),
     "Nemotron": example("nemotron-3-tiny"),
     "Cohere2 in BF16": lambda folder: cohere.publish_cohere2(folder, cohere.cohere_model(False)),
     "Cohere2-MoE": lambda folder: cohere.save_cohere(folder, cohere.cohere_model(True)),
