@@ -106,7 +106,7 @@ def factorize(moments: Tensor) -> Tensor:
             rows = slice(first, min(first + _STRIP, start))
             moments[:, rows, first:start].baddbmm_(above[:, rows], above[:, first:].mT, alpha=-1)
     if torch.stack(failed).any():  # at the end, because asking stops a GPU
-        raise torch.linalg.LinAlgError("second moments are not positive definite")
+        raise ArithmeticError("second moments are not positive definite")
     return moments
 
 
