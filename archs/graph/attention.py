@@ -20,7 +20,9 @@ class Attention(Operation):
     attention knows no positions; with a `window` a token sees the last so many, itself included. An operation with
     `keys_of` has no keys and values of its own: it attends to those of the layer of that number. A learnt `sink` logit
     per head takes its share of the softmax (Xiao et al. 2024). The query projection of a `gated` one gives each head
-    its query and then a gate, by whose sigmoid what the head gives is multiplied.
+    its query and then a gate, by whose sigmoid what the head gives is multiplied. Without `value` projected keys are
+    the values too, as they are before norm and rotation. With a `value_epsilon` each head's values pass an RMSNorm
+    without weights.
     """
 
     heads: int
@@ -42,10 +44,11 @@ class Attention(Operation):
     output_bias: Weight | None = None
     sink: Weight | None = None
     gated: bool = False
+    value_epsilon: float | None = None
 
     def __post_init__(self) -> None:
-        alone = self.keys_of is None
-        assert alone == (self.key is not None) == (self.value is not None), "keys and values are of one layer"
+        assert (self.keys_of is None) == (self.key is not None), "keys are of one layer"
+        assert self.key or not self.value, "keys and values are of one layer"
 
     @property
     def softmax_scale(self) -> float:

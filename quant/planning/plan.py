@@ -269,7 +269,7 @@ def _plan_tensor(weight: Weight, recipe: Recipe, position: Position) -> PlannedT
         return PlannedTensor(weight, format_named("I32"), format_named("I32"))
     exact = exact_format(weight.source)
     wanted = format_named(recipe.type_of(weight.role, position))
-    if weight.role is Role.HEAD and not format_named(recipe.base).fits(weight.columns):
+    if weight.role in (Role.HEAD, Role.PER_LAYER_TABLE) and not format_named(recipe.base).fits(weight.columns):
         fitting = _fitting("Q8_0", weight.columns)
     else:
         fitting = _fitting(wanted.name, weight.columns)
