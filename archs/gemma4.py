@@ -203,9 +203,14 @@ def _of_full_layers(text: Config, windowed: Sequence[bool], from_keys: bool, key
             (one.integer("head_dim", default=size), one.integer("num_key_value_heads", default=count))
             for one in sections
         }
-    if len(found) > 1 or any(windowed[int(key)] for key in listed.keys() if key.isdecimal()):
+    if len(found) > 1 or not _all_full(listed, windowed):
         raise BadInput(f"{text.origin}: per_layer_config differs within layers of one kind: this is not supported")
     return found.pop()
+
+
+def _all_full(listed: Config, windowed: Sequence[bool]) -> bool:
+    """Whether layers that are described one by one are those that see the whole context."""
+    return {*listed.keys()} <= {str(layer) for layer, window in enumerate(windowed) if not window}
 
 
 def _rope(text: Config, kind: str) -> Config:
@@ -260,6 +265,7 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
     layers = attentions(graph)
     own = sum(op.keys_of is None for op in layers)
     unlike = {
+        "no layer with a window (layer_types)": not any(op.window for op in layers),
         "layers that use keys of others than the last two of their own (num_kv_shared_layers, layer_types)": any(
             op.keys_of not in (None, own - 2 if op.window else own - 1) for op in layers
         ),

@@ -105,7 +105,7 @@ class Family(Dimensions):
     rotary_size: int = written("rope.dimension_count", _head_size(windowed=False))
     window_rotary_size: int = written("rope.dimension_count_swa", _head_size(windowed=True))
     softcap: float = quantity(
-        "final_logit_softcapping", "final_logit_softcapping", lambda graph: graph.logit_softcap, default=0.0
+        "final_logit_softcapping", "final_logit_softcapping", lambda graph: graph.logit_softcap or 0.0, default=0.0
     )
     per_layer: int = quantity(
         gguf="embedding_length_per_layer_input",

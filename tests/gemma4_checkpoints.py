@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import modelopt
 import torch
 from checkpoints import write_sharded, write_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
     from transformers import Gemma4ForCausalLM
@@ -62,7 +63,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one expert a token": MIXTURE | {"top_k_experts": 1},
     "no cap": DENSE | {"final_logit_softcapping": None},
     "values of their own": DENSE | {"attention_k_eq_v": False},
-    "every layer sees all": DENSE | {"num_hidden_layers": 2, "layer_types": [FULL, FULL]},
     "half of each head turns": DENSE | {
         "rope_parameters": {
             FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 5e5},
@@ -73,8 +73,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "told, nothing shared": TOLD | {"num_kv_shared_layers": 0},
 }  # fmt: skip
 BEYOND_LLAMA: dict[str, dict[str, Any]] = {
-    "keys of a layer before the last": TOLD | {"num_hidden_layers": 6, "layer_types": [FULL, WINDOW, WINDOW, FULL] + [
-        WINDOW, FULL], "num_kv_shared_layers": 3},
+    "keys of a layer before the last": TOLD
+    | {"num_hidden_layers": 6, "num_kv_shared_layers": 3, "layer_types": [FULL, WINDOW, WINDOW, FULL, WINDOW, FULL]},
+    "every layer sees all": DENSE | {"num_hidden_layers": 2, "layer_types": [FULL, FULL]},
 }  # fmt: skip
 
 
@@ -105,11 +106,51 @@ def gemma_model(seed: int = 0, **settings: Any) -> Gemma4ForCausalLM:
     return model
 
 
+class GeluOfTable(torch.nn.Module):
+    """As llama.cpp computes it on a CPU, where it looks it up: 16 bits in, 16 bits out."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        looked_up = torch.nn.functional.gelu(states.half().float(), approximate="tanh").half().float()
+        return torch.where(states <= -10, 0.0, torch.where(states >= 10, states, looked_up))
+
+
+def with_table(model: Gemma4ForCausalLM) -> Gemma4ForCausalLM:
+    """The same with that GELU."""
+    for module in model.modules():
+        if hasattr(module, "act_fn"):
+            module.act_fn = GeluOfTable()
+    return model
+
+
 def save_gemma(folder: Path, model: Gemma4ForCausalLM) -> Path:
     """As transformers saves it: the language model alone, sizes of heads layer by layer."""
     model.save_pretrained(folder)
     write_tokenizer(folder, model.config.vocab_size)
     return folder
+
+
+def save_gemma_nvfp4(folder: Path, model: Gemma4ForCausalLM) -> tuple[Path, Gemma4ForCausalLM]:
+    """As NVIDIA publishes 26B-A4B: experts one by one in NVFP4. Returns a model with what the codes stand for, too."""
+    apart = save_gemma(folder.with_name("apart"), model)
+    tensors = load_file(apart / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        stem, _, kind = name.rpartition(".")
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[kind]
+        for expert, matrix in enumerate(tensors.pop(name)):
+            for part, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
+                tensors[f"{stem}.{expert}.{part}.weight"] = rows.contiguous()
+    save_file(tensors, apart / "model.safetensors", metadata={"format": "pt"})
+    values = modelopt.rewrite(apart, folder, lambda module: "nvfp4" if ".experts." in module else None)
+    with torch.no_grad():
+        for layer, block in enumerate(model.model.layers):
+            for expert in range(model.config.num_experts):
+                gate, up, down = (
+                    values[f"model.layers.{layer}.experts.{expert}.{part}_proj.weight"]
+                    for part in ("gate", "up", "down")
+                )
+                block.experts.gate_up_proj[expert] = torch.cat((gate, up))
+                block.experts.down_proj[expert] = down
+    return folder, model
 
 
 def publish_gemma(folder: Path, model: Gemma4ForCausalLM, settings: dict[str, Any], shards: int = 3) -> Path:
