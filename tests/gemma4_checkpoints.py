@@ -52,6 +52,7 @@ TOLD: dict[str, Any] = _COMMON | {
     "use_double_wide_mlp": True,
     "hidden_size_per_layer_input": 32,
 }
+SHORT = [WINDOW, WINDOW, FULL]
 KINDS = {"mixture": MIXTURE, "dense": DENSE, "told": TOLD}
 # Of which kind, and what else; what llama.cpp has too, and what it has not.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dense": DENSE,
     "told": TOLD,
     "odd widths": MIXTURE | {"intermediate_size": 352, "moe_intermediate_size": 96, "num_hidden_layers": 3,
-                             "layer_types": [WINDOW, WINDOW, FULL]},
+                             "layer_types": SHORT},
     "one expert a token": MIXTURE | {"top_k_experts": 1},
     "no cap": DENSE | {"final_logit_softcapping": None},
     "values of their own": DENSE | {"attention_k_eq_v": False},
