@@ -289,7 +289,10 @@ def _plan_native(weight: Weight, graph: Graph) -> tuple[PlannedTensor, ...]:
         case _:
             matrices = []
     nvfp4 = format_named("NVFP4")
-    if len(matrices) == weight.matrices and weight.role in graph.scaled_roles and nvfp4.fits(weight.columns):
+    fits = len(matrices) == weight.matrices and nvfp4.fits(weight.columns)
+    if fits and not any(matrix.global_scale for matrix in matrices):
+        return (PlannedTensor(weight, nvfp4, nvfp4),)
+    if fits and weight.role in graph.scaled_roles:
         codes = tuple(replace(matrix, global_scale=None) for matrix in matrices)
         stored = replace(weight, source=Stack(codes) if weight.stack else codes[0])
         scales = GlobalScales(tuple(matrices))
