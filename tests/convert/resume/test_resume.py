@@ -18,6 +18,7 @@ from typing import Any
 
 import checkpoints
 import deepseek_checkpoints
+import gemma4_checkpoints
 import moecast.convert.encode
 import moecast.runner.passes
 import pytest
@@ -25,6 +26,7 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
 from conversions import convert
+from gemma4_checkpoints import TOLD
 from hub_server import HubServer
 from moecast import __version__
 from moecast.archs.graph import Layer
@@ -85,6 +87,7 @@ def slow(*values: Any) -> Any:
         slow("nemotron-3-tiny", {"size": 2_000_000} | LANES),
         slow("from the Hub", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
         slow("from the Hub", {"file_format": "onnx"} | LANES),
+        slow("layers that use keys of others", {"quant": "Q4_K_M"} | LANES),
     ],
 )
 def test_killed_at_random_moments(
@@ -98,6 +101,8 @@ def test_killed_at_random_moments(
         source = tmp_path / "source"
         deepseek_checkpoints.save_deepseek_hub(source, deepseek_checkpoints.deepseek_model())
         deepseek_checkpoints.add_draft(source)
+    if example == "layers that use keys of others":
+        source = gemma4_checkpoints.save_gemma(tmp_path / "source", gemma4_checkpoints.gemma_model(**TOLD))
     if options.get("calibration"):
         options = options | {
             "calibration": str(_excerpt(tmp_path)),
