@@ -1,4 +1,4 @@
-"""The adapter: published tensor lists are consumed exactly once, parameters are those published, configs are asserted."""
+"""The adapter: published tensor lists are consumed exactly once, parameters are those published, keys are asserted."""
 
 from __future__ import annotations
 
