@@ -1,4 +1,4 @@
-"""A conversion that stops in the middle of layers that use keys of others, and are told of each token, goes on alike."""
+"""A conversion that stops among layers that use keys of others and are told of each token goes on to the same bytes."""
 
 from __future__ import annotations
 
