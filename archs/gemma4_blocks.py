@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ..errors import BadInput
 from .dimensions import Dimensions, of, quantity, written
@@ -16,6 +15,7 @@ from .graph import (
     Graph,
     Layer,
     MoE,
+    Norm,
     PerLayerEmbedding,
     PerLayerInput,
     Rope,
@@ -43,12 +43,12 @@ def _of_kind(graph: Graph, windowed: bool) -> Attention | None:
     return next((op for op in attentions(graph) if (op.window is not None) == windowed), None)
 
 
-def _head_size(windowed: bool) -> Any:
+def _head_size(windowed: bool) -> Callable[[Graph], int]:
     """Of that kind of layers, or, where there is none, of the other."""
     return lambda graph: (_of_kind(graph, windowed) or attentions(graph)[0]).head_size
 
 
-def _rope_base(windowed: bool) -> Any:
+def _rope_base(windowed: bool) -> Callable[[Graph], float | None]:
     def find(graph: Graph) -> float | None:
         found = _of_kind(graph, windowed)
         return found.rope.base if found and found.rope else None
@@ -149,13 +149,12 @@ class _Builder(Builder):
             post_norm=self._norm(f"{blk}.post_attention_norm"),
         )
         dense = replace(self.gated_mlp(blk, d.dense_sizes[index]), activation=Activation.GEGLU)
-        branches = (Branch(self._norm(f"{blk}.ffn_norm"), dense),)
+        after_dense = self._norm(f"{blk}.post_ffw_norm_1") if d.experts else None
+        branches = [Branch(self._norm(f"{blk}.ffn_norm"), dense, after_dense)]
         if d.experts:
-            routed = Branch(
-                self._norm(f"{blk}.pre_ffw_norm_2"), self._routed(blk), self._norm(f"{blk}.post_ffw_norm_2")
-            )
-            branches = (replace(branches[0], post_norm=self._norm(f"{blk}.post_ffw_norm_1")), routed)
-        sublayers = [attention, SubLayer(branches, post_norm=self._norm(f"{blk}.post_ffw_norm"))]
+            norms = [self._norm(f"{blk}.{place}_ffw_norm_2") for place in ("pre", "post")]
+            branches.append(Branch(norms[0], self._routed(blk), norms[1]))
+        sublayers = [attention, SubLayer(tuple(branches), post_norm=self._norm(f"{blk}.post_ffw_norm"))]
         if d.per_layer:
             sublayers.append(SubLayer((Branch(None, self._told(blk)),), post_norm=self._norm(f"{blk}.post_norm")))
         scale = self.weight(f"{blk}.layer_output_scale.weight", Role.SCALE, 1)
@@ -174,7 +173,8 @@ class _Builder(Builder):
             scale=0.5**0.5,
         )
 
-    def _norm(self, name: str) -> Any:
+    def _norm(self, name: str) -> Norm:
+        """Over the hidden size."""
         return self.norm(f"{name}.weight", self.hidden)
 
     def _attention(self, index: int) -> Attention:

@@ -32,7 +32,9 @@ def read_tokenizer_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     Raises BadInput for another kind of tokenizer, an unknown `tokenizer.ggml.pre`, or inconsistent lists.
     """
     row = _pre_tokenizer_of(metadata)
-    split = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in row.splits]
+    split: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(expression), "isolated") for expression in row.splits
+    ]
     if row.model == BYTE_LEVEL:
         split.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     backend = build_backend(metadata, pre_tokenizers.Sequence(split), row.ignore_merges)

@@ -1,4 +1,4 @@
-"""Gemma 4 in llama.cpp: the numbers of transformers, of every variant that it can run."""
+"""Gemma 4 in llama.cpp and ONNX Runtime: the numbers of transformers, of every variant that each can run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from in_llama import assert_goes_on_alike, divergence, unquantized
 from moecast.convert.plans.choose import plan_for
 from moecast.convert.settings import Goal
 from moecast.errors import BadInput
+from moecast.runner.engines import OnnxModel
 from moecast.sources.model import open_model
+from onnx_models import cast, onnx_logits
 from toy_models import logits_of
 
 pytestmark = pytest.mark.numeric
@@ -99,3 +101,31 @@ def test_nvfp4_is_kept_code_for_code(tmp_path: Path) -> None:
     for source in (folder, path):
         assert relative_error(runner_logits(open_model(source), TOKENS)[0], expected) < 1e-5
     assert llama.mean_divergence(expected.numpy(), llama.run_isolated(path, TOKENS[0].tolist())) < ROUNDED
+
+
+ONNX = {name: settings for name, settings in (VARIANTS | BEYOND_LLAMA).items() if "num_experts" not in settings}
+
+
+@pytest.mark.parametrize("settings", ONNX.values(), ids=ONNX)
+def test_onnx_is_transformers(settings: dict[str, Any], tmp_path: Path) -> None:
+    oracle = gemma.gemma_model(**settings)
+    folder = gemma.save_gemma(tmp_path / "model", oracle)
+    how = {"file_format": "onnx", "activations": "float32", "verify": False, "threads": 1}
+    engine = OnnxModel(convert(folder, tmp_path, "F32", **how).files[0].parent, threads=1)
+    expected = logits_of(oracle, TOKENS)[0]
+    assert relative_error(onnx_logits(engine, TOKENS[0]), expected) < 1e-5
+    assert relative_error(onnx_logits(engine, TOKENS[0], pieces=7), expected) < 1e-5
+
+
+@pytest.mark.parametrize("settings", [gemma.DENSE, gemma.TOLD], ids=["dense", "told"])
+def test_quantized_onnx_is_our_runner(settings: dict[str, Any], tmp_path: Path) -> None:
+    result = cast(gemma.save_gemma(tmp_path / "model", gemma.gemma_model(**settings)), tmp_path / "out")
+    expected = runner_logits(open_model(result.gguf), TOKENS)[0]
+    assert relative_error(onnx_logits(result.engine(), TOKENS[0]), expected) < 1e-5
+
+
+def test_experts_have_no_form_in_onnx(tmp_path: Path) -> None:
+    """Operators of experts know gates of sigmoids alone."""
+    folder = gemma.save_gemma(tmp_path / "model", gemma.gemma_model(**gemma.MIXTURE))
+    with pytest.raises(BadInput, match=r"ONNX has no form for .* yet: use --to gguf"):
+        convert(folder, tmp_path / "out", "Q4_0", file_format="onnx", calibration=None, verify=False)
