@@ -49,7 +49,7 @@ _HARMLESS_METADATA = ("vocab_size",)  # the embedding says it
 _PREFIXES = ("model.language_model.", "model.", "language_model.model.")
 _OTHER_SENSES = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")
 _HEAD = ("lm_head.weight", "language_model.lm_head.weight")
-_FULL_EVERY = 6  # where nothing is said
+_FULL_EVERY, _PER_LAYER = 6, 256  # where nothing is said
 _ROPES: Mapping[str, Mapping[str, Any]] = {  # where nothing is said
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -151,7 +151,7 @@ def _read_config(config: Config) -> tuple[Family, int]:
     text = text_section(config)
     config.expect("tie_word_embeddings", True)
     expect_all(text, _IMPLEMENTED)
-    layers, heads = text.integer("num_hidden_layers"), text.integer("num_attention_heads")
+    layers = text.integer("num_hidden_layers")
     windowed = text.marked("layer_types", layers, "sliding_attention", "full_attention") or tuple(
         bool((index + 1) % _FULL_EVERY) and index + 1 < layers for index in range(layers)
     )
@@ -160,10 +160,11 @@ def _read_config(config: Config) -> tuple[Family, int]:
     shared, size = text.integer("num_kv_shared_layers", default=0), text.integer("intermediate_size")
     wide = text.flag("use_double_wide_mlp", default=False)
     from_keys = text.flag("attention_k_eq_v", default=False)
-    key_value_heads, head_size = text.integer("num_key_value_heads", default=heads), text.integer("head_dim")
+    key_value_heads, head_size = text.integer("num_key_value_heads"), text.integer("head_dim")
     full = _of_full_layers(text, windowed, from_keys, key_value_heads)
     ropes = {kind: _rope(text, kind) for kind in _ROPES}
-    per_layer = text.integer("hidden_size_per_layer_input", default=0)
+    told = "hidden_size_per_layer_input"
+    per_layer = text.integer(told, default=0) if told in text else _PER_LAYER
     if per_layer:
         text.expect("vocab_size_per_layer_input", text.integer("vocab_size"))
     experts = text.flag("enable_moe_block", default=False)
