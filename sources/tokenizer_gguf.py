@@ -63,9 +63,10 @@ def build_backend(
 ) -> tokenizers.Tokenizer:
     """A `tokenizers` object with the vocabulary and merges of GGUF metadata and the given splitter.
 
-    Where vocabularies have letters, llama.cpp takes a run of newlines that is a token without merging.
+    Either key says that a vocabulary is of characters, of which llama.cpp takes a run of newlines that is a token
+    without merging.
     """
-    falls_back = metadata["tokenizer.ggml.model"] == BYTE_FALLBACK
+    falls_back = BYTE_FALLBACK in (metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre"))
     tokens = _list(metadata, "tokenizer.ggml.tokens", str)
     types = _list(metadata, "tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
@@ -105,7 +106,9 @@ def _split_merge(merge: str) -> tuple[str, str]:
 def _pre_tokenizer_of(metadata: Mapping[str, Any]) -> PreTokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in (BYTE_LEVEL, BYTE_FALLBACK):
-        raise BadInput(f"tokenizer.ggml.model is {kind!r}; moecast reads BPE ({BYTE_LEVEL!r}, {BYTE_FALLBACK!r}) only")
+        raise BadInput(
+            f"tokenizer.ggml.model is {kind!r}; moecast reads BPE ({BYTE_LEVEL!r} or {BYTE_FALLBACK!r}) only"
+        )
     for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
         if key not in metadata:
             raise BadInput(f"{key} is missing; moecast needs a GGUF file with its own vocabulary")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import deltanet_checkpoints as deltanet
+import gemma4_checkpoints as gemma
 import pytest
 import torch
 from conversions import convert
@@ -62,6 +63,10 @@ def test_a_device_gives_the_numbers_of_the_cpu(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("family", deltanet.FAMILIES)
 def test_linear_attention_on_a_device(family: str, tmp_path: Path) -> None:
     _check_on_a_device(open_model(deltanet.save(tmp_path / "model", deltanet.model_of(family))), tmp_path)
+
+
+def test_layers_that_are_told_of_tokens_on_a_device(tmp_path: Path) -> None:
+    _check_on_a_device(open_model(gemma.save_gemma(tmp_path / "model", gemma.gemma_model(**gemma.TOLD))), tmp_path)
 
 
 def _check_on_a_device(model: Model, tmp_path: Path) -> None:
