@@ -153,8 +153,8 @@ class Graph:
         return self.hidden_size * (self.residual.multiplicity if self.residual else 1)
 
     def weights(self) -> Iterator[Weight]:
-        """Every weight once, in file order."""
-        return weights_in(replace(self, draft=None))
+        """Every weight once, in file order, which is the order in which a pass reads them."""
+        return weights_in((self.embedding, self.per_layer, replace(self, draft=None)))
 
     def parameters(self) -> int:
         """Number of weights' elements, with a head that repeats the embedding."""

@@ -18,6 +18,7 @@ from moecast.quant.planning.allocation import typical_damage
 from moecast.quant.planning.fit import Machine, fit
 from moecast.quant.planning.plan import plan_file, plan_tensors
 from moecast.quant.planning.recipes import recipe_named
+from moecast.sources.hub.shards import pass_over
 
 GIB = 2**30
 MIXTURE, DENSE, SMALL, LARGER = "gemma-4-26b-a4b", "gemma-4-31b-nvfp4", "gemma-4-e2b", "gemma-4-e4b"
@@ -150,3 +151,13 @@ def test_missing_tensor_is_named(missing: int) -> None:
     name = tensors.pop(missing).name
     with pytest.raises(BadInput, match=name):
         ARCHITECTURE.from_checkpoint(real_models.config(MIXTURE), tensors)
+
+
+def test_shards_come_in_the_order_in_which_they_are_read() -> None:
+    """What layers are told is looked up first of all; what a file needs and a checkpoint has not breaks no step up."""
+    steps = pass_over(graph_of(SMALL))
+    assert len(steps) == 1 + 35 + 1
+    assert [name.removeprefix("model.language_model.") for name in steps[0]] == [
+        "embed_tokens.weight", "embed_tokens_per_layer.weight", "per_layer_model_projection.weight",
+        "per_layer_projection_norm.weight",
+    ]  # fmt: skip
