@@ -28,7 +28,7 @@ _COMMON: dict[str, Any] = {
     "global_head_dim": 128,
     "sliding_window": 32,
     "max_position_embeddings": 2048,
-    "final_logit_softcapping": 30.0,
+    "final_logit_softcapping": 8.0,
     "hidden_size_per_layer_input": 0,
     "bos_token_id": 0,
     "eos_token_id": 1,
@@ -83,8 +83,8 @@ BEYOND_LLAMA: dict[str, dict[str, Any]] = {
 def gemma_model(seed: int = 0, **settings: Any) -> Gemma4ForCausalLM:
     """A random model whose experts matter, and whose layers add little to what is there, as in trained ones.
 
-    The embedding is small and so are norms of what layers give: as the head it would name the token that it was given,
-    and a soft cap hides what is beyond it.
+    As the head the embedding would name the token that it was given, whatever layers add: the last norm turns the signs
+    of half of the numbers. Norms of what layers give are small beside the residual.
     """
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
@@ -101,9 +101,11 @@ def gemma_model(seed: int = 0, **settings: Any) -> Gemma4ForCausalLM:
             elif "norm" in name or "scale" in name:
                 tensor.uniform_(0.5, 1.5)
             elif "embed_tokens" in name:
-                tensor.normal_(0, 0.06)
+                tensor.normal_(0, 0.12)
             else:
                 tensor.normal_(0, tensor.shape[-1] ** -0.5)
+        last = model.model.norm.weight
+        last *= torch.where(torch.rand_like(last) < 0.5, -1.0, 1.0)
     return model
 
 

@@ -24,10 +24,10 @@ from toy_models import logits_of
 pytestmark = pytest.mark.numeric
 
 TOKENS = random_tokens(1, 96)
-WITH_ITS_GELU = 1e-9  # measured: at most 3e-10
-UNQUANTIZED = 2e-8  # its GELU is a table of 16 bits; measured: at most 5e-9
+WITH_ITS_GELU = 2e-9  # measured: at most 6e-10
+UNQUANTIZED = 1e-7  # its GELU is a table of 16 bits; measured: at most 3e-8
 READ_BACK = KINDS | {name: VARIANTS[name] for name in ("no cap", "half of each head turns", "told, nothing shared")}
-ROUNDED = 1e-4  # measured: at most 7e-6
+ROUNDED = 1.5e-3  # llama.cpp rounds activations to 8 bits; measured: at most 5e-4
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
@@ -75,7 +75,7 @@ def test_metadata(tmp_path: Path) -> None:
         "attention.head_count_kv": 1, "attention.key_length": 128, "attention.value_length": 128,
         "attention.key_length_swa": 64, "attention.value_length_swa": 64, "attention.sliding_window": 32,
         "attention.sliding_window_pattern": [True, True, False, True, False, True, True, False],
-        "attention.shared_kv_layers": 3, "feed_forward_length": [384] * 5 + [768] * 3, "final_logit_softcapping": 30.0,
+        "attention.shared_kv_layers": 3, "feed_forward_length": [384] * 5 + [768] * 3, "final_logit_softcapping": 8.0,
         "embedding_length_per_layer_input": 32, "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4,
         "rope.dimension_count": 128, "rope.dimension_count_swa": 64,
     }  # fmt: skip
