@@ -42,11 +42,12 @@ def test_published_form(settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("sizes", [[1] * 80, [50, 1, 1, 28]], ids=["steps", "pieces"])
+@pytest.mark.parametrize("sizes", [[1] * 44, [36, 1, 1, 6]], ids=["steps", "pieces"])
 def test_steps_and_pieces_of_a_text(settings: dict[str, Any], sizes: list[int], tmp_path: Path) -> None:
     oracle = gemma.gemma_model(**settings)
     model = open_model(gemma.save_gemma(tmp_path / "m", oracle))
-    assert relative_error(logits_in_pieces(model, TOKENS, sizes), logits_of(oracle, TOKENS)) < 1e-5
+    tokens = random_tokens(1, 44)  # windows end after 32
+    assert relative_error(logits_in_pieces(model, tokens, sizes), logits_of(oracle, tokens)) < 1e-5
 
 
 @pytest.mark.parametrize("settings", [VARIANTS["odd widths"], gemma.TOLD], ids=["mixture", "told"])

@@ -28,7 +28,7 @@ def test_same_bytes_and_figures(stopped: int, tmp_path: Path, monkeypatch: pytes
     folder = gemma.save_gemma(tmp_path / "model", gemma.gemma_model(**gemma.TOLD))
     text = tmp_path / "text.txt"
     text.write_text(checkpoints.TEXT.read_text()[:1500])
-    how = {"calibration": text, "file": text, "context": 64, "chunks": 3, "threads": 1}
+    how = {"calibration": text, "file": text, "context": 48, "chunks": 2, "threads": 1}
     whole = convert(folder, tmp_path / "whole", "Q4_K_M", **how)
     left = Stream.leave
 
