@@ -1,7 +1,7 @@
 """Gemma 4 (26B-A4B, 31B, E2B, E4B): windows and whole contexts by turns, in heads of two sizes.
 
-Some have experts beside the dense layer, some take keys and values from earlier layers and are told of each token in
-every layer.
+Some have experts beside the dense layer, some use keys and values of earlier layers and have per-layer
+embeddings.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ def _read_config(config: Config) -> tuple[Family, int]:
     key_value_heads, head_size = text.integer("num_key_value_heads"), text.integer("head_dim")
     full = _of_full_layers(text, windowed, from_keys, key_value_heads)
     ropes = {kind: _rope(text, kind) for kind in _ROPES}
-    told = "hidden_size_per_layer_input"
-    per_layer = text.integer(told, default=0) if told in text else _PER_LAYER
+    key = "hidden_size_per_layer_input"
+    per_layer = text.integer(key, default=0) if key in text else _PER_LAYER
     if per_layer:
         text.expect("vocab_size_per_layer_input", text.integer("vocab_size"))
     experts = text.flag("enable_moe_block", default=False)

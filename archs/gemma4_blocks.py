@@ -69,7 +69,7 @@ def _dense_sizes(graph: Graph) -> int | list[int]:
 class Family(Dimensions):
     """Quantities of absent kinds of blocks are 0. Lists have an entry for each layer: whether its attention has a
     window, how many key-value heads, whether projected keys are its values, and how wide its dense layer is. The last
-    `shared` layers use keys and values of earlier ones; `per_layer` is the width of what layers are told of a token."""
+    `shared` layers use keys and values of earlier ones; `per_layer` is the width of per-layer embeddings."""
 
     layers: int = quantity("num_hidden_layers", "block_count", lambda graph: len(graph.layers))
     dense_sizes: tuple[int, ...] = quantity(gguf="feed_forward_length", from_graph=_dense_sizes)
@@ -156,7 +156,9 @@ class _Builder(Builder):
             branches.append(Branch(norms[0], self._routed(blk), norms[1]))
         sublayers = [attention, SubLayer(tuple(branches), post_norm=self._norm(f"{blk}.post_ffw_norm"))]
         if d.per_layer:
-            sublayers.append(SubLayer((Branch(None, self._told(blk)),), post_norm=self._norm(f"{blk}.post_norm")))
+            sublayers.append(
+                SubLayer((Branch(None, self._per_layer_input(blk)),), post_norm=self._norm(f"{blk}.post_norm"))
+            )
         scale = self.weight(f"{blk}.layer_output_scale.weight", Role.SCALE, 1)
         return Layer(index, (*sublayers[:-1], replace(sublayers[-1], scale=scale)))
 
@@ -229,7 +231,7 @@ class _Builder(Builder):
         scale = self.weight(f"{blk}.ffn_down_exps.scale", Role.SCALE, d.experts)
         return replace(moe, router=replace(router, expert_scale=scale))
 
-    def _told(self, blk: str) -> PerLayerInput:
+    def _per_layer_input(self, blk: str) -> PerLayerInput:
         d = self._d
         return PerLayerInput(
             gate=self.weight(f"{blk}.inp_gate.weight", Role.PER_LAYER_GATE, d.per_layer, d.hidden),

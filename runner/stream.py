@@ -102,8 +102,8 @@ class Stream:
 
     `hidden` is the residual: [chunks, context, hidden size], or with hyper-connections
     [chunks, context, streams, hidden size]. `shared` is what later layers will read of those passed, by the numbers of
-    these: [chunks, tokens so far, width]. `inputs` are what layers to come are told of the tokens, by their numbers:
-    [chunks, context, width]. With a `cache`, the tokens follow those of the streams that filled it. A stream that goes
+    these: [chunks, tokens so far, width]. `inputs` are the per-layer embeddings of the tokens for layers to
+    come, by their numbers: [chunks, context, width]. With a `cache`, the tokens follow those of the streams that filled it. A stream that goes
     on where another stopped is given that one's `states`, and the numbers of the layers whose shared states are among
     them; inputs are the other one's, where it is still there, or found anew.
     """
@@ -137,7 +137,7 @@ class Stream:
         if states is None or (per_layer and inputs is None):
             self._embed()
         if per_layer and inputs is None:
-            self._tell_layers(per_layer)
+            self._embed_for_layers(per_layer)
         if states is not None:
             self._take_up(iter(states), sharing)
 
@@ -208,8 +208,8 @@ class Stream:
         if isinstance(block, RoutedTokens):
             return block.answer(chunk, normed)
         shared = {} if source is None else {source: self.shared[source][chunk]}
-        told = self.inputs[index][chunk] if index in self.inputs else None
-        context = Context(self.tokens[chunk], self._positions, index, index in self._readers, told, shared)
+        own = self.inputs[index][chunk] if index in self.inputs else None
+        context = Context(self.tokens[chunk], self._positions, index, index in self._readers, own, shared)
         key = (index, entered.number, place, chunk)
         past = self._cache.states.get(key) if self._cache else None
         output, state = block(normed, past or block.initial_state(), context)
@@ -276,8 +276,8 @@ class Stream:
                 yield part, block[tokens[part] - rows[0]]
             self.weights.release()
 
-    def _tell_layers(self, per_layer: PerLayerEmbedding) -> None:
-        """Work out what each layer is told of the tokens, while `hidden` is their embeddings."""
+    def _embed_for_layers(self, per_layer: PerLayerEmbedding) -> None:
+        """Work out the per-layer embeddings of all tokens, while `hidden` is their embeddings."""
         layers, width = range(per_layer.table.columns // per_layer.width), per_layer.width
         self.inputs = {
             layer: self._workspace.activations(*self.tokens.shape, width, whole_chunks=True) for layer in layers

@@ -43,8 +43,8 @@ MIXTURE: dict[str, Any] = DENSE | {
     "top_k_experts": 4,
     "moe_intermediate_size": 128,
 }
-# As E2B: layers that use keys of others and are twice as wide, and what each is told of a token.
-TOLD: dict[str, Any] = _COMMON | {
+# As E2B: layers that use keys of others and are twice as wide, and per-layer embeddings.
+PER_LAYER: dict[str, Any] = _COMMON | {
     "num_hidden_layers": 8,
     "layer_types": [WINDOW, WINDOW, FULL, WINDOW, FULL, WINDOW, WINDOW, FULL],
     "num_key_value_heads": 1,
@@ -53,12 +53,12 @@ TOLD: dict[str, Any] = _COMMON | {
     "hidden_size_per_layer_input": 32,
 }
 SHORT = [WINDOW, WINDOW, FULL]
-KINDS = {"mixture": MIXTURE, "dense": DENSE, "told": TOLD}
+KINDS = {"mixture": MIXTURE, "dense": DENSE, "per layer": PER_LAYER}
 # Of which kind, and what else; what llama.cpp has too, and what it has not.
 VARIANTS: dict[str, dict[str, Any]] = {
     "mixture": MIXTURE,
     "dense": DENSE,
-    "told": TOLD,
+    "per layer": PER_LAYER,
     "odd widths": MIXTURE | {"intermediate_size": 352, "moe_intermediate_size": 96, "num_hidden_layers": 3,
                              "layer_types": SHORT},
     "one expert a token": MIXTURE | {"top_k_experts": 1},
@@ -70,11 +70,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
             WINDOW: {"rope_type": "default", "rope_theta": 2e4},
         }
     },
-    "shared, as wide as others": TOLD | {"use_double_wide_mlp": False},
-    "told, nothing shared": TOLD | {"num_kv_shared_layers": 0},
+    "shared, as wide as others": PER_LAYER | {"use_double_wide_mlp": False},
+    "per layer, nothing shared": PER_LAYER | {"num_kv_shared_layers": 0},
 }  # fmt: skip
 BEYOND_LLAMA: dict[str, dict[str, Any]] = {
-    "keys of a layer before the last": TOLD
+    "keys of a layer before the last": PER_LAYER
     | {"num_hidden_layers": 6, "num_kv_shared_layers": 3, "layer_types": [FULL, WINDOW, WINDOW, FULL, WINDOW, FULL]},
     "every layer sees all": DENSE | {"num_hidden_layers": 2, "layer_types": [FULL, FULL]},
 }  # fmt: skip

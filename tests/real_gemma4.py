@@ -41,13 +41,13 @@ def _modelopt(module: str, rows: int, columns: int) -> _Stored:
 
 
 def _language(text: dict[str, Any], nvfp4: str) -> _Stored:
-    hidden, layers, told = text["hidden_size"], text["num_hidden_layers"], text.get("hidden_size_per_layer_input")
+    hidden, layers, width = text["hidden_size"], text["num_hidden_layers"], text.get("hidden_size_per_layer_input")
     yield f"{_PREFIX}.embed_tokens.weight", (text["vocab_size"], hidden), "BF16"
     yield f"{_PREFIX}.norm.weight", (hidden,), "BF16"
-    if told:
-        yield from _plain(f"{_PREFIX}.embed_tokens_per_layer", text["vocab_size_per_layer_input"], layers * told)
-        yield from _plain(f"{_PREFIX}.per_layer_model_projection", layers * told, hidden)
-        yield f"{_PREFIX}.per_layer_projection_norm.weight", (told,), "BF16"
+    if width:
+        yield from _plain(f"{_PREFIX}.embed_tokens_per_layer", text["vocab_size_per_layer_input"], layers * width)
+        yield from _plain(f"{_PREFIX}.per_layer_model_projection", layers * width, hidden)
+        yield f"{_PREFIX}.per_layer_projection_norm.weight", (width,), "BF16"
     for layer in range(layers):
         module = f"{_PREFIX}.layers.{layer}"
         places = ("input", "post_attention", "pre_feedforward", "post_feedforward")
@@ -63,9 +63,9 @@ def _language(text: dict[str, Any], nvfp4: str) -> _Stored:
         yield from encoded(f"{module}.mlp.down_proj", hidden, inner)
         if text.get("enable_moe_block"):
             yield from _experts(module, text, nvfp4)
-        if told:
-            yield from _plain(f"{module}.per_layer_input_gate", told, hidden)
-            yield from _plain(f"{module}.per_layer_projection", hidden, told)
+        if width:
+            yield from _plain(f"{module}.per_layer_input_gate", width, hidden)
+            yield from _plain(f"{module}.per_layer_projection", hidden, width)
             yield f"{module}.post_per_layer_input_norm.weight", (hidden,), "BF16"
 
 

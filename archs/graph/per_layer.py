@@ -1,4 +1,4 @@
-"""Per-layer embeddings: what each layer is told of a token beside the residual."""
+"""Per-layer embeddings: what each layer reads of a token beside the residual."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from .compressed_attention import compressed_attention
 from .deltanet import delta_net
 from .experts import dense, moe
 from .mamba import mamba
-from .per_layer import per_layer_input, tell_layers
+from .per_layer import embed_for_layers, per_layer_input
 from .residual import residual_of
 
 ACTIVATIONS = {"int8": 4, "float32": 0}
@@ -62,7 +62,7 @@ def build_model(plan: OnnxPlan, activations: str = "int8") -> tuple[ir.Model, li
     residual = residual_of(graph, build)
     embedded = build.scaled(build.rows(tokens, graph.embedding), graph.embedding_scale)
     if graph.per_layer:
-        tell_layers(build, graph.per_layer, embedded)
+        embed_for_layers(build, graph.per_layer, embedded)
     hidden = residual.begin(embedded)
     for layer in graph.layers:
         for number, sublayer in enumerate(layer.sublayers):

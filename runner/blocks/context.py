@@ -16,7 +16,7 @@ class Context:
         positions: where they stand in their text, int64 [tokens].
         layer: number of the layer.
         shares: whether later layers read what this one remembers; then it puts that into `shared`.
-        input: what is told of the tokens to this layer alone, [tokens, width], see `graph.PerLayerEmbedding`.
+        input: the tokens' embeddings for this layer, [tokens, width], see `graph.PerLayerEmbedding`.
         shared: by number of the layer, what others may read of all tokens so far, float32 [tokens so far, width].
     """
 

@@ -100,7 +100,7 @@ def test_quantized_releases_hold_the_same_weights(name: str, encoded: str) -> No
 @pytest.mark.parametrize(
     ("quant", "table"), [("Q4_K_M", "Q6_K"), ("IQ2_M", "Q5_K"), ("MXFP4_MOE", "Q8_0"), ("BF16", "BF16")]
 )
-def test_types_of_what_is_told(quant: str, table: str) -> None:
+def test_types_of_per_layer_embeddings(quant: str, table: str) -> None:
     """The table is to llama-quantize what the embedding is, which is the head; what it leaves alone is BF16."""
     plan = plan_tensors(graph_of(SMALL), recipe_named(quant))
     types = {tensor.weight.role: tensor.type.name for tensor in plan.tensors}
@@ -154,7 +154,7 @@ def test_missing_tensor_is_named(missing: int) -> None:
 
 
 def test_shards_come_in_the_order_in_which_they_are_read() -> None:
-    """What layers are told is looked up first of all; what a file needs and a checkpoint has not breaks no step up."""
+    """Per-layer embeddings are looked up first of all; what a file needs and a checkpoint has not breaks no step up."""
     steps = pass_over(graph_of(SMALL))
     assert len(steps) == 1 + 35 + 1
     assert [name.removeprefix("model.language_model.") for name in steps[0]] == [

@@ -26,7 +26,9 @@ pytestmark = pytest.mark.numeric
 TOKENS = random_tokens(1, 96)
 WITH_ITS_GELU = 2e-9  # measured: at most 6e-10
 UNQUANTIZED = 1e-7  # its GELU is a table of 16 bits; measured: at most 3e-8
-READ_BACK = KINDS | {name: VARIANTS[name] for name in ("no cap", "half of each head turns", "told, nothing shared")}
+READ_BACK = KINDS | {
+    name: VARIANTS[name] for name in ("no cap", "half of each head turns", "per layer, nothing shared")
+}
 ROUNDED = 1.5e-3  # llama.cpp rounds activations to 8 bits; measured: at most 5e-4
 
 
@@ -62,11 +64,11 @@ def test_quantized_file_in_llama(settings: dict[str, Any], quant: str, tmp_path:
 
 def test_text_goes_on_as_in_llama(tmp_path: Path) -> None:
     """With windows that are over and keys of other layers."""
-    assert_goes_on_alike(gemma.save_gemma(tmp_path / "model", gemma.gemma_model(**gemma.TOLD)), tmp_path, count=34)
+    assert_goes_on_alike(gemma.save_gemma(tmp_path / "model", gemma.gemma_model(**gemma.PER_LAYER)), tmp_path, count=34)
 
 
 def test_metadata(tmp_path: Path) -> None:
-    folder = gemma.save_gemma(tmp_path / "model", gemma.gemma_model(**gemma.TOLD))
+    folder = gemma.save_gemma(tmp_path / "model", gemma.gemma_model(**gemma.PER_LAYER))
     fields = gguf.GGUFReader(unquantized(folder, tmp_path)).fields
     found = {key.removeprefix("gemma4."): fields[key].contents() for key in fields if key.startswith("gemma4.")}
     assert found.pop("attention.layer_norm_rms_epsilon") == pytest.approx(1e-6)
@@ -104,7 +106,7 @@ def test_nvfp4_is_kept_code_for_code(tmp_path: Path) -> None:
     assert llama.mean_divergence(expected.numpy(), llama.run_isolated(path, TOKENS[0].tolist())) < ROUNDED
 
 
-ONNX = BEYOND_LLAMA | {name: VARIANTS[name] for name in ("told", "half of each head turns")}
+ONNX = BEYOND_LLAMA | {name: VARIANTS[name] for name in ("per layer", "half of each head turns")}
 
 
 @pytest.mark.parametrize("settings", ONNX.values(), ids=ONNX)
@@ -118,7 +120,7 @@ def test_onnx_is_transformers(settings: dict[str, Any], tmp_path: Path) -> None:
     assert relative_error(onnx_logits(engine, TOKENS[0], pieces=7), expected) < 1e-5
 
 
-@pytest.mark.parametrize("settings", [gemma.DENSE, gemma.TOLD], ids=["dense", "told"])
+@pytest.mark.parametrize("settings", [gemma.DENSE, gemma.PER_LAYER], ids=["dense", "per layer"])
 def test_quantized_onnx_is_our_runner(settings: dict[str, Any], tmp_path: Path) -> None:
     result = cast(gemma.save_gemma(tmp_path / "model", gemma.gemma_model(**settings)), tmp_path / "out")
     expected = runner_logits(open_model(result.gguf), TOKENS)[0]

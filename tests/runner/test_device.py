@@ -65,8 +65,8 @@ def test_linear_attention_on_a_device(family: str, tmp_path: Path) -> None:
     _check_on_a_device(open_model(deltanet.save(tmp_path / "model", deltanet.model_of(family))), tmp_path)
 
 
-def test_layers_that_are_told_of_tokens_on_a_device(tmp_path: Path) -> None:
-    _check_on_a_device(open_model(gemma.save_gemma(tmp_path / "model", gemma.gemma_model(**gemma.TOLD))), tmp_path)
+def test_per_layer_embeddings_on_a_device(tmp_path: Path) -> None:
+    _check_on_a_device(open_model(gemma.save_gemma(tmp_path / "model", gemma.gemma_model(**gemma.PER_LAYER))), tmp_path)
 
 
 def _check_on_a_device(model: Model, tmp_path: Path) -> None:

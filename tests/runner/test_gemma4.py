@@ -50,7 +50,7 @@ def test_steps_and_pieces_of_a_text(settings: dict[str, Any], sizes: list[int], 
     assert relative_error(logits_in_pieces(model, tokens, sizes), logits_of(oracle, tokens)) < 1e-5
 
 
-@pytest.mark.parametrize("settings", [VARIANTS["odd widths"], gemma.TOLD], ids=["mixture", "told"])
+@pytest.mark.parametrize("settings", [VARIANTS["odd widths"], gemma.PER_LAYER], ids=["mixture", "per layer"])
 def test_padding_changes_no_result(settings: dict[str, Any], tmp_path: Path) -> None:
     """The hidden size stays: the embedding is the head."""
     oracle = gemma.gemma_model(**settings)

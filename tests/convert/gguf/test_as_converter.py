@@ -63,7 +63,7 @@ CHECKPOINTS: dict[str, Save] = {
     "Qwen3 packed by compressed-tensors": lambda folder: packed_qwen3(folder, "compressed"),
     "Gemma 4 with experts": lambda folder: gemma.save_gemma(folder, gemma.gemma_model(**gemma.MIXTURE)),
     "Gemma 4 dense": lambda folder: gemma.publish_gemma(folder, gemma.gemma_model(**gemma.DENSE), gemma.DENSE),
-    "Gemma 4 told of tokens": lambda folder: gemma.save_gemma(folder, gemma.gemma_model(**gemma.TOLD)),
+    "Gemma 4 with per-layer embeddings": lambda folder: gemma.save_gemma(folder, gemma.gemma_model(**gemma.PER_LAYER)),
     "gpt-oss": lambda folder: gpt_oss.save_gpt_oss(folder, gpt_oss.gpt_oss_model()),
 }
 # What sets decay and strength of linear attention: kept in float32, as what is smaller still.

@@ -26,7 +26,7 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
 from conversions import convert
-from gemma4_checkpoints import TOLD
+from gemma4_checkpoints import PER_LAYER
 from hub_server import HubServer
 from moecast import __version__
 from moecast.archs.graph import Layer
@@ -102,7 +102,7 @@ def test_killed_at_random_moments(
         deepseek_checkpoints.save_deepseek_hub(source, deepseek_checkpoints.deepseek_model())
         deepseek_checkpoints.add_draft(source)
     if example == "layers that use keys of others":
-        source = gemma4_checkpoints.save_gemma(tmp_path / "source", gemma4_checkpoints.gemma_model(**TOLD))
+        source = gemma4_checkpoints.save_gemma(tmp_path / "source", gemma4_checkpoints.gemma_model(**PER_LAYER))
     if options.get("calibration"):
         options = options | {
             "calibration": str(_excerpt(tmp_path)),

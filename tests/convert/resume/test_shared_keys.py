@@ -1,4 +1,4 @@
-"""A conversion that stops among layers that use keys of others and are told of each token goes on to the same bytes."""
+"""A conversion that stops among layers that use keys of others, with per-layer embeddings, goes on to the same bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_same_bytes_and_figures(stopped: int, tmp_path: Path, monkeypatch: pytes
     Calibration, source and candidate have come to the same keys and the same words for each layer: the file has the
     same bytes and the comparison the same figures.
     """
-    folder = gemma.save_gemma(tmp_path / "model", gemma.gemma_model(**gemma.TOLD))
+    folder = gemma.save_gemma(tmp_path / "model", gemma.gemma_model(**gemma.PER_LAYER))
     text = tmp_path / "text.txt"
     text.write_text(checkpoints.TEXT.read_text()[:1500])
     how = {"calibration": text, "file": text, "context": 48, "chunks": 2, "threads": 1}
