@@ -1,4 +1,4 @@
-"""A conversion that stops among layers that use keys of others, with per-layer embeddings, goes on to the same bytes."""
+"""A conversion that stops among layers that use keys of others, with per-layer embeddings, goes on alike."""
 
 from __future__ import annotations
 
