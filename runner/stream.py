@@ -102,7 +102,7 @@ class Stream:
 
     `hidden` is the residual: [chunks, context, hidden size], or with hyper-connections
     [chunks, context, streams, hidden size]. `shared` is what later layers will read of those passed, by the numbers of
-    these: [chunks, tokens so far, width]. `inputs` are the per-layer embeddings of the tokens for layers to come, by the
+    these: [chunks, tokens so far, width]. `inputs` are the tokens' per-layer embeddings for layers to come, by the
     numbers of these: [chunks, context, width]. With a `cache`, the tokens follow those of the streams that filled it. A
     stream that goes on where another stopped is given that one's `states`, and the numbers of the layers whose shared
     states are among them; inputs are the other one's, where it is still there, or found anew.
