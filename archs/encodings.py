@@ -144,9 +144,13 @@ class Mxfp4(_Nibbles):
 
 @dataclass(frozen=True)
 class GlobalScales(Derived):
-    """The global scales of NVFP4 matrices as a vector: one, or one for each expert of a stack."""
+    """The global scales of NVFP4 matrices as a vector: one, or one for each expert of a stack.
+
+    `factors` are what the matrices are multiplied by besides.
+    """
 
     matrices: tuple[Nvfp4, ...]
+    factors: Expression | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -154,7 +158,7 @@ class GlobalScales(Derived):
 
     @property
     def parts(self) -> tuple[Expression, ...]:
-        return self.matrices
+        return (*self.matrices, *((self.factors,) if self.factors else ()))
 
     @property
     def bits(self) -> float:

@@ -180,6 +180,25 @@ class Zeros(Derived):
 
 
 @dataclass(frozen=True)
+class Given(Derived):
+    """A vector that an engine wants in its file and that a checkpoint has in its configuration."""
+
+    values: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (len(self.values),)
+
+    @property
+    def parts(self) -> tuple[Expression, ...]:
+        return ()
+
+    @property
+    def bits(self) -> float:
+        return 32.0
+
+
+@dataclass(frozen=True)
 class Padded(_Wrapped):
     """`factor * source` in the first rows and columns of a larger matrix, zeros in the others."""
 

@@ -60,6 +60,12 @@ _DEEPSEEK_V3 = (
 )
 
 
+# Kinds of byte-pair vocabularies, in llama.cpp's words: of bytes, and of characters with a space as U+2581, what is no
+# token being written in bytes.
+BYTE_LEVEL, BYTE_FALLBACK = "gpt2", "gemma4"
+SPACE = "\u2581"
+
+
 @dataclass(frozen=True)
 class PreTokenizer:
     """One splitter of llama.cpp under all its names, the usual one first."""
@@ -73,6 +79,8 @@ class PreTokenizer:
     """A piece that is a token as a whole is taken without merging."""
     add_bos: bool = False
     """Whether text begins with BOS when the file has no `tokenizer.ggml.add_bos_token`."""
+    model: str = BYTE_LEVEL
+    """What kind of vocabulary it is for, as `tokenizer.ggml.model` says it."""
 
 
 PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
@@ -132,13 +140,14 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
         splits=(_GPT2_ENGINE,),
         sources=((_GPT2,),),
     ),
+    PreTokenizer(names=("gemma4",), splits=(r"[^\n]+|\n+",), add_bos=True, model=BYTE_FALLBACK),
     PreTokenizer(names=("default",), splits=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2_ENGINE, r"\p{N}+", "[0-9][0-9][0-9]")),
 )
 
 
 OTHER_NAMES = (
     *("afmoe", "a.x-4.0", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "dbrx"),
-    *("deepseek-coder", "deepseek-llm", "exaone-moe", "f2llmv2", "falcon", "gemma4", "glm4", "glm5"),
+    *("deepseek-coder", "deepseek-llm", "exaone-moe", "f2llmv2", "falcon", "glm4", "glm5"),
     *("gpt3-finnish", "granite-docling", "granite-embed-multi-311m", "granite-embed-multi-97m", "grok-2", "jais-2"),
     *("jina-de", "jina-es", "jina-v1-en", "jina-v2-code", "jina-v2-de", "jina-v2-es", "jina-v5-nano", "kimi-k2"),
     *("kormo", "laguna", "llada-moe", "minicpm5", "mmbert", "poro-chat", "refact"),
@@ -167,6 +176,17 @@ def spelled_alike(tokenizer_json: Mapping[str, Any]) -> list[PreTokenizer]:
     ignore_merges = bool(tokenizer_json["model"].get("ignore_merges", False))
     rows = [row for row in PRE_TOKENIZERS if splitter in row.sources]
     return [row for row in rows if row.ignore_merges == ignore_merges] or rows
+
+
+def model_of(tokenizer_json: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name of the kind of vocabulary that tokenizer.json (parsed) has; None for what it has no name for."""
+    if tokenizer_json["model"]["type"] != "BPE":
+        return None
+    if any(step["type"] == "ByteLevel" for step in pre_tokenizer_steps(tokenizer_json)):
+        return BYTE_LEVEL
+    replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    spaced = tokenizer_json.get("normalizer") == replaced
+    return BYTE_FALLBACK if spaced and tokenizer_json["model"].get("byte_fallback") else None
 
 
 def splitter_of(tokenizer_json: Mapping[str, Any]) -> tuple[str, ...]:

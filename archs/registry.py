@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from ..errors import BadInput
-from . import cohere2, deepseek_v4, gpt_oss, minimax_m2, minimax_m3, nemotron_h, qwen3_5, qwen3_moe, qwen3_next
+from . import (
+    cohere2,
+    deepseek_v4,
+    gemma4,
+    gpt_oss,
+    minimax_m2,
+    minimax_m3,
+    nemotron_h,
+    qwen3_5,
+    qwen3_moe,
+    qwen3_next,
+)
 from .architecture import Architecture
 from .config import Config
 
@@ -18,6 +29,7 @@ def architectures() -> tuple[Architecture, ...]:
         deepseek_v4.ARCHITECTURE,
         qwen3_moe.ARCHITECTURE,
         gpt_oss.ARCHITECTURE,
+        gemma4.ARCHITECTURE,
         cohere2.DENSE,
         cohere2.MIXTURE,
         qwen3_next.ARCHITECTURE,

@@ -66,6 +66,10 @@ class Role(Enum):
     DELTA_RATE = "delta_rate"  # how much of a token is written, and how much is kept of all before
     DELTA_CONVOLUTION = "delta_convolution"
     DELTA_SCALAR = "delta_scalar"
+    PER_LAYER_TABLE = "per_layer_table"  # a vector of each token for each layer
+    PER_LAYER_PROJECTION = "per_layer_projection"
+    PER_LAYER_GATE = "per_layer_gate"
+    PER_LAYER_OUTPUT = "per_layer_output"
     PREDICTION_INPUT = "prediction_input"
     SCALE = "scale"
     BIAS = "bias"

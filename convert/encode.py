@@ -232,6 +232,7 @@ class QuantizingWeights(CachedWeights):
         super().__init__(encoder.plan.graph, label, encoder.source.compute_dtype, encoder.source.device)
         self._encoder = encoder
         self._planned = {tensor.weight.name: tensor for tensor in encoder.plan.tensors}
+        self._applied = {weight.name for weight in self.graph.weights()}
         self._encoded: dict[tuple[str, int], Tensor] = {}  # of experts that were made ready
 
     def prepare(self, stacks: Sequence[Weight], experts: Sequence[int]) -> None:
@@ -264,7 +265,9 @@ class QuantizingWeights(CachedWeights):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _scale_of(self, weight: Weight) -> PlannedTensor | None:
-        return self._planned.get(scale_name(weight.name))
+        """What a weight is multiplied by in the file, unless an operation does that itself."""
+        name = scale_name(weight.name)
+        return None if name in self._applied else self._planned.get(name)
 
 
 def _side_by_side(matrices: Sequence[Tensor]) -> Tensor:

@@ -84,7 +84,15 @@ def working_set(graph: Graph, context: int, copies: int) -> int:
     residual = PASSING * context * graph.residual_size
     sublayers = (sublayer for layer in graph.layers for sublayer in layer.sublayers)
     largest = max(sum(_operation(op, context, copies) for op in sublayer.operations) for sublayer in sublayers)
-    return _FLOAT * (largest + vocabulary + residual)
+    return _FLOAT * (max(largest, _per_layer_embedding(graph, context, copies)) + vocabulary + residual)
+
+
+def _per_layer_embedding(graph: Graph, context: int, copies: int) -> int:
+    """Numbers in memory while per-layer embeddings are worked out."""
+    if not graph.per_layer:
+        return 0
+    table, projection = graph.per_layer.table, graph.per_layer.projection
+    return copies * (PIECE_ROWS * table.columns + projection.elements) + PASSING * context * table.columns
 
 
 def _moments(graph: Graph) -> int:

@@ -80,7 +80,10 @@ class LayerPass:
     def fork(self, name: str, stream: Stream, weights: Weights) -> Stream:
         """One more stream, which has come as far as another."""
         states, sharing = stream.states(), [*stream.shared]
-        return self._add(name, Stream(self.model, stream.tokens, None, weights, states, sharing, self._workspace))
+        forked = Stream(
+            self.model, stream.tokens, None, weights, states, sharing, self._workspace, inputs=stream.inputs
+        )
+        return self._add(name, forked)
 
     def advance(self, layers: Sequence[Layer], experts_done: Callable[[Sequence[int]], None] | None = None) -> None:
         """Run every stream through a layer of its own, see `stream.advance`."""

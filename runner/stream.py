@@ -26,6 +26,8 @@ from ..archs.graph import (
     MoE,
     Norm,
     Operation,
+    PerLayerEmbedding,
+    PerLayerInput,
     SubLayer,
 )
 from ..archs.weights import Weight
@@ -40,6 +42,7 @@ from .blocks.context import Context
 from .blocks.deltanet import DeltaNetMixer
 from .blocks.experts import Mixture, RoutedTokens, order_of_experts, run_experts
 from .blocks.mamba import MambaMixer
+from .blocks.per_layer import PerLayerMixer, project_inputs
 from .blocks.residual import residual_of
 from .placement import Placement
 from .weights import ModelWeights, Weights, multiply
@@ -64,6 +67,7 @@ MIXERS: Mapping[type[Operation], Callable[[Any, Weights], Mixer | Mixture]] = {
     Mamba2: MambaMixer,
     MLP: DenseMixer,
     MoE: Mixture,
+    PerLayerInput: PerLayerMixer,
 }
 """What computes each operation, made of it and its weights."""
 
@@ -98,9 +102,10 @@ class Stream:
 
     `hidden` is the residual: [chunks, context, hidden size], or with hyper-connections
     [chunks, context, streams, hidden size]. `shared` is what later layers will read of those passed, by the numbers of
-    these: [chunks, tokens so far, width]. With a `cache`, the tokens follow those of the streams that filled it. A
+    these: [chunks, tokens so far, width]. `inputs` are the tokens' per-layer embeddings for layers to come, by the
+    numbers of these: [chunks, context, width]. With a `cache`, the tokens follow those of the streams that filled it. A
     stream that goes on where another stopped is given that one's `states`, and the numbers of the layers whose shared
-    states are among them.
+    states are among them; inputs are the other one's, where it is still there, or found anew.
     """
 
     def __init__(
@@ -112,6 +117,7 @@ class Stream:
         states: Iterable[Tensor] | None = None,
         sharing: Iterable[int] = (),
         workspace: Workspace | None = None,
+        inputs: Mapping[int, Activations] | None = None,
     ) -> None:
         self.model = model
         self.weights = weights or ModelWeights(model)
@@ -126,9 +132,13 @@ class Stream:
         self.hidden = self._workspace.activations(*tokens.shape, *self._residual.width, whole_chunks=True)
         if cache:
             cache.tokens += tokens.shape[1]
-        if states is None:
+        per_layer = self.weights.graph.per_layer
+        self.inputs = dict(inputs or {})
+        if states is None or (per_layer and inputs is None):
             self._embed()
-        else:
+        if per_layer and inputs is None:
+            self._embed_for_layers(per_layer)
+        if states is not None:
             self._take_up(iter(states), sharing)
 
     def states(self) -> Iterator[Tensor]:
@@ -178,6 +188,7 @@ class Stream:
         """The layer is passed: drop what nobody will read any more."""
         for source in [source for source in self.shared if self._readers[source] <= layer.index]:
             del self.shared[source]
+        self.inputs.pop(layer.index, None)
 
     def _route(self, entered: Entered) -> None:
         branches = entered.sublayer.branches
@@ -197,7 +208,8 @@ class Stream:
         if isinstance(block, RoutedTokens):
             return block.answer(chunk, normed)
         shared = {} if source is None else {source: self.shared[source][chunk]}
-        context = Context(self.tokens[chunk], self._positions, index, index in self._readers, shared)
+        own = self.inputs[index][chunk] if index in self.inputs else None
+        context = Context(self.tokens[chunk], self._positions, index, index in self._readers, own, shared)
         key = (index, entered.number, place, chunk)
         past = self._cache.states.get(key) if self._cache else None
         output, state = block(normed, past or block.initial_state(), context)
@@ -249,15 +261,34 @@ class Stream:
             self.weights.release()
 
     def _embed(self) -> None:
-        embedding, tokens = self.weights.graph.embedding, self.tokens.flatten()
-        for _, rows in pieces(embedding):
+        scale = self.weights.graph.embedding_scale
+        for places, rows in self._looked_up(self.weights.graph.embedding):
+            self.hidden.add_rows(places, self._residual.begin(scale * rows))
+
+    def _looked_up(self, table: Weight) -> Iterator[tuple[Tensor, Tensor]]:
+        """Numbers of tokens, counted over all chunks, and their rows of a table, some at a time."""
+        tokens = self.tokens.flatten()
+        for _, rows in pieces(table):
             assert rows
             places = torch.where((tokens >= rows[0]) & (tokens < rows[1]))[0]
             for part in places.split(_TOKENS) if len(places) else ():
-                block = self.weights.load(embedding, None, rows)
-                embedded = self.weights.graph.embedding_scale * block[tokens[part] - rows[0]]
-                self.hidden.add_rows(part, self._residual.begin(embedded))
+                block = self.weights.load(table, None, rows)
+                yield part, block[tokens[part] - rows[0]]
             self.weights.release()
+
+    def _embed_for_layers(self, per_layer: PerLayerEmbedding) -> None:
+        """Work out the per-layer embeddings of all tokens, while `hidden` is their embeddings."""
+        layers, width = range(per_layer.table.columns // per_layer.width), per_layer.width
+        self.inputs = {
+            layer: self._workspace.activations(*self.tokens.shape, width, whole_chunks=True) for layer in layers
+        }
+        for places, rows in self._looked_up(per_layer.table):
+            for layer, part in enumerate((per_layer.scale * per_layer.table_scale * rows).split(width, dim=1)):
+                self.inputs[layer].add_rows(places, part)
+        for chunk in range(len(self.hidden)):
+            for layer, part in enumerate(project_inputs(per_layer, self.hidden[chunk], self.weights)):
+                self.inputs[layer][chunk] = self.inputs[layer][chunk] + part
+        self.weights.release()
 
 
 def advance(

@@ -16,6 +16,7 @@ from ..archs.expressions import (
     Below,
     Columns,
     Expression,
+    Given,
     NegativeExponential,
     OnePlus,
     Padded,
@@ -158,7 +159,8 @@ def _evaluate_int4(source: Int4, storage: Reader, expert: int | None, rows: RowR
 
 
 def _evaluate_global_scales(source: GlobalScales, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
-    return torch.stack([_global_scale(matrix, storage) for matrix in source.matrices])
+    scales = torch.stack([_global_scale(matrix, storage) for matrix in source.matrices])
+    return scales * evaluate(source.factors, storage) if source.factors else scales
 
 
 def _global_scale(matrix: Nvfp4, storage: Reader) -> Tensor:
@@ -192,6 +194,10 @@ def _evaluate_one_plus(source: OnePlus, storage: Reader, expert: int | None, row
 
 def _evaluate_zeros(source: Zeros, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
     return torch.zeros(source.shape, device=storage.device)
+
+
+def _evaluate_given(source: Given, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
+    return torch.tensor(source.values, device=storage.device)
 
 
 def _evaluate_below(source: Below, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
@@ -279,6 +285,7 @@ _EVALUATIONS: dict[type, Callable[[Any, Reader, int | None, RowRange], Tensor]] 
     OnePlus: _evaluate_one_plus,
     Below: _evaluate_below,
     Zeros: _evaluate_zeros,
+    Given: _evaluate_given,
     Padded: _evaluate_padded,
     SideBySide: _evaluate_side_by_side,
     Rows: _evaluate_rows,

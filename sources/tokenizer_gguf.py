@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from ..archs.config import Config
-from ..archs.pretokenizers import PRE_TOKENIZERS, PreTokenizer, find_pre_tokenizer
+from ..archs.pretokenizers import BYTE_FALLBACK, BYTE_LEVEL, PRE_TOKENIZERS, SPACE, PreTokenizer, find_pre_tokenizer
 from ..errors import BadInput
 from .control_tokens import END_OF_GENERATION_TEXTS, looks_like_control
 from .tokenizer import Tokenizer, refused
@@ -20,19 +21,23 @@ T = TypeVar("T", int, str)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """The values of `tokenizer.ggml.token_type`."""
 
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 CHAT_TEMPLATE = "tokenizer.chat_template"
 _KINDS = {int: "whole numbers", str: "strings"}
 
 
 def read_tokenizer_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The byte-level BPE tokenizer that llama.cpp builds from these keys.
+    """The BPE tokenizer that llama.cpp builds from these keys.
 
     Raises BadInput for another kind of tokenizer, an unknown `tokenizer.ggml.pre`, or inconsistent lists.
     """
     row = _pre_tokenizer_of(metadata)
-    split = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in row.splits]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend = build_backend(metadata, pre_tokenizers.Sequence([*split, byte_level]), row.ignore_merges)
+    split: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(expression), "isolated") for expression in row.splits
+    ]
+    if row.model == BYTE_LEVEL:
+        split.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    backend = build_backend(metadata, pre_tokenizers.Sequence(split), row.ignore_merges)
     values = Config(metadata, "the file's metadata")
     size = len(metadata["tokenizer.ggml.tokens"])
     ids = {name: _token_id(values, name, size) for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
@@ -54,9 +59,14 @@ def read_tokenizer_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def build_backend(
-    metadata: Mapping[str, Any], pre_tokenizer: pre_tokenizers.PreTokenizer, ignore_merges: bool
+    metadata: Mapping[str, Any], pre_tokenizer: pre_tokenizers.PreTokenizer | None, ignore_merges: bool
 ) -> tokenizers.Tokenizer:
-    """A `tokenizers` object with the vocabulary and merges of GGUF metadata and the given splitter."""
+    """A `tokenizers` object with the vocabulary and merges of GGUF metadata and the given splitter.
+
+    Either key says that a vocabulary is of characters, of which llama.cpp takes a run of newlines that is a token
+    without merging.
+    """
+    falls_back = BYTE_FALLBACK in (metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre"))
     tokens = _list(metadata, "tokenizer.ggml.tokens", str)
     types = _list(metadata, "tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
@@ -69,15 +79,19 @@ def build_backend(
     ]
     merges = [_split_merge(merge) for merge in _list(metadata, "tokenizer.ggml.merges", str)]
     with refused("tokenizer.ggml.merges does not fit tokenizer.ggml.tokens"):
-        model = models.BPE({text: id for id, text, _ in used}, merges, ignore_merges=ignore_merges)
+        vocabulary = {text: id for id, text, _ in used}
+        model = models.BPE(vocabulary, merges, ignore_merges=ignore_merges, byte_fallback=falls_back)
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
+    if falls_back:
+        backend.normalizer = normalizers.Replace(" ", SPACE)
+        backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_tokens(
         [
-            AddedToken(text, normalized=False, special=kind != USER_DEFINED or looks_like_control(text))
+            AddedToken(text, normalized=False, special=kind in (UNKNOWN, CONTROL) or looks_like_control(text))
             for _, text, kind in used
-            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED) or (falls_back and not text.strip("\n"))
         ]
     )
     return backend
@@ -91,12 +105,16 @@ def _split_merge(merge: str) -> tuple[str, str]:
 
 def _pre_tokenizer_of(metadata: Mapping[str, Any]) -> PreTokenizer:
     kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise BadInput(f"tokenizer.ggml.model is {kind!r}; moecast reads byte-level BPE ('gpt2') only")
+    if kind not in (BYTE_LEVEL, BYTE_FALLBACK):
+        raise BadInput(
+            f"tokenizer.ggml.model is {kind!r}; moecast reads BPE ({BYTE_LEVEL!r} or {BYTE_FALLBACK!r}) only"
+        )
     for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
         if key not in metadata:
             raise BadInput(f"{key} is missing; moecast needs a GGUF file with its own vocabulary")
     name = str(metadata.get("tokenizer.ggml.pre") or "default")
+    if kind == BYTE_FALLBACK:
+        name = kind  # whatever a file says
     row = find_pre_tokenizer(name)
     if row is None:
         known = ", ".join(name for row in PRE_TOKENIZERS for name in row.names)

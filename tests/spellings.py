@@ -226,6 +226,25 @@ _DELTA = [
     replaced(norm_topk_prob=True, intermediate_size=777),
     replaced(rms_norm_eps=3e-5),
 ]
+CHANGES["gemma4_text"] = [
+    _saved,
+    replaced(attention_dropout=0.1, use_cache=False, unheard_of=None, other={}),
+    replaced(rms_norm_eps=1e-5),
+    replaced(final_logit_softcapping=None),
+    replaced(global_head_dim=256),
+    without("global_head_dim"),
+    without("num_global_key_value_heads"),
+    without("layer_types"),
+    without("rope_parameters"),
+    without("hidden_size_per_layer_input"),
+    replaced(hidden_size_per_layer_input=64),
+    replaced(attention_k_eq_v=False),
+    replaced(enable_moe_block=False),
+    replaced(num_kv_shared_layers=12),
+    replaced(num_kv_shared_layers=12, use_double_wide_mlp=True),
+    replaced(top_k_experts=1),
+    replaced(sliding_window=77),
+]
 CHANGES["qwen3_next"] = [
     *_DELTA,
     replaced(full_attention_interval=3),

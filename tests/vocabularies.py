@@ -59,6 +59,8 @@ def every_pair(pre: str, letters: Iterable[str] = BYTES) -> dict[str, Any]:
 
     Two whole words are tokens that no merge makes: they come out only where `ignore_merges` holds.
     """
+    if pre == "gemma4":
+        return _every_pair_of_characters()
     pairs = [(left, right) for left in sorted(letters) for right in sorted(letters)]
     tokens = [*BYTES, *(left + right for left, right in pairs), "Ġwhole", "words"]
     Random(0).shuffle(pairs)
@@ -67,6 +69,25 @@ def every_pair(pre: str, letters: Iterable[str] = BYTES) -> dict[str, Any]:
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [1] * len(tokens),
+        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in pairs],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
+
+
+def _every_pair_of_characters() -> dict[str, Any]:
+    """The same with a space as U+2581 and bytes for what is no token."""
+    letters = ["\n", "\u2581", *map(chr, range(33, 127)), *"éあ中1ा"]
+    letters = [*dict.fromkeys(letters)]
+    pairs = [(left, right) for left in letters for right in letters]
+    parts = {3: ["<s>", "</s>"], 6: [f"<0x{byte:02X}>" for byte in range(256)]}
+    parts[1] = [*letters, *(left + right for left, right in pairs)]
+    Random(0).shuffle(pairs)
+    return {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.pre": "gemma4",
+        "tokenizer.ggml.tokens": [token for tokens in parts.values() for token in tokens],
+        "tokenizer.ggml.token_type": [kind for kind, tokens in parts.items() for _ in tokens],
         "tokenizer.ggml.merges": [f"{left} {right}" for left, right in pairs],
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,

@@ -11,6 +11,7 @@ from .mamba import Mamba2
 from .model import Branch, Graph, HyperConnections, Layer, Prediction, ResidualMix, SubLayer, sequential
 from .operation import Operation, Width
 from .parts import SIGMOID_GAIN, Activation, Norm, Rope, Score, Yarn
+from .per_layer import PerLayerEmbedding, PerLayerInput
 from .walk import graph_as_json, weights_in, with_weights
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "MoE",
     "Norm",
     "Operation",
+    "PerLayerEmbedding",
+    "PerLayerInput",
     "Prediction",
     "ResidualMix",
     "Rope",

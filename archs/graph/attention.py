@@ -50,7 +50,8 @@ class Attention(Operation):
     `keys_of` has no keys and values of its own: it attends to those of the layer of that number. A learnt `sink` logit
     per head takes its share of the softmax (Xiao et al. 2024). The query projection of a `gated` one gives each head
     its query and then a gate, by whose sigmoid what the head gives is multiplied. With a `selection` each key-value
-    head shows a token some blocks of tokens alone.
+    head shows a token some blocks of tokens alone. Without `value` projected keys are the values too, as they are
+    before norm and rotation. With a `value_epsilon` each head's values pass an RMSNorm without weights.
     """
 
     heads: int
@@ -73,10 +74,11 @@ class Attention(Operation):
     sink: Weight | None = None
     gated: bool = False
     selection: BlockSelection | None = None
+    value_epsilon: float | None = None
 
     def __post_init__(self) -> None:
         alone = self.keys_of is None
-        assert alone == (self.key is not None) == (self.value is not None), "keys and values are of one layer"
+        assert alone == (self.key is not None) and (self.key or not self.value), "keys and values are of one layer"
         assert not self.selection or (alone and not self.window and self.selection.heads == self.key_value_heads)
 
     @property

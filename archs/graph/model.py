@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ..weights import Role, Weight
 from .operation import Operation
 from .parts import Norm
+from .per_layer import PerLayerEmbedding
 from .walk import weights_in
 
 
@@ -115,7 +116,7 @@ class Graph:
     a final norm and a stream mix of their own; it is no part of this graph's weights and makes a file of its own.
     `notes` say what of the checkpoint the graph leaves out. The embedding may be the head too, as one weight of the
     head's role. Its rows are multiplied by `embedding_scale`; logits are `logit_scale * (head . state)`, or with a soft
-    cap c of them `c * tanh(logits / c)`.
+    cap c of them `c * tanh(logits / c)`. `per_layer` is what layers with a `PerLayerInput` read of a token.
     """
 
     architecture: str
@@ -134,6 +135,7 @@ class Graph:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    per_layer: PerLayerEmbedding | None = None
 
     @property
     def tied(self) -> bool:
@@ -151,8 +153,8 @@ class Graph:
         return self.hidden_size * (self.residual.multiplicity if self.residual else 1)
 
     def weights(self) -> Iterator[Weight]:
-        """Every weight once, in file order."""
-        return weights_in(replace(self, draft=None))
+        """Every weight once, in file order, which is the order in which a pass reads them."""
+        return weights_in((self.embedding, self.per_layer, replace(self, draft=None)))
 
     def parameters(self) -> int:
         """Number of weights' elements, with a head that repeats the embedding."""
@@ -165,11 +167,13 @@ class Graph:
         return sum(round(weight.elements * shares.get(weight.name, 1.0)) for weight in stored)
 
     def active_shares(self) -> dict[str, float]:
-        """By weight name, the part of it that one token touches: `top_k` of all experts, one row of the embedding.
+        """By weight name, the part of it that one token touches: `top_k` of all experts, one row of a table.
 
         Names that are missing are touched as a whole; the blocks for drafting are not counted.
         """
-        shares = {} if self.tied else {self.embedding.name: 1 / self.embedding.shape[0]}
+        tables = [] if self.tied else [self.embedding]
+        tables += [self.per_layer.table] if self.per_layer else []
+        shares = {table.name: 1 / table.shape[0] for table in tables}
         for operation in self.operations():
             shares |= {w.name: share for w in weights_in(operation) if (share := operation.active_share(w)) != 1.0}
         return shares | {weight.name: 0.0 for weight in weights_in(self.predictions)}

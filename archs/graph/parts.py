@@ -15,6 +15,7 @@ class Activation(Enum):
 
     SWIGLU = "swiglu"  # silu(gate) * up; with a clamp c: silu(min(gate, c)) * min(max(up, -c), c)
     SWIGLU_OAI = "swiglu_oai"  # gate * sigmoid(1.702 gate) * (up + 1), clamped alike; llama.cpp's name of it
+    GEGLU = "geglu"  # gelu(gate) * up, gelu by its approximation with tanh (Shazeer 2020)
     RELU_SQUARED = "relu_squared"  # max(up, 0)^2, there is no gate (So et al. 2021)
 
 
@@ -62,7 +63,8 @@ class Rope:
     """Rotary embedding (Su et al. 2021) on `size` dimensions of a head: the first ones, or the `last`.
 
     Of these, i is paired with i + size/2, or, `interleaved`, 2i with 2i + 1. With `sections` so many pairs turn by the
-    place in time, height and width of an image (M-RoPE), which in a text are one position.
+    place in time, height and width of an image (M-RoPE), which in a text are one position. Each pair turns by the
+    position divided by its own one of the `divisors` [size / 2].
     """
 
     size: int
@@ -71,3 +73,4 @@ class Rope:
     last: bool = False
     yarn: Yarn | None = None
     sections: tuple[int, ...] = ()
+    divisors: Weight | None = None

@@ -11,9 +11,10 @@ import tokenizers
 
 from ...archs.pretokenizers import (
     PRE_TOKENIZERS,
+    SPACE,
     check_known,
     find_pre_tokenizer,
-    pre_tokenizer_steps,
+    model_of,
     spelled_alike,
 )
 from ...errors import BadInput
@@ -23,6 +24,8 @@ from ...sources.chat_templates import DEFAULT
 from ...sources.control_tokens import END_OF_GENERATION_TEXTS
 from ...sources.tokenizer import Tokenizer
 from ...sources.tokenizer_gguf import (
+    BYTE,
+    BYTE_TOKEN,
     CHAT_TEMPLATE,
     CONTROL,
     NORMAL,
@@ -39,7 +42,7 @@ def tokenizer_metadata(
     """Every `tokenizer.*` key for a file, checked.
 
     Args:
-        tokenizer: the source's tokenizer, byte-level BPE.
+        tokenizer: the source's tokenizer, BPE of bytes or with bytes to fall back to.
         vocabulary_size: rows of the embedding, the length of the token list.
         pre: llama.cpp's name of the text splitter where the user insists on one.
         architecture_pre: the name that the architecture gives; another is taken where only that splits as the
@@ -71,7 +74,8 @@ def _choose_splitter(tokenizer: Tokenizer, metadata: Mapping[str, Any], usual: s
     """
     own = spelled_alike(tokenizer.definition)
     usual_row = find_pre_tokenizer(usual)
-    names = [usual if row is usual_row else row.names[0] for row in own or PRE_TOKENIZERS]
+    rows = own or [row for row in PRE_TOKENIZERS if row.model == metadata["tokenizer.ggml.model"]]
+    names = [usual if row is usual_row else row.names[0] for row in rows]
     names.sort(key=lambda name: name != usual)
     if len(names) == 1:
         return names[0]
@@ -130,7 +134,7 @@ def vocabulary_metadata(tokenizer: Tokenizer, vocabulary_size: int, pre: str) ->
     rest: the format has room for two (`eot`, `eom`). Raises BadInput when GGUF cannot hold this tokenizer.
     """
     source = tokenizer.definition
-    _require_byte_level(source)
+    model = _model_of(source)
     if tokenizer.vocabulary_size > vocabulary_size:
         raise BadInput(
             f"the tokenizer has ids up to {tokenizer.vocabulary_size - 1}, but the embedding has only "
@@ -145,7 +149,7 @@ def vocabulary_metadata(tokenizer: Tokenizer, vocabulary_size: int, pre: str) ->
     ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unknown": tokenizer.unknown, "padding": tokenizer.padding}
     ids |= dict(zip(("eot", "eom"), _unknown_ends(tokenizer, tokens), strict=False))
     return {
-        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.model": model,
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
@@ -186,19 +190,27 @@ def _splitting_problem(tokenizer: Tokenizer, pre: str, written: Tokenizer | None
     return f"llama.cpp's '{pre}'{remedy} will split some text in another way than tokenizer.json: {found.first}"
 
 
-def _require_byte_level(source: Mapping[str, Any]) -> None:
+def _model_of(source: Mapping[str, Any]) -> str:
     model = source["model"]
+    kind = model_of(source)
     if model["type"] != "BPE":
-        raise BadInput(f"tokenizer.json holds a {model['type']} model; only byte-level BPE can be written to GGUF")
-    if not any(step["type"] == "ByteLevel" for step in pre_tokenizer_steps(source)):
-        raise BadInput("tokenizer.json has no ByteLevel pre-tokenizer; only byte-level BPE can be written to GGUF")
+        raise BadInput(
+            f"tokenizer.json holds a {model['type']} model; only byte-level BPE, or BPE that falls back to bytes, can "
+            "be written to GGUF"
+        )
+    if kind is None:
+        raise BadInput(
+            "tokenizer.json has no ByteLevel pre-tokenizer, nor byte_fallback and spaces replaced by U+2581; only such "
+            "BPE can be written to GGUF"
+        )
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise BadInput(f"tokenizer.json sets {key} to {model[key]!r}, which llama.cpp does not know")
+    return kind
 
 
 def _token_list(backend: tokenizers.Tokenizer, size: int) -> tuple[list[str], list[int]]:
-    """Texts and types by id. Added tokens are written as they read, the others in byte-level letters."""
+    """Texts and types by id. Added tokens are written as they read, the others in byte-level letters, if they are."""
     texts: dict[int, str] = {}
     for text, id in backend.get_vocab(with_added_tokens=False).items():
         if texts.setdefault(id, text) != text:
@@ -209,11 +221,15 @@ def _token_list(backend: tokenizers.Tokenizer, size: int) -> tuple[list[str], li
     tokens, types = [], []
     for id in range(size):
         tokens.append(texts[id] if id in texts else _filler(id, taken))
-        if id in added:
-            types.append(CONTROL if added[id].special else USER_DEFINED)
-        else:
-            types.append(NORMAL if id in texts else UNUSED)
+        types.append(_type(tokens[-1], added.get(id)) if id in texts else UNUSED)
     return tokens, types
+
+
+def _type(text: str, added: tokenizers.AddedToken | None) -> int:
+    """Where a space is a letter, runs of them are added tokens too; as such they would not be written as spaces."""
+    if added and (added.special or SPACE not in text):
+        return CONTROL if added.special else USER_DEFINED
+    return BYTE if BYTE_TOKEN.fullmatch(text) else NORMAL
 
 
 def _filler(id: int, taken: set[str]) -> str:

@@ -6,24 +6,34 @@ import onnx_ir as ir
 
 from ...archs.graph import Attention, Norm
 from ...archs.weights import Weight
-from ...errors import BadInput
 from .block_selection import selection_bias
 from .builder import Builder
+from .positions import span, token_positions
 from .rotary import rotate
 
 
 def attention(build: Builder, operation: Attention, states: ir.Value, layer: int) -> ir.Value:
-    """states [batch, sequence, hidden size] -> what attention adds, of the same shape.
-
-    Raises BadInput for attention to another layer's keys.
-    """
+    """states [batch, sequence, hidden size] -> what attention adds, of the same shape."""
     o = operation
-    if not o.key or not o.value:
-        raise BadInput("ONNX has no form for attention to keys of another layer yet: use --to gguf")
     query, gate = _query_and_gate(build, o, states)
     query = _prepared(build, o, query, o.query_norm, o.heads)
-    key = _prepared(build, o, _projected(build, states, o.key, o.key_bias), o.key_norm, o.key_value_heads)
-    value = _projected(build, states, o.value, o.value_bias)
+    mixed = _own(build, o, query, states, layer) if o.key else _of_another(build, o, query)
+    if gate is not None:
+        mixed = build.op("Mul", mixed, build.op("Sigmoid", gate))
+    return _projected(build, mixed, o.output, o.output_bias)
+
+
+def _own(build: Builder, operation: Attention, query: ir.Value, states: ir.Value, layer: int) -> ir.Value:
+    """What heads find in keys and values that the layer remembers, [batch, sequence, heads * head size]."""
+    o = operation
+    assert o.key
+    projected = _projected(build, states, o.key, o.key_bias)
+    key = _prepared(build, o, projected, o.key_norm, o.key_value_heads)
+    value = _projected(build, states, o.value, o.value_bias) if o.value else projected
+    if o.value_epsilon is not None:
+        apart = build.reshape(value, [0, 0, o.key_value_heads, o.head_size])
+        apart = build.normalize(apart, o.head_size, o.value_epsilon)
+        value = build.reshape(apart, [0, 0, o.key_value_heads * o.head_size])
     last, total = _lengths(build)
     shape = (o.key_value_heads, 0, o.head_size)
     memories = [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
@@ -44,9 +54,31 @@ def attention(build: Builder, operation: Attention, states: ir.Value, layer: int
     )
     for name, state in zip(results, present, strict=True):
         build.remember(name, state)
-    if gate is not None:
-        mixed = build.op("Mul", mixed, build.op("Sigmoid", gate))
-    return _projected(build, mixed, o.output, o.output_bias)
+    build.once(("remembered", layer), lambda: present)
+    return mixed
+
+
+def _of_another(build: Builder, operation: Attention, query: ir.Value) -> ir.Value:
+    """The same of what an earlier layer remembers, the new tokens among it."""
+    o = operation
+    keys, values = build.made(("remembered", o.keys_of))
+    heads = build.op("Transpose", build.reshape(query, [0, 0, o.heads, o.head_size]), perm=[0, 2, 1, 3])
+    mixed = build.op("Attention", heads, keys, values, _visible(build, o.window), scale=o.softmax_scale)
+    mixed = build.op("Transpose", mixed, perm=[0, 2, 1, 3])
+    return build.reshape(mixed, [0, 0, o.heads * o.head_size])
+
+
+def _visible(build: Builder, window: int | None) -> ir.Value:
+    """Which of all tokens so far each of the new ones sees, bool [batch, 1, sequence, tokens]."""
+
+    def make() -> ir.Value:
+        tokens = build.op("Range", build.constant(0), span(build)[1], build.constant(1))
+        positions = build.op("Unsqueeze", token_positions(build), build.constant([1, 3]))
+        distance = build.op("Sub", positions, tokens)
+        seen = build.op("GreaterOrEqual", distance, build.constant(0))
+        return build.op("And", seen, build.op("Less", distance, build.constant(window))) if window else seen
+
+    return build.once(("visible", window), make)
 
 
 def _query_and_gate(build: Builder, operation: Attention, states: ir.Value) -> tuple[ir.Value, ir.Value | None]:

@@ -159,6 +159,10 @@ class Builder:
         made: Made = self._made[key]
         return made
 
+    def made(self, key: Any) -> Any:
+        """What was made under this key before."""
+        return self._made[key]
+
     def model(self) -> ir.Model:
         """The finished model."""
         graph = ir.Graph(

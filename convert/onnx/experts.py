@@ -93,7 +93,12 @@ def _best_groups(build: Builder, router: Router, scores: ir.Value) -> ir.Value:
 
 
 def _experts(build: Builder, operation: MoE, states: ir.Value, shares: ir.Value) -> ir.Value:
-    """[batch, sequence, width] -> the same shape; only experts with a share in some token are computed."""
+    """[batch, sequence, width] -> the same shape; only experts with a share in some token are computed.
+
+    Raises BadInput for an activation that operators of experts have not.
+    """
+    if operation.activation not in _SIGMOIDS:
+        raise BadInput(f"ONNX has no form for experts with {operation.activation.name} yet: use --to gguf")
     attributes = {"k": operation.router.top_k, "activation_type": "swiglu", "swiglu_fusion": 1}
     alpha, beta = _SIGMOIDS[operation.activation]
     attributes |= {"activation_alpha": alpha, "activation_beta": beta}
@@ -152,6 +157,8 @@ def mlp(build: Builder, operation: MLP, states: ir.Value) -> ir.Value:
         return build.project(build.op("Mul", positive, positive), operation.down)
     assert operation.gate
     gate = build.project(states, operation.gate)
+    if operation.activation is Activation.GEGLU:
+        return build.project(build.op("Mul", build.op("Gelu", gate, approximate="tanh"), up), operation.down)
     if operation.clamp is not None:
         gate = build.op("Clip", gate, None, build.constant(operation.clamp))
         up = build.op("Clip", up, build.constant(-operation.clamp), build.constant(operation.clamp))

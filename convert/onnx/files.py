@@ -52,9 +52,10 @@ def model_files(
         "states": [asdict(state) for state in states],
     }
     files = {DESCRIPTION_NAME: _json(description), MODEL_NAME: ir.serde.serialize_model(model).SerializeToString()}
-    attention = next((operation for operation in plan.graph.operations() if isinstance(operation, Attention)), None)
-    if attention and {*_patterns(states)} <= {*_GENAI_STATES}:
-        files["genai_config.json"] = _json(genai_config(plan.graph, attention, model, states, tokenizer))
+    attentions = [operation for operation in plan.graph.operations() if isinstance(operation, Attention)]
+    remembered = {(operation.key_value_heads, operation.head_size, operation.keys_of) for operation in attentions}
+    if len(remembered) == 1 and {*_patterns(states)} <= {*_GENAI_STATES}:
+        files["genai_config.json"] = _json(genai_config(plan.graph, attentions[0], model, states, tokenizer))
     for path in (*(source / name for name in _TOKENIZER_FILES), *further_templates(source)):
         if path.is_file():
             try:

@@ -13,7 +13,18 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...archs.graph import MLP, Attention, Branch, CompressedAttention, GatedDeltaNet, Graph, Mamba2, MoE, Operation
+from ...archs.graph import (
+    MLP,
+    Attention,
+    Branch,
+    CompressedAttention,
+    GatedDeltaNet,
+    Graph,
+    Mamba2,
+    MoE,
+    Operation,
+    PerLayerInput,
+)
 from ...archs.weights import Weight
 from ...errors import BadInput
 from ...quant.planning.onnx_plan import OnnxPlan
@@ -23,6 +34,7 @@ from .compressed_attention import compressed_attention
 from .deltanet import delta_net
 from .experts import dense, moe
 from .mamba import mamba
+from .per_layer import embed_for_layers, per_layer_input
 from .residual import residual_of
 
 ACTIVATIONS = {"int8": 4, "float32": 0}
@@ -38,6 +50,7 @@ ONNX_FORMS: Mapping[type[Operation], Form] = {
     Mamba2: mamba,
     MLP: dense,
     MoE: moe,
+    PerLayerInput: per_layer_input,
 }
 
 
@@ -47,7 +60,10 @@ def build_model(plan: OnnxPlan, activations: str = "int8") -> tuple[ir.Model, li
     build = Builder(plan, ACTIVATIONS[activations])
     tokens = build.tokens()
     residual = residual_of(graph, build)
-    hidden = residual.begin(build.scaled(build.rows(tokens, graph.embedding), graph.embedding_scale))
+    embedded = build.scaled(build.rows(tokens, graph.embedding), graph.embedding_scale)
+    if graph.per_layer:
+        embed_for_layers(build, graph.per_layer, embedded)
+    hidden = residual.begin(embedded)
     for layer in graph.layers:
         for number, sublayer in enumerate(layer.sublayers):
             build.scope = f"layer.{layer.index}.{number}"

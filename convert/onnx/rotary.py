@@ -47,11 +47,13 @@ def _angles(build: Builder, rope: Rope, size: int, positions: ir.Value) -> tuple
     assert rope.interleaved or not rope.last, "only neighbours are pairs wherever they stand in a head"
     still = (size - rope.size) // 2 if rope.last else 0
     magnitude = rope.yarn.magnitude if rope.yarn else 1.0
+    assert not (rope.divisors and still), "pairs that do not turn have no divisors"
     assert magnitude == 1 or not still, "what does not turn is not multiplied either"
 
     def make() -> tuple[ir.Value, ir.Value]:
         turns = build.op("Unsqueeze", build.op("Cast", positions, to=ir.DataType.FLOAT), build.constant([-1]))
         angle = build.op("Mul", turns, build.constant(functional.pad(frequencies(rope), (still, 0)).numpy()))
+        angle = build.op("Div", angle, build.weight(rope.divisors)) if rope.divisors else angle
         return build.scaled(build.op("Cos", angle), magnitude), build.scaled(build.op("Sin", angle), magnitude)
 
     return build.once((rope, still, positions.name), make)

@@ -179,7 +179,8 @@ def _split(
 
 def _may_be_slow(weight: Weight, graph: Graph) -> bool:
     """Whether a weight may stay in RAM: an expert, or anything in a layer without any."""
-    return weight.role is Role.EMBEDDING or (weight.role in _EXPERTS if graph.experts else weight.layer is not None)
+    of_layers = weight.role in _EXPERTS if graph.experts else weight.layer is not None
+    return of_layers or weight.role in (Role.EMBEDDING, Role.PER_LAYER_TABLE)
 
 
 def _place(

@@ -43,8 +43,8 @@ def pad(graph: Graph, multiple: int, kinds: Collection[WidthKind] | None = None)
     """The same model with widths that may grow rounded up to a multiple: all of them, or those of some kinds.
 
     The hidden size may, and the inner widths that operations say may. A graph with drafting blocks keeps its hidden
-    size, as does any with a LayerNorm, which subtracts the mean, or with a head that is the embedding, which would be
-    multiplied too; one with hyper-connections keeps all its widths.
+    size, as does any with a LayerNorm, which subtracts the mean, with per-layer embeddings, or with a head that is the
+    embedding, which would be multiplied too; one with hyper-connections keeps all its widths.
     """
     kinds = _growing(graph, multiple) if kinds is None else kinds
     if not kinds:
@@ -80,7 +80,7 @@ def _kind(width: Width) -> WidthKind:
 def _hidden_size_may_grow(graph: Graph) -> bool:
     sublayers = [sublayer for layer in graph.layers for sublayer in layer.sublayers]
     norms = (graph.final_norm, *(norm for sublayer in sublayers for norm in sublayer.norms))
-    return not (graph.predictions or graph.tied or any(norm.centered for norm in norms))
+    return not (graph.predictions or graph.tied or graph.per_layer or any(norm.centered for norm in norms))
 
 
 def _resized(weight: Weight, rows: int | None = None, columns: int | None = None, factor: float = 1.0) -> Weight:

@@ -269,7 +269,7 @@ def _plan_tensor(weight: Weight, recipe: Recipe, position: Position) -> PlannedT
         return PlannedTensor(weight, format_named("I32"), format_named("I32"))
     exact = exact_format(weight.source)
     wanted = format_named(recipe.type_of(weight.role, position))
-    if weight.role is Role.HEAD and not format_named(recipe.base).fits(weight.columns):
+    if weight.role in (Role.HEAD, Role.PER_LAYER_TABLE) and not format_named(recipe.base).fits(weight.columns):
         fitting = _fitting("Q8_0", weight.columns)
     else:
         fitting = _fitting(wanted.name, weight.columns)
@@ -289,7 +289,10 @@ def _plan_native(weight: Weight, graph: Graph) -> tuple[PlannedTensor, ...]:
         case _:
             matrices = []
     nvfp4 = format_named("NVFP4")
-    if len(matrices) == weight.matrices and weight.role in graph.scaled_roles and nvfp4.fits(weight.columns):
+    fits = len(matrices) == weight.matrices and nvfp4.fits(weight.columns)
+    if fits and not any(matrix.global_scale for matrix in matrices):
+        return (PlannedTensor(weight, nvfp4, nvfp4),)
+    if fits and weight.role in graph.scaled_roles:
         codes = tuple(replace(matrix, global_scale=None) for matrix in matrices)
         stored = replace(weight, source=Stack(codes) if weight.stack else codes[0])
         scales = GlobalScales(tuple(matrices))

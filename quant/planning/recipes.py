@@ -122,6 +122,8 @@ class Recipe:
 
     def type_of(self, role: Role, position: Position) -> str:
         """The type of a tensor of that role, before any fallback for its row length."""
+        if role in LEFT_ALONE and self.quantized:
+            return "BF16"
         name = next((name for name, applies in self.rules.get(role, ()) if applies(position)), self.base)
         if role in SENSITIVE and format_named(name).bits_per_weight < format_named(LEAST_SENSITIVE).bits_per_weight:
             return LEAST_SENSITIVE
@@ -139,6 +141,9 @@ class Recipe:
 # What decides where attention looks is small, and its errors are not averaged out.
 SENSITIVE = (Role.COMPRESSOR, Role.INDEXER)
 LEAST_SENSITIVE = "Q8_0"
+
+# What llama-quantize leaves as checkpoints have it: small beside the table that it goes with.
+LEFT_ALONE = (Role.PER_LAYER_PROJECTION,)
 
 # llama.cpp aborts on machines with AMX when the grouped output projection, which it reshapes to three dimensions, has a
 # type that it repacks for them; these take their place, none with fewer bits.
@@ -183,6 +188,7 @@ def _recipe(
     rules = {
         Role.HEAD: fixed(head),
         Role.EMBEDDING: fixed(embedding),
+        Role.PER_LAYER_TABLE: fixed(head),  # a table of tokens, of models whose embedding is the head
         Role.ATTENTION_Q: fixed(query_key),
         Role.ATTENTION_K: fixed(query_key),
         **dict.fromkeys(VALUE_PROJECTIONS, value),

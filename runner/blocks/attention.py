@@ -104,11 +104,13 @@ class AttentionMixer:
     def _keys_and_values(self, states: Tensor, memory: AttentionState, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Those of all tokens seen, the new ones last."""
         o = self._operation
-        assert o.key and o.value
+        assert o.key
         key = self._projected(states, o.key, o.key_bias)
-        value = self._projected(states, o.value, o.value_bias)
+        value = split_heads(self._projected(states, o.value, o.value_bias) if o.value else key, o.key_value_heads)
+        if o.value_epsilon is not None:
+            value = functional.rms_norm(value, value.shape[-1:], None, o.value_epsilon)
         keys = torch.cat((memory.keys, self._prepare_key(key, positions)), dim=1)
-        return keys, torch.cat((memory.values, split_heads(value, o.key_value_heads)), dim=1)
+        return keys, torch.cat((memory.values, value), dim=1)
 
     def _projected(self, states: Tensor, weight: Weight, bias: Weight | None) -> Tensor:
         projected = self._weights.project(states, weight)
@@ -126,6 +128,7 @@ def _preparation(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """What happens to projected queries or keys [tokens, width] before they meet: norm, head split, rotation."""
     normalize = normalizer(norm, weights) if norm else None
+    divisors = weights.load(rope.divisors) if rope and rope.divisors else None
 
     def prepare(states: Tensor, positions: Tensor) -> Tensor:
         if normalize and norm and norm.weight.columns == states.shape[-1]:
@@ -133,6 +136,6 @@ def _preparation(
         else:
             heads_apart = split_heads(states, heads)
             heads_apart = normalize(heads_apart) if normalize else heads_apart
-        return rotate(heads_apart, rope, positions) if rope else heads_apart
+        return rotate(heads_apart, rope, positions, divisors) if rope else heads_apart
 
     return prepare

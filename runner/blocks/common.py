@@ -101,6 +101,9 @@ def activate(activation: Activation, clamp: float | None, gate: Tensor | None, u
             if activation is Activation.SWIGLU:
                 return functional.silu(gate) * up
             return gate * torch.sigmoid(SIGMOID_GAIN * gate) * (up + 1)
+        case Activation.GEGLU:
+            assert gate is not None and clamp is None
+            return functional.gelu(gate, approximate="tanh") * up
         case Activation.RELU_SQUARED:
             return functional.relu(up).square()
 

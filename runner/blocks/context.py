@@ -16,6 +16,7 @@ class Context:
         positions: where they stand in their text, int64 [tokens].
         layer: number of the layer.
         shares: whether later layers read what this one remembers; then it puts that into `shared`.
+        input: the tokens' embeddings for this layer, [tokens, width], see `graph.PerLayerEmbedding`.
         shared: by number of the layer, what others may read of all tokens so far, float32 [tokens so far, width].
     """
 
@@ -23,4 +24,5 @@ class Context:
     positions: Tensor
     layer: int = 0
     shares: bool = False
+    input: Tensor | None = None
     shared: dict[int, Tensor] = field(default_factory=dict)

@@ -11,9 +11,13 @@ from torch import Tensor
 from ...archs.graph import Rope, Yarn
 
 
-def rotate(states: Tensor, rope: Rope, positions: Tensor) -> Tensor:
-    """Rotates [..., tokens, head size] by `positions` [tokens], in float32; by their negatives it rotates back."""
+def rotate(states: Tensor, rope: Rope, positions: Tensor, divisors: Tensor | None = None) -> Tensor:
+    """Rotates [..., tokens, head size] by `positions` [tokens], in float32; by their negatives it rotates back.
+
+    divisors: the numbers of those of the rope, where it has any.
+    """
     angles = positions[:, None] * frequencies(rope).to(positions.device)
+    angles = angles if divisors is None else angles / divisors
     cosine, sine = angles.cos(), angles.sin()  # [tokens, size / 2]
     start = states.shape[-1] - rope.size if rope.last else 0
     before, turning, after = states.split((start, rope.size, states.shape[-1] - start - rope.size), dim=-1)

@@ -33,7 +33,8 @@ _PATIENCE = 0.5  # seconds that closing waits for threads, which may be waiting 
 def pass_over(graph: Graph) -> list[list[str]]:
     """The stored tensors that each step of a pass reads: embedding, layer after layer, head; what is drafted last."""
     weights: list[Weight] = [*graph.weights(), *(graph.draft.weights() if graph.draft else ())]
-    steps = (list(step) for _, step in groupby(weights, key=lambda weight: weight.layer))
+    stored = (weight for weight in weights if any(stored_tensors(weight.source)))
+    steps = (list(step) for _, step in groupby(stored, key=lambda weight: weight.layer))
     return [[tensor.name for weight in step for tensor in stored_tensors(weight.source)] for step in steps]
 
 

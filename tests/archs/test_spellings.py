@@ -14,6 +14,7 @@ import real_models
 from moecast.archs import (
     cohere2,
     deepseek_v4,
+    gemma4,
     gpt_oss,
     minimax_m2,
     minimax_m3,
@@ -40,6 +41,7 @@ EXAMPLE = {
     "gpt_oss": real_models.DATA / "gpt-oss-20b-config.json",
     "cohere2": real_models.DATA / "command-r7b-config.json",
     "cohere2_moe": real_models.DATA / "north-mini-code-config.json",
+    "gemma4_text": real_models.DATA / "gemma-4-26b-a4b-config.json",
     "qwen3_next": real_models.DATA / "qwen3-next-80b-a3b-config.json",
     "qwen3_5_moe_text": real_models.DATA / "qwen3.5-35b-a3b-config.json",
 }
@@ -73,6 +75,8 @@ def read(values: Values) -> tuple[Any, Architecture]:
             found, architecture = gpt_oss._read_config(config), gpt_oss.ARCHITECTURE
         case "cohere2" | "cohere2_moe" | "cohere2_vision":
             found, architecture = cohere2._read_config(config), cohere2.MIXTURE
+        case "gemma4" | "gemma4_text":
+            found, architecture = gemma4._read_config(config)[0], gemma4.ARCHITECTURE
         case "qwen3_next":
             found, architecture = qwen3_next._read_config(config, drafts=False), qwen3_next.ARCHITECTURE
         case "qwen3_5_moe" | "qwen3_5_moe_text":
@@ -111,6 +115,15 @@ def ours(values: Values) -> Values:
                     "widths": (d.expert_size, d.shared_size, d.dense_size),
                 }
             )
+        case "gemma4_text":
+            return shared | {
+                "full": d.full_head_size,
+                "keys": (d.key_value_heads, d.shared, d.values_from_keys),
+                "windows": (d.windowed, d.window),
+                "theta": (d.rope_base, d.window_rope_base),
+                "widths": (d.dense_sizes, d.expert_size, d.per_layer),
+                "softcap": d.softcap,
+            }
         case "qwen3_next" | "qwen3_5_moe_text":
             return shared | {
                 "recurrent": d.recurrent,
@@ -149,6 +162,8 @@ def theirs(values: Values) -> Values:
     """The same of transformers' class."""
     values = copy.deepcopy(values)
     c = AutoConfig.for_model(values.pop("model_type"), **values)
+    if c.model_type == "gemma4_text":  # its heads are as large as the layer says
+        return _theirs_of_gemma(c)
     head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     shared = {"heads": c.num_attention_heads, "head_size": head_size, "top_k": getattr(c, "num_experts_per_tok", 0)}
     match c.model_type:
@@ -275,6 +290,34 @@ def _theirs_of_cohere(c: Any) -> Values:
     }
 
 
+def _theirs_of_gemma(c: Any) -> Values:
+    layers, full = range(c.num_hidden_layers), c.layer_types.index("full_attention")
+    shared = {layer for layer in layers if c.kv_sharing_modes[layer] == "reuse"}
+    windowed = tuple(kind == "sliding_attention" for kind in c.layer_types)
+    wide = shared if c.use_double_wide_mlp else set()
+    return {
+        "heads": c.num_attention_heads,
+        "head_size": c.per_layer_config[windowed.index(True)].head_dim,
+        "epsilon": c.rms_norm_eps,
+        "experts": c.num_experts if c.enable_moe_block else 0,
+        "top_k": c.top_k_experts if c.enable_moe_block else 0,
+        "full": c.per_layer_config[full].head_dim,
+        "keys": (
+            tuple(c.per_layer_config[layer].num_key_value_heads for layer in layers),
+            len(shared),
+            tuple(c.attention_k_eq_v and not window for window in windowed),
+        ),
+        "windows": (windowed, c.sliding_window),
+        "theta": tuple(c.rope_parameters[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention")),
+        "widths": (
+            tuple(c.intermediate_size * (2 if layer in wide else 1) for layer in layers),
+            c.moe_intermediate_size if c.enable_moe_block else 0,
+            c.hidden_size_per_layer_input,
+        ),
+        "softcap": c.final_logit_softcapping or 0.0,
+    }
+
+
 def perturbed(family: str, count: int) -> Iterator[Values]:
     """The example with each change by itself, then with some of them one after the other."""
     for change in CHANGES[family]:
@@ -340,7 +383,7 @@ def test_published_configurations_are_understood(name: str) -> None:
     [
         ("attention_multiplier", 0.5, "attention_multiplier"),
         ("block_configs", [{"block_type": "moe", "num_experts_per_tok": 2}], "block_configs"),
-        ("final_logit_softcapping", 30.0, "final_logit_softcapping"),
+        ("attn_logit_softcapping", 30.0, "attn_logit_softcapping"),
         ("attention_chunk_size", 64, "attention_chunk_size"),
         ("quantization_config", {"quant_method": "x", "transform_config": {"u": 1}}, "quantization_config"),
     ],

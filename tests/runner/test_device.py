@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import deltanet_checkpoints as deltanet
+import gemma4_checkpoints as gemma
 import minimax_m3_checkpoints as m3
 import pytest
 import torch
@@ -70,6 +71,10 @@ def test_selected_blocks_on_a_device(tmp_path: Path) -> None:
     kinds = {"mlp_layer_types": ["sparse"], "layer_types": ["minimax_m3_sparse"]}
     oracle = m3.minimax_m3_model(index_block_size=4, intermediate_size=32, num_hidden_layers=1, **kinds)
     _check_on_a_device(open_model(m3.save_minimax_m3(tmp_path / "model", oracle)), tmp_path)
+
+
+def test_per_layer_embeddings_on_a_device(tmp_path: Path) -> None:
+    _check_on_a_device(open_model(gemma.save_gemma(tmp_path / "model", gemma.gemma_model(**gemma.PER_LAYER))), tmp_path)
 
 
 def _check_on_a_device(model: Model, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import torch
 import toy_models as toys
 from forward import relative_error, runner_logits
 from moecast.archs.graph import Rope, sequential
-from moecast.errors import BadInput
 from moecast.quant.planning.padding import pad
 from moecast.runner.activations import Workspace
 from moecast.runner.passes import REFERENCE, LayerPass
 from moecast.runner.weights import ModelWeights
 from moecast.sources.model import Model
+from onnx_models import onnx_logits
 from torch import Tensor
 from torch.nn import functional
 from toy_models import tokens_of
@@ -149,6 +149,8 @@ def test_state_counts_once(model: Model) -> None:
     assert model.graph.shared_states() == {0: 2, 1: 3}
 
 
-def test_onnx_is_refused(model: Model, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"^ONNX has no form for attention to keys of another layer yet: use --to gguf$"):
-        toys.onnx_of(model, tmp_path / "onnx")
+@pytest.mark.parametrize("pieces", [None, 7])
+def test_onnx_equals_the_formula(toy: toys.Toy, model: Model, pieces: int | None, tmp_path: Path) -> None:
+    tokens = tokens_of(40)[0]
+    found = onnx_logits(toys.onnx_of(model, tmp_path / "onnx"), tokens, pieces)
+    assert relative_error(found, _expected(toy, tokens)) < 1e-5

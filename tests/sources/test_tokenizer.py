@@ -164,7 +164,7 @@ def test_bad_folders(backend: Backend, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "llama"}, r"tokenizer.ggml.model is 'llama'; moecast reads byte-level BPE \('gpt2'\) only"),
+        ({"model": "llama"}, r"tokenizer.ggml.model is 'llama'; moecast reads BPE \('gpt2' or 'gemma4'\) only"),
         ({"pre": "kimi-k2"}, r"tokenizer.ggml.pre is 'kimi-k2', a pre-tokenizer that moecast does not know; it knows"),
         ({"merges": ["a zz"]}, r"tokenizer.ggml.merges does not fit tokenizer.ggml.tokens: .*zz"),
         ({"tokens": ["a", "b", "a"]}, r"tokenizer.ggml.tokens holds 'a' more than once"),

@@ -18,6 +18,7 @@ from typing import Any
 
 import checkpoints
 import deepseek_checkpoints
+import gemma4_checkpoints
 import moecast.convert.encode
 import moecast.runner.passes
 import pytest
@@ -25,6 +26,7 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import Checkpoint
 from conversions import convert
+from gemma4_checkpoints import PER_LAYER
 from hub_server import HubServer
 from moecast import __version__
 from moecast.archs.graph import Layer
@@ -81,6 +83,7 @@ def _excerpt(folder: Path) -> Path:
         ("nemotron-3-tiny", {"size": 2_000_000} | LANES),
         ("from the Hub", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
         ("from the Hub", {"file_format": "onnx"} | LANES),
+        ("layers that use keys of others", {"quant": "Q4_K_M"} | LANES),
     ],
 )
 def test_killed_at_random_moments(
@@ -94,6 +97,8 @@ def test_killed_at_random_moments(
         source = tmp_path / "source"
         deepseek_checkpoints.save_deepseek_hub(source, deepseek_checkpoints.deepseek_model())
         deepseek_checkpoints.add_draft(source)
+    if example == "layers that use keys of others":
+        source = gemma4_checkpoints.save_gemma(tmp_path / "source", gemma4_checkpoints.gemma_model(**PER_LAYER))
     if options.get("calibration"):
         options = options | {
             "calibration": str(_excerpt(tmp_path)),
