@@ -4,7 +4,7 @@ No reader asks which architecture a graph came from; everything it needs to know
 operation states of itself (see `operation.Operation`).
 """
 
-from .attention import Attention, CompressedAttention, Compressor, Indexer
+from .attention import Attention, CompressedAttention, Compressor, Indexer, LatentAttention
 from .deltanet import GatedDeltaNet
 from .experts import MLP, HashRouter, MoE, Router
 from .mamba import Mamba2
@@ -26,6 +26,7 @@ __all__ = [
     "HashRouter",
     "HyperConnections",
     "Indexer",
+    "LatentAttention",
     "Layer",
     "Mamba2",
     "MoE",
