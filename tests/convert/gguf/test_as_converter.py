@@ -8,6 +8,7 @@ from typing import Any
 
 import checkpoints
 import cohere_checkpoints as cohere
+import deepseek_v3_checkpoints as deepseek_v3
 import deltanet_checkpoints as deltanet
 import gguf
 import gpt_oss_checkpoints as gpt_oss
@@ -42,6 +43,12 @@ def packed_qwen3(folder: Path, style: str) -> None:
     int4_packs.repacked(plain, folder, folder.parent / "exact", style)
 
 
+def deepseek_v3_as(encoding: str, variant: str) -> Save:
+    """As the Hub has it, with blocks of FP8 that are cut off, or below other names with experts of 4 bits."""
+    model = {"seed": 5, **deepseek_v3.VARIANTS[variant]}
+    return lambda folder: deepseek_v3.save_published(folder, deepseek_v3.deepseek_model(**model), encoding)
+
+
 CHECKPOINTS: dict[str, Save] = {
     "MiniMax": lambda folder: checkpoints.save_minimax(folder, checkpoints.minimax_model()),
     "MiniMax in FP8": example("minimax-m2-tiny"),
@@ -60,6 +67,10 @@ CHECKPOINTS: dict[str, Save] = {
     "Qwen3 in FP8": lambda folder: qwen3.save_qwen3_fp8(folder, qwen3.qwen3_model()),
     "Qwen3 packed by GPTQ": lambda folder: packed_qwen3(folder, "gptq order"),
     "Qwen3 packed by compressed-tensors": lambda folder: packed_qwen3(folder, "compressed"),
+    "DeepSeek V3": lambda folder: deepseek_v3.save_deepseek(folder, deepseek_v3.deepseek_model()),
+    "DeepSeek V3 in FP8": deepseek_v3_as("fp8", "V3"),
+    "DeepSeek V3, odd": deepseek_v3_as("fp8", "odd widths"),
+    "Kimi K2.5": deepseek_v3_as("int4", "Kimi"),
     "gpt-oss": lambda folder: gpt_oss.save_gpt_oss(folder, gpt_oss.gpt_oss_model()),
 }
 # What sets decay and strength of linear attention: kept in float32, as what is smaller still.
