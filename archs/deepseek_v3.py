@@ -11,11 +11,12 @@ from .architecture import Architecture, refuse_unlike
 from .catalogue import Catalogue
 from .config import Config
 from .deepseek_v3_blocks import LATENT_EPSILON, Family, build, check
-from .deepseek_v3_ropes import FAST, SLOW, read_mscaled_yarn, yarn_from_gguf
+from .deepseek_v3_ropes import read_mscaled_yarn, yarn_from_gguf
 from .dimensions import first
 from .drafts import with_draft
 from .expressions import Expression, Rows, Stack, TensorInfo, Transposed
 from .graph import Graph, LatentAttention
+from .llama_options import start_options
 from .shared import (
     DENSE_NAMES,
     EXPERT_NAMES,
@@ -101,7 +102,7 @@ def _read_checkpoint(config: Config, tensors: Sequence[TensorInfo], drafts: bool
     found = CheckpointSource(catalogue, _NAMES, text.flag("tie_word_embeddings", default=False))
     graph = build(NAME, d, latent_source(found, d))
     notes = [f"left out the vision tower, {pictures} tensors: text alone is understood"] if pictures else []
-    return replace(graph, notes=(*notes, *_draft_notes(catalogue, d), *yarn_notes(graph), *catalogue.finish()))
+    return replace(graph, notes=(*notes, *_draft_notes(catalogue, d), *start_notes(graph), *catalogue.finish()))
 
 
 def _draft_notes(catalogue: Catalogue, d: Family) -> list[str]:
@@ -160,14 +161,12 @@ def latent_source(source: Source, d: Family) -> Source:
     return find
 
 
-def yarn_notes(graph: Graph) -> list[str]:
+def start_notes(graph: Graph) -> list[str]:
     """What llama.cpp has to be told at every start, because it reads it from no file."""
-    attention = first(graph, LatentAttention)
-    yarn = attention.rope.yarn if attention else None
-    if yarn is None or (yarn.fast, yarn.slow) == (FAST, SLOW):
+    options = " ".join(start_options(graph))
+    if not options:
         return []
-    limits = f"--yarn-beta-fast {yarn.fast:g} --yarn-beta-slow {yarn.slow:g}"
-    return [f"llama.cpp reads YaRN's limits from no file: start it with {limits}, or long texts come out wrong"]
+    return [f"llama.cpp reads YaRN's limits from no file: start it with {options}, or long texts come out wrong"]
 
 
 def _from_gguf(metadata: Config, tensors: Sequence[TensorInfo]) -> Graph:
