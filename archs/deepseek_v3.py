@@ -34,8 +34,7 @@ from .weights import check_shape
 
 NAME = "deepseek2"
 _LARGEST_EPSILON = 1e-5  # that llama.cpp's norms of latents may have in place of 1e-6: nobody sees a difference
-_LITE = (26, 27)  # numbers of layers, and with a vocabulary of _LITE_WORDS words _LITE_WORDS_LAYERS
-_LITE_WORDS, _LITE_WORDS_LAYERS = 128_256, 48
+_LITE, _LITE_WITH_WORDS = (26, 27), (48, 128_256)  # layers, and words, by which llama.cpp knows DeepSeek V2 Lite
 _IMPLEMENTED: Mapping[str, Sequence[object]] = {
     "hidden_act": ["silu"],
     "scoring_func": ["sigmoid"],
@@ -196,7 +195,7 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
     """Raises BadInput for what llama.cpp would compute otherwise, or not load."""
     attention, layers, epsilon = first(graph, LatentAttention), len(graph.layers), graph.final_norm.epsilon
     assert attention
-    lite = layers in _LITE or (layers == _LITE_WORDS_LAYERS and graph.vocabulary_size == _LITE_WORDS)
+    lite = layers in _LITE or (layers, graph.vocabulary_size) == _LITE_WITH_WORDS
     unlike = {
         f"{layers} layers and latent queries (q_lora_rank)": lite and attention.query_down,
         f"norms with an epsilon of {epsilon:g} (rms_norm_eps), but 1e-6 for latents": (
