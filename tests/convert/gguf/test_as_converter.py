@@ -67,7 +67,6 @@ CHECKPOINTS: dict[str, Save] = {
     "Qwen3 in FP8": lambda folder: qwen3.save_qwen3_fp8(folder, qwen3.qwen3_model()),
     "Qwen3 packed by GPTQ": lambda folder: packed_qwen3(folder, "gptq order"),
     "Qwen3 packed by compressed-tensors": lambda folder: packed_qwen3(folder, "compressed"),
-    "DeepSeek V3": lambda folder: deepseek_v3.save_deepseek(folder, deepseek_v3.deepseek_model()),
     "DeepSeek V3 in FP8": deepseek_v3_as("fp8", "V3"),
     "DeepSeek V3, odd": deepseek_v3_as("fp8", "odd widths"),
     "Kimi K2.5": deepseek_v3_as("int4", "Kimi"),
