@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import BadInput
 from . import (
     cohere2,
+    deepseek_v3,
     deepseek_v4,
     gemma4,
     gpt_oss,
@@ -26,6 +27,7 @@ def architectures() -> tuple[Architecture, ...]:
         minimax_m3.ARCHITECTURE,
         nemotron_h.MIXTURE,
         nemotron_h.DENSE,
+        deepseek_v3.ARCHITECTURE,
         deepseek_v4.ARCHITECTURE,
         qwen3_moe.ARCHITECTURE,
         gpt_oss.ARCHITECTURE,

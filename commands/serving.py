@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..reports.llama import needed_options
+from ..archs.llama_options import start_options
 from .console import human_bytes
 from .terminal import printable
 
@@ -88,7 +88,7 @@ class Serving:
         print(f"Serve it, or chat with it, by\n\n    {printable(facts['serve'])}\n    {printable(facts['chat'])}\n")
 
     def _line(self, program: str) -> str:
-        options = ((_TEMPLATE,) if self.template else ()) + needed_options(self.graph, program)
+        options = ((_TEMPLATE,) if self.template else ()) + start_options(self.graph, program)
         return " ".join(map(str, (program, "-m", self.model, "-c", self.context, *options, *self._on_gpu())))
 
     def _on_gpu(self) -> tuple[str | int, ...]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from shlex import quote
 
+from ..archs.llama_options import start_options
 from ..quant.planning.allocation import bytes_per_token
 from ..quant.planning.fit import Machine, layers_in_ram
 from .card_metadata import front_matter
 from .folder import PublishedFile, PublishedFolder, plan_names
 from .gather import planned_tensors
-from .llama import needed_options
 from .markdown import code, code_block, literal, table
 from .report import grouped
 from .text import human_bytes
@@ -172,8 +172,8 @@ def _run_lines(folder: PublishedFolder, repository: str) -> str:
 
 
 def _run_line(program: str, file: PublishedFile, options: str) -> str:
-    needed = needed_options(file.plan.graph, program)
-    return " ".join((program, "-m", quote(file.parts[0].name), options, *needed, "--jinja"))
+    told = start_options(file.plan.graph, program)
+    return " ".join((program, "-m", quote(file.parts[0].name), options, *told, "--jinja"))
 
 
 def _other_engines(repository: str, tag: str) -> list[str]:

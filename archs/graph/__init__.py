@@ -4,7 +4,7 @@ No reader asks which architecture a graph came from; everything it needs to know
 operation states of itself (see `operation.Operation`).
 """
 
-from .attention import Attention, BlockSelection, CompressedAttention, Compressor, Indexer
+from .attention import Attention, BlockSelection, CompressedAttention, Compressor, Indexer, LatentAttention
 from .deltanet import GatedDeltaNet
 from .experts import MLP, HashRouter, MoE, Router
 from .mamba import Mamba2
@@ -12,7 +12,7 @@ from .model import Branch, Graph, HyperConnections, Layer, Prediction, ResidualM
 from .operation import Operation, Width
 from .parts import SIGMOID_GAIN, Activation, Norm, Rope, Score, Yarn
 from .per_layer import PerLayerEmbedding, PerLayerInput
-from .walk import graph_as_json, weights_in, with_weights
+from .walk import graph_as_json, parts_in, weights_in, with_weights
 
 __all__ = [
     "MLP",
@@ -28,6 +28,7 @@ __all__ = [
     "HashRouter",
     "HyperConnections",
     "Indexer",
+    "LatentAttention",
     "Layer",
     "Mamba2",
     "MoE",
@@ -44,6 +45,7 @@ __all__ = [
     "Width",
     "Yarn",
     "graph_as_json",
+    "parts_in",
     "sequential",
     "weights_in",
     "with_weights",

@@ -20,6 +20,7 @@ from ...archs.graph import (
     CompressedAttention,
     GatedDeltaNet,
     Graph,
+    LatentAttention,
     Mamba2,
     MoE,
     Operation,
@@ -33,6 +34,7 @@ from .builder import Builder, State
 from .compressed_attention import compressed_attention
 from .deltanet import delta_net
 from .experts import dense, moe
+from .latent_attention import latent_attention
 from .mamba import mamba
 from .per_layer import embed_for_layers, per_layer_input
 from .residual import residual_of
@@ -47,6 +49,7 @@ ONNX_FORMS: Mapping[type[Operation], Form] = {
     Attention: attention,
     CompressedAttention: compressed_attention,
     GatedDeltaNet: delta_net,
+    LatentAttention: latent_attention,
     Mamba2: mamba,
     MLP: dense,
     MoE: moe,

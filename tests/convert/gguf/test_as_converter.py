@@ -8,6 +8,7 @@ from typing import Any
 
 import checkpoints
 import cohere_checkpoints as cohere
+import deepseek_v3_checkpoints as deepseek_v3
 import deltanet_checkpoints as deltanet
 import gemma4_checkpoints as gemma
 import gguf
@@ -44,6 +45,12 @@ def packed_qwen3(folder: Path, style: str) -> None:
     int4_packs.repacked(plain, folder, folder.parent / "exact", style)
 
 
+def deepseek_v3_as(encoding: str, variant: str) -> Save:
+    """As the Hub has it, with blocks of FP8 that are cut off, or below other names with experts of 4 bits."""
+    model = {"seed": 5, **deepseek_v3.VARIANTS[variant]}
+    return lambda folder: deepseek_v3.save_published(folder, deepseek_v3.deepseek_model(**model), encoding)
+
+
 CHECKPOINTS: dict[str, Save] = {
     "MiniMax": lambda folder: checkpoints.save_minimax(folder, checkpoints.minimax_model()),
     "MiniMax in FP8": example("minimax-m2-tiny"),
@@ -66,6 +73,9 @@ CHECKPOINTS: dict[str, Save] = {
     "Gemma 4 with experts": lambda folder: gemma.save_gemma(folder, gemma.gemma_model(**gemma.MIXTURE)),
     "Gemma 4 dense": lambda folder: gemma.publish_gemma(folder, gemma.gemma_model(**gemma.DENSE), gemma.DENSE),
     "Gemma 4 with per-layer embeddings": lambda folder: gemma.save_gemma(folder, gemma.gemma_model(**gemma.PER_LAYER)),
+    "DeepSeek V3 in FP8": deepseek_v3_as("fp8", "V3"),
+    "DeepSeek V3, odd": deepseek_v3_as("fp8", "odd widths"),
+    "Kimi K2.5": deepseek_v3_as("int4", "Kimi"),
     "gpt-oss": lambda folder: gpt_oss.save_gpt_oss(folder, gpt_oss.gpt_oss_model()),
 }
 # What sets decay and strength of linear attention: kept in float32, as what is smaller still.
