@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import BadInput
 from .architecture import Architecture
 from .config import Config
-from .deepseek_v4_blocks import NAME, OVERLAPPING, STREAMS, Family, build, build_draft, check
+from .deepseek_v4_blocks import NAME, OVERLAPPING, STREAMS, Family, build, build_draft, build_draft_alone, check
 from .deepseek_v4_names import NAMES, draft_source
 from .deepseek_v4_ropes import read_ropes
 from .expressions import TensorInfo
@@ -109,19 +109,26 @@ def _read_hash_layers(config: Config, layers: int) -> int:
 
 
 def _from_gguf(metadata: Config, tensors: Sequence[TensorInfo]) -> Graph:
-    if not any(tensor.name == "blk.0.attn_norm.weight" for tensor in tensors):
-        raise BadInput(f"{metadata.origin} holds no first layer: it is a draft that runs beside its model only")
+    """A model, or a draft, which is numbered on from a model's layers and has none itself."""
     catalogue, vocabulary = open_gguf(metadata, tensors)
-    ratios, layers = metadata.get(f"{NAME}.attention.compress_ratios"), metadata.integer(f"{NAME}.block_count")
-    if not isinstance(ratios, list) or len(ratios) < layers or set(ratios) - set(RATIOS.values()):
+    alone = "blk.0.attn_norm.weight" not in catalogue
+    drafts = metadata.integer(f"{NAME}.nextn_predict_layers", default=0) if alone else 0
+    ratios, blocks = metadata.get(f"{NAME}.attention.compress_ratios"), metadata.integer(f"{NAME}.block_count")
+    if not isinstance(ratios, list) or len(ratios) < blocks or set(ratios) - set(RATIOS.values()):
         raise BadInput(
             f"{metadata.origin}: {NAME}.attention.compress_ratios is {ratios!r}, expected 0, 4 or 128 for each of "
-            f"{layers} layers"
+            f"{blocks} layers"
         )
-    clamp = _one_number(metadata, f"{NAME}.swiglu_clamp_exp")
-    dimensions = Family.from_gguf(metadata, NAME, vocabulary=vocabulary, ratios=tuple(ratios[:layers]), clamp=clamp)
+    layers, clamp = blocks - drafts, _one_number(metadata, f"{NAME}.swiglu_clamp_exp")
+    dimensions = Family.from_gguf(
+        metadata, NAME, vocabulary=vocabulary, layers=layers, ratios=tuple(ratios[:layers]), clamp=clamp
+    )
     check(dimensions, metadata.origin)
-    graph = build(dimensions, gguf_source(catalogue))
+    source = gguf_source(catalogue)
+    if drafts:  # of a model, what repeats something is compared with its graph
+        metadata.expect(f"{NAME}.embedding_length_out", STREAMS * dimensions.hidden)
+        metadata.expect(f"{NAME}.attention.value_length", dimensions.head_size)
+    graph = build_draft_alone(dimensions, source) if drafts else build(dimensions, source)
     catalogue.finish()
     return graph
 

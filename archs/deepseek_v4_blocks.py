@@ -172,18 +172,23 @@ def build(d: Family, source: Source) -> Graph:
 def build_draft(model: Graph, d: Family, source: Source) -> Graph:
     """The block for multi-token prediction, which shares embedding and head with the model."""
     builder = _Builder(d, source)
-    index = len(model.layers)
-    nextn = f"blk.{index}.nextn"
+    nextn = f"blk.{d.layers}.nextn"
     prediction = Prediction(
         embedding_norm=builder.norm(f"{nextn}.enorm.weight", d.hidden),
         hidden_norm=builder.norm(f"{nextn}.hnorm.weight", d.hidden),
         projection=builder.weight(f"{nextn}.eh_proj.weight", Role.PREDICTION_INPUT, d.hidden, 2 * d.hidden),
-        layer=builder.layer(index, ratio=0),
+        layer=builder.layer(d.layers, ratio=0),
+        of_residual=True,
     )
     final_norm = builder.norm("output_norm.weight", d.hidden)
     return replace(
         model, layers=(), predictions=(prediction,), final_norm=final_norm, residual=builder.residual(), draft=None
     )
+
+
+def build_draft_alone(d: Family, source: Source) -> Graph:
+    """The same of a file that holds the draft with what it shares, and nothing else."""
+    return build_draft(_Builder(d, source).graph(NAME, ()), d, source)
 
 
 class _Builder(Builder):

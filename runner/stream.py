@@ -40,7 +40,7 @@ from .blocks.context import Context
 from .blocks.deltanet import DeltaNetMixer
 from .blocks.experts import Mixture, RoutedTokens, order_of_experts, run_experts
 from .blocks.mamba import MambaMixer
-from .blocks.residual import residual_of
+from .blocks.residual import Residual, residual_of
 from .placement import Placement
 from .weights import ModelWeights, Weights, multiply
 
@@ -127,7 +127,7 @@ class Stream:
         if cache:
             cache.tokens += tokens.shape[1]
         if states is None:
-            self._embed()
+            embed(self.weights, self.tokens, self._residual, self.hidden)
         else:
             self._take_up(iter(states), sharing)
 
@@ -200,12 +200,16 @@ class Stream:
         context = Context(self.tokens[chunk], self._positions, index, index in self._readers, shared)
         key = (index, entered.number, place, chunk)
         past = self._cache.states.get(key) if self._cache else None
-        output, state = block(normed, past or block.initial_state(), context)
+        output, state = self._mixed(block, normed, past or block.initial_state(), context)
         if self._cache:
             self._cache.states[key] = state
         if context.shares and index in context.shared:
             self._share(index, chunk, context.shared[index])
         return output
+
+    def _mixed(self, block: Mixer, normed: Tensor, memory: Any, context: Context) -> tuple[Tensor, Any]:
+        """One chunk through a mixer, and what that remembers."""
+        return block(normed, memory, context)
 
     def _share(self, layer: int, chunk: int, states: Tensor) -> None:
         if layer not in self.shared:
@@ -233,7 +237,7 @@ class Stream:
             final[chunk] = self.final(chunk, positions)
         return final
 
-    def final(self, chunk: int, positions: slice) -> Tensor:
+    def final(self, chunk: int, positions: slice | Tensor) -> Tensor:
         """Those of one chunk, [positions, hidden size]."""
         normalize = normalizer(self.weights.graph.final_norm, self.weights)
         return normalize(self._residual.end(self.hidden[chunk][positions]))
@@ -248,16 +252,18 @@ class Stream:
             yield self.weights.load(self.weights.graph.head, None, rows)
             self.weights.release()
 
-    def _embed(self) -> None:
-        embedding, tokens = self.weights.graph.embedding, self.tokens.flatten()
-        for _, rows in pieces(embedding):
-            assert rows
-            places = torch.where((tokens >= rows[0]) & (tokens < rows[1]))[0]
-            for part in places.split(_TOKENS) if len(places) else ():
-                block = self.weights.load(embedding, None, rows)
-                embedded = self.weights.graph.embedding_scale * block[tokens[part] - rows[0]]
-                self.hidden.add_rows(part, self._residual.begin(embedded))
-            self.weights.release()
+
+def embed(weights: Weights, tokens: Tensor, residual: Residual, states: Activations) -> None:
+    """Add what a residual is of the embeddings of tokens [chunks, context] to `states`."""
+    embedding, flat = weights.graph.embedding, tokens.flatten()
+    for _, rows in pieces(embedding):
+        assert rows
+        places = torch.where((flat >= rows[0]) & (flat < rows[1]))[0]
+        for part in places.split(_TOKENS) if len(places) else ():
+            block = weights.load(embedding, None, rows)
+            embedded = weights.graph.embedding_scale * block[flat[part] - rows[0]]
+            states.add_rows(part, residual.begin(embedded))
+        weights.release()
 
 
 def advance(

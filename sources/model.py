@@ -81,6 +81,16 @@ class Model:
         """Tokens that the model is made for."""
         return self.graph.context_length
 
+    @property
+    def draft(self) -> Model | None:
+        """What drafts tokens for this model, as a model that reads the same files; None where nothing does."""
+        graph = self.graph.drafting
+        if graph is None:
+            return None
+        draft = Model(self.path, self.architecture, graph, self.tensors, self.metadata)
+        draft.storage = self.storage
+        return draft
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises BadInput when the model has none."""
@@ -151,12 +161,31 @@ def open_model(path: str | Path, tensors: tuple[TensorInfo, ...] | None = None, 
         graph = architecture.from_checkpoint(config, tensors)
         refuse_unread(config, architecture.name, architecture.harmless, ignored)
         return Model(path, architecture, graph, tensors, {})
+    model = _open_gguf(path, ignored)
+    if not model.graph.layers:
+        raise BadInput(f"{path} holds no layers: it is a draft that runs beside its model only")
+    return model
+
+
+def open_draft(path: str | Path) -> Model:
+    """What drafts in a GGUF file, be it alone there or beside its model. Raises BadInput as `open_model`, and for a
+    model that has none."""
+    draft = _open_gguf(Path(path), ()).draft
+    if draft is None:
+        raise BadInput(
+            f"{path} holds nothing that drafts: give the file that `convert --mtp` writes beside the model's"
+        )
+    return draft
+
+
+def _open_gguf(path: Path, ignored: Collection[str]) -> Model:
     if not is_file(path) or not (path.suffix.lower() == ".gguf" or is_gguf(path)):
         raise BadInput(f"{path}: no such model, expected a checkpoint folder or a .gguf file")
     metadata, tensors = read_gguf(path)
     values = Config(metadata, str(path))
     architecture = architecture_named(values.text("general.architecture"), str(path))
     graph = architecture.from_gguf(values, tensors)
-    check_repeated(values, architecture.gguf_metadata(graph))
+    if graph.layers:
+        check_repeated(values, architecture.gguf_metadata(graph))
     refuse_unread_metadata(values, architecture.name, architecture.harmless_metadata, ignored)
     return Model(path, architecture, graph, tensors, metadata)

@@ -95,8 +95,10 @@ class Layer:
 class Prediction:
     """A block that drafts the token after next (multi-token prediction) for speculative decoding.
 
-    Its input is `projection([embedding_norm(embedding of the next token), hidden_norm(hidden)])`; its output goes
-    through a norm of its own, or through the model's final norm, and the model's head. The model itself never runs it.
+    Its input is `projection([embedding_norm(embedding of the next token), hidden_norm(hidden)])`, where hidden is what
+    the model's head reads, or with `of_residual` all streams of the residual before they are brought together; of a
+    draft's further tokens it is the block's own. Its output goes through norm and head, those of the model where it has
+    none of its own. The model itself never runs it.
     """
 
     embedding_norm: Norm
@@ -104,6 +106,9 @@ class Prediction:
     projection: Weight
     layer: Layer
     final_norm: Norm | None = None
+    embedding: Weight | None = None
+    head: Weight | None = None
+    of_residual: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,21 @@ class Graph:
     def residual_size(self) -> int:
         """Values of a token between two layers: those of all residual streams."""
         return self.hidden_size * (self.residual.multiplicity if self.residual else 1)
+
+    @property
+    def drafting(self) -> Graph | None:
+        """The block for multi-token prediction as a model of one layer, with all that it shares with the model."""
+        holder = self.draft or self
+        if not holder.predictions:
+            return None
+        (block,) = holder.predictions
+        return replace(
+            holder,
+            layers=(block.layer,),
+            embedding=block.embedding or holder.embedding,
+            final_norm=block.final_norm or holder.final_norm,
+            head=block.head or holder.head,
+        )
 
     def weights(self) -> Iterator[Weight]:
         """Every weight once, in file order."""
