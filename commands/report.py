@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..convert.conversion import Conversion
     from ..quant.planning.fit import MachinePlan
     from ..quant.planning.plan import Plan
+    from ..runner.measure.acceptance import Acceptance
     from ..runner.measure.evaluate import Parity, Perplexity
     from ..sources.imatrix import ImportanceMatrix
     from ..sources.model import Model
@@ -148,6 +149,24 @@ def show_parity(title: str, result: Parity, as_json: bool) -> None:
         return
     print_table(title, parity_rows(result))
     _show_categories(result)
+    show_problems(result.problems)
+
+
+def show_acceptance(title: str, result: Acceptance, as_json: bool) -> None:
+    if as_json:
+        tokens = [
+            {**asdict(token), "rate": token.rate, "reached": reached}
+            for token, reached in zip(result.tokens, result.reached, strict=True)
+        ]
+        derived = {"tokens_per_pass": result.tokens_per_pass, "problems": result.problems}
+        print_json({**asdict(result), "tokens": tokens, **derived})
+        return
+    rows = [
+        (str(number), f"{token.rate:.1%}", f"{reached:.1%}", str(token.drafts))
+        for number, (token, reached) in enumerate(zip(result.tokens, result.reached, strict=True), 1)
+    ]
+    print_columns(title, ("Drafted token", "Accepted after the one before", "Of all drafts", "Drafts"), rows)
+    print(f"Tokens that a pass of the model says: {result.tokens_per_pass:.2f}")
     show_problems(result.problems)
 
 

@@ -1,0 +1,135 @@
+"""How many of the tokens that a draft says the model itself would have said, from one pass over a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+
+import torch
+from torch import Tensor
+
+from ...errors import BadInput
+from ...progress import NoProgress, Progress
+from ...sources.model import Model
+from ..drafts import MultiTokenPrediction, most_probable
+from ..memory import workspace
+from ..settings import Compute, Evaluation
+from ..stream import Stream
+from ..texts import beyond_context, with_bos
+from ..weights import ModelWeights
+
+DRAFTED = 3  # tokens of a draft, as llama.cpp has it
+_ROOM = 2  # of texts: half of one begins drafts, each as long as what it is from the next
+
+
+@dataclass(frozen=True)
+class DraftedToken:
+    """The n-th token of drafts.
+
+    Attributes:
+        drafts: those whose tokens before it are both what the model says and what the text does, so that what the
+            model says next is known.
+        accepted: how many of them have the model's most probable token here.
+    """
+
+    drafts: int
+    accepted: int
+
+    @property
+    def rate(self) -> float:
+        """The share that is accepted where all before it is; 0 where no draft came so far."""
+        return self.accepted / max(self.drafts, 1)
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What is accepted of drafts, token by token, where the most probable one is taken every time.
+
+    `context_length` is what the model is made for.
+    """
+
+    tokens: tuple[DraftedToken, ...]
+    context: int
+    chunks: int
+    compute_dtype: str
+    context_length: int
+
+    @property
+    def reached(self) -> tuple[float, ...]:
+        """The share of all drafts that is accepted up to each token."""
+        return (*accumulate((token.rate for token in self.tokens), mul),)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """How many tokens a pass of the model says, its own and those of the draft that it checks."""
+        return 1 + sum(self.reached)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return beyond_context(self.context, self.context_length)
+
+
+def acceptance(
+    model: Model,
+    draft: Model | None = None,
+    most: int = DRAFTED,
+    evaluation: Evaluation = Evaluation(),
+    compute: Compute = Compute(),
+    progress: Progress | None = None,
+) -> Acceptance:
+    """What a model accepts of drafts that begin at every so many tokens of the second half of each chunk of a text.
+
+    Args:
+        draft: what drafts, by default what the model has itself.
+        most: tokens of a draft.
+
+    Raises BadInput for a model without any draft, and for a text or a context too short.
+    """
+    draft, progress = draft or model.draft, progress or NoProgress()
+    if draft is None:
+        raise BadInput(f"{model.path} has no block that drafts tokens: give the file that has, after the model")
+    if draft.graph.residual_size != model.graph.residual_size or draft.vocabulary_size != model.vocabulary_size:
+        raise BadInput(f"{draft.path} drafts for a model of other sizes than {model.path}: give the draft of this one")
+    tokens = evaluation.tokens(model.tokenizer)
+    chunks, context = tokens.shape
+    places = range(context // 2, context - most + 1, most)
+    if not places:
+        raise BadInput(f"--context is {context}, expected at least {2 * most} for drafts of {most} tokens")
+    inputs = with_bos(tokens, model.tokenizer)
+    with workspace(compute, model.graph, _ROOM * inputs.numel(), _ROOM * context) as room:
+        stream = Stream(model, inputs, weights=ModelWeights(model, compute.torch_dtype, room.device), workspace=room)
+        progress.begin("Drafts", len(model.graph.layers) + most, "layers")
+        for layer in model.graph.layers:
+            stream.advance(layer)
+            progress.advance(1, f"layer {layer.index}")
+        checked = slice(places[0], places[-1] + most)
+        said = most_probable(stream, [stream.final(chunk, checked) for chunk in range(chunks)]).cpu()
+        weights = ModelWeights(draft, compute.torch_dtype, room.device)
+        drafting, drafts = MultiTokenPrediction(draft, weights, stream, places, room), []
+        for step in range(most):
+            if drafts:
+                drafting.take(drafts[-1])
+            drafts.append(most_probable(*drafting.states()))
+            progress.advance(1, f"drafted token {step + 1}")
+    accepted = _accepted(torch.stack(drafts, dim=2).cpu(), said, tokens, places)
+    return Acceptance(accepted, context, chunks, compute.dtype, model.context_length)
+
+
+def _accepted(drafts: Tensor, said: Tensor, tokens: Tensor, places: Sequence[int]) -> tuple[DraftedToken, ...]:
+    """
+    Args:
+        drafts: [chunks, places, tokens of a draft].
+        said: the model's most probable tokens after each token from the first place on, [chunks, positions].
+        tokens: the text, [chunks, context].
+    """
+    here = torch.tensor(places, device="cpu")
+    follows = torch.ones(drafts.shape[:2], dtype=torch.bool, device="cpu")
+    found = []
+    for step, drafted in enumerate(drafts.unbind(2)):
+        right = follows & (drafted == said[:, here - places[0] + step])
+        found.append(DraftedToken(int(follows.sum()), int(right.sum())))
+        if step + 1 < drafts.shape[2]:
+            follows = right & (drafted == tokens[:, here + step + 1])
+    return tuple(found)
