@@ -10,6 +10,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from ..reports.rows import parity_rows, scoring_rows
+from ..reports.text import draft_options
 from .console import human_bytes, human_count, print_columns, print_json, print_table
 from .terminal import printable
 
@@ -131,7 +132,8 @@ def _serve(fit: MachinePlan, program: str = "llama-server") -> str:
         graph = fit.plan.graph
         on_gpu = ("--n-gpu-layers", len(graph.layers) - fit.layers_in_ram + 1)
         options = (*_GPU, "--n-cpu-moe", fit.layers_in_ram) if graph.experts else on_gpu
-    return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *options, program=program)
+    drafting = draft_options(fit.plan.graph) if program == "llama-server" else ()
+    return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *options, *drafting, program=program)
 
 
 def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:
@@ -192,7 +194,10 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
         routed = f"{metadata.get('general.architecture')}.expert_count" in metadata
         experts = (*_GPU, "--cpu-moe") if routed and shutil.which("nvidia-smi") else ()
         template = (_TEMPLATE,) if CHAT_TEMPLATE in metadata else ()
-        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *template, *experts)
+        drafting = draft_options(result.details.plan.graph, result.draft)
+        if result.draft and experts:
+            drafting = (*drafting, "--cpu-moe-draft")
+        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *template, *experts, *drafting)
     else:
         line = f'moecast run {file.parent} -p "Once upon a time"'
     print(f"Run it with\n\n    {printable(line)}\n")

@@ -117,6 +117,7 @@ def convert(
         imatrix=InputFile.of(calibration.imatrix) if calibration.imatrix else None,
         texts=_texts(calibration, evaluation),
         resumed=done.resumed or (measured is not None and measured.resumed),
+        draft=done.draft,
     )
 
 
@@ -189,7 +190,7 @@ class _Work:
 @dataclass(frozen=True)
 class _Done:
     """Files, the first of which is the model; how they compare, what was found of layers, what they could not hold;
-    whether runs went before, and what these took."""
+    whether runs went before, and what these took; which of the files is a draft."""
 
     files: list[Path]
     parity: Parity | None
@@ -197,6 +198,7 @@ class _Done:
     problems: list[str]
     resumed: bool
     earlier: Spent
+    draft: Path | None = None
 
 
 def _metadata(source: Source, plan: Plan, output: Output, progress: Progress) -> dict[str, Any]:
@@ -267,10 +269,9 @@ def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Pro
             if resumed:
                 note_resumption(writer.bytes_there, plan, model, progress)
             passed = run_pass(model, plan, writer, inputs, work.compute, journal, room, progress)
-        files = [*writer.paths]
-        if draft and model.graph.draft:
-            files.append(_write_draft(work, journal, room, progress))
-    return _Done(files, passed.parity, passed.findings, writer.problems, resumed, journal.earlier)
+        beside = _write_draft(work, journal, room, progress) if draft and model.graph.draft else None
+    files = [*writer.paths, *([beside] if beside else [])]
+    return _Done(files, passed.parity, passed.findings, writer.problems, resumed, journal.earlier, beside)
 
 
 def _imatrix_writer(work: _Work) -> ImatrixWriter | None:

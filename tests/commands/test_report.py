@@ -8,6 +8,8 @@ from pathlib import Path
 
 import checkpoints
 import cohere_checkpoints as cohere
+import deepseek_checkpoints
+import deltanet_checkpoints
 import pytest
 from click.testing import CliRunner, Result
 from moecast.cli import main
@@ -128,6 +130,22 @@ def test_convert_tells_how_to_serve_the_file(gpu: bool, tmp_path: Path, monkeypa
     assert line.startswith(f"llama-server -m {file} -c 8192 -t {os.cpu_count()} --jinja")
     assert line.endswith(" --n-gpu-layers 99 --cpu-moe") == gpu
     assert f"{human_bytes(file.stat().st_size)}, " in shown
+
+
+def test_the_line_names_what_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block in the file by its kind, a file beside it by its name; beside a GPU its experts stay in RAM."""
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    within = deltanet_checkpoints.save_published(tmp_path / "within", deltanet_checkpoints.model_of("qwen3_5"))
+    beside = tmp_path / "beside"
+    deepseek_checkpoints.save_deepseek_hub(beside, deepseek_checkpoints.deepseek_model())
+    deepseek_checkpoints.add_draft(beside)
+    options = ("--quant", "Q8_0", "--no-verify", "--no-calibration")
+    assert " --spec-type draft-mtp" in _run("convert", within, "-o", tmp_path / "a.gguf", *options).stdout
+    assert "spec-type" not in _run("convert", within, "-o", tmp_path / "b.gguf", *options, "--no-mtp").stdout
+    shown = _run("convert", beside, "-o", tmp_path / "c.gguf", *options, "--mtp").stdout
+    assert f" -md {tmp_path / 'c-mtp.gguf'} --cpu-moe-draft\n" in shown
+    made = json.loads(_run("convert", beside, "-o", tmp_path / "d.gguf", *options, "--mtp", "--json").stdout)
+    assert made["draft"] == made["files"][-1] == (tmp_path / "d-mtp.gguf").as_posix()
 
 
 def test_scores_as_a_table_and_as_json() -> None:
