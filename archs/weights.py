@@ -66,6 +66,8 @@ class Role(Enum):
     DELTA_CONVOLUTION = "delta_convolution"
     DELTA_SCALAR = "delta_scalar"
     PREDICTION_INPUT = "prediction_input"
+    SUCCESSOR = "successor"  # low-rank factors of which token follows which
+    CONFIDENCE = "confidence"
     SCALE = "scale"
     BIAS = "bias"
 
@@ -94,6 +96,7 @@ _KEPT_F32 = (
     Role.DELTA_RATE,
     Role.DELTA_CONVOLUTION,
     Role.DELTA_SCALAR,
+    Role.CONFIDENCE,
     Role.SCALE,
     Role.BIAS,
 )

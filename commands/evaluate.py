@@ -159,7 +159,7 @@ def acceptance(
     opened = _open(model, access)
     if not isinstance(opened, Model):
         raise BadInput(f"{model} is an ONNX model, which has no place for drafts: give a checkpoint or a GGUF file")
-    drafting = open_draft(draft) if draft else None
+    drafting = open_draft(draft, opened) if draft else None
     with make_progress() as progress:
         result = run(opened, drafting, tokens, evaluation, compute, progress)
     show_acceptance(str(opened.path), result, as_json)

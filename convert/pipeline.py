@@ -296,7 +296,8 @@ def _write_draft(work: _Work, journal: Journal, room: Workspace, progress: Progr
     model = work.model
     assert model.graph.draft and model.architecture.draft_metadata
     plan = plan_tensors(model.graph.draft, work.plan.recipe)
-    metadata = work.metadata | dict(model.architecture.draft_metadata(model.graph))
+    others = {key: value for key, value in work.metadata.items() if not key.startswith(f"{model.graph.architecture}.")}
+    metadata = others | dict(model.architecture.draft_metadata(model.graph))
     path = work.path.with_name(f"{work.path.stem}-mtp.gguf")
     with GGUFWriter(path, metadata, plan.stored, None, work.output.overwrite, journal) as writer:
         run_pass(model, plan, writer, compute=work.compute, workspace=room, progress=progress)

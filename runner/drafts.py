@@ -39,7 +39,7 @@ class BranchedStream(Stream):
         super().__init__(model, tokens, None, weights, states, (), workspace)
         self._starts, self._length = starts, length
 
-    def _mixed(self, block: Mixer, normed: Tensor, memory: Any, context: Context) -> tuple[Tensor, Any]:
+    def _mixed(self, block: Mixer, normed: Tensor, memory: Any, context: Context, chunk: int) -> tuple[Tensor, Any]:
         text, branches, seen = [], [], 0
         behind = len(normed) - len(self._starts) * self._length
         for number, start in enumerate(self._starts):

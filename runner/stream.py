@@ -200,14 +200,14 @@ class Stream:
         context = Context(self.tokens[chunk], self._positions, index, index in self._readers, shared)
         key = (index, entered.number, place, chunk)
         past = self._cache.states.get(key) if self._cache else None
-        output, state = self._mixed(block, normed, past or block.initial_state(), context)
+        output, state = self._mixed(block, normed, past or block.initial_state(), context, chunk)
         if self._cache:
             self._cache.states[key] = state
         if context.shares and index in context.shared:
             self._share(index, chunk, context.shared[index])
         return output
 
-    def _mixed(self, block: Mixer, normed: Tensor, memory: Any, context: Context) -> tuple[Tensor, Any]:
+    def _mixed(self, block: Mixer, normed: Tensor, memory: Any, context: Context, chunk: int) -> tuple[Tensor, Any]:
         """One chunk through a mixer, and what that remembers."""
         return block(normed, memory, context)
 

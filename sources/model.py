@@ -6,6 +6,7 @@ torch is imported with the first weight that is read: to look at a model takes n
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,31 +162,27 @@ def open_model(path: str | Path, tensors: tuple[TensorInfo, ...] | None = None, 
         graph = architecture.from_checkpoint(config, tensors)
         refuse_unread(config, architecture.name, architecture.harmless, ignored)
         return Model(path, architecture, graph, tensors, {})
-    model = _open_gguf(path, ignored)
-    if not model.graph.layers:
-        raise BadInput(f"{path} holds no layers: it is a draft that runs beside its model only")
-    return model
-
-
-def open_draft(path: str | Path) -> Model:
-    """What drafts in a GGUF file, be it alone there or beside its model. Raises BadInput as `open_model`, and for a
-    model that has none."""
-    draft = _open_gguf(Path(path), ()).draft
-    if draft is None:
-        raise BadInput(
-            f"{path} holds nothing that drafts: give the file that `convert --mtp` writes beside the model's"
-        )
-    return draft
-
-
-def _open_gguf(path: Path, ignored: Collection[str]) -> Model:
     if not is_file(path) or not (path.suffix.lower() == ".gguf" or is_gguf(path)):
         raise BadInput(f"{path}: no such model, expected a checkpoint folder or a .gguf file")
     metadata, tensors = read_gguf(path)
     values = Config(metadata, str(path))
     architecture = architecture_named(values.text("general.architecture"), str(path))
     graph = architecture.from_gguf(values, tensors)
-    if graph.layers:
-        check_repeated(values, architecture.gguf_metadata(graph))
+    check_repeated(values, architecture.gguf_metadata(graph))
     refuse_unread_metadata(values, architecture.name, architecture.harmless_metadata, ignored)
     return Model(path, architecture, graph, tensors, metadata)
+
+
+def open_draft(path: Path, model: Model) -> Model:
+    """What drafts for a model from a GGUF file of its own. Raises BadInput as `open_model`."""
+    read = model.architecture.draft_from_gguf
+    if read is None:
+        raise BadInput(f"{path}: drafts of {model.architecture.name} have no file of their own, leave it out")
+    metadata, tensors = read_gguf(path)
+    values = Config(metadata, str(path))
+    graph = replace(model.graph, draft=read(values, tensors, model.graph))
+    name = values.text("general.architecture")
+    refuse_unread_metadata(values, name, model.architecture.harmless_metadata, ())
+    draft = Model(path, model.architecture, graph, tensors, metadata).draft
+    assert draft
+    return draft

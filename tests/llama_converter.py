@@ -23,6 +23,7 @@ def _main() -> None:
     """In a process of its own, where `gguf` is the one that comes with the converter."""
     sys.path[:0] = [str(CONVERTER)]
     import convert_hf_to_gguf as converter
+    from conversion import base
 
     known = converter.get_model_class
 
@@ -31,6 +32,7 @@ def _main() -> None:
         return type(found.__name__, (found,), {"set_vocab": lambda self: None, "model_arch": found.model_arch})
 
     converter.get_model_class = without_vocabulary
+    base.TextModel._set_vocab_gpt2 = lambda self: None  # what is left where a class has words to add
     converter.main()
 
 

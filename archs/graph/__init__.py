@@ -8,7 +8,7 @@ from .attention import Attention, CompressedAttention, Compressor, Indexer
 from .deltanet import GatedDeltaNet
 from .experts import MLP, HashRouter, MoE, Router
 from .mamba import Mamba2
-from .model import Branch, Graph, HyperConnections, Layer, Prediction, ResidualMix, SubLayer, sequential
+from .model import BlockDraft, Branch, Graph, HyperConnections, Layer, Prediction, ResidualMix, SubLayer, sequential
 from .operation import Operation, Width
 from .parts import SIGMOID_GAIN, Activation, Norm, Rope, Score, Yarn
 from .walk import graph_as_json, weights_in, with_weights
@@ -18,6 +18,7 @@ __all__ = [
     "SIGMOID_GAIN",
     "Activation",
     "Attention",
+    "BlockDraft",
     "Branch",
     "CompressedAttention",
     "Compressor",

@@ -112,12 +112,35 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class BlockDraft:
+    """What drafts several tokens at once beside a model, with the layers of its own graph (DSpark).
+
+    Of every token that the model has read, `norm(projection . [means of the model's streams after each of `sources`])`
+    is what the attention of all layers makes keys of. Through the layers runs a block: the last token, which the model
+    has not read yet, and `mask` for each that is to follow, up to `size` in all; they see one another and the keys. The
+    first of them tells the first drafted token. Of every place, logits are those of the model's head, with
+    `after . before[token]` of the token before the drafted one added; `confidence . [state, before[token]]` with the
+    state before the last norm is the logit of its acceptance.
+    """
+
+    sources: tuple[int, ...]
+    mask: int
+    size: int
+    projection: Weight
+    norm: Norm
+    before: Weight
+    after: Weight
+    confidence: Weight
+
+
+@dataclass(frozen=True)
 class Graph:
     """A whole model. Widths are in elements, `context_length` in tokens.
 
     `scaled_roles` are the roles whose weights llama.cpp multiplies by a tensor `<name>.scale` of the same file.
     `residual` is None for one stream that sublayers add to. `draft` is a graph without layers, whose predictions need
-    a final norm and a stream mix of their own; it is no part of this graph's weights and makes a file of its own.
+    a final norm and a stream mix of their own, or one of layers through which `block` says what runs, whose embedding
+    and head are this graph's; it is no part of this graph's weights and makes a file of its own.
     `notes` say what of the checkpoint the graph leaves out. The embedding may be the head too, as one weight of the
     head's role. Its rows are multiplied by `embedding_scale`; logits are `logit_scale * (head . state)`, or with a soft
     cap c of them `c * tanh(logits / c)`.
@@ -139,6 +162,7 @@ class Graph:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    block: BlockDraft | None = None
 
     @property
     def tied(self) -> bool:
@@ -157,8 +181,10 @@ class Graph:
 
     @property
     def drafting(self) -> Graph | None:
-        """The block for multi-token prediction as a model of one layer, with all that it shares with the model."""
+        """What drafts as a model of its own, with all that it shares: a block for multi-token prediction is a layer."""
         holder = self.draft or self
+        if holder.block:
+            return holder
         if not holder.predictions:
             return None
         (block,) = holder.predictions
@@ -171,8 +197,9 @@ class Graph:
         )
 
     def weights(self) -> Iterator[Weight]:
-        """Every weight once, in file order."""
-        return weights_in(replace(self, draft=None))
+        """Every weight once, in file order, but for what is another graph's."""
+        others = {self.embedding.name, self.head.name} if self.block else {}
+        return (weight for weight in weights_in(replace(self, draft=None)) if weight.name not in others)
 
     def parameters(self) -> int:
         """Number of weights' elements, with a head that repeats the embedding."""

@@ -17,6 +17,7 @@ class Context:
         layer: number of the layer.
         shares: whether later layers read what this one remembers; then it puts that into `shared`.
         shared: by number of the layer, what others may read of all tokens so far, float32 [tokens so far, width].
+        causal: whether a token sees of its chunk only those before it.
     """
 
     tokens: Tensor
@@ -24,3 +25,4 @@ class Context:
     layer: int = 0
     shares: bool = False
     shared: dict[int, Tensor] = field(default_factory=dict)
+    causal: bool = True

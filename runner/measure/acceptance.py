@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import BadInput
 from ...progress import NoProgress, Progress
 from ...sources.model import Model
+from ..block_drafts import BlockDrafts, Features
 from ..drafts import MultiTokenPrediction, most_probable
 from ..memory import workspace
 from ..settings import Compute, Evaluation
@@ -92,6 +93,8 @@ def acceptance(
         raise BadInput(f"{model.path} has no block that drafts tokens: give the file that has, after the model")
     if draft.graph.residual_size != model.graph.residual_size or draft.vocabulary_size != model.vocabulary_size:
         raise BadInput(f"{draft.path} drafts for a model of other sizes than {model.path}: give the draft of this one")
+    if draft.graph.block and most > draft.graph.block.size:
+        raise BadInput(f"--tokens is {most}, expected at most {draft.graph.block.size}: so long is a draft's block")
     tokens = evaluation.tokens(model.tokenizer)
     chunks, context = tokens.shape
     places = range(context // 2, context - most + 1, most)
@@ -100,14 +103,21 @@ def acceptance(
     inputs = with_bos(tokens, model.tokenizer)
     with workspace(compute, model.graph, _ROOM * inputs.numel(), _ROOM * context) as room:
         stream = Stream(model, inputs, weights=ModelWeights(model, compute.torch_dtype, room.device), workspace=room)
+        features = Features(draft.graph.block.sources if draft.graph.block else (), room)
         progress.begin("Drafts", len(model.graph.layers) + most, "layers")
         for layer in model.graph.layers:
             stream.advance(layer)
+            features.passed(stream, layer)
             progress.advance(1, f"layer {layer.index}")
         checked = slice(places[0], places[-1] + most)
         said = most_probable(stream, [stream.final(chunk, checked) for chunk in range(chunks)]).cpu()
         weights = ModelWeights(draft, compute.torch_dtype, room.device)
-        drafting, drafts = MultiTokenPrediction(draft, weights, stream, places, room), []
+        drafting: MultiTokenPrediction | BlockDrafts
+        if draft.graph.block:
+            drafting = BlockDrafts(draft, weights, stream, features, places, room)
+        else:
+            drafting = MultiTokenPrediction(draft, weights, stream, places, room)
+        drafts: list[Tensor] = []
         for step in range(most):
             if drafts:
                 drafting.take(drafts[-1])

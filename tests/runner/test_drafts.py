@@ -16,6 +16,7 @@ import torch
 from conversions import convert
 from forward import random_tokens, relative_error
 from moecast.runner.activations import Workspace
+from moecast.runner.block_drafts import BlockDrafts, Features
 from moecast.runner.drafts import MultiTokenPrediction, most_probable
 from moecast.runner.stream import Stream
 from moecast.runner.weights import ModelWeights
@@ -45,12 +46,18 @@ def _deepseek(folder: Path) -> None:
     deepseek_checkpoints.add_draft(folder)
 
 
+def _blocks(folder: Path) -> None:
+    deepseek_checkpoints.save_deepseek_hub(folder, deepseek_checkpoints.deepseek_model())
+    deepseek_checkpoints.add_blocks(folder)
+
+
 CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     "Qwen3-Next": _deltanet("qwen3_next"),
     "Qwen3.5": _deltanet("qwen3_5_moe"),
     "Qwen3.5, dense": _deltanet("qwen3_5"),
     "Nemotron 3": _nemotron,
     "DeepSeek V4": _deepseek,
+    "DeepSeek V4 with DSpark": _blocks,
 }
 
 
@@ -60,7 +67,10 @@ def test_drafts_are_llamas(save: Callable[[Path], object], tmp_path: Path) -> No
     save(tmp_path / "model")
     files = convert(tmp_path / "model", tmp_path, "F32", calibration=None, verify=False, mtp=True).files
     checkpoint, written = open_model(tmp_path / "model"), open_model(files[0])
-    drafts = [_drafted(checkpoint, checkpoint.draft), _drafted(written, open_draft(files[-1]))]
+    drafts = [
+        _drafted(checkpoint, checkpoint.draft),
+        _drafted(written, written.draft or open_draft(files[-1], written)),
+    ]
     places = [(chunk, place) for chunk in range(len(TOKENS)) for place in range(len(PLACES))]
     texts = [TOKENS[chunk, : PLACES[place] + 1].tolist() for chunk, place in places]
     theirs = llama_drafts.run_isolated(files[0], files[-1], texts, STEPS)
@@ -73,10 +83,16 @@ def test_drafts_are_llamas(save: Callable[[Path], object], tmp_path: Path) -> No
 def _drafted(model: Model, draft: Model | None) -> tuple[Tensor, Tensor]:
     """Tokens [chunks, places, steps] and logits of each [.., vocabulary]."""
     assert draft
-    stream = Stream(model, TOKENS)
+    block, room, weights = draft.graph.block, Workspace(), ModelWeights(draft)
+    stream, features = Stream(model, TOKENS), Features(block.sources if block else (), room)
     for layer in model.graph.layers:
         stream.advance(layer)
-    drafts = MultiTokenPrediction(draft, ModelWeights(draft), stream, PLACES, Workspace())
+        features.passed(stream, layer)
+    drafts: MultiTokenPrediction | BlockDrafts
+    if block:
+        drafts = BlockDrafts(draft, weights, stream, features, PLACES, room)
+    else:
+        drafts = MultiTokenPrediction(draft, weights, stream, PLACES, room)
     tokens, logits = [], []
     for _ in range(STEPS):
         drafting, states = drafts.states()
