@@ -69,13 +69,19 @@ def draft_from_gguf(metadata: Config, tensors: Sequence[TensorInfo], model: Grap
     if name not in (NAME, BLOCKS):
         raise BadInput(f"{metadata.origin}: general.architecture is {name}, expected {NAME} or {BLOCKS}: a draft's")
     drafts = metadata.integer(f"{name}.nextn_predict_layers", default=0)
+    if name == NAME and not drafts:
+        raise BadInput(
+            f"{metadata.origin} holds layers and no draft: give the file that `convert --mtp` writes beside it"
+        )
     d = read_metadata(metadata, name, model.vocabulary_size, drafts)
+    if d.hidden != model.hidden_size:
+        raise BadInput(f"{metadata.origin} drafts for a hidden size of {d.hidden}, the model's is {model.hidden_size}")
     metadata.expect(f"{name}.embedding_length_out", STREAMS * d.hidden)
     metadata.expect(f"{name}.attention.value_length", d.head_size)
     source = gguf_source(catalogue)
     if "token_embd.weight" in catalogue and "output.weight" in catalogue:
         whole = BlockBuilder(d, source).graph(name, ())
-        model = replace(model, embedding=whole.embedding, head=whole.head)
+        model = replace(model, embedding=whole.embedding, final_norm=whole.final_norm, head=whole.head)
     if name == BLOCKS:
         first = next((tensor for tensor in tensors if tensor.name == "markov_w1.weight"), None)
         if first is None:
@@ -110,7 +116,7 @@ def _checkpoint_source(source: CheckpointSource, first: int, blocks: int) -> Sou
 
 
 def _build_prediction(model: Graph, d: Family, source: Source) -> Graph:
-    """The block for multi-token prediction, which shares embedding and head with the model."""
+    """The block for multi-token prediction, beside the model's embedding and head and the norm before that."""
     builder = BlockBuilder(d, source)
     nextn = f"blk.{d.layers}.nextn"
     prediction = Prediction(
@@ -118,12 +124,10 @@ def _build_prediction(model: Graph, d: Family, source: Source) -> Graph:
         hidden_norm=builder.norm(f"{nextn}.hnorm.weight", d.hidden),
         projection=builder.weight(f"{nextn}.eh_proj.weight", Role.PREDICTION_INPUT, d.hidden, 2 * d.hidden),
         layer=builder.layer(d.layers, ratio=0),
+        final_norm=builder.norm(f"{nextn}.shared_head_norm.weight", d.hidden),
         of_residual=True,
     )
-    final_norm = builder.norm("output_norm.weight", d.hidden)
-    return replace(
-        model, layers=(), predictions=(prediction,), final_norm=final_norm, residual=builder.residual(), draft=None
-    )
+    return replace(model, layers=(), predictions=(prediction,), residual=builder.residual(), draft=None)
 
 
 def _build_blocks(model: Graph, d: Family, source: Source, count: int, blocks: _Blocks) -> Graph:

@@ -55,6 +55,7 @@ _LAYER_NAMES = {
     "nextn.enorm.weight": ("enorm.weight",),
     "nextn.hnorm.weight": ("hnorm.weight",),
     "nextn.eh_proj.weight": ("e_proj.weight",),  # and h_proj
+    "nextn.shared_head_norm.weight": ("norm.weight",),
     "hc_attn_fn.weight": ("hc_attn_fn", "attn_hc.fn"),
     "hc_attn_base.weight": ("hc_attn_base", "attn_hc.base"),
     "hc_attn_scale.weight": ("hc_attn_scale", "attn_hc.scale"),

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import BadInput
 from .logs import LOGGER, typed_command
 from .options import (
     calibrating_options,
@@ -152,16 +151,12 @@ def acceptance(
       moecast acceptance model.gguf model-mtp.gguf
     """
     from ..runner.measure.acceptance import acceptance as run
-    from ..sources.model import Model, open_draft
     from .console import make_progress
     from .report import show_acceptance
 
     opened = _open(model, access)
-    if not isinstance(opened, Model):
-        raise BadInput(f"{model} is an ONNX model, which has no place for drafts: give a checkpoint or a GGUF file")
-    drafting = open_draft(draft, opened) if draft else None
     with make_progress() as progress:
-        result = run(opened, drafting, tokens, evaluation, compute, progress)
+        result = run(opened, draft, tokens, evaluation, compute, progress)
     show_acceptance(str(opened.path), result, as_json)
 
 

@@ -74,7 +74,7 @@ class CompressedAttentionMixer:
         return torch.cat(outputs), memory
 
     def remember(self, states: Tensor, memory: CompressedAttentionState) -> CompressedAttentionState:
-        """What later tokens see of states [tokens, hidden size] that ask for nothing themselves; without a compressor."""
+        """What later tokens see of states [tokens, hidden size] that ask for nothing; without a compressor."""
         assert not self._compressor
         positions = memory.tokens + torch.arange(len(states), device=states.device)
         window = torch.cat((memory.keys, self._keys(states, positions)))

@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...errors import BadInput
 from ...progress import NoProgress, Progress
-from ...sources.model import Model
+from ...sources.model import Model, open_draft
 from ..block_drafts import BlockDrafts, Features
 from ..drafts import MultiTokenPrediction, most_probable
+from ..engines import OnnxModel
 from ..memory import workspace
 from ..settings import Compute, Evaluation
 from ..stream import Stream
 from ..texts import beyond_context, with_bos
 from ..weights import ModelWeights
+from .evaluate import opened
 
 DRAFTED = 3  # tokens of a draft, as llama.cpp has it
 _ROOM = 2  # of texts: half of one begins drafts, each as long as what it is from the next
@@ -73,8 +76,8 @@ class Acceptance:
 
 
 def acceptance(
-    model: Model,
-    draft: Model | None = None,
+    model: Model | OnnxModel | str | Path,
+    draft: Model | str | Path | None = None,
     most: int = DRAFTED,
     evaluation: Evaluation = Evaluation(),
     compute: Compute = Compute(),
@@ -83,16 +86,17 @@ def acceptance(
     """What a model accepts of drafts that begin at every so many tokens of the second half of each chunk of a text.
 
     Args:
-        draft: what drafts, by default what the model has itself.
+        draft: what drafts, or its GGUF file; by default what the model has itself.
         most: tokens of a draft.
 
     Raises BadInput for a model without any draft, and for a text or a context too short.
     """
-    draft, progress = draft or model.draft, progress or NoProgress()
+    model, progress = opened(model), progress or NoProgress()
+    if isinstance(model, OnnxModel):
+        raise BadInput(f"{model.path} is an ONNX model, which has no place for drafts: give its checkpoint")
+    draft = open_draft(Path(draft), model) if isinstance(draft, str | Path) else draft or model.draft
     if draft is None:
         raise BadInput(f"{model.path} has no block that drafts tokens: give the file that has, after the model")
-    if draft.graph.residual_size != model.graph.residual_size or draft.vocabulary_size != model.vocabulary_size:
-        raise BadInput(f"{draft.path} drafts for a model of other sizes than {model.path}: give the draft of this one")
     if draft.graph.block and most > draft.graph.block.size:
         raise BadInput(f"--tokens is {most}, expected at most {draft.graph.block.size}: so long is a draft's block")
     tokens = evaluation.tokens(model.tokenizer)

@@ -71,12 +71,12 @@ def test_real_model(name: str, parameters: int, active: float) -> None:
 
 @pytest.mark.parametrize("name", ["flash", "flash-0731", "flash-base", "pro"])
 def test_draft(name: str) -> None:
-    """All that the list has under mtp. is in it but scales; embedding and head come again, if not for blocks."""
+    """All that the list has under mtp. is in it but scales; embedding, norm and head come again, if not for blocks."""
     model, tensors = graph(name), real_deepseek.tensors(name)
     assert model.draft
     of_draft = [tensor for tensor in tensors if tensor.name.startswith("mtp.") and not tensor.name.endswith(".scale")]
     elements = sum(prod(tensor.shape) * (2 if tensor.dtype == "I8" else 1) for tensor in of_draft)
-    again = 0 if model.draft.block else model.embedding.elements + model.head.elements
+    again = 0 if model.draft.block else sum(w.elements for w in (model.embedding, model.head, model.final_norm.weight))
     assert model.draft.parameters() == elements + again
     assert plan_tensors(model.draft, recipe_named("Q4_K_M")).problems == ()
 

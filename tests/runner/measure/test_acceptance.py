@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import deepseek_checkpoints
 import deltanet_checkpoints as deltanet
 import llama_drafts
 import pytest
@@ -28,7 +29,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.numeric
 
-CONTEXT, PROMPT, MOST = 100, 40, 3
+CONTEXT, PROMPT, MOST = 64, 24, 3
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _continued(model: Model, prompt: list[int]) -> list[int]:
 def test_counts_are_those_of_llamas_drafts(path: Path) -> None:
     """Of a text that the model might have written, with other tokens here and there."""
     model = open_model(path)
-    tokens = torch.tensor([_continued(model, prompt) for prompt in random_tokens(2, 8).tolist()])
+    tokens = torch.tensor([_continued(model, prompt) for prompt in random_tokens(2, 24).tolist()])
     tokens[:, 0] = model.tokenizer.bos or 0
     tokens[:, 11::13] = 7
     found = acceptance(model, None, MOST, Given(context=CONTEXT, ids=tokens))
@@ -147,10 +148,34 @@ def test_command(path: Path) -> None:
     assert result.exit_code == 0 and "Tokens that a pass of the model says" in result.stdout
 
 
+@pytest.mark.slow
+def test_a_draft_with_a_file_of_its_own(tmp_path: Path) -> None:
+    """The checkpoint's and the file's count alike, in blocks and one by one; a draft of another model is refused."""
+    files, few = {}, Evaluation(context=40, chunks=2)
+    for name, add in (("blocks", deepseek_checkpoints.add_blocks), ("one", deepseek_checkpoints.add_draft)):
+        deepseek_checkpoints.save_deepseek_hub(tmp_path / name, deepseek_checkpoints.deepseek_model())
+        add(tmp_path / name)
+        files[name] = convert(tmp_path / name, tmp_path, "F32", calibration=None, verify=False, mtp=True).files
+        found = acceptance(files[name][0], files[name][1], 5, few)
+        assert found == acceptance(tmp_path / name, None, 5, few)
+        assert found.tokens[0].drafts == 2 * 4 and len(found.tokens) == 5
+    model, draft = files["blocks"]
+    with pytest.raises(BadInput, match="--tokens is 6, expected at most 5: so long is a draft's block"):
+        acceptance(model, draft, 6)
+    with pytest.raises(BadInput, match="holds layers and no draft"):
+        acceptance(model, model)
+    with pytest.raises(BadInput, match="architecture is 'dflash', expected one of"):
+        acceptance(draft)
+    with pytest.raises(BadInput, match="holds no first layer: it is a draft that runs beside its model only"):
+        acceptance(files["one"][1])
+
+
 def test_what_cannot_be_measured(path: Path, tmp_path: Path) -> None:
     model = open_model(path)
     with pytest.raises(BadInput, match="--context is 4, expected at least 6 for drafts of 3 tokens"):
         acceptance(model, evaluation=Evaluation(context=4))
     plain = convert(path.parent / "model", tmp_path, "F32", calibration=None, verify=False, mtp=False).files[0]
     with pytest.raises(BadInput, match="has no block that drafts tokens"):
-        acceptance(open_model(plain))
+        acceptance(plain)
+    with pytest.raises(BadInput, match="drafts of qwen35 have no file of their own, leave it out"):
+        acceptance(path, path)
