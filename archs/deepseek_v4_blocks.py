@@ -172,6 +172,11 @@ def read_metadata(metadata: Config, name: str, vocabulary: int, drafts: int = 0)
             f"{blocks} layers"
         )
     clamp, layers = _one_number(metadata, f"{name}.swiglu_clamp_exp"), blocks - drafts
+    shared = f"{name}.swiglu_clamp_shexp"
+    if metadata.get(shared) is not None and _one_number(metadata, shared) != clamp:
+        raise BadInput(f"{metadata.origin}: {shared} is {metadata.get(shared)}, expected {clamp}, as all experts have")
+    metadata.expect(f"{name}.rope.scaling.yarn_beta_fast", YARN_FAST)
+    metadata.expect(f"{name}.rope.scaling.yarn_beta_slow", YARN_SLOW)
     given = {"vocabulary": vocabulary, "layers": layers, "ratios": tuple(ratios[:layers]), "clamp": clamp}
     dimensions = Family.from_gguf(metadata, name, **given)
     check(dimensions, metadata.origin)
