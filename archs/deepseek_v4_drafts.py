@@ -83,21 +83,25 @@ def draft_from_gguf(metadata: Config, tensors: Sequence[TensorInfo], model: Grap
         whole = BlockBuilder(d, source).graph(name, ())
         model = replace(model, embedding=whole.embedding, final_norm=whole.final_norm, head=whole.head)
     if name == BLOCKS:
-        first = next((tensor for tensor in tensors if tensor.name == "markov_w1.weight"), None)
-        if first is None:
-            raise BadInput(f"{metadata.origin}: tensor markov_w1.weight is missing, the file is incomplete")
-        inputs = _layers(metadata, f"{name}.target_layers", range(1, len(model.layers) + 1))
-        blocks = _Blocks(
-            sources=tuple(layer - 1 for layer in inputs),
-            mask=metadata.integer("tokenizer.ggml.mask_token_id"),
-            size=metadata.integer(f"{name}.block_size"),
-            rank=first.shape[-1],
-        )
-        draft = _build_blocks(model, d, source, d.layers, blocks)
+        draft = _build_blocks(model, d, source, d.layers, _blocks_of(metadata, tensors, len(model.layers)))
     else:
         draft = _build_prediction(model, d, source)
     catalogue.finish()
     return draft
+
+
+def _blocks_of(metadata: Config, tensors: Sequence[TensorInfo], layers: int) -> _Blocks:
+    """Of a file for a model of so many layers."""
+    first = next((tensor for tensor in tensors if tensor.name == "markov_w1.weight"), None)
+    if first is None:
+        raise BadInput(f"{metadata.origin}: tensor markov_w1.weight is missing, the file is incomplete")
+    inputs = _layers(metadata, f"{BLOCKS}.target_layers", range(1, layers + 1))
+    return _Blocks(
+        sources=tuple(layer - 1 for layer in inputs),
+        mask=metadata.integer("tokenizer.ggml.mask_token_id"),
+        size=metadata.integer(f"{BLOCKS}.block_size"),
+        rank=first.shape[-1],
+    )
 
 
 def _checkpoint_source(source: CheckpointSource, first: int, blocks: int) -> Source:
@@ -134,6 +138,8 @@ def _build_blocks(model: Graph, d: Family, source: Source, count: int, blocks: _
     """Layers with a window alone and routers that learned, which share embedding and head with the model."""
     builder = BlockBuilder(replace(d, layers=count, ratios=(0,) * count, hash_layers=0), source)
     successors = (d.vocabulary, blocks.rank)
+    if blocks.mask >= d.vocabulary:
+        raise BadInput(f"a draft's mask is token {blocks.mask}, expected one of the {d.vocabulary} of the vocabulary")
     return replace(
         model,
         architecture=BLOCKS,

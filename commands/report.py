@@ -164,10 +164,17 @@ def show_acceptance(title: str, result: Acceptance, as_json: bool) -> None:
         print_json({**asdict(result), "tokens": tokens, **derived})
         return
     rows = [
-        (str(number), f"{token.rate:.1%}", f"{reached:.1%}", str(token.drafts))
+        (
+            str(number),
+            f"{token.rate:.1%}",
+            "" if token.confidence is None else f"{token.confidence:.1%}",
+            f"{reached:.1%}",
+            str(token.drafts),
+        )
         for number, (token, reached) in enumerate(zip(result.tokens, result.reached, strict=True), 1)
     ]
-    print_columns(title, ("Drafted token", "Accepted after the one before", "Of all drafts", "Drafts"), rows)
+    header = ("Drafted token", "Accepted after the one before", "As the draft expects", "Of all drafts", "Drafts")
+    print_columns(title, header, rows)
     print(f"Tokens that a pass of the model says: {result.tokens_per_pass:.2f}")
     show_problems(result.problems)
 

@@ -28,7 +28,7 @@ class Features:
 
     def __init__(self, sources: Sequence[int], workspace: Workspace) -> None:
         self._sources, self._workspace = sources, workspace
-        self._kept: list[Activations] = []
+        self._kept: dict[int, Activations] = {}
 
     def passed(self, stream: Stream, layer: Layer) -> None:
         """The model's stream has passed one more layer."""
@@ -37,11 +37,11 @@ class Features:
             means = self._workspace.activations(*stream.tokens.shape, size, whole_chunks=True)
             for chunk in range(len(means)):
                 means[chunk] = stream.hidden[chunk].view(len(stream.hidden[chunk]), -1, size).mean(dim=1)
-            self._kept.append(means)
+            self._kept[layer.index] = means
 
     def of(self, chunk: int) -> Tensor:
         """[tokens, layers * hidden size]"""
-        return torch.cat([means[chunk] for means in self._kept], dim=1)
+        return torch.cat([self._kept[layer][chunk] for layer in self._sources], dim=1)
 
 
 class BlockStream(Stream):
@@ -119,6 +119,15 @@ class BlockDrafts:
         states = [torch.cat(both, dim=1) for both in zip(finals, before, strict=True)]
         self._weights.release()
         return self._stream, states
+
+    def confidence(self) -> Tensor:
+        """How sure the draft is that its next token will be accepted, from 0 to 1, [chunks, places]."""
+        block, rows = _block_of(self._weights), slice(self._step, None, self._size)
+        before = self._weights.load(block.before)[self._before]
+        ends = torch.stack([self._stream.end(chunk, rows) for chunk in range(len(before))])
+        logits = self._weights.project(torch.cat((ends, before), dim=2).flatten(0, 1), block.confidence)
+        self._weights.release()
+        return logits.view(before.shape[:2]).sigmoid()
 
     def take(self, tokens: Tensor) -> None:
         """Go on with the tokens [chunks, places] that were predicted."""

@@ -240,7 +240,11 @@ class Stream:
     def final(self, chunk: int, positions: slice | Tensor) -> Tensor:
         """Those of one chunk, [positions, hidden size]."""
         normalize = normalizer(self.weights.graph.final_norm, self.weights)
-        return normalize(self._residual.end(self.hidden[chunk][positions]))
+        return normalize(self.end(chunk, positions))
+
+    def end(self, chunk: int, positions: slice | Tensor) -> Tensor:
+        """What the residual of one chunk amounts to, before the last norm, [positions, hidden size]."""
+        return self._residual.end(self.hidden[chunk][positions])
 
     def logits(self, states: Tensor) -> Tensor:
         """Final states [positions, hidden size] -> [positions, vocabulary size]"""

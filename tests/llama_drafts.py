@@ -26,11 +26,12 @@ _DRAFTING = 1  # llama_context_type
 
 class Drafted(NamedTuple):
     """Of n tokens: logits of the model [n, vocabulary], and the tokens of the draft after them, [most], with the logits
-    that they are the best of."""
+    that they are the best of; of a draft of blocks how sure it is of each, else ones."""
 
     model: FloatArray
     steps: FloatArray
     tokens: NDArray[np.int64]
+    confidence: FloatArray
 
 
 def run_isolated(
@@ -134,10 +135,12 @@ def _draft(path: str, draft: str, texts: Sequence[Sequence[int]], most: int) -> 
     for number, tokens in enumerate(texts):
         model.clear()
         drafting.clear()
-        logits, steps = (
-            _of_blocks(model, drafting, tokens, blocks) if blocks else _one_by_one(model, drafting, tokens, most)
-        )
-        drafted = Drafted(logits, steps[:most], steps[:most].argmax(axis=1))
+        if blocks:
+            logits, steps, sure = _of_blocks(model, drafting, tokens, blocks)
+        else:
+            logits, steps = _one_by_one(model, drafting, tokens, most)
+            sure = np.ones(most, np.float32)
+        drafted = Drafted(logits, steps[:most], steps[:most].argmax(axis=1), sure[:most])
         found |= {f"{number} {name}": value for name, value in drafted._asdict().items()}
     return found
 
@@ -162,14 +165,15 @@ def _blocks_of(path: str) -> tuple[list[int], int, int]:
 
 def _of_blocks(
     model: _Context, drafting: _Context, tokens: Sequence[int], blocks: tuple[list[int], int, int]
-) -> tuple[FloatArray, FloatArray]:
+) -> tuple[FloatArray, FloatArray, FloatArray]:
     layers, mask, size = blocks
     model.watch(layers)
     drafting.see_all()
     logits = model.decode(tokens)[0]
     features = np.concatenate([model.watched(layer, len(tokens)) for layer in layers], axis=1)
     drafting.fuse(features[:-1])
-    return logits, drafting.decode([tokens[-1], *[mask] * (size - 1)])[0]
+    steps, sure = drafting.decode([tokens[-1], *[mask] * (size - 1)])
+    return logits, steps, sure[:, 0]
 
 
 if __name__ == "__main__":

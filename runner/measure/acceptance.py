@@ -36,10 +36,12 @@ class DraftedToken:
         drafts: those whose tokens before it are both what the model says and what the text does, so that what the
             model says next is known.
         accepted: how many of them have the model's most probable token here.
+        confidence: the share of them that the draft itself expects to be accepted; None where it has no opinion.
     """
 
     drafts: int
     accepted: int
+    confidence: float | None = None
 
     @property
     def rate(self) -> float:
@@ -122,28 +124,35 @@ def acceptance(
         else:
             drafting = MultiTokenPrediction(draft, weights, stream, places, room)
         drafts: list[Tensor] = []
+        opinions: list[Tensor] = []
         for step in range(most):
             if drafts:
                 drafting.take(drafts[-1])
+            if isinstance(drafting, BlockDrafts):
+                opinions.append(drafting.confidence().cpu())
             drafts.append(most_probable(*drafting.states()))
             progress.advance(1, f"drafted token {step + 1}")
-    accepted = _accepted(torch.stack(drafts, dim=2).cpu(), said, tokens, places)
+    accepted = _accepted(torch.stack(drafts, dim=2).cpu(), said, tokens, places, opinions)
     return Acceptance(accepted, context, chunks, compute.dtype, model.context_length)
 
 
-def _accepted(drafts: Tensor, said: Tensor, tokens: Tensor, places: Sequence[int]) -> tuple[DraftedToken, ...]:
+def _accepted(
+    drafts: Tensor, said: Tensor, tokens: Tensor, places: Sequence[int], opinions: Sequence[Tensor]
+) -> tuple[DraftedToken, ...]:
     """
     Args:
         drafts: [chunks, places, tokens of a draft].
         said: the model's most probable tokens after each token from the first place on, [chunks, positions].
         tokens: the text, [chunks, context].
+        opinions: the confidence of each token of all drafts, [chunks, places] each, or none.
     """
     here = torch.tensor(places, device="cpu")
     follows = torch.ones(drafts.shape[:2], dtype=torch.bool, device="cpu")
     found = []
     for step, drafted in enumerate(drafts.unbind(2)):
         right = follows & (drafted == said[:, here - places[0] + step])
-        found.append(DraftedToken(int(follows.sum()), int(right.sum())))
+        confidence = float(opinions[step][follows].mean()) if opinions and follows.any() else None
+        found.append(DraftedToken(int(follows.sum()), int(right.sum()), confidence))
         if step + 1 < drafts.shape[2]:
             follows = right & (drafted == tokens[:, here + step + 1])
     return tuple(found)

@@ -107,6 +107,25 @@ def test_pruned_derivative() -> None:
     assert without.draft is None and without.notes[0].startswith("multi-token prediction is left out: ")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("dspark_noise_token_id", 129280, "a draft's mask is token 129280, expected one of the 129280"),
+        ("dspark_target_layer_ids", [40, 43], "dspark_target_layer_ids is [40, 43], expected layers from 0 to 42"),
+        ("dspark_target_layer_ids", [], "dspark_target_layer_ids is [], expected layers from 0 to 42"),
+        ("dspark_block_size", 0, "dspark_block_size is 0, expected a positive whole number"),
+        ("dspark_markov_rank", 128, "gives shape [129280, 256], expected [129280, 128] from the configuration"),
+    ],
+)
+def test_blocks_that_cannot_be(key: str, value: object, problem: str) -> None:
+    """The model does without, and says why."""
+    config = real_models.config("deepseek-v4-flash-0731-reap")
+    changed = Config(dict(config._values) | {key: value}, config.origin)
+    read = ARCHITECTURE.from_checkpoint(changed, real_deepseek.pruned_0731())
+    assert read.draft is None and len([*read.weights()]) > 1000
+    assert read.notes[0].startswith("multi-token prediction is left out: ") and problem in read.notes[0]
+
+
 STOCK_SIZES = {  # GiB, as `llama-quantize --dry-run` prints them; the last digit is rounded
     "flash": {
         "Q8_0": 281.4, "Q6_K": 217.3, "Q5_K_M": 187.8, "Q4_K_M": 160.0, "Q4_K_S": 150.4, "IQ4_XS": 142.5,

@@ -75,13 +75,14 @@ def test_drafts_are_llamas(save: Callable[[Path], object], tmp_path: Path) -> No
     texts = [TOKENS[chunk, : PLACES[place] + 1].tolist() for chunk, place in places]
     theirs = llama_drafts.run_isolated(files[0], files[-1], texts, STEPS)
     for (chunk, place), expected in zip(places, theirs, strict=True):
-        for tokens, logits in drafts:
+        for tokens, logits, confidence in drafts:
             assert tokens[chunk, place].tolist() == expected.tokens.tolist()
+            assert confidence[chunk, place].tolist() == pytest.approx(expected.confidence.tolist(), abs=1e-5)
             assert llama.mean_divergence(logits[chunk, place].numpy(), expected.steps) < 1e-9
 
 
-def _drafted(model: Model, draft: Model | None) -> tuple[Tensor, Tensor]:
-    """Tokens [chunks, places, steps] and logits of each [.., vocabulary]."""
+def _drafted(model: Model, draft: Model | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [chunks, places, steps], logits of each [.., vocabulary], and how sure a draft of blocks is of each."""
     assert draft
     block, room, weights = draft.graph.block, Workspace(), ModelWeights(draft)
     stream, features = Stream(model, TOKENS), Features(block.sources if block else (), room)
@@ -93,13 +94,14 @@ def _drafted(model: Model, draft: Model | None) -> tuple[Tensor, Tensor]:
         drafts = BlockDrafts(draft, weights, stream, features, PLACES, room)
     else:
         drafts = MultiTokenPrediction(draft, weights, stream, PLACES, room)
-    tokens, logits = [], []
+    tokens, logits, sure = [], [], []
     for _ in range(STEPS):
         drafting, states = drafts.states()
         tokens.append(most_probable(drafting, states))
         logits.append(torch.stack([drafting.logits(own) for own in states]))
+        sure.append(drafts.confidence() if isinstance(drafts, BlockDrafts) else torch.ones(tokens[-1].shape))
         drafts.take(tokens[-1])
-    return torch.stack(tokens, dim=2), torch.stack(logits, dim=2)
+    return torch.stack(tokens, dim=2), torch.stack(logits, dim=2), torch.stack(sure, dim=2)
 
 
 def test_block_with_embedding_and_head_of_its_own(tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ def test_a_draft_with_a_file_of_its_own(tmp_path: Path) -> None:
         found = acceptance(files[name][0], files[name][1], 5, few)
         assert found == acceptance(tmp_path / name, None, 5, few)
         assert found.tokens[0].drafts == 2 * 4 and len(found.tokens) == 5
+        assert (found.tokens[0].confidence is None) == (name == "one")
     model, draft = files["blocks"]
     with pytest.raises(BadInput, match="--tokens is 6, expected at most 5: so long is a draft's block"):
         acceptance(model, draft, 6)
