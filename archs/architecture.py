@@ -25,6 +25,7 @@ class Architecture:
         gguf_metadata: the keys that llama.cpp needs to run the graph; int means u32, float f32.
         example: folder of its tiny trained checkpoint in `examples/`, None where it has none.
         draft_metadata: the same for the file of a graph's draft, where such drafts occur.
+        draft_from_gguf: what `from_gguf` makes of a draft's file, given the graph that it drafts for: its `draft`.
         harmless: keys of config.json that change no number in this family, see `archs/harmless.py`.
         harmless_metadata: the same of GGUF metadata, without the architecture's name.
     """
@@ -37,6 +38,7 @@ class Architecture:
     gguf_metadata: Callable[[Graph], Mapping[str, Any]]
     example: str | None = None
     draft_metadata: Callable[[Graph], Mapping[str, Any]] | None = None
+    draft_from_gguf: Callable[[Config, Sequence[TensorInfo], Graph], Graph] | None = None
     harmless: Collection[str] = ()
     harmless_metadata: Collection[str] = ()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,14 +9,14 @@ from typing import Any
 from ..errors import BadInput
 from .architecture import Architecture
 from .config import Config
-from .deepseek_v4_blocks import NAME, OVERLAPPING, STREAMS, Family, build, build_draft, check
-from .deepseek_v4_names import NAMES, draft_source
+from .deepseek_v4_blocks import NAME, RATIOS, STREAMS, Family, build, check, read_metadata
+from .deepseek_v4_drafts import draft_from_gguf, draft_metadata, read_draft
+from .deepseek_v4_names import NAMES
 from .deepseek_v4_ropes import read_ropes
 from .expressions import TensorInfo
 from .graph import Graph
 from .shared import CheckpointSource, catalogue_of, expect_all, gguf_source, open_gguf
 
-RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": OVERLAPPING, "heavily_compressed_attention": 128}
 _IMPLEMENTED: Mapping[str, Sequence[object]] = {
     "hidden_act": ["silu"],
     "scoring_func": ["sqrtsoftplus"],
@@ -32,7 +31,7 @@ _IMPLEMENTED: Mapping[str, Sequence[object]] = {
     "compress_rate_csa": [RATIOS["compressed_sparse_attention"]],
     "compress_rate_hca": [RATIOS["heavily_compressed_attention"]],
 }
-# What the rotary embedding leaves of a head, and the settings of drafts that no engine runs.
+# What the rotary embedding leaves of a head, and the settings of drafts, which a checkpoint may be without.
 _HARMLESS = (
     *("qk_nope_head_dim", "qk_head_dim", "v_head_dim"),
     *("dspark_block_size", "dspark_markov_rank", "dspark_noise_token_id", "dspark_target_layer_ids"),
@@ -44,21 +43,13 @@ def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
     catalogue = catalogue_of(config, tensors)
     source = CheckpointSource(catalogue, NAMES)
     graph = build(dimensions, source)
-    if _draft_blocks(tensors) == 1 and "mtp.0.e_proj.weight" in catalogue:
+    if any(tensor.name.startswith("mtp.") for tensor in tensors):
         try:
-            graph = replace(graph, draft=build_draft(graph, dimensions, draft_source(source, dimensions.layers)))
+            graph = replace(graph, draft=read_draft(graph, dimensions, config, source, tensors))
         except BadInput as error:  # the model does without
             catalogue.ignore("mtp.")
             graph = replace(graph, notes=(f"multi-token prediction is left out: {error}",))
-    elif drafts := _draft_blocks(tensors):
-        left = f"{catalogue.ignore('mtp.')} tensors of {drafts} draft blocks (mtp.*)"
-        graph = replace(graph, notes=(f"{left} are left out: llama.cpp cannot run them",))
     return replace(graph, notes=(*graph.notes, *catalogue.finish()))
-
-
-def _draft_blocks(tensors: Sequence[TensorInfo]) -> int:
-    """Counted by name, as configurations miscount them."""
-    return len({match[1] for tensor in tensors if (match := re.match(r"mtp\.(\d+)\.", tensor.name))})
 
 
 def _read_config(config: Config) -> Family:
@@ -112,40 +103,10 @@ def _from_gguf(metadata: Config, tensors: Sequence[TensorInfo]) -> Graph:
     if not any(tensor.name == "blk.0.attn_norm.weight" for tensor in tensors):
         raise BadInput(f"{metadata.origin} holds no first layer: it is a draft that runs beside its model only")
     catalogue, vocabulary = open_gguf(metadata, tensors)
-    ratios, layers = metadata.get(f"{NAME}.attention.compress_ratios"), metadata.integer(f"{NAME}.block_count")
-    if not isinstance(ratios, list) or len(ratios) < layers or set(ratios) - set(RATIOS.values()):
-        raise BadInput(
-            f"{metadata.origin}: {NAME}.attention.compress_ratios is {ratios!r}, expected 0, 4 or 128 for each of "
-            f"{layers} layers"
-        )
-    clamp = _one_number(metadata, f"{NAME}.swiglu_clamp_exp")
-    dimensions = Family.from_gguf(metadata, NAME, vocabulary=vocabulary, ratios=tuple(ratios[:layers]), clamp=clamp)
-    check(dimensions, metadata.origin)
+    dimensions = read_metadata(metadata, NAME, vocabulary)
     graph = build(dimensions, gguf_source(catalogue))
     catalogue.finish()
     return graph
-
-
-def _one_number(metadata: Config, key: str) -> float:
-    """A number that may be stored once or once for each layer."""
-    values = metadata.get(key)
-    if not isinstance(values, list):
-        return metadata.number(key)
-    if len(set(values)) != 1 or isinstance(values[0], str):
-        raise BadInput(f"{metadata.origin}: {key} is {values!r}, expected the same number for all layers")
-    return float(values[0])
-
-
-def _draft_metadata(graph: Graph) -> dict[str, Any]:
-    """The model's keys, with one block more: llama.cpp reads a draft as the model whose layers are elsewhere."""
-    assert graph.draft
-    values, layers, drafts = Family.metadata(graph), len(graph.layers), len(graph.draft.predictions)
-    ratios = values[f"{NAME}.attention.compress_ratios"] + [0] * drafts
-    return values | {
-        f"{NAME}.attention.compress_ratios": ratios,
-        f"{NAME}.block_count": layers + drafts,
-        f"{NAME}.nextn_predict_layers": drafts,
-    }
 
 
 ARCHITECTURE = Architecture(
@@ -156,7 +117,8 @@ ARCHITECTURE = Architecture(
     from_checkpoint=_from_checkpoint,
     from_gguf=_from_gguf,
     gguf_metadata=Family.metadata,
-    draft_metadata=_draft_metadata,
+    draft_metadata=draft_metadata,
+    draft_from_gguf=draft_from_gguf,
     harmless=_HARMLESS,
     harmless_metadata=("vocab_size", "nextn_predict_layers"),
 )

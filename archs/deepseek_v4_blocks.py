@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import BadInput
+from .config import Config
 from .dimensions import Dimensions, FromGraph, constant, of, quantity, written
 from .expressions import Below, Read, first_tensor
 from .graph import (
@@ -19,7 +20,6 @@ from .graph import (
     Indexer,
     Layer,
     MoE,
-    Prediction,
     ResidualMix,
     Rope,
     Router,
@@ -34,6 +34,7 @@ NAME = "deepseek4"
 GGUF_SQRT_SOFTPLUS = 4  # llama.cpp's expert_gating_func
 STREAMS = 4  # what llama.cpp's kernels are written for
 OVERLAPPING = 4  # entries of this ratio overlap and are picked by an indexer, those of 128 are not
+RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": OVERLAPPING, "heavily_compressed_attention": 128}
 ROUTER_EPSILON = 1e-20
 YARN_FAST, YARN_SLOW = 32.0, 1.0  # llama.cpp knows no other
 
@@ -162,31 +163,46 @@ def check(d: Family, origin: str) -> None:
     check_rotary(origin, "qk_rope_head_dim", d.rotary_size, min(d.head_size, d.index_head_size))
 
 
+def read_metadata(metadata: Config, name: str, vocabulary: int, drafts: int = 0) -> Family:
+    """The quantities of a GGUF file's architecture, of whose blocks so many are no layers but drafts."""
+    ratios, blocks = metadata.get(f"{name}.attention.compress_ratios"), metadata.integer(f"{name}.block_count")
+    if not isinstance(ratios, list) or len(ratios) < blocks or set(ratios) - set(RATIOS.values()):
+        raise BadInput(
+            f"{metadata.origin}: {name}.attention.compress_ratios is {ratios!r}, expected 0, 4 or 128 for each of "
+            f"{blocks} layers"
+        )
+    clamp, layers = _one_number(metadata, f"{name}.swiglu_clamp_exp"), blocks - drafts
+    shared = f"{name}.swiglu_clamp_shexp"
+    if metadata.get(shared) is not None and _one_number(metadata, shared) != clamp:
+        raise BadInput(f"{metadata.origin}: {shared} is {metadata.get(shared)}, expected {clamp}, as all experts have")
+    metadata.expect(f"{name}.rope.scaling.yarn_beta_fast", YARN_FAST)
+    metadata.expect(f"{name}.rope.scaling.yarn_beta_slow", YARN_SLOW)
+    given = {"vocabulary": vocabulary, "layers": layers, "ratios": tuple(ratios[:layers]), "clamp": clamp}
+    dimensions = Family.from_gguf(metadata, name, **given)
+    check(dimensions, metadata.origin)
+    return dimensions
+
+
+def _one_number(metadata: Config, key: str) -> float:
+    """A number that may be stored once or once for each layer."""
+    values = metadata.get(key)
+    if not isinstance(values, list):
+        return metadata.number(key)
+    if len(set(values)) != 1 or isinstance(values[0], str):
+        raise BadInput(f"{metadata.origin}: {key} is {values!r}, expected the same number for all layers")
+    return float(values[0])
+
+
 def build(d: Family, source: Source) -> Graph:
     """The model without its draft."""
-    builder = _Builder(d, source)
+    builder = BlockBuilder(d, source)
     layers = tuple(builder.layer(index, ratio) for index, ratio in enumerate(d.ratios))
     return replace(builder.graph(NAME, layers), residual=builder.residual())
 
 
-def build_draft(model: Graph, d: Family, source: Source) -> Graph:
-    """The block for multi-token prediction, which shares embedding and head with the model."""
-    builder = _Builder(d, source)
-    index = len(model.layers)
-    nextn = f"blk.{index}.nextn"
-    prediction = Prediction(
-        embedding_norm=builder.norm(f"{nextn}.enorm.weight", d.hidden),
-        hidden_norm=builder.norm(f"{nextn}.hnorm.weight", d.hidden),
-        projection=builder.weight(f"{nextn}.eh_proj.weight", Role.PREDICTION_INPUT, d.hidden, 2 * d.hidden),
-        layer=builder.layer(index, ratio=0),
-    )
-    final_norm = builder.norm("output_norm.weight", d.hidden)
-    return replace(
-        model, layers=(), predictions=(prediction,), final_norm=final_norm, residual=builder.residual(), draft=None
-    )
+class BlockBuilder(Builder):
+    """Makes layers of DeepSeek V4, also those of its drafts."""
 
-
-class _Builder(Builder):
     def __init__(self, d: Family, source: Source) -> None:
         super().__init__(d, d.epsilon, source)
         self.d = d

@@ -1,15 +1,15 @@
 """What DeepSeek V4's tensors are called: on the Hub, saved by transformers, and in transformers' memory.
 
-The draft's blocks have the Hub's names, and an ending of their own.
+The blocks of drafts have the Hub's names, and endings of their own.
 """
 
 from __future__ import annotations
 
 from .catalogue import Catalogue
 from .expressions import Expression, SideBySide
-from .shared import CheckpointSource, Experts, Names, Source
+from .shared import Experts, Names
 
-_WHOLE_NAMES = {
+WHOLE_NAMES = {
     "token_embd.weight": ("embed.weight", "model.embed_tokens.weight"),
     "output_norm.weight": ("norm.weight", "model.norm.weight"),
     "output.weight": ("head.weight", "lm_head.weight"),
@@ -55,6 +55,7 @@ _LAYER_NAMES = {
     "nextn.enorm.weight": ("enorm.weight",),
     "nextn.hnorm.weight": ("hnorm.weight",),
     "nextn.eh_proj.weight": ("e_proj.weight",),  # and h_proj
+    "nextn.shared_head_norm.weight": ("norm.weight",),
     "hc_attn_fn.weight": ("hc_attn_fn", "attn_hc.fn"),
     "hc_attn_base.weight": ("hc_attn_base", "attn_hc.base"),
     "hc_attn_scale.weight": ("hc_attn_scale", "attn_hc.scale"),
@@ -82,7 +83,7 @@ def _side_by_side(catalogue: Catalogue, name: str, shape: tuple[int, ...]) -> Ex
 
 NAMES = Names(
     layers=("layers.{}.", "model.layers.{}."),
-    whole=_WHOLE_NAMES,
+    whole=WHOLE_NAMES,
     layer=_LAYER_NAMES,
     experts={
         "ffn_gate_exps.weight": Experts("ffn.experts.{}.w1", "mlp.experts.gate_up_proj", half=0),
@@ -91,15 +92,3 @@ NAMES = Names(
     },
     special={"ffn_gate_tid2eid.weight": _table, "nextn.eh_proj.weight": _side_by_side},
 )
-
-
-def draft_source(source: CheckpointSource, layers: int) -> Source:
-    """Finds the weights of the draft, whose blocks are numbered on from the layers."""
-
-    def find(name: str, shape: tuple[int, ...]) -> Expression:
-        if name in _WHOLE_NAMES:
-            return source.take((f"mtp.0.{_WHOLE_NAMES[name][0]}",))
-        _, block, kind = name.split(".", 2)
-        return source.in_layer(f"mtp.{int(block) - layers}.", kind, shape)
-
-    return find

@@ -71,6 +71,8 @@ class Role(Enum):
     PER_LAYER_GATE = "per_layer_gate"
     PER_LAYER_OUTPUT = "per_layer_output"
     PREDICTION_INPUT = "prediction_input"
+    SUCCESSOR = "successor"  # low-rank factors of which token follows which
+    CONFIDENCE = "confidence"
     SCALE = "scale"
     BIAS = "bias"
 
@@ -100,6 +102,7 @@ _KEPT_F32 = (
     Role.DELTA_RATE,
     Role.DELTA_CONVOLUTION,
     Role.DELTA_SCALAR,
+    Role.CONFIDENCE,
     Role.SCALE,
     Role.BIAS,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -25,8 +26,6 @@ from .texts import category_options, text_options
 from .values import SOURCE, Number
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ..runner.engines import OnnxModel
     from ..runner.measure.evaluate import Parity
     from ..runner.settings import Compute, Evaluation
@@ -123,6 +122,44 @@ def parity(
         _exit_if([f"{found.path}: {line}" for found in compared for line in _failures(found.parity, max_kld)])
 
 
+@click.command()
+@click.argument("model", type=SOURCE)
+@click.argument("draft", type=click.Path(path_type=Path), required=False)
+@click.option("-n", "--tokens", type=click.IntRange(1, 64), default=3, show_default=True, help="Tokens of each draft.")
+@text_options
+@calibrating_options
+@source_options
+@json_option
+def acceptance(
+    model: str,
+    draft: Path | None,
+    tokens: int,
+    evaluation: Evaluation,
+    compute: Compute,
+    access: HubAccess,
+    as_json: bool,
+) -> None:
+    """How many of the tokens that multi-token prediction drafts MODEL would have said itself.
+
+    Drafts begin all over a text; the most probable token counts every time. DRAFT is the file that `convert --mtp`
+    writes beside the model's where drafts have one of their own.
+
+    \b
+    Examples:
+      moecast acceptance CHECKPOINT -f text.txt
+      moecast acceptance model.gguf --tokens 2 --json
+      moecast acceptance model.gguf model-mtp.gguf
+    """
+    from ..runner.measure.acceptance import acceptance as run
+    from .console import make_progress
+    from .report import show_acceptance
+
+    opened = _open(model, access)
+    with make_progress() as progress:
+        result = run(opened, draft, tokens, evaluation, compute, progress)
+    show_acceptance(str(opened.path), result, as_json)
+
+
 def exit_if_worse(result: Parity | None, max_kld: float | None) -> None:
     """Exit with 1 when a result is no number, or worse than the user accepts."""
     if result is not None:
@@ -205,7 +242,7 @@ def run(
         click.echo()
 
 
-def _open(source: str, access: HubAccess, low_memory: bool) -> Model | OnnxModel:
+def _open(source: str, access: HubAccess, low_memory: bool = False) -> Model | OnnxModel:
     from ..runner.engines import open_runnable
     from ..sources.locate import locate
     from .console import make_progress

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..convert.conversion import Conversion
     from ..quant.planning.fit import Machine, MachinePlan
     from ..quant.planning.plan import Plan
+    from ..runner.measure.acceptance import Acceptance
     from ..runner.measure.evaluate import Parity, Perplexity
     from ..sources.imatrix import ImportanceMatrix
     from ..sources.model import Model
@@ -124,6 +125,31 @@ def show_parity(title: str, result: Parity, as_json: bool) -> None:
     show_problems(result.problems)
 
 
+def show_acceptance(title: str, result: Acceptance, as_json: bool) -> None:
+    if as_json:
+        tokens = [
+            {**asdict(token), "rate": token.rate, "reached": reached}
+            for token, reached in zip(result.tokens, result.reached, strict=True)
+        ]
+        derived = {"tokens_per_pass": result.tokens_per_pass, "problems": result.problems}
+        print_json({**asdict(result), "tokens": tokens, **derived})
+        return
+    rows = [
+        (
+            str(number),
+            f"{token.rate:.1%}",
+            "" if token.confidence is None else f"{token.confidence:.1%}",
+            f"{reached:.1%}",
+            str(token.drafts),
+        )
+        for number, (token, reached) in enumerate(zip(result.tokens, result.reached, strict=True), 1)
+    ]
+    header = ("Drafted token", "Accepted after the one before", "As the draft expects", "Of all drafts", "Drafts")
+    print_columns(title, header, rows)
+    print(f"Tokens that a pass of the model says: {result.tokens_per_pass:.2f}")
+    show_problems(result.problems)
+
+
 def show_conversion(result: Conversion, as_json: bool, machine: Machine | None = None) -> None:
     """With how to run it on a machine, by default this one."""
     file = result.files[0]
@@ -154,7 +180,7 @@ def _serving(result: Conversion, machine: Machine) -> Serving:
 
     template = CHAT_TEMPLATE in read_gguf(result.files[0])[0]
     plan = result.details.plan
-    return Serving(result.files[0], plan.graph, machine.context, template, placed(plan, machine))
+    return Serving(result.files[0], plan.graph, machine.context, template, placed(plan, machine), result.draft)
 
 
 def show_calibration(result: MeasuredMatrix, as_json: bool) -> None:

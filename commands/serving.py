@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..archs.llama_options import start_options
+from ..archs.llama_options import SERVER, start_options
+from ..reports.text import draft_options
 from .console import human_bytes
 from .terminal import printable
 
@@ -52,6 +53,7 @@ class Serving:
         graph: what is in it.
         template: whether it has a chat template.
         fit: where a machine keeps its parts, None where that does not have the memory.
+        draft: a file beside it that drafts tokens.
     """
 
     model: str | Path
@@ -59,6 +61,7 @@ class Serving:
     context: int
     template: bool
     fit: MachinePlan | None
+    draft: Path | None = None
 
     def facts(self) -> dict[str, Any]:
         """Memory beside the weights, what bounds the speed, and lines for a server and a chat."""
@@ -89,7 +92,13 @@ class Serving:
 
     def _line(self, program: str) -> str:
         options = ((_TEMPLATE,) if self.template else ()) + start_options(self.graph, program)
-        return " ".join(map(str, (program, "-m", self.model, "-c", self.context, *options, *self._on_gpu())))
+        placed = (*self._on_gpu(), *(self._drafting() if program == SERVER else ()))
+        return " ".join(map(str, (program, "-m", self.model, "-c", self.context, *options, *placed)))
+
+    def _drafting(self) -> tuple[str, ...]:
+        """The options for what drafts tokens, whose experts stay in RAM beside a GPU."""
+        in_ram = ("--cpu-moe-draft",) if self.draft and self._on_gpu() and self.graph.experts else ()
+        return (*draft_options(self.graph, self.draft), *in_ram)
 
     def _on_gpu(self) -> tuple[str | int, ...]:
         """The options for a GPU; the head counts as a layer beside those that the GPU holds as a whole."""

@@ -40,7 +40,7 @@ class Conversion:
     """What a conversion made.
 
     Attributes:
-        files: the finished files, in split order.
+        files: the finished files, in split order; a draft's comes last.
         bytes: their size together.
         bits_per_weight: size of the weights alone.
         parity: the comparison with the source, None when verification was skipped.
@@ -52,6 +52,7 @@ class Conversion:
         imatrix: the importance matrix that was used.
         texts: those that calibrated and evaluated, by these words.
         output: the name that was asked for; a split's files have others.
+        draft: the file of what drafts tokens, where it has one of its own.
         details: not in the JSON that commands print, because they are long.
     """
 
@@ -71,6 +72,7 @@ class Conversion:
     imatrix: InputFile | None = None
     texts: Mapping[str, InputFile] = field(default_factory=dict)
     resumed: bool = False
+    draft: Path | None = None
 
     @classmethod
     def of(

@@ -117,6 +117,7 @@ def convert(
         imatrix=InputFile.of(calibration.imatrix) if calibration.imatrix else None,
         texts=_texts(calibration, evaluation),
         resumed=done.resumed or (measured is not None and measured.resumed),
+        draft=done.draft,
     )
 
 
@@ -189,7 +190,7 @@ class _Work:
 @dataclass(frozen=True)
 class _Done:
     """Files, the first of which is the model; how they compare, what was found of layers, what they could not hold;
-    whether runs went before, and what these took."""
+    whether runs went before, and what these took; which of the files is a draft."""
 
     files: list[Path]
     parity: Parity | None
@@ -197,6 +198,7 @@ class _Done:
     problems: list[str]
     resumed: bool
     earlier: Spent
+    draft: Path | None = None
 
 
 def _metadata(source: Source, plan: Plan, output: Output, progress: Progress) -> dict[str, Any]:
@@ -267,10 +269,9 @@ def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Pro
             if resumed:
                 note_resumption(writer.bytes_there, plan, model, progress)
             passed = run_pass(model, plan, writer, inputs, work.compute, journal, room, progress)
-        files = [*writer.paths]
-        if draft and model.graph.draft:
-            files.append(_write_draft(work, journal, room, progress))
-    return _Done(files, passed.parity, passed.findings, writer.problems, resumed, journal.earlier)
+        beside = _write_draft(work, journal, room, progress) if draft and model.graph.draft else None
+    files = [*writer.paths, *([beside] if beside else [])]
+    return _Done(files, passed.parity, passed.findings, writer.problems, resumed, journal.earlier, beside)
 
 
 def _imatrix_writer(work: _Work) -> ImatrixWriter | None:
@@ -295,7 +296,8 @@ def _write_draft(work: _Work, journal: Journal, room: Workspace, progress: Progr
     model = work.model
     assert model.graph.draft and model.architecture.draft_metadata
     plan = plan_tensors(model.graph.draft, work.plan.recipe)
-    metadata = work.metadata | dict(model.architecture.draft_metadata(model.graph))
+    others = {key: value for key, value in work.metadata.items() if not key.startswith(f"{model.graph.architecture}.")}
+    metadata = others | dict(model.architecture.draft_metadata(model.graph))
     path = work.path.with_name(f"{work.path.stem}-mtp.gguf")
     with GGUFWriter(path, metadata, plan.stored, None, work.output.overwrite, journal) as writer:
         run_pass(model, plan, writer, compute=work.compute, workspace=room, progress=progress)

@@ -15,7 +15,7 @@ from .folder import PublishedFile, PublishedFolder, plan_names
 from .gather import planned_tensors
 from .markdown import code, code_block, literal, table
 from .report import grouped
-from .text import human_bytes
+from .text import draft_options, human_bytes
 
 PICTURE = "pareto.png"
 _GIB = 2**30
@@ -150,7 +150,7 @@ def _run_lines(folder: PublishedFolder, repository: str) -> str:
     layers = _layers_in_ram(file, _USUAL_RAM) or 0
     tag = file.recipe if file.is_stock and file.recipe in file.name else file.parts[0].name
     options = f"-c {_context(file)} -ngl 99" + (f" -ncmoe {layers}" if layers else "")
-    draft = f" -md {quote(file.draft.name)}" if file.draft else ""
+    draft = "".join(f" {quote(option)}" for option in draft_options(file.plan.graph, file.draft and file.draft.name))
     included = " ".join(f"--include {quote(path.name)}" for path in file.paths)
     parts = [
         "## How to run\n\nllama.cpp; the experts of the first `-ncmoe` layers stay in RAM, here as many as a GPU of "

@@ -8,7 +8,10 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..archs.graph import Graph
 
 _OBEYED = {"Cc", "Cs", "Zl", "Zp"}  # controls, halves of characters, breaks of lines and paragraphs
 _REORDERING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
@@ -41,6 +44,13 @@ def ranges(numbers: list[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def draft_options(graph: Graph, draft: PurePath | str | None = None) -> tuple[str, ...]:
+    """llama-server's options for what drafts tokens: a file beside the model's, or a block in it."""
+    if draft:
+        return "-md", str(draft)
+    return ("--spec-type", "draft-mtp") if graph.predictions else ()
 
 
 def printable(text: object, keep: str = "") -> str:

@@ -6,13 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .measure.acceptance import acceptance
     from .measure.candidates import compare
     from .measure.evaluate import parity, perplexity
     from .settings import Compute, Evaluation
 
-__all__ = ["Compute", "Evaluation", "compare", "parity", "perplexity"]
+__all__ = ["Compute", "Evaluation", "acceptance", "compare", "parity", "perplexity"]
 
-_MODULES = {"Compute": ".settings", "Evaluation": ".settings", "compare": ".measure.candidates"}
+_MODULES = {
+    "Compute": ".settings",
+    "Evaluation": ".settings",
+    "acceptance": ".measure.acceptance",
+    "compare": ".measure.candidates",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -45,7 +45,7 @@ from .blocks.experts import Mixture, RoutedTokens, order_of_experts, run_experts
 from .blocks.latent_attention import LatentAttentionMixer
 from .blocks.mamba import MambaMixer
 from .blocks.per_layer import PerLayerMixer, project_inputs
-from .blocks.residual import residual_of
+from .blocks.residual import Residual, residual_of
 from .placement import Placement
 from .weights import ModelWeights, Weights, multiply
 
@@ -138,7 +138,7 @@ class Stream:
         per_layer = self.weights.graph.per_layer
         self.inputs = dict(inputs or {})
         if states is None or (per_layer and inputs is None):
-            self._embed()
+            add_embeddings(self.weights, self.tokens, self._residual, self.hidden)
         if per_layer and inputs is None:
             self._embed_for_layers(per_layer)
         if states is not None:
@@ -215,12 +215,16 @@ class Stream:
         context = Context(self.tokens[chunk], self._positions, index, index in self._readers, own, shared)
         key = (index, entered.number, place, chunk)
         past = self._cache.states.get(key) if self._cache else None
-        output, state = block(normed, past or block.initial_state(), context)
+        output, state = self._mixed(block, normed, past or block.initial_state(), context, chunk)
         if self._cache:
             self._cache.states[key] = state
         if context.shares and index in context.shared:
             self._share(index, chunk, context.shared[index])
         return output
+
+    def _mixed(self, block: Mixer, normed: Tensor, memory: Any, context: Context, chunk: int) -> tuple[Tensor, Any]:
+        """One chunk through a mixer, and what that remembers."""
+        return block(normed, memory, context)
 
     def _share(self, layer: int, chunk: int, states: Tensor) -> None:
         if layer not in self.shared:
@@ -248,10 +252,14 @@ class Stream:
             final[chunk] = self.final(chunk, positions)
         return final
 
-    def final(self, chunk: int, positions: slice) -> Tensor:
+    def final(self, chunk: int, positions: slice | Tensor) -> Tensor:
         """Those of one chunk, [positions, hidden size]."""
         normalize = normalizer(self.weights.graph.final_norm, self.weights)
-        return normalize(self._residual.end(self.hidden[chunk][positions]))
+        return normalize(self.end(chunk, positions))
+
+    def end(self, chunk: int, positions: slice | Tensor) -> Tensor:
+        """What the residual of one chunk amounts to, before the last norm, [positions, hidden size]."""
+        return self._residual.end(self.hidden[chunk][positions])
 
     def logits(self, states: Tensor) -> Tensor:
         """Final states [positions, hidden size] -> [positions, vocabulary size]"""
@@ -263,35 +271,38 @@ class Stream:
             yield self.weights.load(self.weights.graph.head, None, rows)
             self.weights.release()
 
-    def _embed(self) -> None:
-        scale = self.weights.graph.embedding_scale
-        for places, rows in self._looked_up(self.weights.graph.embedding):
-            self.hidden.add_rows(places, self._residual.begin(scale * rows))
-
-    def _looked_up(self, table: Weight) -> Iterator[tuple[Tensor, Tensor]]:
-        """Numbers of tokens, counted over all chunks, and their rows of a table, some at a time."""
-        tokens = self.tokens.flatten()
-        for _, rows in pieces(table):
-            assert rows
-            places = torch.where((tokens >= rows[0]) & (tokens < rows[1]))[0]
-            for part in places.split(_TOKENS) if len(places) else ():
-                block = self.weights.load(table, None, rows)
-                yield part, block[tokens[part] - rows[0]]
-            self.weights.release()
-
     def _embed_for_layers(self, per_layer: PerLayerEmbedding) -> None:
         """Work out the per-layer embeddings of all tokens, while `hidden` is their embeddings."""
         layers, width = range(per_layer.table.columns // per_layer.width), per_layer.width
         self.inputs = {
             layer: self._workspace.activations(*self.tokens.shape, width, whole_chunks=True) for layer in layers
         }
-        for places, rows in self._looked_up(per_layer.table):
+        for places, rows in looked_up(self.weights, per_layer.table, self.tokens):
             for layer, part in enumerate((per_layer.scale * per_layer.table_scale * rows).split(width, dim=1)):
                 self.inputs[layer].add_rows(places, part)
         for chunk in range(len(self.hidden)):
             for layer, part in enumerate(project_inputs(per_layer, self.hidden[chunk], self.weights)):
                 self.inputs[layer][chunk] = self.inputs[layer][chunk] + part
         self.weights.release()
+
+
+def add_embeddings(weights: Weights, tokens: Tensor, residual: Residual, states: Activations) -> None:
+    """Add what a residual is of the embeddings of tokens [chunks, context] to `states`."""
+    scale = weights.graph.embedding_scale
+    for places, rows in looked_up(weights, weights.graph.embedding, tokens):
+        states.add_rows(places, residual.begin(scale * rows))
+
+
+def looked_up(weights: Weights, table: Weight, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Numbers of tokens, counted over all chunks, and their rows of a table, some at a time."""
+    flat = tokens.flatten()
+    for _, rows in pieces(table):
+        assert rows
+        places = torch.where((flat >= rows[0]) & (flat < rows[1]))[0]
+        for part in places.split(_TOKENS) if len(places) else ():
+            block = weights.load(table, None, rows)
+            yield part, block[flat[part] - rows[0]]
+        weights.release()
 
 
 def advance(

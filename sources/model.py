@@ -6,6 +6,7 @@ torch is imported with the first weight that is read: to look at a model takes n
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,16 @@ class Model:
     def context_length(self) -> int:
         """Tokens that the model is made for."""
         return self.graph.context_length
+
+    @property
+    def draft(self) -> Model | None:
+        """What drafts tokens for this model, as a model that reads the same files; None where nothing does."""
+        graph = self.graph.drafting
+        if graph is None:
+            return None
+        draft = Model(self.path, self.architecture, graph, self.tensors, self.metadata)
+        draft.storage = self.storage
+        return draft
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -160,3 +171,18 @@ def open_model(path: str | Path, tensors: tuple[TensorInfo, ...] | None = None, 
     check_repeated(values, architecture.gguf_metadata(graph))
     refuse_unread_metadata(values, architecture.name, architecture.harmless_metadata, ignored)
     return Model(path, architecture, graph, tensors, metadata)
+
+
+def open_draft(path: Path, model: Model) -> Model:
+    """What drafts for a model from a GGUF file of its own. Raises BadInput as `open_model`."""
+    read = model.architecture.draft_from_gguf
+    if read is None:
+        raise BadInput(f"{path}: drafts of {model.architecture.name} have no file of their own, leave it out")
+    metadata, tensors = read_gguf(path)
+    values = Config(metadata, str(path))
+    graph = replace(model.graph, draft=read(values, tensors, model.graph))
+    name = values.text("general.architecture")
+    refuse_unread_metadata(values, name, model.architecture.harmless_metadata, ())
+    draft = Model(path, model.architecture, graph, tensors, metadata).draft
+    assert draft
+    return draft

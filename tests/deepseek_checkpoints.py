@@ -150,6 +150,40 @@ def add_draft(folder: Path, seed: int = 7) -> dict[str, Tensor]:
     return draft
 
 
+def add_blocks(folder: Path, seed: int = 8) -> None:
+    """Adds a draft of three blocks, as the 0731 releases have it, to a Hub checkpoint."""
+    generator, hidden, rank = torch.Generator().manual_seed(seed), DEEPSEEK["hidden_size"], 64
+    stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    draft: dict[str, Tensor] = {}
+    for block in range(3):  # layers of the model whose routers learned, without their compressors
+        begin = f"layers.{block + 2}."
+        own = {name: tensor for name, tensor in stored.items() if name.startswith(begin)}
+        draft |= {
+            f"mtp.{block}.{name.removeprefix(begin)}": tensor
+            for name, tensor in own.items()
+            if "compressor" not in name and "indexer" not in name
+        }
+    matrix = torch.randn(hidden, 3 * hidden, generator=generator) / 24
+    draft["mtp.0.main_proj.weight"], draft["mtp.0.main_proj.scale"] = encode(matrix, "fp8")
+    for name in ("mtp.0.main_norm", "mtp.2.norm"):
+        draft[f"{name}.weight"] = torch.rand(hidden, generator=generator).bfloat16() + 0.5
+    for name in ("hc_head_fn", "hc_head_base", "hc_head_scale"):
+        draft[f"mtp.2.{name}"] = torch.randn(stored[name].shape, generator=generator)
+    for name in ("markov_w1", "markov_w2"):
+        factor = torch.randn(DEEPSEEK["vocab_size"], rank, generator=generator) / 4
+        draft[f"mtp.2.markov_head.{name}.weight"] = factor.bfloat16()
+    confidence = torch.randn(1, hidden + rank, generator=generator) / 16
+    draft["mtp.2.confidence_head.proj.weight"] = confidence.bfloat16()
+    write_sharded(folder, {name: tensor.clone() for name, tensor in (stored | draft).items()}, 3)
+    edit_config(
+        folder,
+        dspark_block_size=5,
+        dspark_markov_rank=rank,
+        dspark_noise_token_id=510,
+        dspark_target_layer_ids=[2, 3, 4],
+    )
+
+
 def hub_name(name: str) -> str:
     """From the names that transformers saves."""
     for saved, hub in _HUB_NAMES:

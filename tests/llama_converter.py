@@ -37,6 +37,7 @@ def llama_converter() -> Iterator[Converter]:
 def _load() -> None:
     sys.path[:0] = [str(CONVERTER)]
     import convert_hf_to_gguf as converter
+    from conversion import base
 
     known = converter.get_model_class
 
@@ -45,6 +46,7 @@ def _load() -> None:
         return type(found.__name__, (found,), {"set_vocab": lambda self: None, "model_arch": found.model_arch})
 
     converter.get_model_class = without_vocabulary
+    base.TextModel._set_vocab_gpt2 = lambda self: None  # what is left where a class has words to add
 
 
 def _run(arguments: tuple[str, ...]) -> None:

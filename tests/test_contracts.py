@@ -162,7 +162,7 @@ def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypa
             [folder, "-o", "model.gguf", "--quant", "Q8_0", *text],
             {
                 "files", "bytes", "bits_per_weight", "parity", "seconds", "peak_rss_bytes", "recipe", "source",
-                "revision", "version", "imatrix", "texts", "resumed", "problems", "output",
+                "revision", "version", "imatrix", "texts", "resumed", "problems", "output", "draft",
             },
         ),
         "imatrix": (
@@ -186,7 +186,7 @@ def test_every_command_speaks_json(minimax: Checkpoint, tmp_path: Path, monkeypa
         "recipes": ([], {"recipes"}),
         "doctor": ([], {"kernels", "memory_bytes", "disk_free_bytes", "gpus", "engines", "features"}),
     }  # fmt: skip
-    assert {*calls, "download", "demo", "prepack"} == {*COMMANDS}
+    assert {*calls, "acceptance", "download", "demo", "prepack"} == {*COMMANDS}
     convert(minimax.folder, "full.gguf", "F32", calibration=None, verify=False)
     for command, (arguments, keys) in calls.items():
         result = CliRunner().invoke(main, [command, *arguments, "--json"])

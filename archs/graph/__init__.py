@@ -8,7 +8,7 @@ from .attention import Attention, BlockSelection, CompressedAttention, Compresso
 from .deltanet import GatedDeltaNet
 from .experts import MLP, HashRouter, MoE, Router
 from .mamba import Mamba2
-from .model import Branch, Graph, HyperConnections, Layer, Prediction, ResidualMix, SubLayer, sequential
+from .model import BlockDraft, Branch, Graph, HyperConnections, Layer, Prediction, ResidualMix, SubLayer, sequential
 from .operation import Operation, Width
 from .parts import SIGMOID_GAIN, Activation, Norm, Rope, Score, Yarn
 from .per_layer import PerLayerEmbedding, PerLayerInput
@@ -19,6 +19,7 @@ __all__ = [
     "SIGMOID_GAIN",
     "Activation",
     "Attention",
+    "BlockDraft",
     "BlockSelection",
     "Branch",
     "CompressedAttention",

@@ -96,8 +96,10 @@ class Layer:
 class Prediction:
     """A block that drafts the token after next (multi-token prediction) for speculative decoding.
 
-    Its input is `projection([embedding_norm(embedding of the next token), hidden_norm(hidden)])`; its output goes
-    through a norm of its own, or through the model's final norm, and the model's head. The model itself never runs it.
+    Its input is `projection([embedding_norm(embedding of the next token), hidden_norm(hidden)])`, where hidden is what
+    the model's head reads, or with `of_residual` all streams of the residual before they are brought together; of a
+    draft's further tokens it is the block's own. Its output goes through norm and head, those of the model where it has
+    none of its own. The model itself never runs it.
     """
 
     embedding_norm: Norm
@@ -105,6 +107,31 @@ class Prediction:
     projection: Weight
     layer: Layer
     final_norm: Norm | None = None
+    embedding: Weight | None = None
+    head: Weight | None = None
+    of_residual: bool = False
+
+
+@dataclass(frozen=True)
+class BlockDraft:
+    """What drafts several tokens at once beside a model, with the layers of its own graph (DSpark).
+
+    Of every token that the model has read, `norm(projection . [means of the model's streams after each of `sources`])`
+    is what the attention of all layers makes keys of. Through the layers runs a block: the last token, which the model
+    has not read yet, and `mask` for each that is to follow, up to `size` in all; they see one another and the keys. The
+    first of them tells the first drafted token. Of every place, logits are those of the model's head, with
+    `after . before[token]` of the token before the drafted one added; `confidence . [state, before[token]]` with the
+    state before the last norm is the logit of its acceptance.
+    """
+
+    sources: tuple[int, ...]
+    mask: int
+    size: int
+    projection: Weight
+    norm: Norm
+    before: Weight
+    after: Weight
+    confidence: Weight
 
 
 @dataclass(frozen=True)
@@ -113,7 +140,8 @@ class Graph:
 
     `scaled_roles` are the roles whose weights llama.cpp multiplies by a tensor `<name>.scale` of the same file.
     `residual` is None for one stream that sublayers add to. `draft` is a graph without layers, whose predictions need
-    a final norm and a stream mix of their own; it is no part of this graph's weights and makes a file of its own.
+    a final norm and a stream mix of their own, or one of layers through which `block` says what runs, whose embedding
+    and head are this graph's; it is no part of this graph's weights and makes a file of its own.
     `notes` say what of the checkpoint the graph leaves out. The embedding may be the head too, as one weight of the
     head's role. Its rows are multiplied by `embedding_scale`; logits are `logit_scale * (head . state)`, or with a soft
     cap c of them `c * tanh(logits / c)`. `per_layer` is what layers with a `PerLayerInput` read of a token.
@@ -136,6 +164,7 @@ class Graph:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     per_layer: PerLayerEmbedding | None = None
+    block: BlockDraft | None = None
 
     @property
     def tied(self) -> bool:
@@ -152,9 +181,28 @@ class Graph:
         """Values of a token between two layers: those of all residual streams."""
         return self.hidden_size * (self.residual.multiplicity if self.residual else 1)
 
+    @property
+    def drafting(self) -> Graph | None:
+        """What drafts as a model of its own, with all that it shares: a block for multi-token prediction is a layer."""
+        holder = self.draft or self
+        if holder.block:
+            return holder
+        if not holder.predictions:
+            return None
+        (block,) = holder.predictions
+        return replace(
+            holder,
+            layers=(block.layer,),
+            embedding=block.embedding or holder.embedding,
+            final_norm=block.final_norm or holder.final_norm,
+            head=block.head or holder.head,
+        )
+
     def weights(self) -> Iterator[Weight]:
-        """Every weight once, in file order, which is the order in which a pass reads them."""
-        return weights_in((self.embedding, self.per_layer, replace(self, draft=None)))
+        """Every weight once, in file order, which is the order in which a pass reads them; but for another graph's."""
+        others = {self.embedding.name, self.head.name} if self.block else {}
+        own = weights_in((self.embedding, self.per_layer, replace(self, draft=None)))
+        return (weight for weight in own if weight.name not in others)
 
     def parameters(self) -> int:
         """Number of weights' elements, with a head that repeats the embedding."""

@@ -68,21 +68,33 @@ class CompressedAttentionMixer:
     ) -> tuple[Tensor, CompressedAttentionState]:
         """states [tokens, hidden size] -> output of the same shape, and what to remember after the last token."""
         outputs = []
-        for part in states.split(self._operation.TOKENS):
-            output, memory = self._run(part, memory)
+        for part in states.split(self._operation.TOKENS) if context.causal else (states,):
+            output, memory = self._run(part, memory, context.causal)
             outputs.append(output)
         return torch.cat(outputs), memory
 
-    def _run(self, states: Tensor, memory: CompressedAttentionState) -> tuple[Tensor, CompressedAttentionState]:
+    def remember(self, states: Tensor, memory: CompressedAttentionState) -> CompressedAttentionState:
+        """What later tokens see of states [tokens, hidden size] that ask for nothing; without a compressor."""
+        assert not self._compressor
+        positions = memory.tokens + torch.arange(len(states), device=states.device)
+        window = torch.cat((memory.keys, self._keys(states, positions)))
+        return CompressedAttentionState(memory.tokens + len(states), window[1 - self._operation.window :], None, None)
+
+    def _keys(self, states: Tensor, positions: Tensor) -> Tensor:
+        o = self._operation
+        return rotate(self._normalize_key(self._weights.project(states, o.key_value)), o.rope, positions)
+
+    def _run(
+        self, states: Tensor, memory: CompressedAttentionState, causal: bool
+    ) -> tuple[Tensor, CompressedAttentionState]:
         o, project = self._operation, self._weights.project
         positions = memory.tokens + torch.arange(len(states), device=states.device)
         latent = self._normalize_query(project(states, o.query_down))
         queries = split_heads(project(latent, o.query_up), o.heads)
         queries = rotate(functional.rms_norm(queries, (o.head_size,), eps=o.query_norm.epsilon), o.rope, positions)
-        own = rotate(self._normalize_key(project(states, o.key_value)), o.rope, positions)
-        keys = window = torch.cat((memory.keys, own))
+        keys = window = torch.cat((memory.keys, self._keys(states, positions)))
         distance = positions[:, None] - (memory.tokens - len(memory.keys) + torch.arange(len(keys), device=keys.device))
-        visible = (distance >= 0) & (distance < o.window)
+        visible = (distance >= 0) & (distance < o.window) if causal else distance < o.window
         compressed = indexed = None
         if self._compressor and memory.compressor:
             compressed = self._compressor(states, memory.compressor)

@@ -18,6 +18,7 @@ class Context:
         shares: whether later layers read what this one remembers; then it puts that into `shared`.
         input: the tokens' embeddings for this layer, [tokens, width], see `graph.PerLayerEmbedding`.
         shared: by number of the layer, what others may read of all tokens so far, float32 [tokens so far, width].
+        causal: whether a token sees of its chunk only those before it.
     """
 
     tokens: Tensor
@@ -26,3 +27,4 @@ class Context:
     shares: bool = False
     input: Tensor | None = None
     shared: dict[int, Tensor] = field(default_factory=dict)
+    causal: bool = True

@@ -66,18 +66,18 @@ def test_real_model(name: str, parameters: int, active: float) -> None:
     assert graph(name).active_parameters() == pytest.approx(active, rel=0.05)
     plan = plan_tensors(graph(name), recipe_named("IQ2_XXS"))
     assert plan.problems == ()
-    assert (graph(name).draft is None) == (name == "flash-0731")
     assert [weight.name for weight in graph(name).weights()] == [tensor.weight.name for tensor in plan.tensors]
 
 
-@pytest.mark.parametrize("name", ["flash", "flash-base", "pro"])
+@pytest.mark.parametrize("name", ["flash", "flash-0731", "flash-base", "pro"])
 def test_draft(name: str) -> None:
-    """Embedding and head come again; everything that the list has under mtp. is in it, scales aside."""
+    """All that the list has under mtp. is in it but scales; embedding, norm and head come again, if not for blocks."""
     model, tensors = graph(name), real_deepseek.tensors(name)
     assert model.draft
     of_draft = [tensor for tensor in tensors if tensor.name.startswith("mtp.") and not tensor.name.endswith(".scale")]
     elements = sum(prod(tensor.shape) * (2 if tensor.dtype == "I8" else 1) for tensor in of_draft)
-    assert model.draft.parameters() == elements + model.embedding.elements + model.head.elements
+    again = 0 if model.draft.block else sum(w.elements for w in (model.embedding, model.head, model.final_norm.weight))
+    assert model.draft.parameters() == elements + again
     assert plan_tensors(model.draft, recipe_named("Q4_K_M")).problems == ()
 
 
@@ -99,7 +99,31 @@ def test_pruned_derivative() -> None:
     experts = next(op for op in pruned.operations() if isinstance(op, MoE))
     assert experts.experts == 160
     (note,) = plan_file(pruned, recipe_named("Q4_K_M")).problems
-    assert note.startswith("2977 tensors of 3 draft blocks (mtp.*) are left out")
+    assert note.startswith("left out multi-token prediction, which takes a file of its own")
+    draft = pruned.draft
+    assert draft and draft.block and draft.block.sources == (40, 41, 42) and draft.block.mask == 128799
+    missing = [tensor for tensor in tensors if not tensor.name.startswith("mtp.1.")]
+    without = ARCHITECTURE.from_checkpoint(real_models.config("deepseek-v4-flash-0731-reap"), missing)
+    assert without.draft is None and without.notes[0].startswith("multi-token prediction is left out: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("dspark_noise_token_id", 129280, "a draft's mask is token 129280, expected one of the 129280"),
+        ("dspark_target_layer_ids", [40, 43], "dspark_target_layer_ids is [40, 43], expected layers from 0 to 42"),
+        ("dspark_target_layer_ids", [], "dspark_target_layer_ids is [], expected layers from 0 to 42"),
+        ("dspark_block_size", 0, "dspark_block_size is 0, expected a positive whole number"),
+        ("dspark_markov_rank", 128, "gives shape [129280, 256], expected [129280, 128] from the configuration"),
+    ],
+)
+def test_blocks_that_cannot_be(key: str, value: object, problem: str) -> None:
+    """The model does without, and says why."""
+    config = real_models.config("deepseek-v4-flash-0731-reap")
+    changed = Config(dict(config._values) | {key: value}, config.origin)
+    read = ARCHITECTURE.from_checkpoint(changed, real_deepseek.pruned_0731())
+    assert read.draft is None and len([*read.weights()]) > 1000
+    assert read.notes[0].startswith("multi-token prediction is left out: ") and problem in read.notes[0]
 
 
 STOCK_SIZES = {  # GiB, as `llama-quantize --dry-run` prints them; the last digit is rounded

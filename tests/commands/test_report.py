@@ -8,6 +8,8 @@ from pathlib import Path
 
 import checkpoints
 import cohere_checkpoints as cohere
+import deepseek_checkpoints
+import deltanet_checkpoints
 import minimax_m3_checkpoints as m3
 import pytest
 from click.testing import CliRunner, Result
@@ -167,6 +169,23 @@ def test_lines_to_serve_name_what_llama_must_be_told(tmp_path: Path) -> None:
     (line,) = [line for line in shown.splitlines() if "llama-server -m" in line]
     assert " --jinja -fa on -np 1" in line
     assert sum("-fa on" in line for line in shown.splitlines() if line.startswith("Note: ")) == 1
+
+
+def test_the_line_names_what_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block in the file by its kind, a file beside it by its name; beside a GPU its experts stay in RAM."""
+    monkeypatch.setattr("moecast.runner.placement.names", lambda: ["cpu"])
+    monkeypatch.setattr("moecast.commands.serving._DRIVER", (sys.executable, "-c", "print(8192)"))
+    within = deltanet_checkpoints.save_published(tmp_path / "within", deltanet_checkpoints.model_of("qwen3_5"))
+    beside = tmp_path / "beside"
+    deepseek_checkpoints.save_deepseek_hub(beside, deepseek_checkpoints.deepseek_model())
+    deepseek_checkpoints.add_draft(beside)
+    options = ("--quant", "Q8_0", "--no-verify", "--no-calibration")
+    assert " --spec-type draft-mtp" in _run("convert", within, "-o", tmp_path / "a.gguf", *options).stdout
+    assert "spec-type" not in _run("convert", within, "-o", tmp_path / "b.gguf", *options, "--no-mtp").stdout
+    shown = _run("convert", beside, "-o", tmp_path / "c.gguf", *options, "--mtp").stdout
+    assert f" -md {tmp_path / 'c-mtp.gguf'} --cpu-moe-draft\n" in shown
+    made = json.loads(_run("convert", beside, "-o", tmp_path / "d.gguf", *options, "--mtp", "--json").stdout)
+    assert made["draft"] == made["files"][-1] == (tmp_path / "d-mtp.gguf").as_posix()
 
 
 def test_scores_as_a_table_and_as_json() -> None:

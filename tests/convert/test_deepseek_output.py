@@ -109,7 +109,8 @@ def test_draft_makes_a_file_of_its_own(flash: Checkpoint, tmp_path: Path) -> Non
     projection = stored["blk.5.nextn.eh_proj.weight"]
     assert np.array_equal(gguf.dequantize(projection.data, projection.tensor_type), torch.cat(both, dim=1).numpy())
     assert np.array_equal(stored["output_hc_fn.weight"].data, draft["mtp.0.hc_head_fn"].numpy())
-    assert np.array_equal(stored["output_norm.weight"].data, draft["mtp.0.norm.weight"].float().numpy())
+    norm = stored["blk.5.nextn.shared_head_norm.weight"].data
+    assert np.array_equal(norm, draft["mtp.0.norm.weight"].float().numpy())
     with pytest.raises(BadInput, match="it is a draft that runs beside its model only"):
         open_model(path)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import checkpoints
 import cohere_checkpoints as cohere
+import deepseek_checkpoints
 import deepseek_v3_checkpoints as deepseek_v3
 import deltanet_checkpoints as deltanet
 import gemma4_checkpoints as gemma
@@ -21,7 +22,7 @@ import torch
 from conversions import convert
 from forward import random_tokens, runner_logits
 from llama_converter import Converter, llama_converter
-from moecast.sources.model import open_model
+from moecast.sources.model import open_draft, open_model
 from trained_examples import EXAMPLES
 
 pytestmark = pytest.mark.whole
@@ -168,3 +169,40 @@ def test_deepseek_keeps_the_same_codes(tmp_path: Path, converted: Converter) -> 
     for tensor in alike:
         assert tensor.data.tobytes() == stored[tensor.name].data.tobytes(), tensor.name
     assert sum(tensor.tensor_type == gguf.GGMLQuantizationType.MXFP4 for tensor in alike) == 9
+
+
+@pytest.mark.parametrize("kind", ["prediction", "blocks"])
+def test_drafts_of_deepseek(kind: str, tmp_path: Path, converted: Converter) -> None:
+    """A file of their own with the same tensors and keys; what the converter rounds to Q8_0 is as it was. Read by us,
+    theirs is the same draft."""
+    folder = tmp_path / "model"
+    deepseek_checkpoints.save_deepseek_hub(folder, deepseek_checkpoints.deepseek_model())
+    if kind == "blocks":
+        deepseek_checkpoints.add_blocks(folder)
+        options = ("--dspark", "--target-model-dir", str(folder))
+    else:
+        deepseek_checkpoints.add_draft(folder)
+        checkpoints.edit_config(folder, num_nextn_predict_layers=1)  # as the published one says
+        options = ("--mtp",)
+    written = converted(folder, tmp_path / "theirs.gguf", "bf16", *options)
+    made = convert(folder, tmp_path / "ours.gguf", "native", calibration=None, verify=False, mtp=True)
+    assert made.draft
+    theirs, ours = gguf.GGUFReader(written), gguf.GGUFReader(made.draft)
+    stored = {tensor.name: tensor for tensor in theirs.tensors}
+    assert {tensor.name for tensor in ours.tensors} == stored.keys()
+    assert all([*tensor.shape] == [*stored[tensor.name].shape] for tensor in ours.tensors)
+    alike = [tensor for tensor in ours.tensors if tensor.tensor_type == stored[tensor.name].tensor_type]
+    for tensor in alike:
+        assert tensor.data.tobytes() == stored[tensor.name].data.tobytes(), tensor.name
+    assert {"BF16", "F32", "MXFP4"} <= {tensor.tensor_type.name for tensor in alike}
+    architecture = ours.fields["general.architecture"].contents()
+    assert architecture == theirs.fields["general.architecture"].contents()
+    keys = [key for key in ours.fields.keys() & theirs.fields.keys() if key.startswith(f"{architecture}.")]
+    assert len(keys) > 25 and {key for key in ours.fields if key.startswith(f"{architecture}.")} == {*keys}
+    for key in {*keys} - {f"{architecture}.swiglu_clamp_exp"}:  # one number for all blocks, or one each
+        assert ours.fields[key].contents() == theirs.fields[key].contents(), key
+    model = open_model(converted(folder, tmp_path / "model.gguf", "bf16"))
+    graphs = [open_draft(path, model).graph for path in (written, made.draft)]
+    assert [(w.name, w.shape) for w in graphs[0].weights()] == [(w.name, w.shape) for w in graphs[1].weights()]
+    blocks = [graph.block and (graph.block.sources, graph.block.mask, graph.block.size) for graph in graphs]
+    assert blocks == [((2, 3, 4), 510, 5) if kind == "blocks" else None] * 2
