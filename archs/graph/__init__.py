@@ -4,7 +4,7 @@ No reader asks which architecture a graph came from; everything it needs to know
 operation states of itself (see `operation.Operation`).
 """
 
-from .attention import Attention, CompressedAttention, Compressor, Indexer
+from .attention import Attention, CompressedAttention, Compressor, EntryIndexer, Indexer
 from .deltanet import GatedDeltaNet
 from .experts import MLP, HashRouter, MoE, Router
 from .mamba import Mamba2
@@ -21,6 +21,7 @@ __all__ = [
     "Branch",
     "CompressedAttention",
     "Compressor",
+    "EntryIndexer",
     "GatedDeltaNet",
     "Graph",
     "HashRouter",

@@ -109,9 +109,10 @@ class Compressor:
 
 @dataclass(frozen=True)
 class Indexer:
-    """Picks the `top_k` entries that a token attends to, by the sum over heads of `head_weight x * relu(query . key)`.
+    """Picks the `top_k` keys that a token attends to, by the sum over heads of `head_weight x * relu(query . key)`.
 
-    Queries come from the attention's latent query, keys from a compressor of the same ratio.
+    Queries come from the attention's latent query, and are rotated by the token's position. Where the keys come from,
+    the kinds of indexers say.
     """
 
     heads: int
@@ -119,12 +120,30 @@ class Indexer:
     top_k: int
     query: Weight
     head_weight: Weight
-    compressor: Compressor
+
+    @property
+    def rope(self) -> Rope:
+        raise NotImplementedError
 
     @property
     def reads(self) -> tuple[Weight, ...]:
         """The weights whose columns are the hidden size."""
-        return (self.head_weight, *self.compressor.reads)
+        return (self.head_weight,)
+
+
+@dataclass(frozen=True)
+class EntryIndexer(Indexer):
+    """An indexer whose keys are entries of a compressor of the same ratio as the attention's."""
+
+    compressor: Compressor
+
+    @property
+    def rope(self) -> Rope:
+        return self.compressor.rope
+
+    @property
+    def reads(self) -> tuple[Weight, ...]:
+        return (*super().reads, *self.compressor.reads)
 
 
 @dataclass(frozen=True)
@@ -151,7 +170,7 @@ class CompressedAttention(Operation):
     output_up: Weight
     rope: Rope
     compressor: Compressor | None
-    indexer: Indexer | None
+    indexer: EntryIndexer | None
 
     TOKENS: ClassVar[int] = 256  # at a time: the scores of a whole chunk would be [heads, tokens, window + entries]
 

@@ -1,11 +1,11 @@
-"""The choice of compressed entries that a token attends to, in ONNX (see `graph.Indexer`)."""
+"""The choice of compressed entries that a token attends to, in ONNX (see `graph.EntryIndexer`)."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-from ...archs.graph import Indexer
+from ...archs.graph import EntryIndexer
 from .builder import Builder
 from .compressor import compress
 from .positions import batch_and_sequence
@@ -13,7 +13,7 @@ from .rotary import rotate
 
 
 def choose(
-    build: Builder, block: Indexer, states: ir.Value, latent: ir.Value, complete: ir.Value, name: str
+    build: Builder, block: EntryIndexer, states: ir.Value, latent: ir.Value, complete: ir.Value, name: str
 ) -> tuple[ir.Value, ir.Value]:
     """The best entries for each token, int64 [batch, sequence, chosen], and which of them are `complete` for it.
 
@@ -26,7 +26,7 @@ def choose(
     """
     heads, size = block.heads, block.head_size
     keys = compress(build, block.compressor, states, name)
-    queries = rotate(build, build.project(latent, block.query), (heads, size), block.compressor.rope)
+    queries = rotate(build, build.project(latent, block.query), (heads, size), block.rope)
     queries = build.reshape(queries, [0, -1, size])
     affinity = build.op("Relu", build.microsoft("FusedMatMul", queries, keys, transB=1))
     entries = build.op("Shape", keys, start=1, end=2)
