@@ -21,6 +21,7 @@ from ..archs.graph import (
     CompressedAttention,
     GatedDeltaNet,
     Graph,
+    LatentAttention,
     Layer,
     Mamba2,
     MoE,
@@ -39,6 +40,7 @@ from .blocks.compressed_attention import CompressedAttentionMixer
 from .blocks.context import Context
 from .blocks.deltanet import DeltaNetMixer
 from .blocks.experts import Mixture, RoutedTokens, order_of_experts, run_experts
+from .blocks.latent_attention import LatentAttentionMixer
 from .blocks.mamba import MambaMixer
 from .blocks.residual import residual_of
 from .placement import Placement
@@ -61,6 +63,7 @@ MIXERS: Mapping[type[Operation], Callable[[Any, Weights], Mixer | Mixture]] = {
     Attention: AttentionMixer,
     CompressedAttention: CompressedAttentionMixer,
     GatedDeltaNet: DeltaNetMixer,
+    LatentAttention: LatentAttentionMixer,
     Mamba2: MambaMixer,
     MLP: DenseMixer,
     MoE: Mixture,

@@ -4,7 +4,7 @@ No reader asks which architecture a graph came from; everything it needs to know
 operation states of itself (see `operation.Operation`).
 """
 
-from .attention import Attention, CompressedAttention, Compressor, EntryIndexer, Indexer
+from .attention import Attention, CompressedAttention, Compressor, EntryIndexer, Indexer, LatentAttention, TokenIndexer
 from .deltanet import GatedDeltaNet
 from .experts import MLP, HashRouter, MoE, Router
 from .mamba import Mamba2
@@ -27,6 +27,7 @@ __all__ = [
     "HashRouter",
     "HyperConnections",
     "Indexer",
+    "LatentAttention",
     "Layer",
     "Mamba2",
     "MoE",
@@ -38,6 +39,7 @@ __all__ = [
     "Router",
     "Score",
     "SubLayer",
+    "TokenIndexer",
     "Width",
     "Yarn",
     "graph_as_json",

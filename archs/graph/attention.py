@@ -85,6 +85,75 @@ class Attention(Operation):
 
 
 @dataclass(frozen=True)
+class LatentAttention(Operation):
+    """Multi-head latent attention: all heads' keys and values are made of one vector a token (DeepSeek-AI 2024).
+
+    `key_value_down x` is a latent, normed, and one key of `rope.size` that is rotated. Of a head's query the first part
+    meets `key_up[head] . latent`, the rest, rotated, the one key; softmax(`scale` * their sum) weighs
+    `value_up[head] . latent`. Without `query_down` queries are made of x, else of `query_norm(query_down x)`.
+    `key_up` is stored transposed, [heads, latent size, key size]: so a query is taken to the latents, of which nothing
+    but themselves is remembered.
+    """
+
+    heads: int
+    query_down: Weight | None
+    query_norm: Norm | None
+    query: Weight
+    key_value_down: Weight
+    key_value_norm: Norm
+    key_up: Weight
+    value_up: Weight
+    output: Weight
+    rope: Rope
+    scale: float
+
+    TOKENS: ClassVar[int] = 256  # at a time: the scores of a whole chunk would be [heads, tokens, tokens before]
+
+    def __post_init__(self) -> None:
+        assert self.rope.last, "the last part of a head is rotated"
+        assert (self.query_down is None) == (self.query_norm is None), "the latent query is normed"
+
+    @property
+    def latent_size(self) -> int:
+        return self.key_up.shape[1]
+
+    @property
+    def key_size(self) -> int:
+        """Of a head's key, the part that is not rotated."""
+        return self.key_up.columns
+
+    @property
+    def value_size(self) -> int:
+        return self.value_up.shape[1]
+
+    @property
+    def remembered_size(self) -> int:
+        """Of a token: its latent and its rotated key."""
+        return self.latent_size + self.rope.size
+
+    @property
+    def reads(self) -> tuple[Weight, ...]:
+        return (self.query_down or self.query, self.key_value_down)
+
+    @property
+    def writes(self) -> tuple[Weight, ...]:
+        return (self.output,)
+
+    @property
+    def heads_per_group(self) -> int | None:
+        """The latent is the one key-value head that files tell of."""
+        return self.heads
+
+    @property
+    def state_bytes_per_token(self) -> int:
+        return _CACHED * self.remembered_size
+
+    def scratch_values(self, context: int) -> int:
+        tokens = min(context, self.TOKENS)
+        return PASSING * (context * self.remembered_size + tokens * self.heads * (context + self.remembered_size))
+
+
+@dataclass(frozen=True)
 class Compressor:
     """Pools every `ratio` tokens into one entry: per channel, values weighted by softmax(`gate x + position`).
 
