@@ -279,6 +279,7 @@ class _Builder(Builder):
             top_k=d.index_top_k,
             query=self.weight(f"{blk}.indexer.attn_q_b.weight", Role.INDEXER, width, d.query_rank),
             head_weight=self.weight(f"{blk}.indexer.proj.weight", Role.INDEXER_HEADS, d.index_heads, d.hidden),
+            rope=self.rope(compressed=True),
             compressor=self.compressor(f"{blk}.indexer_compressor", Role.INDEXER, OVERLAPPING, d.index_head_size),
         )
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...archs.graph import Indexer
+from ...archs.graph import Indexer, TokenIndexer
 from ..weights import Weights
-from .common import split_heads
+from .common import normalizer, split_heads
 from .rotary import rotate
 
 
@@ -36,6 +36,18 @@ class IndexerMixer:
         scores = torch.einsum("hte,th->te", functional.relu(queries @ keys.T), shares)
         ranking = scores.masked_fill(~visible, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         return ranking[:, : block.top_k]
+
+
+class TokenIndexerMixer(IndexerMixer):
+    """An indexer that makes a key of each token."""
+
+    def __init__(self, block: TokenIndexer, weights: Weights) -> None:
+        super().__init__(block, weights)
+        self._key, self._normalize_key = block.key, normalizer(block.key_norm, weights)
+
+    def keys(self, states: Tensor, positions: Tensor) -> Tensor:
+        """[tokens, hidden size] -> [tokens, head size]"""
+        return rotate(self._normalize_key(self._weights.project(states, self._key)), self._block.rope, positions)
 
 
 def only(best: Tensor, visible: Tensor) -> Tensor:

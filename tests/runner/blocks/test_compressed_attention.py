@@ -58,6 +58,7 @@ def _indexer(weights: BlockWeights, module: Any) -> EntryIndexer:
         top_k=module.index_topk,
         query=weights.add(module.q_b_proj.weight),
         head_weight=weights.add(module.scorer.weights_proj.weight, Role.INDEXER_HEADS),
+        rope=COMPRESSED_ROPE,
         compressor=_compressor(weights, module),
     )
 
