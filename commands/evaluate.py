@@ -11,6 +11,7 @@ import click
 
 from .logs import LOGGER, typed_command
 from .options import (
+    attention_option,
     calibrating_options,
     device_options,
     evaluating_options,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=SOURCE)
 @text_options
 @evaluating_options
+@attention_option
 @low_memory_option
 @source_options
 @json_option
@@ -45,6 +47,7 @@ def perplexity(
     model: str,
     evaluation: Evaluation,
     compute: Compute,
+    attention: str,
     low_memory: bool,
     access: HubAccess,
     as_json: bool,
@@ -60,7 +63,7 @@ def perplexity(
     from .console import make_progress
     from .report import show_perplexity
 
-    opened = _open(model, access, low_memory)
+    opened = _open(model, access, low_memory, attention)
     with make_progress() as progress:
         result = run(opened, evaluation, compute, progress)
     show_perplexity(str(opened.path), result, as_json)
@@ -75,6 +78,7 @@ def perplexity(
 @max_kld_option
 @report_option
 @calibrating_options
+@attention_option
 @low_memory_option
 @source_options
 @json_option
@@ -85,6 +89,7 @@ def parity(
     max_kld: float | None,
     report_folder: Path | None,
     compute: Compute,
+    attention: str,
     low_memory: bool,
     access: HubAccess,
     as_json: bool,
@@ -108,7 +113,7 @@ def parity(
     from .report import show_parity
 
     first = _open(reference, access, low_memory)
-    others = [_open(candidate, replace(access, revision=None), low_memory) for candidate in candidates]
+    others = [_open(candidate, replace(access, revision=None), low_memory, attention) for candidate in candidates]
     with make_progress() as progress:
         compared = compare(first, others, evaluation, compute, progress)
     if len(compared) == 1:
@@ -164,6 +169,7 @@ def _exit_if(failures: Sequence[str]) -> None:
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="For the same random choices again.")
 @device_options
+@attention_option
 @low_memory_option
 @source_options
 @json_option
@@ -174,6 +180,7 @@ def run(
     temperature: float,
     seed: int | None,
     compute: Compute,
+    attention: str,
     low_memory: bool,
     access: HubAccess,
     as_json: bool,
@@ -190,7 +197,7 @@ def run(
     from ..runner.generate import beyond_context, generate
     from .console import print_json
 
-    opened, pieces = _open(model, access, low_memory), []
+    opened, pieces = _open(model, access, low_memory, attention), []
     text = generate(opened, prompt, tokens, temperature, seed, compute)
     problems = beyond_context(opened, prompt, tokens)
     for problem in problems:
@@ -205,10 +212,11 @@ def run(
         click.echo()
 
 
-def _open(source: str, access: HubAccess, low_memory: bool) -> Model | OnnxModel:
-    from ..runner.engines import open_runnable
+def _open(source: str, access: HubAccess, low_memory: bool, attention: str = "model") -> Model | OnnxModel:
+    from ..runner.engines import attending_to_all, open_runnable
     from ..sources.locate import locate
     from .console import make_progress
 
     with make_progress() as progress:
-        return open_runnable(locate(source, access, progress)[0], low_memory, access.ignore_config)
+        opened = open_runnable(locate(source, access, progress)[0], low_memory, access.ignore_config)
+    return attending_to_all(opened) if attention == "full" else opened

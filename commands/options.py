@@ -143,6 +143,13 @@ file_format_option = click.option(
     "--to", "file_format", type=click.Choice(["gguf", "onnx"]), default="gguf", show_default=True, help="File format."
 )
 low_memory_option = click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file; much slower.")
+attention_option = click.option(
+    "--attention",
+    type=click.Choice(["model", "full"]),
+    default="model",
+    show_default=True,
+    help="With full, MODEL or CANDIDATEs attend to all tokens before, also where they are made to pick some of them.",
+)
 max_kld_option = click.option(
     "--max-kld", type=Number(), help="Exit with 1 when the mean KL divergence is above this, or token ids differ."
 )

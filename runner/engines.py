@@ -106,6 +106,16 @@ def open_runnable(path: str | Path, low_memory: bool = False, ignored: Collectio
     return OnnxModel(path, low_memory) if is_file(path / MODEL_NAME) else open_model(path, ignored=ignored)
 
 
+def attending_to_all(model: Model | OnnxModel) -> Model:
+    """A model that attends to all tokens before, also where it was trained to pick some of them.
+
+    Raises BadInput for an ONNX folder, whose operators are written.
+    """
+    if isinstance(model, OnnxModel):
+        raise BadInput(f"{model.path}: --attention full cannot change an ONNX folder: give the checkpoint or GGUF file")
+    return Model(model.path, model.architecture, model.graph.attending_to_all(), model.tensors, model.metadata)
+
+
 def check_operators(operators: Iterable[str]) -> None:
     """Raises BadInput naming the operators that the installed ONNX Runtime cannot compute, or when there is none."""
     engine = runtime()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..weights import Weight
@@ -239,6 +239,9 @@ class LatentAttention(Operation):
         scores = tokens * self.heads * (context + self.remembered_size)
         return PASSING * (context * self.remembered_size + scores) + choice
 
+    def attending_to_all(self) -> LatentAttention:
+        return replace(self, indexer=None, selection_of=None)
+
 
 @dataclass(frozen=True)
 class CompressedAttention(Operation):
@@ -292,3 +295,6 @@ class CompressedAttention(Operation):
         tokens = min(context, self.TOKENS)
         entries = context // self.compressor.ratio if self.compressor else 0
         return PASSING * tokens * self.heads * (tokens + self.window + entries + self.head_size)
+
+    def attending_to_all(self) -> CompressedAttention:
+        return replace(self, indexer=None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..weights import Role, Weight
 from .operation import Operation
 from .parts import Norm
-from .walk import weights_in
+from .walk import weights_in, with_operations
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,10 @@ class Graph:
     def residual_size(self) -> int:
         """Values of a token between two layers: those of all residual streams."""
         return self.hidden_size * (self.residual.multiplicity if self.residual else 1)
+
+    def attending_to_all(self) -> Graph:
+        """The same graph without any choice of what a token attends to: what full attention would have said."""
+        return with_operations(self, lambda operation: operation.attending_to_all())
 
     def weights(self) -> Iterator[Weight]:
         """Every weight once, in file order."""

@@ -75,6 +75,10 @@ class Operation:
         """Bytes that are remembered of a text of any length."""
         return 0
 
+    def attending_to_all(self) -> Operation:
+        """The same without a choice of what a token attends to."""
+        return self
+
     def active_share(self, weight: Weight) -> float:
         """The part of one of its weights that a token touches."""
         return 1.0
