@@ -103,6 +103,7 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
         ignore_merges=True,
         add_bos=True,
     ),
+    PreTokenizer(names=("glm4",), splits=(_LLAMA3_ENGINE,), sources=((_LLAMA3,),), ignore_merges=True),
     PreTokenizer(names=("deepseek-v3", "joyai-llm", "hunyuan-dense"), splits=_DEEPSEEK_V3, sources=(_DEEPSEEK_V3,)),
     PreTokenizer(
         names=("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open"),
@@ -138,7 +139,7 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
 
 OTHER_NAMES = (
     *("afmoe", "a.x-4.0", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "dbrx"),
-    *("deepseek-coder", "deepseek-llm", "exaone-moe", "f2llmv2", "falcon", "gemma4", "glm4", "glm5"),
+    *("deepseek-coder", "deepseek-llm", "exaone-moe", "f2llmv2", "falcon", "gemma4", "glm5"),
     *("gpt3-finnish", "granite-docling", "granite-embed-multi-311m", "granite-embed-multi-97m", "grok-2", "jais-2"),
     *("jina-de", "jina-es", "jina-v1-en", "jina-v2-code", "jina-v2-de", "jina-v2-es", "jina-v5-nano", "kimi-k2"),
     *("kormo", "laguna", "llada-moe", "minicpm5", "mmbert", "poro-chat", "refact"),
