@@ -1,0 +1,219 @@
+"""DeepSeek V3, V3.1 and R1, and Kimi K2 to K2.6: latent attention, group-limited sigmoid routing, a block for drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+from .architecture import Architecture, refuse_unlike
+from .catalogue import Catalogue
+from .config import Config
+from .deepseek_v3_blocks import LATENT_EPSILON, Family, build, check
+from .deepseek_v3_ropes import FAST, SLOW, read_mscaled_yarn, yarn_from_gguf
+from .dimensions import first
+from .drafts import with_draft
+from .expressions import Expression, Rows, Stack, TensorInfo, Transposed
+from .graph import Graph, LatentAttention
+from .shared import (
+    DENSE_NAMES,
+    EXPERT_NAMES,
+    CheckpointSource,
+    Names,
+    Source,
+    catalogue_of,
+    expect_all,
+    gguf_source,
+    open_gguf,
+    rope_section,
+    text_section,
+)
+from .weights import check_shape
+
+NAME = "deepseek2"
+_LARGEST_EPSILON = 1e-5  # that llama.cpp's norms of latents may have in place of 1e-6: nobody sees a difference
+_LITE = (26, 27)  # numbers of layers, and with a vocabulary of _LITE_WORDS words _LITE_WORDS_LAYERS
+_LITE_WORDS, _LITE_WORDS_LAYERS = 128_256, 48
+_IMPLEMENTED: Mapping[str, Sequence[object]] = {
+    "hidden_act": ["silu"],
+    "scoring_func": ["sigmoid"],
+    "topk_method": ["noaux_tc"],
+    "attention_bias": [False],
+    "moe_layer_freq": [1],
+    "rope_interleave": [True],
+}
+_HARMLESS = (
+    *("head_dim", "qk_head_dim"),  # which repeat the widths of what is rotated, and of all
+    *("num_mtp_layers", "tie_word_embeddings"),  # of what stands outside of the language model, the head is its own
+    *("vision_config", "ignore_index", "media_placeholder_token_id", "use_unified_vision_chunk", "video_placeholder"),
+    *("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+    *("projection_hidden_size", "projection_layer_norm_eps"),
+)
+_PREFIXES = ("model.", "language_model.model.", "model.language_model.")
+_PICTURES = ("vision_tower.", "mm_projector.", "model.vision_tower.", "model.mm_projector.")
+_NAMES = Names(
+    layers=tuple(f"{prefix}layers.{{}}." for prefix in _PREFIXES),
+    whole={
+        "token_embd.weight": tuple(f"{prefix}embed_tokens.weight" for prefix in _PREFIXES),
+        "output_norm.weight": tuple(f"{prefix}norm.weight" for prefix in _PREFIXES),
+        "output.weight": ("lm_head.weight", "language_model.lm_head.weight"),
+    },
+    layer=DENSE_NAMES
+    | {
+        "attn_norm.weight": ("input_layernorm.weight",),
+        "attn_q.weight": ("self_attn.q_proj.weight",),
+        "attn_q_a.weight": ("self_attn.q_a_proj.weight",),
+        "attn_q_a_norm.weight": ("self_attn.q_a_layernorm.weight",),
+        "attn_q_b.weight": ("self_attn.q_b_proj.weight",),
+        "attn_kv_a_mqa.weight": ("self_attn.kv_a_proj_with_mqa.weight",),
+        "attn_kv_a_norm.weight": ("self_attn.kv_a_layernorm.weight",),
+        "attn_kv_b.weight": ("self_attn.kv_b_proj.weight",),
+        "attn_output.weight": ("self_attn.o_proj.weight",),
+        "ffn_norm.weight": ("post_attention_layernorm.weight",),
+        "ffn_gate_inp.weight": ("mlp.gate.weight",),
+        "exp_probs_b.bias": ("mlp.gate.e_score_correction_bias",),
+        "ffn_gate_shexp.weight": ("mlp.shared_experts.gate_proj.weight",),
+        "ffn_up_shexp.weight": ("mlp.shared_experts.up_proj.weight",),
+        "ffn_down_shexp.weight": ("mlp.shared_experts.down_proj.weight",),
+        "nextn.enorm.weight": ("enorm.weight",),
+        "nextn.hnorm.weight": ("hnorm.weight",),
+        "nextn.eh_proj.weight": ("eh_proj.weight",),
+        "nextn.shared_head_norm.weight": ("shared_head.norm.weight",),
+    },
+    experts=EXPERT_NAMES,
+)
+
+
+def _from_checkpoint(config: Config, tensors: Sequence[TensorInfo]) -> Graph:
+    layers = text_section(config).integer("num_hidden_layers")
+    drafts = [tensor.name for tensor in tensors if tensor.name.endswith(".eh_proj.weight")]
+    there = len(drafts) == 1 and drafts[0].endswith(f"layers.{layers}.eh_proj.weight")
+    return with_draft(there, partial(_read_checkpoint, config, tensors))
+
+
+def _read_checkpoint(config: Config, tensors: Sequence[TensorInfo], drafts: bool) -> Graph:
+    """The language model of a checkpoint, whatever else it holds."""
+    text = text_section(config)
+    d = _read_config(text, drafts)
+    catalogue = catalogue_of(text if "quantization_config" in text else config, tensors)
+    pictures = sum(map(catalogue.ignore, _PICTURES))
+    found = CheckpointSource(catalogue, _NAMES, text.flag("tie_word_embeddings", default=False))
+    graph = build(NAME, d, latent_source(found, d))
+    notes = [f"left out the vision tower, {pictures} tensors: text alone is understood"] if pictures else []
+    return replace(graph, notes=(*notes, *_draft_notes(catalogue, d), *yarn_notes(graph), *catalogue.finish()))
+
+
+def _draft_notes(catalogue: Catalogue, d: Family) -> list[str]:
+    """What is left out behind the last layer: repetitions of embedding and head, or the whole."""
+    blocks = [f"{prefix}layers.{d.layers}." for prefix in _PREFIXES]
+    repeated = ("embed_tokens.", "shared_head.head.") if d.drafts else ("",)
+    left = sum(catalogue.ignore(block + ending) for block in blocks for ending in repeated)
+    if not left:
+        return []
+    if d.drafts:
+        return ["the drafting block's embedding and head are left out: they repeat the model's"]
+    return [f"{left} tensors of a drafting block (layer {d.layers}) are left out"]
+
+
+def _read_config(config: Config, drafts: bool) -> Family:
+    expect_all(config, _IMPLEMENTED)
+    heads, rope = config.integer("num_attention_heads"), rope_section(config)
+    config.expect("num_key_value_heads", heads)
+    d = Family.from_config(
+        config,
+        drafts=int(drafts),
+        head_size=config.integer("qk_nope_head_dim") + config.integer("qk_rope_head_dim"),
+        latent_epsilon=LATENT_EPSILON,
+        rope_base=rope.number("rope_theta", default=config.number("rope_theta", default=1e4)),
+        yarn=read_mscaled_yarn(rope),
+        groups=config.integer("n_group"),
+        groups_used=config.integer("topk_group"),
+        router_scale=config.number("routed_scaling_factor"),
+        normalized=config.flag("norm_topk_prob", default=True),
+    )
+    check(d, config.origin)
+    return d
+
+
+def latent_source(source: Source, d: Family) -> Source:
+    """Finds weights where one projection gives a head's key, then its value, of the latent: these apart, and the
+    key's transposed."""
+    key_size = d.head_size - d.rotary_size
+    both_sizes = key_size + d.value_size
+
+    @cache
+    def both(name: str) -> Expression:
+        found = source(name, (d.heads * both_sizes, d.latent_size))
+        check_shape(found, (d.heads * both_sizes, d.latent_size))
+        return found
+
+    def find(name: str, shape: tuple[int, ...]) -> Expression:
+        block, _, kind = name.rpartition(".attn_")
+        if kind not in ("k_b.weight", "v_b.weight"):
+            return source(name, shape)
+        rows, starts = both(f"{block}.attn_kv_b.weight"), range(0, d.heads * both_sizes, both_sizes)
+        if kind == "k_b.weight":
+            return Stack(tuple(Transposed(Rows(rows, start, start + key_size)) for start in starts))
+        return Stack(tuple(Rows(rows, start + key_size, start + both_sizes) for start in starts))
+
+    return find
+
+
+def yarn_notes(graph: Graph) -> list[str]:
+    """What llama.cpp has to be told at every start, because it reads it from no file."""
+    attention = first(graph, LatentAttention)
+    yarn = attention.rope.yarn if attention else None
+    if yarn is None or (yarn.fast, yarn.slow) == (FAST, SLOW):
+        return []
+    limits = f"--yarn-beta-fast {yarn.fast:g} --yarn-beta-slow {yarn.slow:g}"
+    return [f"llama.cpp reads YaRN's limits from no file: start it with {limits}, or long texts come out wrong"]
+
+
+def _from_gguf(metadata: Config, tensors: Sequence[TensorInfo]) -> Graph:
+    catalogue, vocabulary = open_gguf(metadata, tensors)
+    d = _read_metadata(metadata, vocabulary)
+    check(d, metadata.origin)
+    graph = build(NAME, d, gguf_source(catalogue))
+    catalogue.finish()
+    return graph
+
+
+def _read_metadata(metadata: Config, vocabulary: int) -> Family:
+    metadata.integer(f"{NAME}.expert_gating_func")  # without which llama.cpp takes softmax, as DeepSeek V2 has it
+    metadata.expect(f"{NAME}.nextn_predict_layers", 0, 1)
+    drafts = metadata.integer(f"{NAME}.nextn_predict_layers", default=0)
+    return Family.from_gguf(
+        metadata,
+        NAME,
+        vocabulary=vocabulary,
+        layers=metadata.integer(f"{NAME}.block_count") - drafts,
+        latent_epsilon=metadata.number(f"{NAME}.attention.layer_norm_rms_epsilon"),
+        yarn=yarn_from_gguf(metadata, NAME),
+    )
+
+
+def _gguf_metadata(graph: Graph) -> dict[str, Any]:
+    """Raises BadInput for what llama.cpp would compute otherwise, or not load."""
+    attention, layers, epsilon = first(graph, LatentAttention), len(graph.layers), graph.final_norm.epsilon
+    assert attention
+    lite = layers in _LITE or (layers == _LITE_WORDS_LAYERS and graph.vocabulary_size == _LITE_WORDS)
+    unlike = {
+        f"{layers} layers and latent queries (q_lora_rank)": lite and attention.query_down,
+        f"norms with an epsilon of {epsilon:g} (rms_norm_eps), but 1e-6 for latents": (
+            epsilon != attention.key_value_norm.epsilon and epsilon > _LARGEST_EPSILON
+        ),
+    }
+    refuse_unlike(graph, unlike)
+    return Family.metadata(graph)
+
+
+ARCHITECTURE = Architecture(
+    name=NAME,
+    model_types=("deepseek_v3", "kimi_k2", "kimi_k25"),
+    pre_tokenizer="deepseek-v3",
+    from_checkpoint=_from_checkpoint,
+    from_gguf=_from_gguf,
+    gguf_metadata=_gguf_metadata,
+    harmless=_HARMLESS,
+)
