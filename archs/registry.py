@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from ..errors import BadInput
-from . import cohere2, deepseek_v3, deepseek_v4, gpt_oss, minimax_m2, nemotron_h, qwen3_5, qwen3_moe, qwen3_next
+from . import (
+    cohere2,
+    deepseek_v3,
+    deepseek_v4,
+    deepseek_v32,
+    gpt_oss,
+    minimax_m2,
+    nemotron_h,
+    qwen3_5,
+    qwen3_moe,
+    qwen3_next,
+)
 from .architecture import Architecture
 from .config import Config
 
@@ -15,6 +26,8 @@ def architectures() -> tuple[Architecture, ...]:
         nemotron_h.MIXTURE,
         nemotron_h.DENSE,
         deepseek_v3.ARCHITECTURE,
+        deepseek_v32.DEEPSEEK,
+        deepseek_v32.GLM,
         deepseek_v4.ARCHITECTURE,
         qwen3_moe.ARCHITECTURE,
         gpt_oss.ARCHITECTURE,
