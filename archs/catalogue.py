@@ -15,11 +15,10 @@ from typing import Any
 from ..errors import BadInput
 from .config import Config
 from .encodings import BlockScaled, Int4, Mxfp4, Nvfp4, Packing, Scaled
-from .expressions import Expression, Read, Rows, Stack, TensorInfo, first_tensor
+from .expressions import PLAIN_DTYPES, Expression, Read, Rows, Stack, TensorInfo, first_tensor
 from .foreign import foreign_form, what_else
 from .weights import scale_name
 
-PLAIN_DTYPES = ("F32", "F16", "BF16")
 _SCALES = ("weight_scale", "weight_scale_inv", "scale")  # multipliers, whatever the name says
 _GLOBAL_SCALES = ("weight_scale_2", "weight_global_scale")
 # Codes, scales, zeros and groups of columns of whole numbers.

@@ -1,4 +1,4 @@
-"""DeepSeek V3, V3.1 and R1, and Kimi K2 to K2.6: latent attention, group-limited sigmoid routing, a block for drafts."""
+"""DeepSeek V3, V3.1 and R1, and Kimi K2 to K2.6: latent attention, group-limited sigmoid routing, drafting block."""
 
 from __future__ import annotations
 

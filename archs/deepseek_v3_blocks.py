@@ -108,7 +108,7 @@ class Family(Dimensions):
     rope_base: float = quantity(
         gguf="rope.freq_base", from_graph=of(LatentAttention, lambda op: op.rope.base), default=1e4
     )
-    yarn: MscaledYarn | None = quantity()
+    yarn: MscaledYarn | None = quantity()  # noqa: RUF009 - a field, of frozen values
     scaling: str = written("rope.scaling.type", _of_yarn(lambda yarn: "yarn"))
     yarn_factor: float = written("rope.scaling.factor", _of_yarn(lambda yarn: yarn.factor))
     yarn_context: int = written("rope.scaling.original_context_length", _of_yarn(lambda yarn: yarn.original_context))

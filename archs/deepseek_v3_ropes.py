@@ -1,9 +1,9 @@
 """YaRN as DeepSeek has it, which also scales the scores of attention: in config.json, and as llama.cpp is told of it.
 
-With f the factor and g(s) = 0.1 s ln(f) + 1, what is rotated is multiplied by g(mscale) / g(mscale_all_dim), and queries
-and keys as a whole by g(mscale_all_dim) each. llama.cpp takes mscale for mscale_all_dim, multiplies what is rotated by
-`attn_factor`, and everything by that and by g(10 yarn_log_multiplier); without a multiplier by g(1) instead. So the two
-keys say any pair of factors. It reads no limits of the ramp from a file.
+With f the factor and g(s) = 0.1 s ln(f) + 1, what is rotated is multiplied by g(mscale) / g(mscale_all_dim), and
+queries and keys as a whole by g(mscale_all_dim) each. llama.cpp takes mscale for mscale_all_dim, multiplies what is
+rotated by `attn_factor`, and everything by that and by g(10 yarn_log_multiplier); without a multiplier by g(1) instead.
+So the two keys say any pair of factors. It reads no limits of the ramp from a file.
 """
 
 from __future__ import annotations

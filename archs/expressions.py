@@ -14,6 +14,8 @@ from typing import Protocol
 
 from ..errors import BadInput
 
+PLAIN_DTYPES = ("F32", "F16", "BF16")
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -242,6 +244,12 @@ class Columns(_Wrapped, _Moved):
 @dataclass(frozen=True)
 class Transposed(_Wrapped, _Moved):
     """Every matrix of `source` with rows and columns exchanged."""
+
+    @property
+    def exact(self) -> str | None:
+        """Blocks run along rows, so that only single numbers stay what they are."""
+        found = self.source.exact
+        return found if found in PLAIN_DTYPES else None
 
     @property
     def shape(self) -> tuple[int, ...]:

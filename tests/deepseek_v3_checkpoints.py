@@ -1,12 +1,18 @@
-"""Tiny random DeepSeek V3 and Kimi K2 checkpoints, built with transformers and written in the ways that real ones come."""
+"""Tiny random DeepSeek V3 and Kimi K2 checkpoints, built with transformers and written as real ones come."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import int4_packs
 import torch
-from checkpoints import write_tokenizer
+from checkpoints import from_fp8_blocks, to_fp8_blocks, write_sharded, write_tokenizer
+from nemotron_checkpoints import edit
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import DeepseekV3ForCausalLM
@@ -99,3 +105,107 @@ def save_deepseek(folder: Path, model: DeepseekV3ForCausalLM, in_memory_names: b
     model.save_pretrained(folder, save_original_format=not in_memory_names)
     write_tokenizer(folder, model.config.vocab_size)
     return folder
+
+
+def save_published(
+    folder: Path, model: DeepseekV3ForCausalLM, encoding: str = "fp8", drafts: bool = False
+) -> DeepseekV3ForCausalLM:
+    """As the Hub has it: several shards, keys that transformers does not write, and matrices encoded.
+
+    Args:
+        encoding: "fp8" in blocks with float32 scales, but for embedding, head and router; "int4" of compressed-tensors
+            for routed experts, beside a vision tower and below its prefixes; "bf16".
+        drafts: whether a block for drafting follows the layers, in the same encoding.
+
+    Returns the model with the weights that the files now hold.
+    """
+    from transformers import DeepseekV3ForCausalLM
+
+    plain = save_deepseek(folder.parent / f"{folder.name}-plain", model)
+    tensors = load_file(plain / "model.safetensors")
+    if drafts:
+        tensors |= drafting_block(model, tensors)
+    stored: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        encoded, values[name] = _ENCODINGS[encoding](name, tensor)
+        stored |= {name.removesuffix("weight") + ending if ending else name: part for ending, part in encoded.items()}
+    exact = folder.parent / f"{folder.name}-exact"
+    exact.mkdir()
+    (exact / "config.json").write_bytes((plain / "config.json").read_bytes())
+    save_file(values, exact / "model.safetensors", metadata={"format": "pt"})
+    folder.mkdir()
+    for file in plain.glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    if encoding == "int4":
+        stored = {f"language_model.{name}": tensor for name, tensor in stored.items()}
+        stored |= {f"{tower}.weight": torch.zeros(4, 8) for tower in ("vision_tower.patch_embed", "mm_projector.proj")}
+    write_sharded(folder, stored, shards=3)
+    _publish_config(folder, encoding, drafts)
+    return DeepseekV3ForCausalLM.from_pretrained(exact, dtype=torch.float32).eval()
+
+
+def _publish_config(folder: Path, encoding: str, drafts: bool) -> None:
+    kimi = encoding == "int4"
+    rope = dict(json.loads((folder / "config.json").read_text())["rope_parameters"])
+    edit(
+        folder,
+        remove=("rope_parameters", "head_dim", "qk_head_dim", "rope_interleave"),
+        model_type="kimi_k2" if kimi else "deepseek_v3",
+        rope_theta=rope.pop("rope_theta"),
+        rope_scaling={"type": rope.pop("rope_type"), **rope},
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        moe_layer_freq=1,
+        num_nextn_predict_layers=int(drafts),
+    )
+    if encoding == "fp8":
+        edit(folder, quantization_config={"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]})
+    if kimi:
+        edit(folder, quantization_config=int4_packs.CONFIGURATIONS["compressed"])
+        whole = {"model_type": "kimi_k25", "text_config": json.loads((folder / "config.json").read_text())}
+        whole |= {"architectures": ["KimiK25ForConditionalGeneration"], "ignore_index": -100, "vision_config": {}}
+        (folder / "config.json").write_text(json.dumps(whole))
+
+
+def drafting_block(model: DeepseekV3ForCausalLM, tensors: dict[str, Tensor], seed: int = 7) -> dict[str, Tensor]:
+    """What transformers neither loads nor saves: one layer more, and what its input and output are made with."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
+    last, block = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+    made = {}
+    for name, tensor in tensors.items():
+        if name.startswith(last):
+            noise = torch.randn(tensor.shape, generator=generator) * tensor.std()
+            made[name.replace(last, block)] = 1 + noise if "norm" in name else noise
+    for norm in ("enorm", "hnorm", "shared_head.norm"):
+        made[f"{block}{norm}.weight"] = 1 + 0.1 * torch.randn(hidden, generator=generator)
+    made[f"{block}eh_proj.weight"] = torch.randn(hidden, 2 * hidden, generator=generator) * (2 * hidden) ** -0.5
+    made[f"{block}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    made[f"{block}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    return made
+
+
+Encoded = tuple[dict[str, Tensor], Tensor]  # parts by their endings in place of `weight`, and the values they stand for
+
+
+def _rounded(name: str, tensor: Tensor) -> Encoded:
+    kept = tensor if name.endswith("_bias") else tensor.bfloat16()
+    return {"": kept}, kept.float()
+
+
+def _fp8(name: str, tensor: Tensor) -> Encoded:
+    if "_proj" not in name or "eh_proj" in name:
+        return _rounded(name, tensor)
+    codes, scale = to_fp8_blocks(tensor)
+    return {"weight": codes, "weight_scale_inv": scale}, from_fp8_blocks(codes, scale)
+
+
+def _int4(name: str, tensor: Tensor) -> Encoded:
+    if ".experts." not in name:
+        return _rounded(name, tensor)
+    packed = int4_packs.pack(tensor, "compressed symmetric", 32)
+    return packed.tensors, packed.values
+
+
+_ENCODINGS: dict[str, Callable[[str, Tensor], Encoded]] = {"fp8": _fp8, "int4": _int4, "bf16": _rounded}
