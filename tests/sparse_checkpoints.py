@@ -1,12 +1,13 @@
-"""Tiny random checkpoints with DeepSeek sparse attention, of DeepSeek V3.2 and GLM-5, built with transformers."""
+"""Tiny random models with DeepSeek sparse attention, of DeepSeek V3.2 and GLM-5, built with transformers.
+
+They are saved as those of DeepSeek V3 are, see `deepseek_v3_checkpoints`.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import write_tokenizer
 
 # 16 experts so that no rule for 8 applies, more than one for each token, and an indexer that drops most of 200 tokens;
 # with few index heads many scores would be exactly zero. llama.cpp needs index heads of a power of two from 64 on.
@@ -99,10 +100,3 @@ def _randomize(name: str, tensor: torch.Tensor) -> None:
         tensor.normal_(0, 0.25 * tensor.shape[-1] ** -0.5)
     elif "inv_freq" not in name:
         tensor.normal_(0, tensor.shape[-1] ** -0.5)
-
-
-def save_sparse(folder: Path, model: Any, in_memory_names: bool = False) -> Path:
-    """As transformers saves it."""
-    model.save_pretrained(folder, save_original_format=not in_memory_names)
-    write_tokenizer(folder, model.config.vocab_size)
-    return folder

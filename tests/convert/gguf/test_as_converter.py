@@ -8,6 +8,7 @@ from typing import Any
 
 import checkpoints
 import cohere_checkpoints as cohere
+import deepseek_v3_checkpoints as deepseek_v3
 import deltanet_checkpoints as deltanet
 import gguf
 import gpt_oss_checkpoints as gpt_oss
@@ -19,6 +20,7 @@ from conversions import convert
 from forward import random_tokens, runner_logits
 from llama_converter import converted
 from moecast.sources.model import open_model
+from sparse_checkpoints import VARIANTS, sparse_model
 from trained_examples import EXAMPLES
 
 pytestmark = pytest.mark.whole
@@ -34,6 +36,12 @@ def published(family: str, **how: Any) -> Save:
 def example(name: str) -> Save:
     """A trained checkpoint in the published format."""
     return lambda folder: checkpoints.copied(EXAMPLES / name, folder)
+
+
+def sparse_attention(variant: str, **how: Any) -> Save:
+    """As the Hub has it."""
+    family, overrides = VARIANTS[variant]
+    return lambda folder: deepseek_v3.save_published(folder, sparse_model(family, **overrides), **how)
 
 
 def packed_qwen3(folder: Path, style: str) -> None:
@@ -60,6 +68,9 @@ CHECKPOINTS: dict[str, Save] = {
     "Qwen3 in FP8": lambda folder: qwen3.save_qwen3_fp8(folder, qwen3.qwen3_model()),
     "Qwen3 packed by GPTQ": lambda folder: packed_qwen3(folder, "gptq order"),
     "Qwen3 packed by compressed-tensors": lambda folder: packed_qwen3(folder, "compressed"),
+    "DeepSeek V3.2 in FP8": sparse_attention("DeepSeek V3.2", encoding="fp8", drafts=True),
+    "GLM-5": lambda folder: deepseek_v3.save_deepseek(folder, sparse_model("glm_moe_dsa")),
+    "GLM-5.2 with drafts": sparse_attention("GLM-5.2", encoding="bf16", drafts=True),
     "gpt-oss": lambda folder: gpt_oss.save_gpt_oss(folder, gpt_oss.gpt_oss_model()),
 }
 # What sets decay and strength of linear attention: kept in float32, as what is smaller still.
