@@ -117,6 +117,8 @@ class LatentReader(Generic[F]):
         d = self.from_metadata(metadata, vocabulary)
         check(d, metadata.origin)
         graph = self.build(self.architecture, d, gguf_source(catalogue))
+        for repeated in ("embed_tokens.", "shared_head_head."):  # which are the model's too
+            catalogue.ignore(f"blk.{d.layers}.nextn.{repeated}")
         catalogue.finish()
         return graph
 

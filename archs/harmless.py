@@ -17,6 +17,7 @@ _GENERATION = """
     encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty
     max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences remove_invalid_values
     repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p generation_config
+    output_scores
 """
 _TRAINING = """
     attention_dropout attn_pdrop aux_loss_alpha embd_pdrop gradient_checkpointing hidden_dropout initializer_range

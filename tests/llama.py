@@ -18,7 +18,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import c_int8, c_int32
 from typing import Any, Self
 
@@ -42,6 +42,7 @@ class Engine:
         kv_type: type of both cache halves, a key of `CACHE_TYPES` (q8_0 needs flash attention).
         flash_attention: use the fused attention kernel.
         vocab_only: load the tokenizer, not the weights; `logits` then refuses.
+        settings: further parameters of the context, as llama.cpp's command line sets them.
 
     Attributes:
         vocabulary: number of tokens, the width of `logits`.
@@ -60,6 +61,7 @@ class Engine:
         kv_type: str = "f32",
         flash_attention: bool = False,
         vocab_only: bool = False,
+        settings: Mapping[str, float] | None = None,
     ) -> None:
         self._library = load_library()
         self._model: int | None = self._load(path, vocab_only)
@@ -72,7 +74,7 @@ class Engine:
         if vocab_only:
             return
         try:
-            self._context = self._new_context(path, context, threads, kv_type, flash_attention)
+            self._context = self._new_context(path, context, threads, kv_type, flash_attention, settings or {})
         except BaseException:
             self.close()
             raise
@@ -87,7 +89,13 @@ class Engine:
         return model
 
     def _new_context(
-        self, path: str | os.PathLike[str], context: int, threads: int, kv_type: str, flash_attention: bool
+        self,
+        path: str | os.PathLike[str],
+        context: int,
+        threads: int,
+        kv_type: str,
+        flash_attention: bool,
+        settings: Mapping[str, float],
     ) -> int:
         parameters = context_parameters(
             n_ctx=context,
@@ -100,6 +108,7 @@ class Engine:
             flash_attn_type=int(flash_attention),  # 0 never, 1 always, -1 (the default) llama.cpp's choice
             offload_kqv=False,
             op_offload=False,
+            **settings,
         )
         errors.clear()
         handle: int | None = self._library.llama_init_from_model(self._model, parameters)
