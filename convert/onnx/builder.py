@@ -203,6 +203,10 @@ class Builder:
             "MatMulNBits", states, numbers, scales, **shape, accuracy_level=self.accuracy_level, **packing
         )
 
+    def project_heads(self, states: ir.Value, weight: Weight) -> ir.Value:
+        """states [batch, heads, sequence, columns] -> [batch, heads, sequence, rows], each head by its own matrix."""
+        return self.microsoft("FusedMatMul", states, self.weight(weight), transB=1)
+
     def rows(self, indices: ir.Value, weight: Weight) -> ir.Value:
         """The rows of a matrix that whole numbers [...] name: [..., columns]"""
         packing = self.packing(weight)

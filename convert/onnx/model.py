@@ -13,7 +13,18 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...archs.graph import MLP, Attention, Branch, CompressedAttention, GatedDeltaNet, Graph, Mamba2, MoE, Operation
+from ...archs.graph import (
+    MLP,
+    Attention,
+    Branch,
+    CompressedAttention,
+    GatedDeltaNet,
+    Graph,
+    LatentAttention,
+    Mamba2,
+    MoE,
+    Operation,
+)
 from ...archs.weights import Weight
 from ...errors import BadInput
 from ...quant.planning.onnx_plan import OnnxPlan
@@ -22,6 +33,7 @@ from .builder import Builder, State
 from .compressed_attention import compressed_attention
 from .deltanet import delta_net
 from .experts import dense, moe
+from .latent_attention import latent_attention
 from .mamba import mamba
 from .residual import residual_of
 
@@ -35,6 +47,7 @@ ONNX_FORMS: Mapping[type[Operation], Form] = {
     Attention: attention,
     CompressedAttention: compressed_attention,
     GatedDeltaNet: delta_net,
+    LatentAttention: latent_attention,
     Mamba2: mamba,
     MLP: dense,
     MoE: moe,

@@ -8,7 +8,7 @@ from functools import cached_property
 from math import prod
 
 from ...archs.graph import Graph
-from ...archs.weights import Role, Weight
+from ...archs.weights import Role, StackKind, Weight
 from ...errors import BadInput
 from ..formats.table import LARGEST_BLOCK, Format, format_named
 from .exact import exact_format
@@ -114,6 +114,8 @@ def plan_onnx(graph: Graph, recipe: Recipe) -> OnnxPlan:
         notes.append(
             f"rounded the source's 4-bit floats once more, to {recipe.base}: --quant Q8_0 keeps them, in 8 bits"
         )
+    if recipe.quantized and any(old.weight.stack is StackKind.HEADS for old in chosen):
+        notes.append("matrices of heads stay in float32: ONNX Runtime has no product of packed ones")
     for operation in graph.operations():
         stacks = [tensors[stack.name] for stack in operation.stacks]
         if stacks:
@@ -129,6 +131,8 @@ _COMMON = tuple(map(format_named, ("Q2_0", "Q4_0", "Q8_0")))
 def _stored(tensor: PlannedTensor, recipe: Recipe) -> PlannedTensor:
     """With the type that the recipe chose for GGUF, or the nearest one that ONNX Runtime has."""
     type, base = tensor.type, format_named(recipe.base)
+    if tensor.weight.stack is StackKind.HEADS:
+        return replace(tensor, type=format_named("F32"), wanted=format_named("F32"))  # see `plan_onnx`
     if not storable(type):
         type = min(_COMMON, key=lambda other: abs(other.bits_per_weight - type.bits_per_weight))
     elif type.name in PACKINGS and type == exact_format(tensor.weight.source):

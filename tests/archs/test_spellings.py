@@ -11,13 +11,24 @@ from typing import Any
 
 import pytest
 import real_models
-from moecast.archs import cohere2, deepseek_v4, gpt_oss, minimax_m2, nemotron_h, qwen3_5, qwen3_moe, qwen3_next
+from moecast.archs import (
+    cohere2,
+    deepseek_v3,
+    deepseek_v4,
+    gpt_oss,
+    minimax_m2,
+    nemotron_h,
+    qwen3_5,
+    qwen3_moe,
+    qwen3_next,
+)
 from moecast.archs.architecture import Architecture
 from moecast.archs.config import Config
 from moecast.archs.harmless import check_repeated, refuse_unread, refuse_unread_metadata
+from moecast.archs.shared import text_section
 from moecast.errors import BadInput
 from moecast.sources.checkpoint import read_tensors
-from spellings import CHANGES, Values, without
+from spellings import CHANGES, Values, of_cohere, of_deepseek_v3, without
 from transformers import AutoConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -25,6 +36,7 @@ EXAMPLE = {
     "minimax_m2": EXAMPLES / "minimax-m2-tiny" / "config.json",
     "deepseek_v4": EXAMPLES / "deepseek-v4-tiny" / "config.json",
     "nemotron_h": EXAMPLES / "nemotron-3-tiny" / "config.json",
+    "deepseek_v3": real_models.DATA / "deepseek-v3-config.json",
     "qwen3_moe": real_models.DATA / "qwen3-30b-a3b-config.json",
     "gpt_oss": real_models.DATA / "gpt-oss-20b-config.json",
     "cohere2": real_models.DATA / "command-r7b-config.json",
@@ -53,6 +65,10 @@ def read(values: Values) -> tuple[Any, Architecture]:
             found, architecture = minimax_m2._read_config(config), minimax_m2.ARCHITECTURE
         case "deepseek_v4":
             found, architecture = deepseek_v4._read_config(config), deepseek_v4.ARCHITECTURE
+        case "deepseek_v3" | "kimi_k25" | "kimi_k2":
+            text = text_section(config)
+            found, architecture = deepseek_v3._read_config(text, drafts=False), deepseek_v3.ARCHITECTURE
+            text.section("quantization_config")  # which says how the tensors are stored
         case "qwen3_moe":
             found, architecture = qwen3_moe._read_config(config), qwen3_moe.ARCHITECTURE
         case "gpt_oss":
@@ -107,6 +123,16 @@ def ours(values: Values) -> Values:
             }
         case "minimax_m2":
             return shared | {"rotary": d.rotary_size, "theta": d.rope_base, "width": d.expert_size}
+        case "deepseek_v3":
+            scale = d.head_size**-0.5 * (d.yarn.in_scores**2 if d.yarn else 1.0)
+            yarn = d.yarn and (d.yarn.yarn.factor, d.yarn.yarn.fast, d.yarn.yarn.slow, d.yarn.yarn.magnitude)
+            return shared | {
+                "head_size": d.rotary_size,
+                "ranks": (d.query_rank, d.latent_size, d.value_size),
+                "dense": (d.dense_layers, d.dense_size, d.shared_count, d.expert_size),
+                "groups": (d.groups, d.groups_used, d.normalized, d.router_scale),
+                "rope": (d.rope_base, round(scale, 9), yarn),
+            }
         case "deepseek_v4":
             yarn = (d.yarn_factor, d.yarn_context) if d.scaling == "yarn" else None
             thetas = (d.rope_base, d.compressed_rope_base)
@@ -131,7 +157,7 @@ def theirs(values: Values) -> Values:
     shared = {"heads": c.num_attention_heads, "head_size": head_size, "top_k": getattr(c, "num_experts_per_tok", 0)}
     match c.model_type:
         case "cohere2" | "cohere2_moe":
-            return shared | _theirs_of_cohere(c)
+            return shared | of_cohere(c)
         case "qwen3_moe":
             rope, layers = c.rope_parameters, range(c.num_hidden_layers)
             yarn = rope["rope_type"] == "yarn"
@@ -178,6 +204,8 @@ def theirs(values: Values) -> Values:
             rotary = int(c.head_dim * rope.get("partial_rotary_factor", 1.0))
             found = {"epsilon": c.rms_norm_eps, "experts": c.num_local_experts, "width": c.intermediate_size}
             return shared | found | {"rotary": rotary, "theta": rope["rope_theta"]}
+        case "deepseek_v3":
+            return shared | of_deepseek_v3(c)
         case "deepseek_v4":
             main, compress = c.rope_parameters["main"], c.rope_parameters["compress"]
             yarn = compress["rope_type"] == "yarn"
@@ -201,37 +229,6 @@ def theirs(values: Values) -> Values:
                 "scale": c.routed_scaling_factor,
                 "kernel": c.conv_kernel,
             }
-
-
-def _theirs_of_cohere(c: Any) -> Values:
-    mixture = c.model_type == "cohere2_moe"
-    windowed = tuple(kind == "sliding_attention" for kind in c.layer_types)
-    dense = tuple(kind == "dense" for kind in c.mlp_layer_types) if mixture else (True,) * c.num_hidden_layers
-    forced = mixture and c.prefix_dense_sliding_window_pattern == 1
-    size = c.intermediate_size
-    dense_size = (c.prefix_dense_intermediate_size or size) if mixture else size
-    normalized = mixture and (c.norm_topk_prob or c.expert_selection_fn == "softmax")
-    return {
-        "epsilon": c.rms_norm_eps if mixture and c.rms_norm_eps is not None else c.layer_norm_eps,
-        "experts": c.num_experts if mixture else 0,
-        "windowed": windowed,
-        "rotated": tuple(window or (forced and alone) for window, alone in zip(windowed, dense, strict=True)),
-        "dense": dense,
-        "window": c.sliding_window,
-        "theta": c.rope_parameters["rope_theta"],
-        "logit scale": c.logit_scale,
-        "switches": (
-            c.attention_bias,
-            c.tie_word_embeddings is not False,
-            normalized,
-            mixture and c.shared_expert_combination_strategy == "average",
-        ),
-        "widths": (
-            size if mixture else 0,
-            size * c.num_shared_experts if mixture else 0,
-            dense_size if any(dense) else 0,
-        ),
-    }
 
 
 def perturbed(family: str, count: int) -> Iterator[Values]:

@@ -21,7 +21,9 @@ from in_llama import assert_goes_on_alike, divergence, unquantized
 from moecast.convert.plans.choose import plan_for
 from moecast.convert.settings import Goal
 from moecast.errors import BadInput
+from moecast.runner.engines import OnnxModel
 from moecast.sources.model import open_model
+from onnx_models import cast, onnx_logits
 from safetensors.torch import load_file, save_file
 from toy_models import logits_of
 
@@ -172,3 +174,21 @@ def test_incomplete_drafting_block_is_left_out(tmp_path: Path) -> None:
     graph = open_model(folder).graph
     assert not graph.predictions
     assert any("o_proj" in note for note in graph.notes) and any("left out" in note for note in graph.notes)
+
+
+@pytest.mark.parametrize("overrides", (VARIANTS | LIMITS).values(), ids=VARIANTS | LIMITS)
+def test_onnx_is_transformers(overrides: dict[str, Any], tmp_path: Path) -> None:
+    oracle = deepseek.deepseek_model(**overrides)
+    folder = deepseek.save_deepseek(tmp_path / "model", oracle)
+    settings = {"file_format": "onnx", "activations": "float32", "verify": False, "threads": 1}
+    engine = OnnxModel(convert(folder, tmp_path, "F32", **settings).files[0].parent, threads=1)
+    tokens = TOKENS[0, :96]
+    expected = logits_of(oracle, tokens[None])[0]
+    assert relative_error(onnx_logits(engine, tokens), expected) < 1e-5
+    assert relative_error(onnx_logits(engine, tokens, pieces=17), expected) < 1e-5
+
+
+def test_quantized_onnx_is_our_runner(tmp_path: Path) -> None:
+    result = cast(deepseek.save_deepseek(tmp_path / "model", deepseek.deepseek_model()), tmp_path / "out")
+    expected = runner_logits(open_model(result.gguf), TOKENS)[0]
+    assert relative_error(onnx_logits(result.engine(), TOKENS[0]), expected) < 1e-5
