@@ -40,11 +40,11 @@ def _with_marks(contraction: str) -> str:
     return contraction + words + _NEWLINES_AND_SPACES
 
 
-def _cased(upper: str, lower: str, contraction: str, digits: str) -> str:
-    """Words split where lower case turns to upper case, as GPT-4o and Tekken do."""
+def _cased(upper: str, lower: str, contraction: str, digits: str, ends: str = r"[\r\n/]*") -> str:
+    """Words split where lower case turns to upper case, as GPT-4o and Tekken do; `ends` follow on punctuation."""
     lead = r"[^\r\n\p{L}\p{N}]?"
     words = f"{lead}{upper}*{lower}+{contraction}|{lead}{upper}+{lower}*{contraction}|"
-    return words + digits + _PUNCTUATION + r"[\r\n/]*" + _NEWLINES_AND_SPACES
+    return words + digits + _PUNCTUATION + ends + _NEWLINES_AND_SPACES
 
 
 _GPT2_ENGINE = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -52,6 +52,17 @@ _GPT2 = _GPT2_ENGINE + r"|\s+"
 _LLAMA3_ENGINE = _llama3(_CONTRACTION_SPELLED, r"\p{N}{1,3}")
 _LLAMA3 = _llama3(_CONTRACTION, r"\p{N}{1,3}")
 _TEKKEN = _cased(_UPPER, _LOWER, "", r"\p{N}")
+_NOT_HAN = r"&&[^\p{Han}]]"
+_KIMI = r"[\p{Han}]+|" + _cased(
+    _UPPER[:-1] + _NOT_HAN, _LOWER[:-1] + _NOT_HAN, _CONTRACTION + "?", r"\p{N}{1,3}", ends=r"[\r\n]*"
+)
+_HAN_ENGINE = (
+    r"\x{3400}-\x{4DBF}\x{4E00}-\x{9FFF}\x{F900}-\x{FAFF}\x{20000}-\x{2A6DF}\x{2A700}-\x{2EBEF}\x{2F800}-\x{2FA1F}"
+)
+_KIMI_ENGINE = (
+    rf"[{_HAN_ENGINE}]+|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}&&[^{_HAN_ENGINE}]]+{_CONTRACTION_SPELLED}?"
+    r"|\p{N}{1,3}" + _PUNCTUATION + r"[\r\n]*" + _NEWLINES_AND_SPACES
+)
 _DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     "[一-龥぀-ゟ゠-ヿ]+",
@@ -104,6 +115,8 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
         add_bos=True,
     ),
     PreTokenizer(names=("glm4",), splits=(_LLAMA3_ENGINE,), sources=((_LLAMA3,),), ignore_merges=True),
+    # llama.cpp finds no words within words by their case, and takes Han letters by blocks.
+    PreTokenizer(names=("kimi-k2",), splits=(_KIMI_ENGINE,), sources=((_KIMI,),)),
     PreTokenizer(names=("deepseek-v3", "joyai-llm", "hunyuan-dense"), splits=_DEEPSEEK_V3, sources=(_DEEPSEEK_V3,)),
     PreTokenizer(
         names=("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open"),
@@ -141,7 +154,7 @@ OTHER_NAMES = (
     *("afmoe", "a.x-4.0", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "dbrx"),
     *("deepseek-coder", "deepseek-llm", "exaone-moe", "f2llmv2", "falcon", "gemma4", "glm5"),
     *("gpt3-finnish", "granite-docling", "granite-embed-multi-311m", "granite-embed-multi-97m", "grok-2", "jais-2"),
-    *("jina-de", "jina-es", "jina-v1-en", "jina-v2-code", "jina-v2-de", "jina-v2-es", "jina-v5-nano", "kimi-k2"),
+    *("jina-de", "jina-es", "jina-v1-en", "jina-v2-code", "jina-v2-de", "jina-v2-es", "jina-v5-nano"),
     *("kormo", "laguna", "llada-moe", "minicpm5", "mmbert", "poro-chat", "refact"),
     *("roberta-bpe", "sarvam-moe", "seed-coder", "smaug-bpe", "starcoder", "superbpe"),
     *("trillion", "ufakzeka", "viking", "youtu"),
@@ -152,6 +165,11 @@ OTHER_NAMES = (
 def find_pre_tokenizer(name: str) -> PreTokenizer | None:
     """The row that carries this `tokenizer.ggml.pre` name, or None."""
     return next((row for row in PRE_TOKENIZERS if name in row.names), None)
+
+
+def splitter_of_code(module: str) -> tuple[str, ...] | None:
+    """The expressions of a tokenizer whose files leave them to a module of Python; None for an unknown one."""
+    return {"tokenization_kimi": (_KIMI,)}.get(module)
 
 
 def check_known(name: str) -> None:

@@ -28,7 +28,7 @@ import torch
 from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.formats.devices import prepare
 from moecast.quant.formats.table import Work
-from moecast.quant.rounding.feedback import _round, can_feed_back
+from moecast.quant.rounding.feedback import _coupling, _grid, _round, can_feed_back
 from moecast.quant.rounding.moments import SecondMoments, products_of
 from moecast.runner.measure.evaluate import perplexity as measure
 from moecast.runner.settings import Compute, Evaluation
@@ -114,12 +114,15 @@ def _works(name: str, rows: Tensor, threads: int) -> dict[str, Callable[[], Tens
     if can_feed_back(name):
         inputs = torch.randn(2048, format.block_size, generator=torch.Generator().manual_seed(2))
         means = SecondMoments(products_of(inputs)[None] / len(inputs), [len(inputs)])
-        triangle = means.cholesky(format.block_size).blocks[0].to(rows.device)
+        cholesky = means.cholesky(format.block_size)
+        triangle, weights = cholesky.blocks[0].to(rows.device), cholesky.weights[0]
+        weights = None if weights is None else weights.to(rows.device)
         blocks = rows.reshape(1, -1, format.block_size)
         errors = torch.empty_like(blocks)
 
         def choose() -> Tensor:
-            return _round(name, blocks, None, triangle, errors, threads).reshape(len(rows), -1)
+            coupling = _coupling(triangle, weights, _grid(name).group)
+            return _round(name, blocks, None, coupling, errors, threads)[0].reshape(len(rows), -1)
 
         works["choose"] = choose
     return works

@@ -39,7 +39,10 @@ class OnDevice:
         self.device = device
 
     def read(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        return self._storage.read(tensor, start, stop).to(self.device)
+        data = self._storage.read(tensor, start, stop)
+        if self.device.type == "cuda":  # which fetches from pinned memory while we go on
+            return data.pin_memory().to(self.device, non_blocking=True)
+        return data.to(self.device)
 
 
 class Storage:

@@ -1,7 +1,8 @@
 """Reads the tokenizer files of a checkpoint folder, and settles which file decides what.
 
-Vocabulary and splitter come from tokenizer.json. For the special ids the tokenizer's own files come first, then
-generation_config.json, and config.json only fills gaps: re-exported checkpoints carry wrong ids there.
+Vocabulary and splitter come from tokenizer.json, or from a tiktoken file and the module that it is read with. For the
+special ids the tokenizer's own files come first, then generation_config.json, and config.json only fills gaps:
+re-exported checkpoints carry wrong ids there.
 """
 
 from __future__ import annotations
@@ -15,24 +16,32 @@ from typing import Any
 import tokenizers
 
 from ..archs.config import Config
+from ..archs.pretokenizers import splitter_of_code
 from ..documents import is_file, parse_json, read_bytes, read_json
 from ..errors import BadInput
 from .chat_templates import ChatTemplates, read_chat_templates
 from .control_tokens import looks_like_control
 from .tokenizer import Tokenizer, refused
+from .tokenizer_tiktoken import read_tiktoken
 
-_OTHER_FORMATS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json")
+_TIKTOKEN = "tiktoken.model"
+_OTHER_FORMATS = ("tokenizer.model", "tekken.json", _TIKTOKEN, "vocab.json")
 
 
 def read_tokenizer_folder(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a checkpoint folder. Raises BadInput when there is no usable tokenizer.json."""
     folder = Path(path)
-    path = _find_tokenizer_json(folder)
-    parsed, backend = _parse(path)
+    files = _Files.read(folder)
+    splits = _splits_of_code(files.tokenizer_config)
+    if splits and is_file(folder / _TIKTOKEN) and not is_file(folder / "tokenizer.json"):
+        path = folder / _TIKTOKEN
+        parsed, backend = {}, read_tiktoken(path, splits, files.tokenizer_config)
+    else:
+        path = _find_tokenizer_json(folder)
+        parsed, backend = _parse(path)
     _mark_control_tokens(backend)
     backend.no_truncation()
     backend.no_padding()
-    files = _Files.read(folder)
     vocabulary_size = max(backend.get_vocab().values(), default=-1) + 1
     prefix = _template_prefix(parsed, path)
     bos = prefix[0] if prefix else files.token_id("bos", backend)
@@ -53,6 +62,13 @@ def read_tokenizer_folder(path: str | os.PathLike[str]) -> Tokenizer:
         origin=str(path),
         losses=files.chat_templates.losses,
     )
+
+
+def _splits_of_code(settings: Config) -> tuple[str, ...] | None:
+    """The expressions of the module that a checkpoint brings along to read its tokenizer, where that is known."""
+    named = settings.section("auto_map").get("AutoTokenizer")
+    name = named[0] if isinstance(named, list) and named else named
+    return splitter_of_code(name.partition(".")[0]) if isinstance(name, str) else None
 
 
 def _find_tokenizer_json(folder: Path) -> Path:

@@ -22,6 +22,7 @@ from .builder import State
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
+    "tiktoken.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",

@@ -78,7 +78,7 @@ def test_llama_knows_every_name(name: str, tmp_path: Path) -> None:
         assert read_tokenizer_metadata(metadata).encode(text) == engine.tokenize(text, add_special=True)
 
 
-SPLIT_OTHERWISE = ("pixtral", "cohere2moe")  # by llama.cpp
+SPLIT_OTHERWISE = ("pixtral", "cohere2moe", "kimi-k2")  # by llama.cpp
 SPELLINGS = [(row, source) for row in PRE_TOKENIZERS for source in row.sources if row.names[0] not in SPLIT_OTHERWISE]
 
 
@@ -124,6 +124,13 @@ GPT4O = (  # gpt-oss has it too
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+KIMI = (  # tokenization_kimi.py
+    r"[\p{Han}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 DEEPSEEK = (
     _split(r"\p{N}{1,3}"),
     _split("[一-龥぀-ゟ゠-ヿ]+"),
@@ -143,6 +150,7 @@ DEEPSEEK = (
         (_json(_split(TEKKEN), BYTE_LEVEL, ignore_merges=True), "tekken"),
         (_json(*DEEPSEEK, BYTE_LEVEL), "deepseek-v3"),
         (_json(_split(GPT4O), BYTE_LEVEL), "gpt-4o"),
+        (_json(_split(KIMI), BYTE_LEVEL), "kimi-k2"),
         (_json(_split(LLAMA3.replace("{1,3}", "")), BYTE_LEVEL), "qwen2"),
         (_json(_split(QWEN35), BYTE_LEVEL), "qwen35"),
         (_json(BYTE_LEVEL | {"use_regex": True}), "gpt-2"),

@@ -165,7 +165,7 @@ def test_bad_folders(backend: Backend, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"model": "llama"}, r"tokenizer.ggml.model is 'llama'; moecast reads byte-level BPE \('gpt2'\) only"),
-        ({"pre": "kimi-k2"}, r"tokenizer.ggml.pre is 'kimi-k2', a pre-tokenizer that moecast does not know; it knows"),
+        ({"pre": "grok-2"}, r"tokenizer.ggml.pre is 'grok-2', a pre-tokenizer that moecast does not know; it knows"),
         ({"merges": ["a zz"]}, r"tokenizer.ggml.merges does not fit tokenizer.ggml.tokens: .*zz"),
         ({"tokens": ["a", "b", "a"]}, r"tokenizer.ggml.tokens holds 'a' more than once"),
         ({"token_type": [1]}, r"tokenizer.ggml.token_type has 1 entries, expected 3 as in tokens"),
