@@ -19,7 +19,9 @@ from moecast.archs.graph import LatentAttention
 from moecast.convert.plans.choose import plan_for
 from moecast.convert.settings import Goal
 from moecast.errors import BadInput
+from moecast.runner.engines import OnnxModel
 from moecast.sources.model import open_model
+from onnx_models import onnx_logits
 from sparse_checkpoints import VARIANTS, sparse_model
 from toy_models import logits_of
 
@@ -130,3 +132,15 @@ def test_drafting_block(name: str, tmp_path: Path) -> None:
     handle = library.llama_model_load_from_file(os.fsencode(path), parameters)
     assert handle is not None, llama_library.failure("llama.cpp cannot load the drafting block")
     library.llama_model_free(handle)
+
+
+@pytest.mark.parametrize("name", ["DeepSeek V3.2", "GLM-5.2", "GLM-5 of odd widths"])
+def test_onnx_is_transformers(name: str, tmp_path: Path) -> None:
+    family, overrides = VARIANTS[name]
+    oracle = sparse_model(family, **overrides)
+    settings = {"file_format": "onnx", "activations": "float32", "verify": False, "threads": 1}
+    folder = save_deepseek(tmp_path / "model", oracle)
+    engine = OnnxModel(convert(folder, tmp_path, "F32", **settings).files[0].parent, threads=1)
+    expected = logits_of(oracle, TOKENS)[0]
+    assert relative_error(onnx_logits(engine, TOKENS[0]), expected) < 1e-5
+    assert relative_error(onnx_logits(engine, TOKENS[0], pieces=7), expected) < 1e-5
