@@ -169,6 +169,10 @@ def read_config(kind: type[F], config: Config, drafts: bool, **more: Any) -> F:
     return d
 
 
+def _read_config(config: Config, drafts: bool) -> Family:
+    return read_config(Family, config, drafts)
+
+
 def latent_source(source: Source, d: Family) -> Source:
     """Finds weights where one projection gives a head's key, then its value, of the latent: these apart, and the
     key's transposed."""
@@ -241,7 +245,7 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
     return Family.metadata(graph)
 
 
-_READER = LatentReader(NAME, NAMES, partial(read_config, Family), _read_metadata, build)
+_READER = LatentReader(NAME, NAMES, _read_config, _read_metadata, build)
 
 ARCHITECTURE = Architecture(
     name=NAME,

@@ -131,7 +131,7 @@ CHANGES: dict[str, list[Callable[[Values], Values]]] = {
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-CHANGES["deepseek_v3"] = [
+_LATENT = [
     *COMMON,
     replaced(rope_theta=12345.0),
     inside("rope_scaling", beta_fast=1, beta_slow=1),
@@ -142,7 +142,6 @@ CHANGES["deepseek_v3"] = [
     inside("rope_scaling", factor=4.0, rope_type="yarn"),
     replaced(rope_scaling=None),
     replaced(rope_scaling=None, rope_parameters={"rope_type": "default", "rope_theta": 777.0}),
-    replaced(q_lora_rank=None),
     replaced(n_group=1, topk_group=1),
     replaced(norm_topk_prob=False, routed_scaling_factor=1.5),
     replaced(first_k_dense_replace=0),
@@ -152,6 +151,28 @@ CHANGES["deepseek_v3"] = [
     without("scoring_func", "topk_method", "moe_layer_freq"),
     renamed("n_routed_experts", "num_local_experts"),
     replaced(rms_norm_eps=3e-5),
+]
+CHANGES["deepseek_v3"] = [*_LATENT, replaced(q_lora_rank=None)]
+_SPARSE = [replaced(index_topk=64, index_n_heads=16, index_head_dim=256), replaced(mlp_bias=False)]
+CHANGES["deepseek_v32"] = [*_LATENT, *_SPARSE, replaced(layer_types=["indexed_attention"] * 61)]
+CHANGES["glm_moe_dsa"] = [
+    *COMMON,
+    *_SPARSE,
+    inside("rope_parameters", rope_theta=777.0),
+    inside("rope_parameters", **YARN),
+    replaced(rope_scaling=YARN | {"rope_theta": 777.0}),
+    replaced(n_group=4, topk_group=2),
+    replaced(norm_topk_prob=False, routed_scaling_factor=1.5),
+    replaced(v_head_dim=96, qk_nope_head_dim=64, kv_lora_rank=256, head_dim=64),
+    replaced(rms_norm_eps=3e-5),
+    without("indexer_types"),
+    without("indexer_types", "index_topk_freq"),
+    replaced(indexer_types=None, index_topk_pattern="F" + "FS" * 38 + "S"),
+    replaced(indexer_types=["full"] * 78),
+    replaced(moe_router_dtype="float32", num_experts=256),
+    without("mlp_layer_types"),
+    replaced(mlp_layer_types=None, first_k_dense_replace=1),
+    replaced(layer_types=["deepseek_sparse_attention"] * 78),
 ]
 _WINDOW, _FULL = "sliding_attention", "full_attention"
 CHANGES["gpt_oss"] = [

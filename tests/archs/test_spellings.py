@@ -15,6 +15,7 @@ from moecast.archs import (
     cohere2,
     deepseek_v3,
     deepseek_v4,
+    deepseek_v32,
     gpt_oss,
     minimax_m2,
     nemotron_h,
@@ -37,6 +38,8 @@ EXAMPLE = {
     "deepseek_v4": EXAMPLES / "deepseek-v4-tiny" / "config.json",
     "nemotron_h": EXAMPLES / "nemotron-3-tiny" / "config.json",
     "deepseek_v3": real_models.DATA / "deepseek-v3-config.json",
+    "deepseek_v32": real_models.DATA / "deepseek-v3.2-config.json",
+    "glm_moe_dsa": real_models.DATA / "glm-5.2-config.json",
     "qwen3_moe": real_models.DATA / "qwen3-30b-a3b-config.json",
     "gpt_oss": real_models.DATA / "gpt-oss-20b-config.json",
     "cohere2": real_models.DATA / "command-r7b-config.json",
@@ -69,6 +72,10 @@ def read(values: Values) -> tuple[Any, Architecture]:
             text = text_section(config)
             found, architecture = deepseek_v3._read_config(text, drafts=False), deepseek_v3.ARCHITECTURE
             text.section("quantization_config")  # which says how the tensors are stored
+        case "deepseek_v32":
+            found, architecture = deepseek_v32._read_config(config, drafts=False), deepseek_v32.DEEPSEEK
+        case "glm_moe_dsa":
+            found, architecture = deepseek_v32._read_glm_config(config, drafts=False), deepseek_v32.GLM
         case "qwen3_moe":
             found, architecture = qwen3_moe._read_config(config), qwen3_moe.ARCHITECTURE
         case "gpt_oss":
@@ -123,7 +130,7 @@ def ours(values: Values) -> Values:
             }
         case "minimax_m2":
             return shared | {"rotary": d.rotary_size, "theta": d.rope_base, "width": d.expert_size}
-        case "deepseek_v3":
+        case "deepseek_v3" | "deepseek_v32" | "glm_moe_dsa":
             scale = d.head_size**-0.5 * (d.yarn.in_scores**2 if d.yarn else 1.0)
             yarn = d.yarn and (d.yarn.yarn.factor, d.yarn.yarn.fast, d.yarn.yarn.slow, d.yarn.yarn.magnitude)
             return shared | {
@@ -132,6 +139,7 @@ def ours(values: Values) -> Values:
                 "dense": (d.dense_layers, d.dense_size, d.shared_count, d.expert_size),
                 "groups": (d.groups, d.groups_used, d.normalized, d.router_scale),
                 "rope": (d.rope_base, round(scale, 9), yarn),
+                **({} if values["model_type"] == "deepseek_v3" else of_indexers(d)),
             }
         case "deepseek_v4":
             yarn = (d.yarn_factor, d.yarn_context) if d.scaling == "yarn" else None
@@ -147,6 +155,10 @@ def ours(values: Values) -> Values:
                 "scale": d.router_scale,
                 "kernel": d.kernel,
             }
+
+
+def of_indexers(d: Any) -> Values:
+    return {"indexers": (d.index_heads, d.index_head_size, d.index_top_k, d.picking)}
 
 
 def theirs(values: Values) -> Values:
@@ -206,6 +218,11 @@ def theirs(values: Values) -> Values:
             return shared | found | {"rotary": rotary, "theta": rope["rope_theta"]}
         case "deepseek_v3":
             return shared | of_deepseek_v3(c)
+        case "deepseek_v32" | "glm_moe_dsa":
+            kinds = getattr(c, "indexer_types", ["full"] * c.num_hidden_layers)
+            picking = tuple(kind == "full" for kind in kinds)
+            indexers = {"indexers": (c.index_n_heads, c.index_head_dim, c.index_topk, picking)}
+            return shared | of_deepseek_v3(c) | indexers
         case "deepseek_v4":
             main, compress = c.rope_parameters["main"], c.rope_parameters["compress"]
             yarn = compress["rope_type"] == "yarn"
