@@ -42,7 +42,7 @@ class Operation:
 
     @property
     def shares_state_of(self) -> int | None:
-        """The number of the layer whose state is read instead of one of its own."""
+        """The number of the layer whose state, or whose choice of tokens, is read instead of one of its own."""
         return None
 
     @property

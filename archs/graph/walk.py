@@ -31,12 +31,14 @@ def _all_weights(node: Any) -> Iterator[Weight]:
 
 def with_weights(node: Node, change: Callable[[Weight], Weight]) -> Node:
     """The same block with each of its weights changed."""
-    return _with(node, Weight, change)
+    changed: Node = _with(node, Weight, change)
+    return changed
 
 
 def with_operations(node: Node, change: Callable[[Operation], Operation]) -> Node:
     """The same layer or graph with each of its operations changed."""
-    return _with(node, Operation, change)
+    changed: Node = _with(node, Operation, change)
+    return changed
 
 
 def _with(node: Any, kind: type, change: Callable[[Any], Any]) -> Any:
