@@ -11,13 +11,12 @@ import click
 
 from .logs import LOGGER, typed_command
 from .options import (
-    attention_option,
     calibrating_options,
     device_options,
     evaluating_options,
     json_option,
-    low_memory_option,
     max_kld_option,
+    opening_options,
     source_options,
 )
 from .reporting import report_option, save_report
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
     from ..runner.engines import OnnxModel
     from ..runner.measure.evaluate import Parity
-    from ..runner.settings import Compute, Evaluation
+    from ..runner.settings import Compute, Evaluation, Opening
     from ..sources.hub.access import HubAccess
     from ..sources.model import Model
 
@@ -39,16 +38,14 @@ if TYPE_CHECKING:
 @click.argument("model", type=SOURCE)
 @text_options
 @evaluating_options
-@attention_option
-@low_memory_option
+@opening_options
 @source_options
 @json_option
 def perplexity(
     model: str,
     evaluation: Evaluation,
     compute: Compute,
-    attention: str,
-    low_memory: bool,
+    opening: Opening,
     access: HubAccess,
     as_json: bool,
 ) -> None:
@@ -63,7 +60,7 @@ def perplexity(
     from .console import make_progress
     from .report import show_perplexity
 
-    opened = _open(model, access, low_memory, attention)
+    opened = _open(model, access, opening)
     with make_progress() as progress:
         result = run(opened, evaluation, compute, progress)
     show_perplexity(str(opened.path), result, as_json)
@@ -78,8 +75,7 @@ def perplexity(
 @max_kld_option
 @report_option
 @calibrating_options
-@attention_option
-@low_memory_option
+@opening_options
 @source_options
 @json_option
 def parity(
@@ -89,8 +85,7 @@ def parity(
     max_kld: float | None,
     report_folder: Path | None,
     compute: Compute,
-    attention: str,
-    low_memory: bool,
+    opening: Opening,
     access: HubAccess,
     as_json: bool,
 ) -> None:
@@ -112,8 +107,8 @@ def parity(
     from .console import make_progress
     from .report import show_parity
 
-    first = _open(reference, access, low_memory)
-    others = [_open(candidate, replace(access, revision=None), low_memory, attention) for candidate in candidates]
+    first = _open(reference, access, replace(opening, attention="model"))
+    others = [_open(candidate, replace(access, revision=None), opening) for candidate in candidates]
     with make_progress() as progress:
         compared = compare(first, others, evaluation, compute, progress)
     if len(compared) == 1:
@@ -169,8 +164,7 @@ def _exit_if(failures: Sequence[str]) -> None:
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="For the same random choices again.")
 @device_options
-@attention_option
-@low_memory_option
+@opening_options
 @source_options
 @json_option
 def run(
@@ -180,8 +174,7 @@ def run(
     temperature: float,
     seed: int | None,
     compute: Compute,
-    attention: str,
-    low_memory: bool,
+    opening: Opening,
     access: HubAccess,
     as_json: bool,
 ) -> None:
@@ -197,7 +190,7 @@ def run(
     from ..runner.generate import beyond_context, generate
     from .console import print_json
 
-    opened, pieces = _open(model, access, low_memory, attention), []
+    opened, pieces = _open(model, access, opening), []
     text = generate(opened, prompt, tokens, temperature, seed, compute)
     problems = beyond_context(opened, prompt, tokens)
     for problem in problems:
@@ -212,11 +205,10 @@ def run(
         click.echo()
 
 
-def _open(source: str, access: HubAccess, low_memory: bool, attention: str = "model") -> Model | OnnxModel:
-    from ..runner.engines import attending_to_all, open_runnable
+def _open(source: str, access: HubAccess, opening: Opening) -> Model | OnnxModel:
+    from ..runner.engines import open_runnable
     from ..sources.locate import locate
     from .console import make_progress
 
     with make_progress() as progress:
-        opened = open_runnable(locate(source, access, progress)[0], low_memory, access.ignore_config)
-    return attending_to_all(opened) if attention == "full" else opened
+        return open_runnable(locate(source, access, progress)[0], opening, access.ignore_config)

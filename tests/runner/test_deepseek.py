@@ -93,7 +93,7 @@ def test_every_setting_matters(name: str, change: dict[str, object], model: Mode
 def test_full_attention_is_that_of_a_model_that_chooses_all(model: Model) -> None:
     """The oracle's indexer may take all hundred entries; the model without one needs none of its weights."""
     tokens = random_tokens(1, TOKENS)
-    full = Model(model.path, model.architecture, model.graph.attending_to_all(), model.tensors, {})
+    full = model.attending_to_all()
     names = {weight.name for weight in full.graph.weights()}
     assert {weight.name for weight in model.graph.weights()} - names and not any("indexer" in name for name in names)
     assert_same_logits(full, deepseek_checkpoints.deepseek_model(index_topk=100), tokens)

@@ -24,7 +24,7 @@ def test_logits_equal_transformers(family: str, overrides: dict[str, Any], tmp_p
     oracle = sparse_model(family, **overrides)
     model = open_model(save_deepseek(tmp_path / "m", oracle))
     assert_same_logits(model, oracle, TOKENS)
-    full = Model(model.path, model.architecture, model.graph.attending_to_all(), model.tensors, {})
+    full = model.attending_to_all()
     assert_same_logits(full, sparse_model(family, **overrides | {"index_topk": 200}), TOKENS)
     assert relative_error(runner_logits(full, TOKENS), logits_of(oracle, TOKENS)) > 1e-3
 
@@ -74,6 +74,6 @@ def test_context_of_4096(tmp_path: Path) -> None:
     tokens = random_tokens(1, 4096)
     found = runner_logits(model, tokens)
     assert relative_error(found, logits_of(oracle, tokens)) < 1e-5
-    full = Model(model.path, model.architecture, model.graph.attending_to_all(), model.tensors, {})
+    full = model.attending_to_all()
     dropped = (runner_logits(full, tokens) - found)[0].norm(dim=-1) / found[0].norm(dim=-1)
     assert dropped[:2048].max() < 1e-5 and dropped[2048:].min() > 1e-4
