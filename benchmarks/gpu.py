@@ -41,7 +41,7 @@ COLUMNS = 3072
 CONTEXT = 512
 VRAM = ("8GB", "22GB")
 TINY = {"minimax-m2": "minimax-m2-tiny", "deepseek-v4-flash": "deepseek-v4-tiny"}
-SHARES = {"kernels": 3.0, "minimax-m2": 4.0, "deepseek-v4-flash": 3.0, "size": 3.0, "perplexity": 1.0}  # of the time
+SHARES = {"kernels": 3.0, "minimax-m2": 5.0, "deepseek-v4-flash": 3.0, "size": 3.0, "perplexity": 1.0}  # of the time
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Bench:
 
     @property
     def cpu_experts(self) -> int:
-        """Of a layer that the CPU is measured on."""
-        return 16
+        """Of a layer that the CPU is measured on: as many as a token goes to."""
+        return 16 if self.tiny else 8
 
     def chunks(self, tokens: int) -> str:
         return str(4 if self.tiny else tokens // CONTEXT)

@@ -20,6 +20,7 @@ from ..quant.planning.plan import Plan, PlannedTensor
 from ..quant.rounding.feedback import quantize_weight
 from ..quant.rounding.moments import SecondMoments
 from ..quant.rounding.statistics import Importance
+from ..runner.placement import fetched
 from ..runner.weights import CachedWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import pieces
@@ -105,7 +106,7 @@ class Encoder:
             return stored.to(self.source.device)
         data = self._stored(tensor, [expert], rows)[0]
         if not written:
-            self._write(tensor, expert, rows, data.cpu())
+            self._write(tensor, expert, rows, fetched(data))
         return data
 
     def _write(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None, data: Tensor) -> None:
@@ -122,7 +123,7 @@ class Encoder:
         if len(experts) < 2 or not missing:
             return [self.encode(tensor, expert, None) for expert in experts]
         made = self._stored(tensor, experts, None)
-        for expert, data in zip(experts, made.cpu(), strict=True):
+        for expert, data in zip(experts, fetched(made), strict=True):
             if expert in missing:
                 self._write(tensor, expert, None, data)
         return [*made.unbind()]
