@@ -11,11 +11,12 @@ from .architecture import Architecture, refuse_unlike
 from .catalogue import Catalogue
 from .config import Config
 from .deepseek_v3_blocks import LATENT_EPSILON, Family, build, check
-from .deepseek_v3_ropes import FAST, SLOW, read_mscaled_yarn, yarn_from_gguf
+from .deepseek_v3_ropes import read_mscaled_yarn, yarn_from_gguf
 from .dimensions import first
 from .drafts import with_draft
 from .expressions import Expression, Rows, Stack, TensorInfo, Transposed
 from .graph import Graph, LatentAttention
+from .llama_options import start_options
 from .shared import (
     DENSE_NAMES,
     EXPERT_NAMES,
@@ -33,8 +34,7 @@ from .weights import check_shape
 
 NAME = "deepseek2"
 _LARGEST_EPSILON = 1e-5  # that llama.cpp's norms of latents may have in place of 1e-6: nobody sees a difference
-_LITE = (26, 27)  # numbers of layers, and with a vocabulary of _LITE_WORDS words _LITE_WORDS_LAYERS
-_LITE_WORDS, _LITE_WORDS_LAYERS = 128_256, 48
+_LITE, _LITE_WITH_WORDS = (26, 27), (48, 128_256)  # layers, and words, by which llama.cpp knows DeepSeek V2 Lite
 IMPLEMENTED: Mapping[str, Sequence[object]] = {
     "hidden_act": ["silu"],
     "scoring_func": ["sigmoid"],
@@ -131,7 +131,7 @@ class LatentReader(Generic[F]):
         found = CheckpointSource(catalogue, self.names, text.flag("tie_word_embeddings", default=False))
         graph = self.build(self.architecture, d, latent_source(found, d))
         notes = [f"left out the vision tower, {pictures} tensors: text alone is understood"] if pictures else []
-        notes += [*_draft_notes(catalogue, d), *yarn_notes(graph), *catalogue.finish()]
+        notes += [*_draft_notes(catalogue, d), *start_notes(graph), *catalogue.finish()]
         return replace(graph, notes=(*notes, *graph.notes))
 
 
@@ -197,14 +197,12 @@ def latent_source(source: Source, d: Family) -> Source:
     return find
 
 
-def yarn_notes(graph: Graph) -> list[str]:
+def start_notes(graph: Graph) -> list[str]:
     """What llama.cpp has to be told at every start, because it reads it from no file."""
-    attention = first(graph, LatentAttention)
-    yarn = attention.rope.yarn if attention else None
-    if yarn is None or (yarn.fast, yarn.slow) == (FAST, SLOW):
+    options = " ".join(start_options(graph))
+    if not options:
         return []
-    limits = f"--yarn-beta-fast {yarn.fast:g} --yarn-beta-slow {yarn.slow:g}"
-    return [f"llama.cpp reads YaRN's limits from no file: start it with {limits}, or long texts come out wrong"]
+    return [f"llama.cpp reads YaRN's limits from no file: start it with {options}, or long texts come out wrong"]
 
 
 def read_metadata(kind: type[F], name: str, metadata: Config, vocabulary: int, **more: Any) -> F:
@@ -239,7 +237,7 @@ def _gguf_metadata(graph: Graph) -> dict[str, Any]:
     """Raises BadInput for what llama.cpp would compute otherwise, or not load."""
     attention, layers = first(graph, LatentAttention), len(graph.layers)
     assert attention
-    lite = layers in _LITE or (layers == _LITE_WORDS_LAYERS and graph.vocabulary_size == _LITE_WORDS)
+    lite = layers in _LITE or (layers, graph.vocabulary_size) == _LITE_WITH_WORDS
     lite_queries = {f"{layers} layers and latent queries (q_lora_rank)": lite and attention.query_down}
     refuse_unlike(graph, lite_queries | unlike_epsilons(graph))
     return Family.metadata(graph)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from ..errors import BadInput
 from .config import Config
 from .graph import Yarn
+from .shared import YARN_FAST, YARN_SLOW
 
-FAST, SLOW = 32.0, 1.0  # llama.cpp's
 _SCALING = "rope.scaling"
 
 
@@ -40,7 +40,7 @@ def read_mscaled_yarn(rope: Config) -> MscaledYarn | None:
     usual = _growth(factor, rotated) / _growth(factor, scale) if rotated and scale else _growth(factor)
     magnitude = rope.number("attention_factor", default=usual)
     rope.expect("truncate", True)
-    fast, slow = rope.number("beta_fast", default=FAST), rope.number("beta_slow", default=SLOW)
+    fast, slow = rope.number("beta_fast", default=YARN_FAST), rope.number("beta_slow", default=YARN_SLOW)
     yarn = Yarn(factor, rope.integer("original_max_position_embeddings"), fast, slow, magnitude)
     return MscaledYarn(yarn, _growth(factor, scale))
 
@@ -56,8 +56,8 @@ def yarn_from_gguf(metadata: Config, name: str) -> MscaledYarn | None:
     _check_factor(factor, f"{metadata.origin}: {prefix}.factor")
     multiplier = _multiplier(metadata, f"{prefix}.yarn_log_multiplier")
     magnitude = attention if multiplier else attention * _growth(factor)
-    fast = metadata.number(f"{prefix}.yarn_beta_fast", default=FAST)
-    slow = metadata.number(f"{prefix}.yarn_beta_slow", default=SLOW)
+    fast = metadata.number(f"{prefix}.yarn_beta_fast", default=YARN_FAST)
+    slow = metadata.number(f"{prefix}.yarn_beta_slow", default=YARN_SLOW)
     context = metadata.integer(f"{prefix}.original_context_length")
     return MscaledYarn(
         Yarn(factor, context, fast, slow, magnitude), magnitude * _growth(factor, 10 * (multiplier or 0.0))

@@ -46,7 +46,7 @@ DENSE_NAMES = {
 }
 
 _HALVES = ("gate_exps.weight", "up_exps.weight")
-_YARN_FAST, _YARN_SLOW = 32.0, 1.0  # rotations within the original context
+YARN_FAST, YARN_SLOW = 32.0, 1.0  # rotations within the original context, of its authors and llama.cpp
 
 Source = Callable[[str, tuple[int, ...]], Expression]  # GGUF name and shape of a weight -> its numbers
 
@@ -89,7 +89,7 @@ def rope_section(config: Config) -> Config:
 
 def yarn_of(factor: float, original_context: int) -> Yarn:
     """YaRN as its authors and llama.cpp have it, with their limits and magnitude."""
-    return Yarn(factor, original_context, _YARN_FAST, _YARN_SLOW, 1 + 0.1 * max(math.log(factor), 0))
+    return Yarn(factor, original_context, YARN_FAST, YARN_SLOW, 1 + 0.1 * max(math.log(factor), 0))
 
 
 def read_yarn(rope: Config, context: int, rounded: tuple[bool, ...] = (True,)) -> Yarn | None:

@@ -125,12 +125,15 @@ def show_fit(fit: MachinePlan, bandwidth: float, as_json: bool, each: bool = Fal
 
 def _serve(fit: MachinePlan, program: str = "llama-server") -> str:
     """With the options for a GPU; the head counts as a layer beside those that the GPU holds as a whole."""
+    from ..archs.llama_options import start_options
+
     options: tuple[str | int, ...] = ()
     if fit.machine.vram:
         graph = fit.plan.graph
         on_gpu = ("--n-gpu-layers", len(graph.layers) - fit.layers_in_ram + 1)
         options = (*_GPU, "--n-cpu-moe", fit.layers_in_ram) if graph.experts else on_gpu
-    return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *options, program=program)
+    told = start_options(fit.plan.graph)
+    return server_line("MODEL.gguf", fit.machine.context, _TEMPLATE, *options, *told, program=program)
 
 
 def show_perplexity(title: str, result: Perplexity, as_json: bool) -> None:
@@ -152,6 +155,7 @@ def show_parity(title: str, result: Parity, as_json: bool) -> None:
 
 
 def show_conversion(result: Conversion, as_json: bool) -> None:
+    from ..archs.llama_options import start_options
     from ..sources.gguf import read_gguf
     from ..sources.tokenizer_gguf import CHAT_TEMPLATE
 
@@ -173,7 +177,8 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
         routed = f"{metadata.get('general.architecture')}.expert_count" in metadata
         experts = (*_GPU, "--cpu-moe") if routed and shutil.which("nvidia-smi") else ()
         template = (_TEMPLATE,) if CHAT_TEMPLATE in metadata else ()
-        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *template, *experts)
+        told = start_options(result.details.plan.graph)
+        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *template, *experts, *told)
     else:
         line = f'moecast run {file.parent} -p "Once upon a time"'
     print(f"Run it with\n\n    {printable(line)}\n")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from shlex import quote
 
+from ..archs.llama_options import start_options
 from ..quant.planning.allocation import bytes_per_token
 from ..quant.planning.fit import Machine, layers_in_ram
 from .card_metadata import base_model, front_matter
@@ -143,6 +144,7 @@ def _run_lines(folder: PublishedFolder, repository: str) -> str:
     layers = _layers_in_ram(file, _USUAL_RAM) or 0
     first, tag = file.parts[0].name, file.recipe if file.is_stock and file.recipe in file.name else file.parts[0].name
     options = f"-c {_context(file)} -ngl 99" + (f" -ncmoe {layers}" if layers else "")
+    options = " ".join((options, *start_options(file.plan.graph)))
     draft = f" -md {quote(file.draft.name)}" if file.draft else ""
     included = " ".join(f"--include {quote(path.name)}" for path in file.paths)
     parts = [

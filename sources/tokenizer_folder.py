@@ -34,16 +34,16 @@ def read_tokenizer_folder(path: str | os.PathLike[str]) -> Tokenizer:
     files = _Files.read(folder)
     splits = _splits_of_code(files.tokenizer_config)
     if splits and is_file(folder / _TIKTOKEN) and not is_file(folder / "tokenizer.json"):
-        path = folder / _TIKTOKEN
-        parsed, backend = {}, read_tiktoken(path, splits, files.tokenizer_config)
+        path, prefix = folder / _TIKTOKEN, None
+        backend = read_tiktoken(path, splits, files.tokenizer_config)
     else:
         path = _find_tokenizer_json(folder)
         parsed, backend = _parse(path)
+        prefix = _template_prefix(parsed, path)
     _mark_control_tokens(backend)
     backend.no_truncation()
     backend.no_padding()
     vocabulary_size = max(backend.get_vocab().values(), default=-1) + 1
-    prefix = _template_prefix(parsed, path)
     bos = prefix[0] if prefix else files.token_id("bos", backend)
     eos = files.token_id("eos", backend)
     add_bos = bool(prefix) if prefix is not None else files.tokenizer_config.flag("add_bos_token", default=False)

@@ -11,7 +11,7 @@ from .mamba import Mamba2
 from .model import Branch, Graph, HyperConnections, Layer, Prediction, ResidualMix, SubLayer, sequential
 from .operation import Operation, Width
 from .parts import SIGMOID_GAIN, Activation, Norm, Rope, Score, Yarn
-from .walk import graph_as_json, weights_in, with_weights
+from .walk import graph_as_json, parts_in, weights_in, with_weights
 
 __all__ = [
     "MLP",
@@ -43,6 +43,7 @@ __all__ = [
     "Width",
     "Yarn",
     "graph_as_json",
+    "parts_in",
     "sequential",
     "weights_in",
     "with_weights",

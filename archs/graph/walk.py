@@ -15,18 +15,19 @@ Node = TypeVar("Node")
 
 def weights_in(node: Any) -> Iterator[Weight]:
     """Every weight of a block, a layer or a whole graph once, in file order; blocks may share one."""
-    return iter({weight.name: weight for weight in _all_weights(node)}.values())
+    return iter({weight.name: weight for weight in parts_in(node, Weight)}.values())
 
 
-def _all_weights(node: Any) -> Iterator[Weight]:
-    if isinstance(node, Weight):
+def parts_in(node: Any, kind: type[Node]) -> Iterator[Node]:
+    """Every part of a kind in a block, a layer or a whole graph, in file order."""
+    if isinstance(node, kind):
         yield node
     elif isinstance(node, tuple):
         for item in node:
-            yield from _all_weights(item)
-    elif is_dataclass(node):
+            yield from parts_in(item, kind)
+    elif is_dataclass(node) and not isinstance(node, Weight):
         for field in fields(node):
-            yield from _all_weights(getattr(node, field.name))
+            yield from parts_in(getattr(node, field.name), kind)
 
 
 def with_weights(node: Node, change: Callable[[Weight], Weight]) -> Node:
@@ -47,7 +48,7 @@ def _with(node: Any, kind: type, change: Callable[[Any], Any]) -> Any:
         return change(node)
     if isinstance(node, tuple):
         return tuple(_with(item, kind, change) for item in node)
-    if is_dataclass(node) and not isinstance(node, type):
+    if is_dataclass(node) and not isinstance(node, type | Weight):
         return replace(node, **{field.name: _with(getattr(node, field.name), kind, change) for field in fields(node)})
     return node
 

@@ -11,6 +11,7 @@ import real_deepseek_v3
 import real_models
 from moecast.archs.config import Config
 from moecast.archs.deepseek_v3 import ARCHITECTURE
+from moecast.archs.expressions import TensorInfo
 from moecast.archs.graph import MLP, Graph, LatentAttention, MoE, Router
 from moecast.archs.harmless import refuse_unread
 from moecast.errors import BadInput
@@ -141,6 +142,13 @@ def test_unknown_config_values_are_named(key: str, value: object, named: str) ->
     with pytest.raises(BadInput, match=rf"^config\.json.*{named}") as error:
         graph_of("deepseek-v3", **{key: value})
     assert "\n" not in str(error.value)
+
+
+def test_file_that_does_not_say_how_experts_are_scored_is_refused() -> None:
+    """llama.cpp takes the other way without a word."""
+    embedding = TensorInfo("token_embd.weight", "F32", (8, 4), "model.gguf", 0, 128)
+    with pytest.raises(BadInput, match=r"^model\.gguf: deepseek2\.expert_gating_func is missing"):
+        ARCHITECTURE.from_gguf(Config({}, "model.gguf"), [embedding])
 
 
 @pytest.mark.parametrize("missing", [0, 9_001, 80_001])

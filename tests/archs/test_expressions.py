@@ -70,6 +70,7 @@ STACKED = Mxfp4(tensor("codes", "U8", 3, 4, 32), tensor("scale", "U8", 3, 4, 2))
         (RowRuns(PLAIN, ((2, 4), (0, 1))), 16, "BF16", ["plain"]),
         (ColumnRuns(FLOAT, ((32, 64), (0, 8))), 32, "F32", ["float"]),
         (STACKED, 4.25, "MXFP4", ["codes", "scale"]),
+        (Transposed(PLAIN), 16, "BF16", ["plain"]), (Transposed(MXFP4), 4.25, None, ["codes", "scale"]),
         (Stack((MXFP4, MXFP4)), 4.25, "MXFP4", ["codes", "scale"] * 2),
     ],
 )  # fmt: skip

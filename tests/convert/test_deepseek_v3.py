@@ -14,10 +14,12 @@ import llama_library
 import modelopt
 import pytest
 import torch
+from click.testing import CliRunner
 from conversions import convert
 from deepseek_v3_checkpoints import DEEPSEEK, LIMITS, VARIANTS
 from forward import random_tokens, relative_error, runner_logits
 from in_llama import assert_goes_on_alike, divergence, unquantized
+from moecast.cli import main
 from moecast.convert.plans.choose import plan_for
 from moecast.convert.settings import Goal
 from moecast.errors import BadInput
@@ -96,7 +98,9 @@ def test_limits_of_yarn_are_said_to_be_given_at_each_start(tmp_path: Path) -> No
     folder = deepseek.save_deepseek(tmp_path / "model", oracle)
     (said,) = [line for line in plan_for(open_model(folder), Goal("F32")).problems if "YaRN" in line]
     assert "--yarn-beta-fast 1 --yarn-beta-slow 1" in said
-    path, expected = unquantized(folder, tmp_path), logits_of(oracle, TOKENS)[0].numpy()
+    path, expected = tmp_path / "model.gguf", logits_of(oracle, TOKENS)[0].numpy()
+    shown = CliRunner().invoke(main, ["convert", str(folder), "-o", str(path), "--quant", "F32", "--no-verify"])
+    assert "--jinja --yarn-beta-fast 1 --yarn-beta-slow 1" in shown.output
     told = {"yarn_beta_fast": 1.0, "yarn_beta_slow": 1.0}
     alone, right = (llama.run_isolated(path, TOKENS[0].tolist(), settings=settings) for settings in ({}, told))
     assert llama.mean_divergence(expected, right) < UNQUANTIZED < 1e-3 < llama.mean_divergence(expected, alone)
