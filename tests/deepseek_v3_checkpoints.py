@@ -78,6 +78,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # What it has to be told when it is started: limits of YaRN.
 LIMITS: dict[str, dict[str, Any]] = {"Kimi K2's limits": {"rope_parameters": YARN | {"beta_fast": 1, "beta_slow": 1}}}
+# Those that differ in how attention and experts are built, for tests that need not see them all.
+FEW = {name: (VARIANTS | LIMITS)[name] for name in ("V3", "mscales apart", "plain queries", "odd widths")}
 
 
 def deepseek_model(seed: int = 0, **overrides: Any) -> DeepseekV3ForCausalLM:

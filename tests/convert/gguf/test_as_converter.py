@@ -77,7 +77,6 @@ CHECKPOINTS: dict[str, Save] = {
     "DeepSeek V3.2 in FP8": sparse_attention("DeepSeek V3.2", encoding="fp8", drafts=True),
     "GLM-5": lambda folder: deepseek_v3.save_deepseek(folder, sparse_model("glm_moe_dsa")),
     "GLM-5.2 with drafts": sparse_attention("GLM-5.2", encoding="bf16", drafts=True),
-    "DeepSeek V3": lambda folder: deepseek_v3.save_deepseek(folder, deepseek_v3.deepseek_model()),
     "DeepSeek V3 in FP8": deepseek_v3_as("fp8", "V3"),
     "DeepSeek V3, odd": deepseek_v3_as("fp8", "odd widths"),
     "Kimi K2.5": deepseek_v3_as("int4", "Kimi"),
