@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import llama
 import llama_library
+import modelopt
 import pytest
 import torch
 from conversions import convert
@@ -144,3 +145,20 @@ def test_onnx_is_transformers(name: str, tmp_path: Path) -> None:
     expected = logits_of(oracle, TOKENS)[0]
     assert relative_error(onnx_logits(engine, TOKENS[0]), expected) < 1e-5
     assert relative_error(onnx_logits(engine, TOKENS[0], pieces=7), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_nvfp4_is_kept_where_its_scale_is_multiplied_by(family: str, tmp_path: Path) -> None:
+    """That of experts, dense layers and attention's output, code for code; others are rounded anew."""
+    plain = save_deepseek(tmp_path / "plain", sparse_model(family, seed=3))
+    kinds = ("o_proj", "gate_proj", "up_proj", "down_proj", "q_b_proj")
+    values = modelopt.rewrite(plain, tmp_path / "quantized", lambda name: "nvfp4" if name.endswith(kinds) else None)
+    exact = modelopt.dequantized(plain, tmp_path / "exact", values)
+    oracle = type(sparse_model(family)).from_pretrained(exact, dtype=torch.float32).eval()
+    path = convert(tmp_path / "quantized", tmp_path, "native", calibration=None, verify=False).files[0]
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    kept = {name.removeprefix("blk.1.") for name in types if types[name] == "NVFP4" and name.startswith("blk.1.")}
+    shared, experts = ({f"ffn_{kind}_{stem}.weight" for kind in ("gate", "up", "down")} for stem in ("shexp", "exps"))
+    assert kept == {"attn_output.weight"} | shared | experts
+    theirs = llama.run_isolated(path, TOKENS[0].tolist())
+    assert llama.mean_divergence(logits_of(oracle, TOKENS)[0].numpy(), theirs) < ROUNDED
