@@ -160,10 +160,7 @@ def check(d: Family, origin: str) -> None:
 
 def build(name: str, d: Family, source: Source) -> Graph:
     """The graph of GGUF's architecture of that name."""
-    builder = LatentBuilder(d, source)
-    graph = builder.graph(name, tuple(builder.layer(index) for index in range(d.layers)))
-    predictions = (builder.prediction(d.layers),) if d.drafts else ()
-    return replace(graph, predictions=predictions, scaled_roles=(Role.ATTENTION_OUTPUT,))
+    return replace(LatentBuilder(d, source).model(name), scaled_roles=(Role.ATTENTION_OUTPUT,))
 
 
 class LatentBuilder(Builder):
@@ -173,14 +170,18 @@ class LatentBuilder(Builder):
         super().__init__(d, d.epsilon, source)
         self.d = d
 
+    def model(self, name: str) -> Graph:
+        graph = self.graph(name, tuple(self.layer(index) for index in range(self.d.layers)))
+        return replace(graph, predictions=(self.prediction(self.d.layers),) if self.d.drafts else ())
+
     def layer(self, index: int) -> Layer:
         blk, hidden = f"blk.{index}", self.hidden
-        mixed = sequential(self.norm(f"{blk}.attn_norm.weight", hidden), self.latent_attention(blk))
+        mixed = sequential(self.norm(f"{blk}.attn_norm.weight", hidden), self.latent_attention(index))
         inner = self.gated_mlp(blk, self.d.dense_size) if index < self.d.dense_layers else self.mixture(blk)
         return Layer(index, (mixed, sequential(self.norm(f"{blk}.ffn_norm.weight", hidden), inner)))
 
-    def latent_attention(self, blk: str) -> LatentAttention:
-        d, hidden, query = self.d, self.hidden, self.d.heads * self.d.head_size
+    def latent_attention(self, index: int) -> LatentAttention:
+        d, blk, hidden, query = self.d, f"blk.{index}", self.hidden, self.d.heads * self.d.head_size
         key_size, rank = d.head_size - d.rotary_size, d.query_rank
         yarn, scale = (d.yarn.yarn, d.yarn.in_scores) if d.yarn else (None, 1.0)
         plain, up = (f"{blk}.attn_q.weight", Role.ATTENTION_Q), (f"{blk}.attn_q_b.weight", Role.ATTENTION_Q_UP)

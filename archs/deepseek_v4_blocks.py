@@ -14,10 +14,10 @@ from .graph import (
     Activation,
     CompressedAttention,
     Compressor,
+    EntryIndexer,
     Graph,
     HashRouter,
     HyperConnections,
-    Indexer,
     Layer,
     MoE,
     ResidualMix,
@@ -47,7 +47,7 @@ def _attentions(graph: Graph) -> list[CompressedAttention]:
     return [operation for operation in graph.operations() if isinstance(operation, CompressedAttention)]
 
 
-def _indexer(graph: Graph) -> Indexer:
+def _indexer(graph: Graph) -> EntryIndexer:
     """The first one. Raises BadInput where llama.cpp finds none."""
     indexers = (attention.indexer for attention in _attentions(graph) if attention.indexer)
     indexer = next(indexers, None)
@@ -57,7 +57,7 @@ def _indexer(graph: Graph) -> Indexer:
 
 
 def _compressed_rope(graph: Graph) -> Rope:
-    return _indexer(graph).compressor.rope
+    return _indexer(graph).rope
 
 
 def _yarn(get: Callable[[Yarn], Any]) -> FromGraph:
@@ -286,15 +286,16 @@ class BlockBuilder(Builder):
             rope=self.rope(compressed=True),
         )
 
-    def indexer(self, blk: str) -> Indexer:
+    def indexer(self, blk: str) -> EntryIndexer:
         d = self.d
         width = d.index_heads * d.index_head_size
-        return Indexer(
+        return EntryIndexer(
             heads=d.index_heads,
             head_size=d.index_head_size,
             top_k=d.index_top_k,
             query=self.weight(f"{blk}.indexer.attn_q_b.weight", Role.INDEXER, width, d.query_rank),
             head_weight=self.weight(f"{blk}.indexer.proj.weight", Role.INDEXER_HEADS, d.index_heads, d.hidden),
+            rope=self.rope(compressed=True),
             compressor=self.compressor(f"{blk}.indexer_compressor", Role.INDEXER, OVERLAPPING, d.index_head_size),
         )
 

@@ -122,6 +122,7 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
         ignore_merges=True,
         add_bos=True,
     ),
+    PreTokenizer(names=("glm4",), splits=(_LLAMA3_ENGINE,), sources=((_LLAMA3,),), ignore_merges=True),
     # llama.cpp finds no words within words by their case, and takes Han letters by blocks.
     PreTokenizer(names=("kimi-k2",), splits=(_KIMI_ENGINE,), sources=((_KIMI,),)),
     PreTokenizer(names=("deepseek-v3", "joyai-llm", "hunyuan-dense"), splits=_DEEPSEEK_V3, sources=(_DEEPSEEK_V3,)),
@@ -160,7 +161,7 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
 
 OTHER_NAMES = (
     *("afmoe", "a.x-4.0", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "dbrx"),
-    *("deepseek-coder", "deepseek-llm", "exaone-moe", "f2llmv2", "falcon", "glm4", "glm5"),
+    *("deepseek-coder", "deepseek-llm", "exaone-moe", "f2llmv2", "falcon", "glm5"),
     *("gpt3-finnish", "granite-docling", "granite-embed-multi-311m", "granite-embed-multi-97m", "grok-2", "jais-2"),
     *("jina-de", "jina-es", "jina-v1-en", "jina-v2-code", "jina-v2-de", "jina-v2-es", "jina-v5-nano"),
     *("kormo", "laguna", "llada-moe", "minicpm5", "mmbert", "poro-chat", "refact"),

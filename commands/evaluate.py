@@ -16,8 +16,8 @@ from .options import (
     device_options,
     evaluating_options,
     json_option,
-    low_memory_option,
     max_kld_option,
+    opening_options,
     source_options,
 )
 from .reporting import report_option, save_report
@@ -28,7 +28,7 @@ from .values import SOURCE, Number
 if TYPE_CHECKING:
     from ..runner.engines import OnnxModel
     from ..runner.measure.evaluate import Parity
-    from ..runner.settings import Compute, Evaluation
+    from ..runner.settings import Compute, Evaluation, Opening
     from ..sources.hub.access import HubAccess
     from ..sources.model import Model
 
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 @click.argument("model", type=SOURCE)
 @text_options
 @evaluating_options
-@low_memory_option
+@opening_options
 @source_options
 @json_option
 def perplexity(
     model: str,
     evaluation: Evaluation,
     compute: Compute,
-    low_memory: bool,
+    opening: Opening,
     access: HubAccess,
     as_json: bool,
 ) -> None:
@@ -59,7 +59,7 @@ def perplexity(
     from .console import make_progress
     from .report import show_perplexity
 
-    opened = _open(model, access, low_memory)
+    opened = _open(model, access, opening)
     with make_progress() as progress:
         result = run(opened, evaluation, compute, progress)
     show_perplexity(str(opened.path), result, as_json)
@@ -74,7 +74,7 @@ def perplexity(
 @max_kld_option
 @report_option
 @calibrating_options
-@low_memory_option
+@opening_options
 @source_options
 @json_option
 def parity(
@@ -84,7 +84,7 @@ def parity(
     max_kld: float | None,
     report_folder: Path | None,
     compute: Compute,
-    low_memory: bool,
+    opening: Opening,
     access: HubAccess,
     as_json: bool,
 ) -> None:
@@ -106,8 +106,8 @@ def parity(
     from .console import make_progress
     from .report import show_parity
 
-    first = _open(reference, access, low_memory)
-    others = [_open(candidate, replace(access, revision=None), low_memory) for candidate in candidates]
+    first = _open(reference, access, replace(opening, attention="model"))
+    others = [_open(candidate, replace(access, revision=None), opening) for candidate in candidates]
     with make_progress() as progress:
         compared = compare(first, others, evaluation, compute, progress)
     if len(compared) == 1:
@@ -151,10 +151,11 @@ def acceptance(
       moecast acceptance model.gguf model-mtp.gguf
     """
     from ..runner.measure.acceptance import acceptance as run
+    from ..runner.settings import Opening
     from .console import make_progress
     from .report import show_acceptance
 
-    opened = _open(model, access)
+    opened = _open(model, access, Opening())
     with make_progress() as progress:
         result = run(opened, draft, tokens, evaluation, compute, progress)
     show_acceptance(str(opened.path), result, as_json)
@@ -201,7 +202,7 @@ def _exit_if(failures: Sequence[str]) -> None:
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="For the same random choices again.")
 @device_options
-@low_memory_option
+@opening_options
 @source_options
 @json_option
 def run(
@@ -211,7 +212,7 @@ def run(
     temperature: float,
     seed: int | None,
     compute: Compute,
-    low_memory: bool,
+    opening: Opening,
     access: HubAccess,
     as_json: bool,
 ) -> None:
@@ -227,7 +228,7 @@ def run(
     from ..runner.generate import beyond_context, generate
     from .console import print_json
 
-    opened, pieces = _open(model, access, low_memory), []
+    opened, pieces = _open(model, access, opening), []
     text = generate(opened, prompt, tokens, temperature, seed, compute)
     problems = beyond_context(opened, prompt, tokens)
     for problem in problems:
@@ -242,10 +243,10 @@ def run(
         click.echo()
 
 
-def _open(source: str, access: HubAccess, low_memory: bool = False) -> Model | OnnxModel:
+def _open(source: str, access: HubAccess, opening: Opening) -> Model | OnnxModel:
     from ..runner.engines import open_runnable
     from ..sources.locate import locate
     from .console import make_progress
 
     with make_progress() as progress:
-        return open_runnable(locate(source, access, progress)[0], low_memory, access.ignore_config)
+        return open_runnable(locate(source, access, progress)[0], opening, access.ignore_config)

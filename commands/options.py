@@ -19,7 +19,7 @@ from .values import MatrixName, Number, Size, TypeOverride
 if TYPE_CHECKING:
     from ..convert.settings import Calibration, Goal, Output
     from ..quant.planning.plan import Form
-    from ..runner.settings import Compute
+    from ..runner.settings import Compute, Opening
     from ..sources.hub.access import HubAccess
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -125,6 +125,12 @@ def _compute(**values: Any) -> Compute:
     return Compute(**values)
 
 
+def _opening(**values: Any) -> Opening:
+    from ..runner.settings import Opening
+
+    return Opening(**values)
+
+
 def _access(**values: Any) -> HubAccess:
     from ..sources.hub.access import HubAccess
 
@@ -142,7 +148,6 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an ex
 file_format_option = click.option(
     "--to", "file_format", type=click.Choice(["gguf", "onnx"]), default="gguf", show_default=True, help="File format."
 )
-low_memory_option = click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file; much slower.")
 max_kld_option = click.option(
     "--max-kld", type=Number(), help="Exit with 1 when the mean KL divergence is above this, or token ids differ."
 )
@@ -158,6 +163,18 @@ ignore_config_option = click.option(
     multiple=True,
     metavar="KEY",
     help="A key of config.json or GGUF metadata that moecast does not know and that changes no number; repeatable.",
+)
+opening_options = grouped(
+    "opening",
+    _opening,
+    click.option(
+        "--attention",
+        type=click.Choice(["model", "full"]),
+        default="model",
+        show_default=True,
+        help="With full, MODEL or CANDIDATEs attend to all tokens before, also where they pick some of them.",
+    ),
+    click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file; much slower."),
 )
 hub_options = grouped("access", _access, *_HUB_OPTIONS)
 source_options = grouped("access", _access, *_HUB_OPTIONS, ignore_config_option)

@@ -22,6 +22,7 @@ from ..paths import inside
 from ..sources.model import Model, open_model
 from ..sources.tokenizer import Tokenizer
 from ..sources.tokenizer_folder import read_tokenizer_folder
+from .settings import Opening
 
 if TYPE_CHECKING:
     import onnx
@@ -98,12 +99,21 @@ class OnnxModel:
         return torch.from_numpy(logits[0]), following | {"tokens": np.asarray(seen + count)}
 
 
-def open_runnable(path: str | Path, low_memory: bool = False, ignored: Collection[str] = ()) -> Model | OnnxModel:
-    """A checkpoint folder, a GGUF file or an ONNX folder. Raises BadInput as `open_model` and `OnnxModel` do."""
+def open_runnable(path: str | Path, opening: Opening = Opening(), ignored: Collection[str] = ()) -> Model | OnnxModel:
+    """A checkpoint folder, a GGUF file or an ONNX folder.
+
+    Raises BadInput as `open_model` and `OnnxModel` do, and where full attention is asked of an ONNX folder.
+    """
     path = Path(path)
     if path.name == MODEL_NAME:
         path = path.parent
-    return OnnxModel(path, low_memory) if is_file(path / MODEL_NAME) else open_model(path, ignored=ignored)
+    full = opening.attention == "full"
+    if is_file(path / MODEL_NAME):
+        if full:
+            raise BadInput(f"{path}: --attention full cannot change an ONNX folder: give the checkpoint or a GGUF file")
+        return OnnxModel(path, opening.low_memory)
+    model = open_model(path, ignored=ignored)
+    return model.attending_to_all() if full else model
 
 
 def check_operators(operators: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a command line is checked before torch is loaded
     from ..sources.tokenizer import Tokenizer
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("model", "full")
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 
 
@@ -98,3 +99,20 @@ class Compute:
 
         found: torch.dtype = getattr(torch, self.dtype)
         return found
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a model is opened that is to be run.
+
+    Attributes:
+        attention: what tokens attend to: `model`, what it is made to pick, or `full`, all tokens before.
+        low_memory: whether ONNX Runtime uses the weights where they lie in the file.
+    """
+
+    attention: str = "model"
+    low_memory: bool = False
+
+    def __post_init__(self) -> None:
+        if self.attention not in ATTENTIONS:
+            raise BadInput(f"--attention is {self.attention!r}, expected {' or '.join(ATTENTIONS)}")

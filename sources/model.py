@@ -141,6 +141,10 @@ class Model:
     def _seen_from(self, device: torch.device | None) -> Reader:
         return OnDevice(self.storage, device) if device else self.storage
 
+    def attending_to_all(self) -> Model:
+        """The same model where tokens attend to all before, also where it is made to pick some of them."""
+        return Model(self.path, self.architecture, self.graph.attending_to_all(), self.tensors, self.metadata)
+
     def close(self) -> None:
         self.storage.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,16 +103,14 @@ def deepseek_model(seed: int = 0, **overrides: Any) -> DeepseekV3ForCausalLM:
     return model
 
 
-def save_deepseek(folder: Path, model: DeepseekV3ForCausalLM, in_memory_names: bool = False) -> Path:
+def save_deepseek(folder: Path, model: Any, in_memory_names: bool = False) -> Path:
     """As transformers saves it: without the function of scores, experts apart unless `in_memory_names`."""
     model.save_pretrained(folder, save_original_format=not in_memory_names)
     write_tokenizer(folder, model.config.vocab_size)
     return folder
 
 
-def save_published(
-    folder: Path, model: DeepseekV3ForCausalLM, encoding: str = "fp8", drafts: bool = False
-) -> DeepseekV3ForCausalLM:
+def save_published(folder: Path, model: Any, encoding: str = "fp8", drafts: bool = False) -> Any:
     """As the Hub has it: several shards, keys that transformers does not write, and matrices encoded.
 
     Args:
@@ -119,10 +118,8 @@ def save_published(
             for routed experts, beside a vision tower and below its prefixes; "bf16".
         drafts: whether a block for drafting follows the layers, in the same encoding.
 
-    Returns the model with the weights that the files now hold.
+    Returns the model, which may be of any family with latent attention, with the weights that the files now hold.
     """
-    from transformers import DeepseekV3ForCausalLM
-
     plain = save_deepseek(folder.parent / f"{folder.name}-plain", model)
     tensors = load_file(plain / "model.safetensors")
     if drafts:
@@ -144,16 +141,17 @@ def save_published(
         stored |= {f"{tower}.weight": torch.zeros(4, 8) for tower in ("vision_tower.patch_embed", "mm_projector.proj")}
     write_sharded(folder, stored, shards=3)
     _publish_config(folder, encoding, drafts)
-    return DeepseekV3ForCausalLM.from_pretrained(exact, dtype=torch.float32).eval()
+    return type(model).from_pretrained(exact, dtype=torch.float32).eval()
 
 
 def _publish_config(folder: Path, encoding: str, drafts: bool) -> None:
     kimi = encoding == "int4"
     rope = dict(json.loads((folder / "config.json").read_text())["rope_parameters"])
+    if kimi:
+        edit(folder, model_type="kimi_k2")
     edit(
         folder,
         remove=("rope_parameters", "head_dim", "qk_head_dim", "rope_interleave"),
-        model_type="kimi_k2" if kimi else "deepseek_v3",
         rope_theta=rope.pop("rope_theta"),
         rope_scaling={"type": rope.pop("rope_type"), **rope},
         scoring_func="sigmoid",
@@ -170,11 +168,12 @@ def _publish_config(folder: Path, encoding: str, drafts: bool) -> None:
         (folder / "config.json").write_text(json.dumps(whole))
 
 
-def drafting_block(model: DeepseekV3ForCausalLM, tensors: dict[str, Tensor], seed: int = 7) -> dict[str, Tensor]:
+def drafting_block(model: Any, tensors: dict[str, Tensor], seed: int = 7) -> dict[str, Tensor]:
     """What transformers neither loads nor saves: one layer more, and what its input and output are made with."""
     generator = torch.Generator().manual_seed(seed)
     layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
-    last, block = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+    picking = [layer for layer in range(layers) if f"model.layers.{layer}.self_attn.indexer.wk.weight" in tensors]
+    last, block = f"model.layers.{max(picking, default=layers - 1)}.", f"model.layers.{layers}."
     made = {}
     for name, tensor in tensors.items():
         if name.startswith(last):
@@ -183,6 +182,8 @@ def drafting_block(model: DeepseekV3ForCausalLM, tensors: dict[str, Tensor], see
     for norm in ("enorm", "hnorm", "shared_head.norm"):
         made[f"{block}{norm}.weight"] = 1 + 0.1 * torch.randn(hidden, generator=generator)
     made[f"{block}eh_proj.weight"] = torch.randn(hidden, 2 * hidden, generator=generator) * (2 * hidden) ** -0.5
+    if model.config.model_type.startswith("glm"):
+        return made
     made[f"{block}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
     made[f"{block}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
     return made
@@ -197,7 +198,7 @@ def _rounded(name: str, tensor: Tensor) -> Encoded:
 
 
 def _fp8(name: str, tensor: Tensor) -> Encoded:
-    if "_proj" not in name or "eh_proj" in name:
+    if not re.search(r"(?<!eh|ts)_proj|indexer\.w[qk]", name):
         return _rounded(name, tensor)
     codes, scale = to_fp8_blocks(tensor)
     return {"weight": codes, "weight_scale_inv": scale}, from_fp8_blocks(codes, scale)

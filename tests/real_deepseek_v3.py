@@ -1,4 +1,4 @@
-"""The complete tensor lists of published DeepSeek V3 and Kimi K2 checkpoints: names, shapes and dtypes, no numbers."""
+"""The complete tensor lists of published checkpoints with latent attention: names, shapes and dtypes, no numbers."""
 
 from __future__ import annotations
 
@@ -53,14 +53,23 @@ def _nvfp4_of_kimi(module: str, rows: int, columns: int) -> Entries:
     return (_nvfp4 if ".experts." in module else _plain)(module, rows, columns)
 
 
+def _nvfp4_of_glm(module: str, rows: int, columns: int) -> Entries:
+    kept = ".experts." not in module or ".layers.78." in module
+    return (_plain if kept else _nvfp4)(module, rows, columns)
+
+
 # By the names of configurations in tests/data: what they are stored in, and what is before their names.
 RELEASES: dict[str, tuple[Callable[[str, int, int], Entries], str]] = {
     "deepseek-v3": (_fp8, ""),
+    "deepseek-v3.2": (_fp8, ""),
+    "glm-5": (_plain, ""),
+    "glm-5.2": (_plain, ""),
+    "glm-5.2-nvfp4": (_nvfp4_of_glm, ""),
     "kimi-k2": (_fp8, ""),
     "kimi-k2.5": (_experts_int4, "language_model."),
     "kimi-k2.7-nvfp4": (_nvfp4_of_kimi, "language_model."),
 }
-ENCODINGS = {"NVFP4": _nvfp4_of_v3, "BF16": _plain}
+ENCODINGS = {"NVFP4": _nvfp4_of_v3, "BF16": _plain, "FP8": _fp8}
 
 
 @cache
@@ -77,10 +86,12 @@ def tensors(name: str, encoding: str | None = None) -> tuple[TensorInfo, ...]:
 
 class _Model:
     def __init__(self, config: dict[str, Any], linear: Callable[[str, int, int], Entries], prefix: str) -> None:
-        self.key = config.__getitem__
+        self.config, self.key = config, config.__getitem__
         self.linear = linear
         self.prefix = prefix
         self.drafts = config.get("num_nextn_predict_layers", 0)
+        kinds = config.get("indexer_types", ["full"] * config["num_hidden_layers"])
+        self.picking = [*(kind == "full" for kind in kinds), *[True] * self.drafts]
 
     def tensors(self) -> Entries:
         hidden, vocabulary, layers = map(self.key, ("hidden_size", "vocab_size", "num_hidden_layers"))
@@ -92,11 +103,15 @@ class _Model:
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 yield f"{layer}.{norm}.weight", (hidden,), "BF16"
             yield from self._attention(f"{layer}.self_attn")
+            if self.picks(index):
+                yield from self._indexer(f"{layer}.self_attn.indexer")
             yield from self._feed_forward(f"{layer}.mlp", index < self.key("first_k_dense_replace"))
             if index >= layers:
                 for norm in ("enorm", "hnorm", "shared_head.norm"):
                     yield f"{layer}.{norm}.weight", (hidden,), "BF16"
                 yield from _plain(f"{layer}.eh_proj", hidden, 2 * hidden)
+                if self.key("model_type") == "glm_moe_dsa":
+                    continue
                 yield from _plain(f"{layer}.embed_tokens", vocabulary, hidden)
                 yield from _plain(f"{layer}.shared_head.head", vocabulary, hidden)
 
@@ -115,6 +130,19 @@ class _Model:
         yield f"{module}.kv_a_layernorm.weight", (latent,), "BF16"
         yield from self.linear(f"{module}.kv_b_proj", heads * (plain + value), latent)
         yield from self.linear(f"{module}.o_proj", hidden, heads * value)
+
+    def picks(self, layer: int) -> bool:
+        """Whether it has an indexer."""
+        return "index_topk" in self.config and self.picking[layer]
+
+    def _indexer(self, module: str) -> Entries:
+        heads, size = self.key("index_n_heads"), self.key("index_head_dim")
+        norm = "F32" if self.key("model_type") == "deepseek_v32" else "BF16"
+        yield from self.linear(f"{module}.wq_b", heads * size, self.key("q_lora_rank"))
+        yield from self.linear(f"{module}.wk", size, self.key("hidden_size"))
+        yield f"{module}.k_norm.weight", (size,), norm
+        yield f"{module}.k_norm.bias", (size,), norm
+        yield from _plain(f"{module}.weights_proj", heads, self.key("hidden_size"))
 
     def _feed_forward(self, module: str, dense: bool) -> Entries:
         hidden, size, experts = map(self.key, ("hidden_size", "moe_intermediate_size", "n_routed_experts"))

@@ -9,7 +9,6 @@ from typing import Any
 
 from moecast.archs import deepseek_v4
 from transformers import AutoConfig
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding, yarn_apply_mscale
 
 Values = dict[str, Any]
 RATIOS = {value: key for key, value in deepseek_v4.RATIOS.items()}
@@ -131,7 +130,7 @@ CHANGES: dict[str, list[Callable[[Values], Values]]] = {
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-CHANGES["deepseek_v3"] = [
+_LATENT = [
     *COMMON,
     replaced(rope_theta=12345.0),
     inside("rope_scaling", beta_fast=1, beta_slow=1),
@@ -142,7 +141,6 @@ CHANGES["deepseek_v3"] = [
     inside("rope_scaling", factor=4.0, rope_type="yarn"),
     replaced(rope_scaling=None),
     replaced(rope_scaling=None, rope_parameters={"rope_type": "default", "rope_theta": 777.0}),
-    replaced(q_lora_rank=None),
     replaced(n_group=1, topk_group=1),
     replaced(norm_topk_prob=False, routed_scaling_factor=1.5),
     replaced(first_k_dense_replace=0),
@@ -152,6 +150,28 @@ CHANGES["deepseek_v3"] = [
     without("scoring_func", "topk_method", "moe_layer_freq"),
     renamed("n_routed_experts", "num_local_experts"),
     replaced(rms_norm_eps=3e-5),
+]
+CHANGES["deepseek_v3"] = [*_LATENT, replaced(q_lora_rank=None)]
+_SPARSE = [replaced(index_topk=64, index_n_heads=16, index_head_dim=256), replaced(mlp_bias=False)]
+CHANGES["deepseek_v32"] = [*_LATENT, *_SPARSE, replaced(layer_types=["indexed_attention"] * 61)]
+CHANGES["glm_moe_dsa"] = [
+    *COMMON,
+    *_SPARSE,
+    inside("rope_parameters", rope_theta=777.0),
+    inside("rope_parameters", **YARN),
+    replaced(rope_scaling=YARN | {"rope_theta": 777.0}),
+    replaced(n_group=4, topk_group=2),
+    replaced(norm_topk_prob=False, routed_scaling_factor=1.5),
+    replaced(v_head_dim=96, qk_nope_head_dim=64, kv_lora_rank=256, head_dim=64),
+    replaced(rms_norm_eps=3e-5),
+    without("indexer_types"),
+    without("indexer_types", "index_topk_freq"),
+    replaced(indexer_types=None, index_topk_pattern="F" + "FS" * 38 + "S"),
+    replaced(indexer_types=["full"] * 78),
+    replaced(moe_router_dtype="float32", num_experts=256),
+    without("mlp_layer_types"),
+    replaced(mlp_layer_types=None, first_k_dense_replace=1),
+    replaced(layer_types=["deepseek_sparse_attention"] * 78),
 ]
 _WINDOW, _FULL = "sliding_attention", "full_attention"
 CHANGES["gpt_oss"] = [
@@ -313,56 +333,3 @@ CHANGES["minimax_m3_vl_text"] = [
     replaced(swiglu_limit=5.0, routed_scaling_factor=1.5),
     renamed("num_local_experts", "num_experts"),
 ]
-
-
-def of_deepseek_v3(c: Any) -> Values:
-    """The quantities of a configuration of transformers, as for `of_cohere`."""
-    scaled = c.rope_parameters["rope_type"] == "yarn"
-    frequencies = DeepseekV3RotaryEmbedding(c)
-    scale = yarn_apply_mscale(c.rope_parameters, (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5)
-    rope = c.rope_parameters
-    limits = (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
-    return {
-        "epsilon": c.rms_norm_eps,
-        "experts": c.n_routed_experts,
-        "ranks": (c.q_lora_rank or 0, c.kv_lora_rank, c.v_head_dim),
-        "dense": (c.first_k_dense_replace, c.intermediate_size, c.n_shared_experts, c.moe_intermediate_size),
-        "groups": (c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor),
-        "rope": (
-            rope["rope_theta"],
-            round(scale, 9),
-            (rope["factor"], *limits, frequencies.attention_scaling) if scaled else None,
-        ),
-    }
-
-
-def of_cohere(c: Any) -> Values:
-    """The quantities of a configuration of transformers that not all families have."""
-    mixture = c.model_type == "cohere2_moe"
-    windowed = tuple(kind == "sliding_attention" for kind in c.layer_types)
-    dense = tuple(kind == "dense" for kind in c.mlp_layer_types) if mixture else (True,) * c.num_hidden_layers
-    forced = mixture and c.prefix_dense_sliding_window_pattern == 1
-    size = c.intermediate_size
-    dense_size = (c.prefix_dense_intermediate_size or size) if mixture else size
-    normalized = mixture and (c.norm_topk_prob or c.expert_selection_fn == "softmax")
-    return {
-        "epsilon": c.rms_norm_eps if mixture and c.rms_norm_eps is not None else c.layer_norm_eps,
-        "experts": c.num_experts if mixture else 0,
-        "windowed": windowed,
-        "rotated": tuple(window or (forced and alone) for window, alone in zip(windowed, dense, strict=True)),
-        "dense": dense,
-        "window": c.sliding_window,
-        "theta": c.rope_parameters["rope_theta"],
-        "logit scale": c.logit_scale,
-        "switches": (
-            c.attention_bias,
-            c.tie_word_embeddings is not False,
-            normalized,
-            mixture and c.shared_expert_combination_strategy == "average",
-        ),
-        "widths": (
-            size if mixture else 0,
-            size * c.num_shared_experts if mixture else 0,
-            dense_size if any(dense) else 0,
-        ),
-    }

@@ -4,7 +4,16 @@ No reader asks which architecture a graph came from; everything it needs to know
 operation states of itself (see `operation.Operation`).
 """
 
-from .attention import Attention, BlockSelection, CompressedAttention, Compressor, Indexer, LatentAttention
+from .attention import (
+    Attention,
+    BlockSelection,
+    CompressedAttention,
+    Compressor,
+    EntryIndexer,
+    Indexer,
+    LatentAttention,
+    TokenIndexer,
+)
 from .deltanet import GatedDeltaNet
 from .experts import MLP, HashRouter, MoE, Router
 from .mamba import Mamba2
@@ -24,6 +33,7 @@ __all__ = [
     "Branch",
     "CompressedAttention",
     "Compressor",
+    "EntryIndexer",
     "GatedDeltaNet",
     "Graph",
     "HashRouter",
@@ -43,6 +53,7 @@ __all__ = [
     "Router",
     "Score",
     "SubLayer",
+    "TokenIndexer",
     "Width",
     "Yarn",
     "graph_as_json",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..weights import Weight
@@ -120,78 +120,12 @@ class Attention(Operation):
     def needs_flash_attention(self) -> bool:
         return self.selection is not None
 
+    def attending_to_all(self) -> Attention:
+        return replace(self, selection=None)
+
     def scratch_values(self, context: int) -> int:
         index = self.selection.heads * (context + self.selection.head_size) if self.selection else 0
         return PASSING * context * (self.heads * (context + self.head_size) + index)
-
-
-@dataclass(frozen=True)
-class LatentAttention(Operation):
-    """Multi-head latent attention: all heads' keys and values are made of one vector a token (DeepSeek-AI 2024).
-
-    `key_value_down x` is a latent, normed, and one key of `rope.size` that is rotated. Of a head's query the first part
-    meets `key_up[head] . latent`, the rest, rotated, the one key; softmax(`scale` * their sum) weighs
-    `value_up[head] . latent`. Without `query_down` queries are made of x, else of `query_norm(query_down x)`.
-    `key_up` is stored transposed, [heads, latent size, key size]: so a query is taken to the latents, of which nothing
-    but themselves is remembered.
-    """
-
-    heads: int
-    query_down: Weight | None
-    query_norm: Norm | None
-    query: Weight
-    key_value_down: Weight
-    key_value_norm: Norm
-    key_up: Weight
-    value_up: Weight
-    output: Weight
-    rope: Rope
-    scale: float
-
-    TOKENS: ClassVar[int] = 256  # at a time: the scores of a whole chunk would be [heads, tokens, tokens before]
-
-    def __post_init__(self) -> None:
-        assert self.rope.last, "the last part of a head is rotated"
-        assert (self.query_down is None) == (self.query_norm is None), "the latent query is normed"
-
-    @property
-    def latent_size(self) -> int:
-        return self.key_up.shape[1]
-
-    @property
-    def key_size(self) -> int:
-        """Of a head's key, the part that is not rotated."""
-        return self.key_up.columns
-
-    @property
-    def value_size(self) -> int:
-        return self.value_up.shape[1]
-
-    @property
-    def remembered_size(self) -> int:
-        """Of a token: its latent and its rotated key."""
-        return self.latent_size + self.rope.size
-
-    @property
-    def reads(self) -> tuple[Weight, ...]:
-        return (self.query_down or self.query, self.key_value_down)
-
-    @property
-    def writes(self) -> tuple[Weight, ...]:
-        return (self.output,)
-
-    @property
-    def heads_per_group(self) -> int | None:
-        """The latent is the one key-value head that files tell of."""
-        return self.heads
-
-    @property
-    def state_bytes_per_token(self) -> int:
-        return _CACHED * self.remembered_size
-
-    def scratch_values(self, context: int) -> int:
-        tokens = min(context, self.TOKENS)
-        return PASSING * (context * self.remembered_size + tokens * self.heads * (context + self.remembered_size))
 
 
 @dataclass(frozen=True)
@@ -219,9 +153,10 @@ class Compressor:
 
 @dataclass(frozen=True)
 class Indexer:
-    """Picks the `top_k` entries that a token attends to, by the sum over heads of `head_weight x * relu(query . key)`.
+    """Picks the `top_k` keys that a token attends to, by the sum over heads of `head_weight x * relu(query . key)`.
 
-    Queries come from the attention's latent query, keys from a compressor of the same ratio.
+    Queries come from the attention's latent query; `rope` rotates them by the token's position, as it does the keys.
+    Where these come from, the kinds of indexers say.
     """
 
     heads: int
@@ -229,12 +164,127 @@ class Indexer:
     top_k: int
     query: Weight
     head_weight: Weight
-    compressor: Compressor
+    rope: Rope
 
     @property
     def reads(self) -> tuple[Weight, ...]:
         """The weights whose columns are the hidden size."""
-        return (self.head_weight, *self.compressor.reads)
+        return (self.head_weight,)
+
+    def scratch_values(self, tokens: int, keys: int) -> int:
+        """An upper bound of the numbers that exist while so many tokens choose among so many keys."""
+        return PASSING * tokens * (self.heads + 1) * (keys + self.head_size)
+
+
+@dataclass(frozen=True)
+class EntryIndexer(Indexer):
+    """An indexer whose keys are entries of a compressor of the same ratio as the attention's."""
+
+    compressor: Compressor
+
+    @property
+    def reads(self) -> tuple[Weight, ...]:
+        return (*super().reads, *self.compressor.reads)
+
+
+@dataclass(frozen=True)
+class TokenIndexer(Indexer):
+    """An indexer with a key for each token, `key_norm(key x)`, of which the first part is rotated."""
+
+    key: Weight
+    key_norm: Norm
+
+    @property
+    def reads(self) -> tuple[Weight, ...]:
+        return (*super().reads, self.key)
+
+    @property
+    def state_bytes_per_token(self) -> int:
+        """Of the keys."""
+        return _CACHED * self.head_size
+
+
+@dataclass(frozen=True)
+class LatentAttention(Operation):
+    """Multi-head latent attention: all heads' keys and values are made of one vector a token (DeepSeek-AI 2024).
+
+    `key_value_down x` is a latent, normed, and one key of `rope.size` that is rotated. Of a head's query the first part
+    meets `key_up[head] . latent`, the rest, rotated, the one key; softmax(`scale` * their sum) weighs
+    `value_up[head] . latent`. Without `query_down` queries are made of x, else of `query_norm(query_down x)`.
+    `key_up` is stored transposed, [heads, latent size, key size]: so a query is taken to the latents, of which nothing
+    but themselves is remembered. With an `indexer` a token attends to those alone that it picks, or to those that the
+    layer of number `selection_of` attends to (DeepSeek sparse attention, 2025).
+    """
+
+    heads: int
+    query_down: Weight | None
+    query_norm: Norm | None
+    query: Weight
+    key_value_down: Weight
+    key_value_norm: Norm
+    key_up: Weight
+    value_up: Weight
+    output: Weight
+    rope: Rope
+    scale: float
+    indexer: TokenIndexer | None = None
+    selection_of: int | None = None
+
+    TOKENS: ClassVar[int] = 256  # at a time: the scores of a whole chunk would be [heads, tokens, tokens before]
+
+    def __post_init__(self) -> None:
+        assert self.rope.last, "the last part of a head is rotated"
+        assert (self.query_down is None) == (self.query_norm is None), "the latent query is normed"
+        assert not self.indexer or self.query_down, "an indexer's queries are made of the latent query"
+        assert not self.indexer or self.selection_of is None, "a layer picks itself, or as another one"
+
+    @property
+    def latent_size(self) -> int:
+        return self.key_up.shape[1]
+
+    @property
+    def key_size(self) -> int:
+        """Of a head's key, the part that is not rotated."""
+        return self.key_up.columns
+
+    @property
+    def value_size(self) -> int:
+        return self.value_up.shape[1]
+
+    @property
+    def remembered_size(self) -> int:
+        """Of a token: its latent and its rotated key."""
+        return self.latent_size + self.rope.size
+
+    @property
+    def reads(self) -> tuple[Weight, ...]:
+        return (self.query_down or self.query, self.key_value_down, *(self.indexer.reads if self.indexer else ()))
+
+    @property
+    def shares_state_of(self) -> int | None:
+        return self.selection_of
+
+    @property
+    def writes(self) -> tuple[Weight, ...]:
+        return (self.output,)
+
+    @property
+    def heads_per_group(self) -> int | None:
+        """The latent is the one key-value head that files tell of."""
+        return self.heads
+
+    @property
+    def state_bytes_per_token(self) -> int:
+        return _CACHED * self.remembered_size + (self.indexer.state_bytes_per_token if self.indexer else 0)
+
+    def scratch_values(self, context: int) -> int:
+        tokens = min(context, self.TOKENS)
+        choice = self.indexer.scratch_values(tokens, context) if self.indexer else 0
+        scores = tokens * self.heads * (context + self.remembered_size)
+        return PASSING * (context * self.remembered_size + scores) + choice
+
+    def attending_to_all(self) -> LatentAttention:
+        return replace(self, indexer=None, selection_of=None)
 
 
 @dataclass(frozen=True)
@@ -261,7 +311,7 @@ class CompressedAttention(Operation):
     output_up: Weight
     rope: Rope
     compressor: Compressor | None
-    indexer: Indexer | None
+    indexer: EntryIndexer | None
 
     TOKENS: ClassVar[int] = 256  # at a time: the scores of a whole chunk would be [heads, tokens, window + entries]
 
@@ -289,3 +339,6 @@ class CompressedAttention(Operation):
         tokens = min(context, self.TOKENS)
         entries = context // self.compressor.ratio if self.compressor else 0
         return PASSING * tokens * self.heads * (tokens + self.window + entries + self.head_size)
+
+    def attending_to_all(self) -> CompressedAttention:
+        return replace(self, indexer=None)

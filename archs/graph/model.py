@@ -9,7 +9,7 @@ from ..weights import Role, Weight
 from .operation import Operation
 from .parts import Norm
 from .per_layer import PerLayerEmbedding
-from .walk import weights_in
+from .walk import weights_in, with_operations
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,10 @@ class Graph:
             final_norm=block.final_norm or holder.final_norm,
             head=block.head or holder.head,
         )
+
+    def attending_to_all(self) -> Graph:
+        """The same graph without any choice of what a token attends to: what full attention would have said."""
+        return with_operations(self, lambda operation: operation.attending_to_all())
 
     def weights(self) -> Iterator[Weight]:
         """Every weight once, in file order, which is the order in which a pass reads them; but for another graph's."""

@@ -42,7 +42,7 @@ class Operation:
 
     @property
     def shares_state_of(self) -> int | None:
-        """The number of the layer whose state is read instead of one of its own."""
+        """The number of the layer whose state, or whose choice of tokens, is read instead of one of its own."""
         return None
 
     @property
@@ -84,6 +84,10 @@ class Operation:
     def needs_flash_attention(self) -> bool:
         """Whether llama.cpp, without flash attention or for several texts at once, computes something else."""
         return False
+
+    def attending_to_all(self) -> Operation:
+        """The same without a choice of what a token attends to."""
+        return self
 
     def active_share(self, weight: Weight) -> float:
         """The part of one of its weights that a token touches."""

@@ -1,4 +1,4 @@
-"""Walks over the dataclasses of a graph: its weights, the same graph with other weights, its picture as JSON."""
+"""Walks over a graph's dataclasses: its weights, the same with other weights or operations, its picture as JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from ..weights import Weight
+from .operation import Operation
 
 Node = TypeVar("Node")
 
@@ -31,16 +32,25 @@ def parts_in(node: Any, kind: type[Node]) -> Iterator[Node]:
 
 def with_weights(node: Node, change: Callable[[Weight], Weight]) -> Node:
     """The same block with each of its weights changed."""
-    changed: Any = node
-    if isinstance(node, Weight):
-        changed = change(node)
-    elif isinstance(node, tuple):
-        changed = tuple(with_weights(item, change) for item in node)
-    elif is_dataclass(node) and not isinstance(node, type):
-        changed = replace(
-            node, **{field.name: with_weights(getattr(node, field.name), change) for field in fields(node)}
-        )
-    return changed  # type: ignore[no-any-return]
+    changed: Node = _with(node, Weight, change)
+    return changed
+
+
+def with_operations(node: Node, change: Callable[[Operation], Operation]) -> Node:
+    """The same layer or graph with each of its operations changed."""
+    changed: Node = _with(node, Operation, change)
+    return changed
+
+
+def _with(node: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """The same block with everything of a kind in it changed."""
+    if isinstance(node, kind):
+        return change(node)
+    if isinstance(node, tuple):
+        return tuple(_with(item, kind, change) for item in node)
+    if is_dataclass(node) and not isinstance(node, type | Weight):
+        return replace(node, **{field.name: _with(getattr(node, field.name), kind, change) for field in fields(node)})
+    return node
 
 
 def graph_as_json(node: Any) -> Any:

@@ -33,7 +33,8 @@ def compressed_attention(build: Builder, operation: CompressedAttention, states:
         entries = compress(build, o.compressor, states, f"{layer}.compressor")
         complete = entries_complete(build, o.compressor.ratio)
         if o.indexer:
-            best, complete = choose(build, o.indexer, states, latent, complete, f"{layer}.indexer")
+            keys_of_entries = compress(build, o.indexer.compressor, states, f"{layer}.indexer")
+            best, complete = choose(build, o.indexer, keys_of_entries, states, latent, complete)
             chosen = build.op("GatherND", entries, build.op("Unsqueeze", best, build.constant([-1])), batch_dims=1)
         else:
             keys.append(entries)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...archs.graph import CompressedAttention, Compressor, Indexer
+from ...archs.graph import CompressedAttention, Compressor
 from ..weights import Weights
 from .common import normalizer, split_heads
 from .context import Context
+from .indexer import IndexerMixer, only
 from .rotary import rotate
 
 
@@ -52,7 +53,9 @@ class CompressedAttentionMixer:
         self._normalize_query = normalizer(operation.query_norm, weights)
         self._normalize_key = normalizer(operation.key_value_norm, weights)
         self._compressor = CompressorMixer(operation.compressor, weights) if operation.compressor else None
-        self._indexer = IndexerMixer(operation.indexer, weights) if operation.indexer else None
+        indexer = operation.indexer
+        self._indexer = IndexerMixer(indexer, weights) if indexer else None
+        self._index_compressor = CompressorMixer(indexer.compressor, weights) if indexer else None
 
     def initial_state(self) -> CompressedAttentionState:
         """The state before the first token."""
@@ -60,7 +63,7 @@ class CompressedAttentionMixer:
             tokens=0,
             keys=torch.empty(0, self._operation.head_size, device=self._weights.device),
             compressor=self._compressor.initial_state() if self._compressor else None,
-            indexer=self._indexer.compressor.initial_state() if self._indexer else None,
+            indexer=self._index_compressor.initial_state() if self._index_compressor else None,
         )
 
     def __call__(
@@ -100,9 +103,9 @@ class CompressedAttentionMixer:
             compressed = self._compressor(states, memory.compressor)
             entries = torch.arange(len(compressed.entries), device=keys.device)
             complete = (positions[:, None] + 1) // self._compressor.ratio > entries
-            if self._indexer and memory.indexer:
-                indexed = self._indexer.compressor(states, memory.indexer)
-                complete = self._indexer.choose(states, latent, positions, indexed.entries, complete)
+            if self._indexer and self._index_compressor and memory.indexer:
+                indexed = self._index_compressor(states, memory.indexer)
+                complete = only(self._indexer.best(states, latent, positions, indexed.entries, complete), complete)
             keys, visible = torch.cat((keys, compressed.entries)), torch.cat((visible, complete), dim=1)
         mixed = rotate(self._attend(queries, keys, visible), o.rope, -positions)
         state = CompressedAttentionState(memory.tokens + len(states), window[1 - o.window :], compressed, indexed)
@@ -160,31 +163,3 @@ class CompressorMixer:
         for_next, own = windows.chunk(2, dim=-1)
         before = torch.cat((previous[None], for_next))
         return torch.cat((before[:-1], own), dim=1), before[-1]
-
-
-class IndexerMixer:
-    """An indexer with its weights."""
-
-    def __init__(self, block: Indexer, weights: Weights) -> None:
-        self._block, self._weights = block, weights
-        self.compressor = CompressorMixer(block.compressor, weights)
-
-    def choose(self, states: Tensor, latent: Tensor, positions: Tensor, keys: Tensor, complete: Tensor) -> Tensor:
-        """The entries each token attends to, bool [tokens, entries]: the best of those that are `complete` for it.
-
-        Of entries with equal scores, which are zero where no head's key matches, the earliest are taken.
-
-        Args:
-            states: [tokens, hidden size].
-            latent: the attention's latent queries, [tokens, latent size].
-            positions: [tokens].
-            keys: [entries, head size].
-            complete: bool [tokens, entries].
-        """
-        block, project = self._block, self._weights.project
-        queries = rotate(split_heads(project(latent, block.query), block.heads), block.compressor.rope, positions)
-        shares = project(states, block.head_weight) * (block.heads * block.head_size) ** -0.5  # [tokens, heads]
-        scores = torch.einsum("hte,th->te", functional.relu(queries @ keys.T), shares)
-        ranking = scores.masked_fill(~complete, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        best = ranking[:, : block.top_k]
-        return torch.zeros_like(complete).scatter_(1, best, True) & complete

@@ -146,6 +146,7 @@ DEEPSEEK = (
     [
         (_json(_split(LLAMA3), BYTE_LEVEL, ignore_merges=True), "llama-bpe"),
         (_json(_split(LLAMA3, behavior="Removed", invert=True), BYTE_LEVEL, ignore_merges=True), "llama-bpe"),
+        (_json(_split(LLAMA3), BYTE_LEVEL, ignore_merges=True), "glm4"),
         (_json(_split(TEKKEN), BYTE_LEVEL, ignore_merges=True), "tekken"),
         (_json(*DEEPSEEK, BYTE_LEVEL), "deepseek-v3"),
         (_json(_split(GPT4O), BYTE_LEVEL), "gpt-4o"),

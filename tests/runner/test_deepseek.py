@@ -88,3 +88,13 @@ def test_every_setting_matters(name: str, change: dict[str, object], model: Mode
     with torch.no_grad():
         expected = deepseek_checkpoints.deepseek_model(**change)(tokens).logits
     assert relative_error(runner_logits(model, tokens), expected) > 1e-3
+
+
+def test_full_attention_is_that_of_a_model_that_chooses_all(model: Model) -> None:
+    """The oracle's indexer may take all hundred entries; the model without one needs none of its weights."""
+    tokens = random_tokens(1, TOKENS)
+    full = model.attending_to_all()
+    names = {weight.name for weight in full.graph.weights()}
+    assert {weight.name for weight in model.graph.weights()} - names and not any("indexer" in name for name in names)
+    assert_same_logits(full, deepseek_checkpoints.deepseek_model(index_topk=100), tokens)
+    assert relative_error(runner_logits(full, tokens), runner_logits(model, tokens)) > 1e-3

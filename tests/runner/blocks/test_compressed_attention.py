@@ -10,14 +10,14 @@ import torch
 from block_weights import BlockWeights, causal_mask, in_pieces, modules_of, states
 from deepseek_checkpoints import DEEPSEEK
 from forward import relative_error
-from moecast.archs.graph import CompressedAttention, Compressor, Indexer, Rope, Yarn
+from moecast.archs.graph import CompressedAttention, Compressor, EntryIndexer, Rope, Yarn
 from moecast.archs.weights import Role
 from moecast.runner.blocks.compressed_attention import (
     CompressedAttentionMixer,
     CompressorMixer,
     CompressorState,
-    IndexerMixer,
 )
+from moecast.runner.blocks.indexer import IndexerMixer, only
 from torch import Tensor
 
 pytestmark = pytest.mark.numeric
@@ -51,13 +51,14 @@ def _compressor(weights: BlockWeights, module: Any) -> Compressor:
     )
 
 
-def _indexer(weights: BlockWeights, module: Any) -> Indexer:
-    return Indexer(
+def _indexer(weights: BlockWeights, module: Any) -> EntryIndexer:
+    return EntryIndexer(
         heads=module.num_heads,
         head_size=module.head_dim,
         top_k=module.index_topk,
         query=weights.add(module.q_b_proj.weight),
         head_weight=weights.add(module.scorer.weights_proj.weight, Role.INDEXER_HEADS),
+        rope=COMPRESSED_ROPE,
         compressor=_compressor(weights, module),
     )
 
@@ -107,10 +108,10 @@ def test_indexer_chooses_as_that_of_transformers(model: Any, inputs: Tensor) -> 
     positions, latent = torch.arange(TOKENS), states(TOKENS, DEEPSEEK["q_lora_rank"], seed=1)
     with torch.no_grad():
         chosen = module(inputs[None], latent[None], positions[None], None, 0)[0]
-    mixer = IndexerMixer(_indexer(weights, module), weights)
-    keys = _entries(mixer.compressor, inputs, [TOKENS]).entries
+    indexer = _indexer(weights, module)
+    keys = _entries(CompressorMixer(indexer.compressor, weights), inputs, [TOKENS]).entries
     complete = (positions[:, None] + 1) // module.compress_rate > torch.arange(len(keys))
-    found = mixer.choose(inputs, latent, positions, keys, complete)
+    found = only(IndexerMixer(indexer, weights).best(inputs, latent, positions, keys, complete), complete)
     # Theirs are indices, -1 where there are fewer entries than it may choose.
     expected = torch.zeros(TOKENS, len(keys) + 1, dtype=torch.bool).scatter(1, chosen % (len(keys) + 1), True)
     assert torch.equal(found, expected[:, :-1])

@@ -8,8 +8,7 @@ import pytest
 import torch
 from block_weights import BlockWeights, causal_mask, context_of, in_pieces, states
 from forward import relative_error
-from moecast.archs.graph import LatentAttention, Rope, Yarn
-from moecast.archs.weights import Role
+from latent_modules import latent_attention
 from moecast.runner.blocks.latent_attention import LatentAttentionMixer
 from torch import Tensor
 from transformers import DeepseekV3Config
@@ -44,31 +43,6 @@ def _module(query_rank: int | None, yarn: dict[str, float] | None) -> DeepseekV3
     return module
 
 
-def _operation(module: DeepseekV3Attention, weights: BlockWeights) -> LatentAttention:
-    config = module.config
-    keys, values = module.kv_b_proj.weight.view(HEADS, KEY + VALUE, LATENT).split((KEY, VALUE), dim=1)
-    rope = config.rope_parameters
-    yarn = None
-    if rope["rope_type"] == "yarn":
-        magnitude = DeepseekV3RotaryEmbedding(config).attention_scaling
-        fast, slow = rope.get("beta_fast", 32), rope.get("beta_slow", 1)
-        yarn = Yarn(rope["factor"], rope["original_max_position_embeddings"], fast, slow, magnitude)
-    ranked = module.q_lora_rank is not None
-    return LatentAttention(
-        heads=HEADS,
-        query_down=weights.add(module.q_a_proj.weight) if ranked else None,
-        query_norm=weights.norm(module.q_a_layernorm) if ranked else None,
-        query=weights.add((module.q_b_proj if ranked else module.q_proj).weight),
-        key_value_down=weights.add(module.kv_a_proj_with_mqa.weight),
-        key_value_norm=weights.norm(module.kv_a_layernorm),
-        key_up=weights.add(keys.transpose(1, 2), Role.ATTENTION_KEY_UP),
-        value_up=weights.add(values, Role.ATTENTION_VALUE_UP),
-        output=weights.add(module.o_proj.weight),
-        rope=Rope(TURNED, 1e4, interleaved=True, last=True, yarn=yarn),
-        scale=module.scaling,
-    )
-
-
 def _expected(module: DeepseekV3Attention, inputs: Tensor) -> Tensor:
     positions = torch.arange(len(inputs))[None]
     embeddings = DeepseekV3RotaryEmbedding(module.config)(inputs[None], positions)
@@ -89,7 +63,7 @@ def _expected(module: DeepseekV3Attention, inputs: Tensor) -> Tensor:
 )
 def test_output_equals_transformers(query_rank: int | None, yarn: dict[str, float] | None) -> None:
     module, weights = _module(query_rank, yarn), BlockWeights()
-    operation = _operation(module, weights)
+    operation = latent_attention(module, weights)
     inputs = states(300, HIDDEN)  # more than are taken at a time
     expected, mixer = _expected(module, inputs), LatentAttentionMixer(operation, weights)
     for sizes in ([300], [120, 1, 1, 178]):
@@ -98,14 +72,14 @@ def test_output_equals_transformers(query_rank: int | None, yarn: dict[str, floa
 
 def test_magnitude_is_in_the_scale() -> None:
     """DeepSeek's YaRN has all of it in the scores of a head, and what is rotated keeps its length."""
-    operation = _operation(_module(None, {"mscale": 1.0, "mscale_all_dim": 1.0}), BlockWeights())
+    operation = latent_attention(_module(None, {"mscale": 1.0, "mscale_all_dim": 1.0}), BlockWeights())
     assert operation.scale == pytest.approx((KEY + TURNED) ** -0.5 * (0.1 * math.log(FACTOR) + 1) ** 2)
     assert operation.rope.yarn and operation.rope.yarn.magnitude == 1
 
 
 def test_state_is_as_large_as_the_operation_says() -> None:
     weights = BlockWeights()
-    operation = _operation(_module(56, None), weights)
+    operation = latent_attention(_module(56, None), weights)
     inputs = states(20, HIDDEN)
     mixer = LatentAttentionMixer(operation, weights)
     _, memory = mixer(inputs, mixer.initial_state(), context_of(torch.arange(20)))
