@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import reduce
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
@@ -96,7 +97,7 @@ class Entered:
 class Stream:
     """Runs `tokens` [chunks, context] through `weights`, by default those of `model` as they are stored.
 
-    `hidden` is the residual: [chunks, context, hidden size], or with hyper-connections
+    `hidden` is the residual, zeros until `embed`: [chunks, context, hidden size], or with hyper-connections
     [chunks, context, streams, hidden size]. `shared` is what later layers will read of those passed, by the numbers of
     these: [chunks, tokens so far, width]. With a `cache`, the tokens follow those of the streams that filled it. A
     stream that goes on where another stopped is given that one's `states`, and the numbers of the layers whose shared
@@ -126,9 +127,8 @@ class Stream:
         self.hidden = self._workspace.activations(*tokens.shape, *self._residual.width, whole_chunks=True)
         if cache:
             cache.tokens += tokens.shape[1]
-        if states is None:
-            self._embed()
-        else:
+        self.begun = states is not None
+        if states is not None:
             self._take_up(iter(states), sharing)
 
     def states(self) -> Iterator[Tensor]:
@@ -248,16 +248,28 @@ class Stream:
             yield self.weights.load(self.weights.graph.head, None, rows)
             self.weights.release()
 
-    def _embed(self) -> None:
-        embedding, tokens = self.weights.graph.embedding, self.tokens.flatten()
-        for _, rows in pieces(embedding):
-            assert rows
-            places = torch.where((tokens >= rows[0]) & (tokens < rows[1]))[0]
-            for part in places.split(_TOKENS) if len(places) else ():
-                block = self.weights.load(embedding, None, rows)
-                embedded = self.weights.graph.embedding_scale * block[tokens[part] - rows[0]]
-                self.hidden.add_rows(part, self._residual.begin(embedded))
-            self.weights.release()
+    def embed(self, words: tuple[int, int]) -> None:
+        """Begin with the tokens that are among these words."""
+        graph, tokens = self.weights.graph, self.tokens.flatten()
+        places = torch.where((tokens >= words[0]) & (tokens < words[1]))[0]
+        for part in places.split(_TOKENS) if len(places) else ():
+            block = self.weights.load(graph.embedding, None, words)
+            embedded = graph.embedding_scale * block[tokens[part] - words[0]]
+            self.hidden.add_rows(part, self._residual.begin(embedded))
+
+
+def embed(streams: Sequence[Stream]) -> None:
+    """Begin streams that have not begun: the vocabulary comes in blocks, each loaded once for all of them."""
+    beginning = [stream for stream in streams if not stream.begun]
+    vocabularies = (pieces(stream.weights.graph.embedding) for stream in beginning)
+    for blocks in zip_longest(*vocabularies):
+        for stream, block in zip(beginning, blocks, strict=True):
+            if block and block[1]:
+                stream.embed(block[1])
+        for stream in beginning:
+            stream.weights.release()
+    for stream in beginning:
+        stream.begun = True
 
 
 def advance(
@@ -265,12 +277,13 @@ def advance(
     layers: Sequence[Layer | None],
     experts_done: Callable[[Sequence[int]], None] | None = None,
 ) -> None:
-    """Run every stream through a layer of its own (None: it has no more), all of them together.
+    """Run every stream through a layer of its own (None: it has no more), all of them together, from its embedding on.
 
     Streams of the same weights share what is loaded, as many experts at a time as the first stream's workspace says;
     `experts_done` is told of those that all streams have passed, while they are still loaded. Raises BadInput naming
     the first block or expert whose output is not finite.
     """
+    embed(streams)
     pairs = [(stream, layer) for stream, layer in zip(streams, layers, strict=True) if layer]
     for number in range(max(len(layer.sublayers) for _, layer in pairs)):
         here = [(stream, layer) for stream, layer in pairs if number < len(layer.sublayers)]
