@@ -50,7 +50,7 @@ class Encoder:
     """Encodes pieces of a file's planned tensors and writes each of them once, in whatever order they are asked for.
 
     `source` are the weights to encode; what a stream of the source has loaded just now is not read again. `roundings`
-    are those of all files whose columns are weighed by the same `importance`.
+    are those of all files. Columns are weighed by `importance`.
     """
 
     def __init__(
@@ -166,8 +166,8 @@ class Encoder:
 
     def _stored(self, tensor: PlannedTensor, experts: Sequence[int | None], rows: tuple[int, int] | None) -> Tensor:
         """Some matrices of a stack, or rows of what is none, as they are stored: uint8 [matrices, rows, row bytes]."""
-        made = self._roundings.get(tensor, experts, rows, self._rounded)
-        self.findings.add(tensor.weight.name, made.squares)
+        made = self._roundings.get(tensor, experts, rows, self.weighs, self._rounded)
+        self.findings.add(tensor.weight.name, made.squares or EXACT)
         self._writer.problems.extend([line for line in made.problems if line not in self._writer.problems])
         return made.data
 
@@ -176,7 +176,7 @@ class Encoder:
         packed = [self.source.model.repacked(weight, type_name, one, rows, self.source.device) for one in experts]
         copied = [data for data in packed if data is not None]
         if len(copied) == len(experts):
-            return Rounded(_side_by_side(copied), EXACT)
+            return Rounded(_side_by_side(copied))
         if copied:  # whether a matrix is rounded is its own matter
             return Rounded.joined([self._rounded(tensor, [one], rows) for one in experts])
         if tensor.type.block_size > 1 and tensor.type == exact_format(weight.source):
@@ -186,7 +186,7 @@ class Encoder:
         values = _side_by_side([self.source.load(weight, one, rows).view(-1, weight.columns) for one in experts])
         if type_name == "I32":
             # decoded whole numbers are exact up to 2^24
-            return Rounded(values.to(torch.int32).view(torch.uint8), EXACT, tuple(problems))
+            return Rounded(values.to(torch.int32).view(torch.uint8), problems=tuple(problems))
         try:
             data = quantize_weight(values, weight, experts, type_name, self._importance, self._threads)
         except BadInput as error:

@@ -120,16 +120,14 @@ def run_pass(
     _prepare_kernels([file.plan for file in files], inputs, workspace.device)
     statistics = statistics_for(inputs.error_feedback, compute.torch_dtype)
     known = inputs.importance if inputs.calibration is None else statistics
-    roundings = {
-        weighed: Roundings(file.plan for file in files if file.weighed == weighed) for weighed in (True, False)
-    }
+    weighed = [file.weighed and known is not None for file in files]
+    roundings = Roundings(zip((file.plan for file in files), weighed, strict=True))
     with ExitStack() as stack:
         made = []
-        for file in files:
+        for file, weighs in zip(files, weighed, strict=True):
             behind = stack.enter_context(WriteBehind(file.writer, workspace.buffer))
-            importance = known if file.weighed else None
-            shared, threads = roundings[file.weighed], compute.threads
-            made.append(Encoder(source, file.plan, behind, progress, importance, shared, threads))
+            importance = known if weighs else None
+            made.append(Encoder(source, file.plan, behind, progress, importance, roundings, compute.threads))
         return _run(made, inputs, statistics, compute, journal, workspace, progress)
 
 

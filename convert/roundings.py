@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..quant.planning.plan import Plan, PlannedTensor
 
-_Key = tuple[Hashable, tuple[int | None, ...], tuple[int, int] | None]  # of what, which matrices, which rows
+_Rows = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -21,44 +21,53 @@ class Rounded:
 
     Attributes:
         data: uint8 [matrices, rows, row bytes].
-        squares: how far they are from what they were, see `Findings.squares`.
+        squares: how far rounding went, see `Findings.squares`; None where the numbers are stored as they are.
         problems: what the type could not hold, a line each.
     """
 
     data: Tensor
-    squares: tuple[float, float]
+    squares: tuple[float, float] | None = None
     problems: tuple[str, ...] = ()
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """Several matrices that were rounded one by one."""
-        changed, sizes = zip(*(part.squares for part in parts), strict=True)
+        squares = [part.squares for part in parts if part.squares]
+        total = (sum(changed for changed, _ in squares), sum(size for _, size in squares)) if squares else None
         problems = dict.fromkeys(line for part in parts for line in part.problems)
-        return cls(torch.cat([part.data for part in parts]), (sum(changed), sum(sizes)), tuple(problems))
+        return cls(torch.cat([part.data for part in parts]), total, tuple(problems))
 
 
 class Roundings:
     """Keeps what was rounded for one of several files until the last that wants the same has it, or until `release`.
 
-    plans: those of all files whose columns are weighed by the same importance.
+    Files want the same of a weight where they store it in the same type, and weigh its columns or do not; which does
+    not matter where it is stored as it is. plans: those of all files, and whether anything weighs their columns.
     """
 
-    def __init__(self, plans: Iterable[Plan]) -> None:
-        self._files = Counter(_what(tensor) for plan in plans for tensor in plan.tensors)
+    def __init__(self, plans: Iterable[tuple[Plan, bool]]) -> None:
+        wanted = ((_what(tensor), weighed) for plan, weighed in plans for tensor in plan.tensors)
+        self._files: Counter[tuple[Hashable, bool]] = Counter(wanted)
         self._kept: dict[_Key, tuple[Rounded, int]] = {}  # and how many files have yet to take it
 
     def get(
         self,
         tensor: PlannedTensor,
         experts: Sequence[int | None],
-        rows: tuple[int, int] | None,
-        make: Callable[[PlannedTensor, Sequence[int | None], tuple[int, int] | None], Rounded],
+        rows: _Rows,
+        weighed: bool,
+        make: Callable[[PlannedTensor, Sequence[int | None], _Rows], Rounded],
     ) -> Rounded:
         """What `make` gives, or gave for another file."""
-        key = (_what(tensor), tuple(experts), rows)
-        rounded, left = self._kept.pop(key, (None, self._files[key[0]]))
-        if rounded is None:
+        what = _what(tensor)
+        keys: list[_Key] = [(what, which, tuple(experts), rows) for which in (weighed, None)]
+        key = next((key for key in keys if key in self._kept), None)
+        if key:
+            rounded, left = self._kept.pop(key)
+        else:
             rounded = make(tensor, experts, rows)
+            key = keys[rounded.squares is None]
+            left = self._files[what, weighed] + (self._files[what, not weighed] if rounded.squares is None else 0)
         if left > 1:
             self._kept[key] = rounded, left - 1
         return rounded
@@ -66,7 +75,10 @@ class Roundings:
     def release(self, expert: int | None = None) -> None:
         """All files have what they want of one expert, or of all that was loaded."""
         kept = self._kept.items()
-        self._kept = {} if expert is None else {key: value for key, value in kept if expert not in key[1]}
+        self._kept = {} if expert is None else {key: value for key, value in kept if expert not in key[2]}
+
+
+_Key = tuple[Hashable, bool | None, tuple[int | None, ...], _Rows]  # what, how weighed, which matrices, which rows
 
 
 def _what(tensor: PlannedTensor) -> Hashable:
