@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -92,6 +93,17 @@ def show_plan(plan: Plan, as_json: bool, each: bool = False) -> None:
     show_problems(plan.problems)
 
 
+def show_plans(plans: Sequence[Plan], as_json: bool) -> None:
+    """One, or several of one model."""
+    from ..quant.planning.plan_file import plan_as_json
+
+    if as_json and len(plans) > 1:
+        print_json({"plans": [plan_as_json(plan) for plan in plans]})
+        return
+    for plan in plans:
+        show_plan(plan, as_json)
+
+
 def show_tensors(plan: Plan) -> None:
     """Every tensor in file order, its shape slowest dimension first."""
     rows = [
@@ -152,11 +164,8 @@ def show_parity(title: str, result: Parity, as_json: bool) -> None:
 
 
 def show_conversion(result: Conversion, as_json: bool) -> None:
-    from ..sources.gguf import read_gguf
-    from ..sources.tokenizer_gguf import CHAT_TEMPLATE
-
     if as_json:
-        print_json({field.name: getattr(result, field.name) for field in fields(result) if field.name != "details"})
+        print_json(conversion_as_json(result))
         return
     rows = [("Size", f"{human_bytes(result.bytes)}, {result.bits_per_weight:.2f} bits per weight")]
     if result.parity:
@@ -167,16 +176,26 @@ def show_conversion(result: Conversion, as_json: bool) -> None:
     if result.parity:
         _show_categories(result.parity)
     show_problems(result.problems)
+    print(f"Run it with\n\n    {printable(run_line(result))}\n")
+
+
+def conversion_as_json(result: Conversion) -> dict[str, object]:
+    return {field.name: getattr(result, field.name) for field in fields(result) if field.name != "details"}
+
+
+def run_line(result: Conversion) -> str:
+    """The command that runs what was made."""
+    from ..sources.gguf import read_gguf
+    from ..sources.tokenizer_gguf import CHAT_TEMPLATE
+
     file = result.files[0]
-    if file.suffix == ".gguf":
-        metadata = read_gguf(file)[0]
-        routed = f"{metadata.get('general.architecture')}.expert_count" in metadata
-        experts = (*_GPU, "--cpu-moe") if routed and shutil.which("nvidia-smi") else ()
-        template = (_TEMPLATE,) if CHAT_TEMPLATE in metadata else ()
-        line = server_line(file, _CONTEXT, "-t", os.cpu_count(), *template, *experts)
-    else:
-        line = f'moecast run {file.parent} -p "Once upon a time"'
-    print(f"Run it with\n\n    {printable(line)}\n")
+    if file.suffix != ".gguf":
+        return f'moecast run {file.parent} -p "Once upon a time"'
+    metadata = read_gguf(file)[0]
+    routed = f"{metadata.get('general.architecture')}.expert_count" in metadata
+    experts = (*_GPU, "--cpu-moe") if routed and shutil.which("nvidia-smi") else ()
+    template = (_TEMPLATE,) if CHAT_TEMPLATE in metadata else ()
+    return server_line(file, _CONTEXT, "-t", os.cpu_count(), *template, *experts)
 
 
 def show_calibration(result: MeasuredMatrix, as_json: bool) -> None:
