@@ -36,6 +36,9 @@ from .resume.records import Spent
 from .settings import VERIFICATION, Calibration, Goal, Output, require_one_pass
 from .work import MadeFile, PlannedFile, Work, carry_out
 
+Goals = list[str] | list[Goal] | list[str | Goal] | tuple[str | Goal, ...]
+"""Several, each a recipe's name or more than that."""
+
 _log = logging.getLogger(__name__)
 _ROUNDED_ACTIVATIONS = (
     "compared as if activations stayed in float32; ONNX Runtime rounds them to 8 bits: `moecast parity` runs it"
@@ -61,7 +64,7 @@ def convert(
 def convert(
     source: str | Path | Model,
     output: str | Path | Output,
-    goal: Sequence[str | Goal],
+    goal: Goals,
     *,
     form: Form = Form(),
     calibration: Calibration = Calibration(),
@@ -75,7 +78,7 @@ def convert(
 def convert(
     source: str | Path | Model,
     output: str | Path | Output = ".",
-    goal: str | Goal | Sequence[str | Goal] | None = None,
+    goal: str | Goal | Goals | None = None,
     *,
     form: Form = Form(),
     calibration: Calibration = Calibration(),
@@ -100,8 +103,8 @@ def convert(
     """
     started = time.monotonic()
     output = output if isinstance(output, Output) else Output(output)
-    alone = [goal] if goal is None or isinstance(goal, str | Goal) else None
-    goals = [each if isinstance(each, Goal) else Goal(each) for each in alone or (*goal,)]
+    given, alone = ([goal], True) if goal is None or isinstance(goal, str | Goal) else ([*goal], False)
+    goals = [each if isinstance(each, Goal) else Goal(each) for each in given]
     progress = progress or NoProgress()
     require_one_pass(goals)
     calibration = calibration_of_all(goals, calibration)

@@ -144,10 +144,10 @@ class ModelWeights(CachedWeights):
         self._own = {id(weight.source): weight for weight in model.graph.weights()}
 
     def read(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
-        own = self._own.get(id(weight.source.source)) if isinstance(weight.source, Padded) else None
-        if own is None:
-            return self.model.load(weight, expert, rows, self.device)
-        return pad(weight.source, rows, lambda part: self.load(own, expert, part), self.device)
+        source = weight.source
+        if isinstance(source, Padded) and (own := self._own.get(id(source.source))):
+            return pad(source, rows, lambda part: self.load(own, expert, part), self.device)
+        return self.model.load(weight, expert, rows, self.device)
 
     def read_directly(self, weight: Weight, expert: int | None) -> Tensor | None:
         return self.model.load_directly(weight, expert, self.compute_dtype, self.device)

@@ -213,17 +213,17 @@ def test_a_plan_beside_a_recipe(minimax: Checkpoint, tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     """One JSON object a file, a report that compares them beside those of each, and a condition on all."""
     source = checkpoints.EXAMPLES / "minimax-m2-tiny"
-    command = ["convert", str(source), "-o", str(tmp_path), "--name", "tiny", "--calibration-chunks", "1"]
-    options = ["-c", "32", "--chunks", "2", "--quant", "Q2_K, Q8_0,Q4_1,Q4_K_M", "--json", "--max-kld", "0.01"]
+    command = ["convert", str(source), "-o", str(tmp_path), "--name", "tiny", "--no-calibration"]
+    options = ["-c", "32", "--chunks", "2", "--quant", "Q2_K, Q4_1,Q4_K_M", "--json", "--max-kld", "0.03"]
     result = CliRunner().invoke(main, [*command, *options])
     made = json.loads(result.stdout)["conversions"]
-    names = [f"tiny-{recipe}.gguf" for recipe in ("Q2_K", "Q8_0", "Q4_1", "Q4_K_M")]
+    names = [f"tiny-{recipe}.gguf" for recipe in ("Q2_K", "Q4_1", "Q4_K_M")]
     assert [Path(one["output"]).name for one in made] == names
-    failed = [one for one in made if one["parity"]["mean_kld"] > 0.01]
+    failed = [one for one in made if one["parity"]["mean_kld"] > 0.03]
     assert 0 < len(failed) < len(made) and result.exit_code == 1
     assert [f"{one['output']}: mean KL divergence" in result.stderr for one in made] == [one in failed for one in made]
     report = json.loads((tmp_path / "tiny.report.json").read_text())
-    assert report["kind"] == "comparison" and report["title"] == "4 files of minimax-m2-tiny"
+    assert report["kind"] == "comparison" and report["title"] == "3 files of minimax-m2-tiny"
     compared = [(Path(one["path"]).name, one["bytes"], one["mean_kld"]) for one in report["candidates"]]
     expected = [(Path(one["output"]).name, one["bytes"], one["parity"]["mean_kld"]) for one in made]
     assert compared == sorted(expected, key=lambda one: one[1])

@@ -82,6 +82,7 @@ def slow(*values: Any) -> Any:
         ("nemotron-3-tiny", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
         slow("a draft", {"mtp": True, "calibration": None, "verify": False}),  # it is a second file
         slow("minimax-m2-tiny", {"file_format": "onnx"} | LANES),
+        slow("nemotron-3-tiny", {"quant": ["Q4_K_M", "Q8_0", "Q2_K"]} | LANES),  # files of one pass
         slow("nemotron-3-tiny", {"size": 2_000_000} | LANES),
         slow("from the Hub", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
         slow("from the Hub", {"file_format": "onnx"} | LANES),
@@ -90,7 +91,7 @@ def slow(*values: Any) -> Any:
 def test_killed_at_random_moments(
     minimax_fp8: Checkpoint, tmp_path: Path, example: str, options: dict[str, Any]
 ) -> None:
-    """Ten kills each, seventy together. Every finished output equals the undisturbed one, and nothing else is left."""
+    """Ten kills each, eighty together. Every finished output equals the undisturbed one, and nothing else is left."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     source = checkpoints.EXAMPLES / example
