@@ -59,15 +59,15 @@ class Roundings:
         make: Callable[[PlannedTensor, Sequence[int | None], _Rows], Rounded],
     ) -> Rounded:
         """What `make` gives, or gave for another file."""
-        what = _what(tensor)
-        keys: list[_Key] = [(what, which, tuple(experts), rows) for which in (weighed, None)]
-        key = next((key for key in keys if key in self._kept), None)
-        if key:
+        what, which = _what(tensor), tuple(experts)
+        alike, exact = (what, weighed, which, rows), (what, None, which, rows)
+        key: _Key = exact if exact in self._kept else alike
+        if key in self._kept:
             rounded, left = self._kept.pop(key)
         else:
-            rounded = make(tensor, experts, rows)
-            key = keys[rounded.squares is None]
-            left = self._files[what, weighed] + (self._files[what, not weighed] if rounded.squares is None else 0)
+            rounded, left = make(tensor, experts, rows), self._files[what, weighed]
+            if rounded.squares is None:
+                key, left = exact, left + self._files[what, not weighed]
         if left > 1:
             self._kept[key] = rounded, left - 1
         return rounded
