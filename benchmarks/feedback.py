@@ -166,9 +166,10 @@ def times(rows: int = 1536, columns: int = 3072, tokens: int = 2048) -> None:
 
 def blocks_alone(x: Tensor, name: str, moments: SecondMoments) -> None:
     """Scales, levels and bytes of all blocks, without what carries errors from one to the next."""
-    for number, triangle in enumerate(moments.cholesky(BLOCK).blocks):
+    cholesky, group = moments.cholesky(BLOCK), feedback._grid(name).group
+    for number, block in enumerate(zip(cholesky.blocks, cholesky.weights, strict=True)):
         values = x[None, :, number * BLOCK : (number + 1) * BLOCK]
-        feedback._round(name, values, None, triangle, torch.empty_like(values), threads=1)
+        feedback._round(name, values, None, feedback._coupling(*block, group), torch.empty_like(values), threads=1)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ import torch
 from moecast.quant import dequantize, format_named, quantize
 from moecast.quant.formats.devices import prepare
 from moecast.quant.formats.table import Work
-from moecast.quant.rounding.feedback import _round, can_feed_back
+from moecast.quant.rounding.feedback import _coupling, _grid, _round, can_feed_back
 from moecast.quant.rounding.moments import SecondMoments, products_of
 from moecast.runner.measure.evaluate import perplexity as measure
 from moecast.runner.settings import Compute, Evaluation
@@ -41,7 +41,7 @@ COLUMNS = 3072
 CONTEXT = 512
 VRAM = ("8GB", "22GB")
 TINY = {"minimax-m2": "minimax-m2-tiny", "deepseek-v4-flash": "deepseek-v4-tiny"}
-SHARES = {"kernels": 3.0, "minimax-m2": 4.0, "deepseek-v4-flash": 3.0, "size": 3.0, "perplexity": 1.0}  # of the time
+SHARES = {"kernels": 3.0, "minimax-m2": 5.0, "deepseek-v4-flash": 3.0, "size": 3.0, "perplexity": 1.0}  # of the time
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Bench:
 
     @property
     def cpu_experts(self) -> int:
-        """Of a layer that the CPU is measured on."""
-        return 16
+        """Of a layer that the CPU is measured on: as many as a token goes to."""
+        return 16 if self.tiny else 8
 
     def chunks(self, tokens: int) -> str:
         return str(4 if self.tiny else tokens // CONTEXT)
@@ -114,12 +114,15 @@ def _works(name: str, rows: Tensor, threads: int) -> dict[str, Callable[[], Tens
     if can_feed_back(name):
         inputs = torch.randn(2048, format.block_size, generator=torch.Generator().manual_seed(2))
         means = SecondMoments(products_of(inputs)[None] / len(inputs), [len(inputs)])
-        triangle = means.cholesky(format.block_size).blocks[0].to(rows.device)
+        cholesky = means.cholesky(format.block_size)
+        triangle, weights = cholesky.blocks[0].to(rows.device), cholesky.weights[0]
+        weights = None if weights is None else weights.to(rows.device)
         blocks = rows.reshape(1, -1, format.block_size)
         errors = torch.empty_like(blocks)
 
         def choose() -> Tensor:
-            return _round(name, blocks, None, triangle, errors, threads).reshape(len(rows), -1)
+            coupling = _coupling(triangle, weights, _grid(name).group)
+            return _round(name, blocks, None, coupling, errors, threads)[0].reshape(len(rows), -1)
 
         works["choose"] = choose
     return works

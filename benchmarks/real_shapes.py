@@ -40,9 +40,9 @@ def build_minimax_m2(folder: Path, layers: int, experts: int) -> None:
 
 
 def build_deepseek_v4_flash(folder: Path, layers: int, experts: int) -> None:
-    """Experts in packed FP4 with a power of two for 32 of them; from the second layer on, attention is compressed."""
+    """Experts in packed FP4 with a power of two for 32 of them; all layers but the first of several compress."""
     config = _config("deepseek-v4-flash", "deepseek-v4-tiny")
-    ratios = (0, *config["compress_ratios"][2:])[:layers]
+    ratios = tuple(config["compress_ratios"][1 if layers > 1 else 2 :][:layers])  # none, 4, 128 ...; or 4 alone
     config |= {
         "num_hidden_layers": layers,
         "n_routed_experts": experts,
@@ -102,7 +102,7 @@ def _numbers(name: str, shape: tuple[int, ...], dtype: str, before: str, generat
         return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
     if dtype == "I64":  # the table of experts for each token
         experts = torch.arange(shape[0])[:, None] * 7 + torch.arange(shape[1]) * 3
-        return experts % 16
+        return experts % 8  # of which there are no fewer
     if "scale" in name.rsplit(".", 1)[-1] and len(shape) == 2:
         columns, size = (shape[1] * 32, FP4_SIZE) if before == "I8" else (shape[1] * 128, FP8_SIZE)
         scale = 1 / size / math.sqrt(columns)

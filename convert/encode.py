@@ -19,6 +19,7 @@ from ..quant.planning.plan import Plan, PlannedTensor
 from ..quant.rounding.feedback import quantize_weight
 from ..quant.rounding.moments import SecondMoments
 from ..quant.rounding.statistics import Importance
+from ..runner.placement import fetched
 from ..runner.weights import CachedWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
 from ..sources.model import Piece, pieces
@@ -114,12 +115,12 @@ class Encoder:
             return stored.to(self.source.device)
         data = self._stored(tensor, [expert], rows)[0]
         if not written:
-            self._write(tensor, expert, rows, data)
+            self._write(tensor, expert, rows, fetched(data))
         return data
 
     def _write(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None, data: Tensor) -> None:
         weight = tensor.weight
-        self._writer.write(weight.name, _first_row(weight, expert, rows), data.cpu())
+        self._writer.write(weight.name, _first_row(weight, expert, rows), data)
         self._progress.advance(len(data) * weight.columns, f"{weight.name} {tensor.type.name}")
 
     def encode_experts(self, tensor: PlannedTensor, experts: Sequence[int]) -> list[Tensor]:
@@ -131,7 +132,7 @@ class Encoder:
         if len(experts) < 2 or not missing:
             return [self.encode(tensor, expert, None) for expert in experts]
         made = self._stored(tensor, experts, None)
-        for expert, data in zip(experts, made, strict=True):
+        for expert, data in zip(experts, fetched(made), strict=True):
             if expert in missing:
                 self._write(tensor, expert, None, data)
         return [*made.unbind()]
@@ -196,16 +197,15 @@ class Encoder:
             raise BadInput(
                 f"{stored.name} in {stored.file}: {error}; the checkpoint is damaged, fetch it again"
             ) from None
-        for matrix, blocks in zip(values, data, strict=True):
-            problems += _out_of_range(weight, type_name, matrix, blocks)
+        largest = values.abs().amax(dim=(1, 2)).tolist() if type_name not in _WIDE else ()
+        for matrix in (number for number, magnitude in enumerate(largest) if magnitude > _SURE):
+            problems += _out_of_range(weight, type_name, values[matrix], data[matrix])
         squares = squares_of(some_rows(values), _decode(some_rows(data), type_name, torch.float32))
         return Rounded(data, squares, tuple(problems))
 
 
 def _out_of_range(weight: Weight, type_name: str, values: Tensor, data: Tensor) -> list[str]:
     """F16 and the scales of blocks, which are float16 or narrower, end where BF16 and F32 go on."""
-    if type_name in _WIDE or max(map(abs, map(float, values.aminmax()))) <= _SURE:
-        return []
     row, column = divmod(int(values.abs().argmax()), values.shape[1])
     largest = float(values[row, column].abs())
     kept = float(_decode(data[row : row + 1], type_name, torch.float32)[0, column].abs())

@@ -22,6 +22,7 @@ RUNNING = 1  # form of a weight: as it is
 _QUANTIZING = 3  # forms: as it is, as it is stored, and its pieces while they are joined
 _FLOAT = 4  # bytes
 _FACTORING = 8  # matrices of moments while one is taken apart
+_MOMENTS = 4  # of an expert's inputs: sums, means, their factor, and what it carries
 _ROUTE_BYTES, _SCORE_BYTES = 48, 128  # of a token: for each expert it goes to, and for its prediction
 _SLACK = 96 << 20  # what the allocator keeps to itself
 _BUFFER_SHARE = 4  # all buffers take at most one part in so many of what is left
@@ -108,11 +109,11 @@ def _moments(graph: Graph) -> int:
 def _of_an_expert(graph: Graph, copies: int, error_feedback: bool) -> int:
     """An upper bound of the bytes that one more expert takes which is done together with others."""
 
-    def of(stacks: Iterable[Weight]) -> int:
-        moments = _FACTORING * sum(stack.columns**2 for stack in stacks) if error_feedback else 0
-        return moments + (copies + 1) * sum(stack.elements // stack.matrices for stack in stacks)
+    def of(operation: Operation) -> int:
+        moments = _MOMENTS * sum(alike[0].columns ** 2 for alike in operation.stacks_by_input) if error_feedback else 0
+        return moments + copies * sum(stack.elements // stack.matrices for stack in operation.stacks)
 
-    return _FLOAT * max((of(operation.stacks) for operation in graph.operations()), default=0)
+    return _FLOAT * max(map(of, graph.operations()), default=0)
 
 
 def _in_transit(graph: Graph, tokens: int) -> int:

@@ -39,7 +39,10 @@ class OnDevice:
         self.device = device
 
     def read(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        return self._storage.read(tensor, start, stop).to(self.device)
+        data = self._storage.read(tensor, start, stop)
+        if self.device.type == "cuda":  # which fetches from pinned memory while we go on
+            return data.pin_memory().to(self.device, non_blocking=True)
+        return data.to(self.device)
 
 
 class Storage:
@@ -129,5 +132,6 @@ def _bytes_of(rows: StoredRows, descriptor: int) -> torch.Tensor | None:
 
     tensor, count = rows.tensor, rows.stop - rows.start
     row_bytes = tensor.length // max(tensor.rows, 1)
-    data = torch.empty((count, row_bytes), dtype=torch.uint8, device="cpu")
+    pinned = torch.cuda.is_initialized()  # a GPU in use fetches it from there without stopping anybody
+    data = torch.empty((count, row_bytes), dtype=torch.uint8, device="cpu", pin_memory=pinned)
     return data if read_at(descriptor, data.numpy().data, tensor.offset + rows.start * row_bytes) else None

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from moecast.quant import format_named
 from moecast.quant.formats.lanes import Coupling
-from moecast.quant.formats.quantize import CODECS
+from moecast.quant.formats.quantize import CODECS, relative_weights
 from moecast.quant.rounding.feedback import _coupling
 from numpy.typing import NDArray
 from torch import Tensor
@@ -33,8 +33,9 @@ def coupled(seed: int, experts: int, lanes: int, name: str) -> tuple[Tensor, Cou
     assert grid
     wanted = torch.from_numpy(heavy_tailed(seed, experts * lanes, size)).view(experts, lanes, size)
     noise = torch.randn(experts, size, size, generator=torch.Generator().manual_seed(seed))
-    couplings = [_coupling(triangle, grid.group) for triangle in noise.triu() * 0.1 + torch.eye(size)]
-    return wanted, Coupling(*map(torch.stack, zip(*couplings, strict=True)))  # type: ignore[arg-type]
+    triangles = noise.triu() * 0.1 + torch.eye(size)
+    weights = relative_weights(triangles.diagonal(dim1=-2, dim2=-1).square())
+    return wanted, _coupling(triangles, weights, grid.group)
 
 
 def edges() -> dict[str, Floats]:

@@ -140,8 +140,8 @@ class MoE(Operation):
         return widths
 
     @property
-    def stacks(self) -> tuple[Weight, ...]:
-        return (*self._inputs, self.down)
+    def stacks_by_input(self) -> tuple[tuple[Weight, ...], ...]:
+        return self._inputs, (self.down,)
 
     @property
     def experts_per_token(self) -> int:

@@ -51,9 +51,14 @@ class Operation:
         return ()
 
     @property
+    def stacks_by_input(self) -> tuple[tuple[Weight, ...], ...]:
+        """The weights that stack one matrix for each expert; together those that read the same."""
+        return ()
+
+    @property
     def stacks(self) -> tuple[Weight, ...]:
         """The weights that stack one matrix for each expert."""
-        return ()
+        return tuple(stack for alike in self.stacks_by_input for stack in alike)
 
     @property
     def experts_per_token(self) -> int:

@@ -76,16 +76,14 @@ def choose(
     errors: Tensor,
     sweeps: int,
     threads: int,
-) -> tuple[Tensor, int | None]:
+) -> tuple[Tensor, Tensor]:
     """As `devices.Kernels` says it."""
     blocks = native.blocks(format, values, added, coupling, errors)
     matrices, lanes = values.shape[:2]
-    total = matrices * lanes
-    bad = torch.full((1,), total, dtype=torch.int64, device=values.device)
+    bad = torch.full((), -1, dtype=torch.int64, device=values.device)  # the largest of numbers without sign
     grid = lanes, matrices
     _launch("choose", format, values.device, grid, blocks.task(sweeps), c_void_p(bad.data_ptr()))
-    first = int(bad)
-    return blocks.data, first if first < total else None
+    return blocks.data, bad
 
 
 def _launch(work: Work, format: Format, device: torch.device, grid: tuple[int, int], *arguments: Any) -> None:

@@ -46,14 +46,14 @@ class Kernels(Protocol):
         errors: Tensor,
         sweeps: int,
         threads: int,
-    ) -> tuple[Tensor, int | None]:
+    ) -> tuple[Tensor, Tensor]:
         """Round blocks of several matrices with error feedback: float32 [matrices, lanes, block_size] -> uint8
         [matrices, lanes, block_bytes].
 
         added: to the values, what errors of other blocks make of them; of the type of `errors`, float32 or bfloat16.
         errors: [matrices, lanes, block_size], filled with the values less what the blocks hold.
         See quant/rounding/feedback.py. The second part of the result is the first lane of all that holds a value that
-        is not finite, if any.
+        is not finite, or -1: int64 [] on the same device, so that nobody has to wait for it.
         """
 
 

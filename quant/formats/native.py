@@ -188,15 +188,15 @@ def choose(
     errors: Tensor,
     sweeps: int,
     threads: int,
-) -> tuple[Tensor, int | None]:
+) -> tuple[Tensor, Tensor]:
     """As `devices.Kernels` says it."""
-    task = blocks(format, values, added, coupling, errors)
+    task, bad = blocks(format, values, added, coupling, errors), -1
     for matrix in range(len(values)):
         here = task.of(matrix).task(sweeps)
-        bad: int = _loaded().kernels_choose(path().encode(), format.id, byref(here), threads)
-        if bad >= 0:
-            return task.data, matrix * values.shape[1] + bad
-    return task.data, None
+        found: int = _loaded().kernels_choose(path().encode(), format.id, byref(here), threads)
+        if found >= 0 > bad:
+            bad = matrix * values.shape[1] + found
+    return task.data, torch.tensor(bad, device=values.device)
 
 
 def _place(tensor: Tensor | None) -> int | None:

@@ -5,7 +5,7 @@ The device's kernels do the work where there are any, and torch otherwise; all g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -194,9 +194,18 @@ def _experts(importance: Array | None, rows: Tensor) -> Iterator[tuple[slice, Te
 
 def relative_weights(importance: Tensor) -> Tensor | None:
     """Importance [..., columns] relative to its mean, floored: float32. None if it says nothing."""
-    if (importance == importance[..., :1]).all():
-        return None
-    return (importance / importance.mean(dim=-1, keepdim=True)).clamp(min=LEAST_SQUARE).to(torch.float32)
+    return relative_weights_of([importance])[0]
+
+
+def relative_weights_of(importances: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """`relative_weights` of each; all are looked at together, because asking stops a GPU."""
+    plain = torch.stack([(importance == importance[..., :1]).all() for importance in importances]).tolist()
+    return tuple(None if one else _relative(importance) for one, importance in zip(plain, importances, strict=True))
+
+
+def _relative(importance: Tensor) -> Tensor:
+    wide = importance.double()
+    return (wide / wide.mean(dim=-1, keepdim=True)).clamp(min=LEAST_SQUARE).to(torch.float32)
 
 
 @contextmanager

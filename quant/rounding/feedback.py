@@ -77,37 +77,43 @@ def quantize_with_feedback(x: Tensor, name: str, moments: SecondMoments, threads
     values = x.to(torch.float32)
     errors = torch.empty_like(values, dtype=cholesky.carried.dtype)  # of the blocks so far
     added = errors.new_empty(*x.shape[:2], format.block_size)
-    parts = []
-    for number, triangles in enumerate(cholesky.blocks):
+    parts, bad = [], []
+    for number, (triangles, weights) in enumerate(zip(cholesky.blocks, cholesky.weights, strict=True)):
         start = number * format.block_size
         here = slice(start, start + format.block_size)
         if start:
             torch.bmm(errors[..., :start], cholesky.carried[:, :start, here], out=added)
         block = values[..., here], added if start else None
-        parts.append(_round(name, *block, triangles, errors[..., here], threads))
+        coupling = _coupling(triangles, weights, _grid(name).group)
+        data, first_bad = _round(name, *block, coupling, errors[..., here], threads)
+        parts.append(data)
+        bad.append(first_bad)
+    rows = [row for row in torch.stack(bad).tolist() if row >= 0]  # at the end, because asking stops a GPU
+    if rows:
+        raise blocks.not_finite(rows[0])
     return torch.cat(parts, dim=-1)
 
 
+def _grid(name: str) -> Grid:
+    grid = blocks.CODECS[name].grid
+    assert grid
+    return grid
+
+
 def _round(
-    name: str, values: Tensor, added: Tensor | None, triangles: Tensor, errors: Tensor, threads: int | None
-) -> Tensor:
+    name: str, values: Tensor, added: Tensor | None, coupling: Coupling, errors: Tensor, threads: int | None
+) -> tuple[Tensor, Tensor]:
     """The bytes of blocks that cost little, ``sum(((values + added - stored) @ triangle)²)``; fills in `errors`.
 
     Scales come from the search without feedback. Then levels are chosen value by value, each making good what those
     before it cost (Babai 1986); and then changed where that helps, given all others.
 
-    values, added, errors: [matrices, rows, block_size], the last being values less what is stored; triangles:
-    [matrices, block_size, block_size], upper.
+    values, added, errors: [matrices, rows, block_size], the last being values less what is stored; coupling: made of
+    the triangle. The second part of the result is as `Kernels.choose` gives it.
     """
-    format, grid = format_named(name), blocks.CODECS[name].grid
-    assert grid
-    coupling = _coupling(triangles, grid.group)
+    format, grid = format_named(name), _grid(name)
     if kernels := kernels_for("choose", format, values.device):
-        threads = threads or torch.get_num_threads()
-        data, bad = kernels.choose(format, values, added, coupling, errors, _SWEEPS, threads)
-        if bad is not None:
-            raise blocks.not_finite(bad)
-        return data
+        return kernels.choose(format, values, added, coupling, errors, _SWEEPS, threads or torch.get_num_threads())
     wanted = values if added is None else values + added
     made = []
     for matrix, lanes in enumerate(wanted.mT):
@@ -116,15 +122,14 @@ def _round(
         levels, stored = _choose(grid, data, lanes, here)
         torch.sub(values[matrix], stored.T, out=errors[matrix])
         made.append(grid.with_levels(data, levels).T)
-    return torch.stack(made)
+    return torch.stack(made), torch.tensor(-1, device=values.device)
 
 
-def _coupling(triangles: Tensor, group: int) -> Coupling:
-    """How the values of blocks go together, for levels that are chosen by groups."""
+def _coupling(triangles: Tensor, weights: Tensor | None, group: int) -> Coupling:
+    """How the values of blocks go together, for levels that are chosen by groups; weights: for their search."""
     metric, squares = triangles @ triangles.mT, triangles.diagonal(dim1=-2, dim2=-1).square()
     groups = torch.arange(triangles.shape[-1], device=triangles.device) // group
     slopes = triangles @ (triangles * (groups == groups[:, None])).mT
-    weights = blocks.relative_weights(squares.double())
     return Coupling(weights, divided(triangles, group).mT, slopes, metric, squares, metric.diagonal(dim1=-2, dim2=-1))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..formats.quantize import LEAST_SQUARE
+from ..formats.quantize import LEAST_SQUARE, relative_weights_of
 
 _STRIP: Final = 256  # columns
 _LEAST_SHRINKAGE: Final = 0.01  # keeps the factorization sound in float32
@@ -23,6 +23,7 @@ class Cholesky(NamedTuple):
     """
 
     blocks: tuple[Tensor, ...]  # upper triangles [matrices, size, size]
+    weights: tuple[Tensor | None, ...]  # of the columns of each block, as `quantize.relative_weights` gives them
     carried: Tensor  # [matrices, columns, columns], of the dtype products are computed in; what is above blocks counts
 
 
@@ -93,14 +94,19 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def factorize(moments: Tensor) -> Tensor:
     """Puts upper triangles T with T @ T.T = moments [matrices, columns, columns] in the place of their upper triangles;
     the last columns first."""
+    failed = []
     for stop in range(moments.shape[-1], 0, -_STRIP):
         start = max(stop - _STRIP, 0)
         block, above = moments[:, start:stop, start:stop], moments[:, :start, start:stop]
-        block.copy_(torch.linalg.cholesky(block.flip(-2, -1)).flip(-2, -1))
+        lower, info = torch.linalg.cholesky_ex(block.flip(-2, -1))
+        block.copy_(lower.flip(-2, -1))
+        failed.append(info.any())
         above.copy_(above @ _inverse(block).mT)
         for first in range(0, start, _STRIP):
             rows = slice(first, min(first + _STRIP, start))
             moments[:, rows, first:start].baddbmm_(above[:, rows], above[:, first:].mT, alpha=-1)
+    if torch.stack(failed).any():  # at the end, because asking stops a GPU
+        raise torch.linalg.LinAlgError("second moments are not positive definite")
     return moments
 
 
@@ -118,7 +124,12 @@ def taken_apart(triangles: Tensor, size: int, dtype: torch.dtype) -> Cholesky:
         here = slice(start, start + size)
         blocks.append(triangles[:, here, here].triu())
         carried[:, :start, here] = triangles[:, :start, here] @ _inverse(blocks[-1])
-    return Cholesky(tuple(blocks), carried)
+    return Cholesky(tuple(blocks), relative_weights_of([_squares(block) for block in blocks]), carried)
+
+
+def _squares(triangles: Tensor) -> Tensor:
+    """Of the diagonals of triangles [matrices, size, size]."""
+    return triangles.diagonal(dim1=-2, dim2=-1).square()
 
 
 def divided(triangles: Tensor, size: int) -> Tensor:

@@ -13,6 +13,7 @@ from ...archs.weights import Weight
 from .moments import SecondMoments, products_of
 
 PRIOR: Final = 16  # tokens that the average over all experts counts for beside an expert's own
+_WAITING: Final = 256  # sums of squares that are fetched together: a GPU does not stop for each
 
 
 class Importance(Protocol):
@@ -32,7 +33,8 @@ class Statistics:
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._waiting: list[tuple[str, int, Tensor]] = []  # what is to be added, still where inputs lie
         self.counts: dict[str, Tensor] = {}
         self._layer: dict[str, tuple[Tensor, int]] = {}  # sums of squares that all experts' tokens make, and how many
         self._expert_stacks: list[str] = []
@@ -43,8 +45,22 @@ class Statistics:
         statistics = cls()
         names, statistics._expert_stacks = (bytes(next(tensors).tolist()).decode().split("\n") for _ in range(2))
         for name in names:
-            statistics.sums[name], statistics.counts[name] = next(tensors), next(tensors)
+            statistics._sums[name], statistics.counts[name] = next(tensors), next(tensors)
         return statistics
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        self._add_waiting()
+        return self._sums
+
+    def _add_waiting(self) -> None:
+        if not self._waiting:
+            return
+        found = torch.cat([squares for *_, squares in self._waiting]).cpu().double()
+        parts = found.split([len(squares) for *_, squares in self._waiting])
+        for (name, matrix, _), squares in zip(self._waiting, parts, strict=True):
+            self._sums[name][matrix] += squares
+        self._waiting.clear()
 
     def tensors(self) -> Iterator[Tensor]:
         """Sums and counts as tensors, the names (UTF-8) of all weights and of stacks of experts first."""
@@ -59,7 +75,7 @@ class Statistics:
 
         weights: the stacks that read it; which expert reads which token does not matter here.
         """
-        squares = _squares(states)
+        squares = _squares(states).cpu().double()
         for weight in weights:
             before, tokens = self._layer.get(weight.name, (torch.zeros_like(squares), 0))
             self._layer[weight.name] = before + squares, tokens + len(states)
@@ -67,12 +83,14 @@ class Statistics:
     def add(self, weight: Weight, expert: int | None, states: Tensor) -> None:
         """Count in what a matrix is multiplied with, [inputs, columns]."""
         name, columns = weight.name, states.shape[1]
-        if name not in self.sums:
-            self.sums[name] = torch.zeros(weight.matrices, columns, dtype=torch.float64, device="cpu")
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(weight.matrices, columns, dtype=torch.float64, device="cpu")
             self.counts[name] = torch.zeros(weight.matrices, dtype=torch.int64, device="cpu")
             if weight.experts is not None:
                 self._expert_stacks.append(name)
-        self.sums[name][expert or 0] += _squares(states)
+        self._waiting.append((name, expert or 0, _squares(states)))
+        if len(self._waiting) >= _WAITING:
+            self._add_waiting()
         self.counts[name][expert or 0] += len(states)
 
     def of(self, weight: Weight, expert: int | None) -> Tensor | None:
@@ -83,7 +101,7 @@ class Statistics:
         nothing in common: that of down projections is one value for all columns, the expert's own mean. So no expert's
         figures depend on which others came before. Columns that pad a weight have no inputs: 0.
         """
-        matrix, known = expert or 0, weight.name in self.sums
+        matrix, known = expert or 0, weight.name in self._sums
         if weight.experts is not None and (known or self._layer):
             mean = self._mean_of_expert(weight, matrix)
         elif known:
@@ -116,7 +134,8 @@ class Statistics:
         return next((self.counts[name] for name in self._expert_stacks if name in self.counts), None)
 
     def clear(self) -> None:
-        self.sums.clear()
+        self._sums.clear()
+        self._waiting.clear()
         self.counts.clear()
         self._layer.clear()
         self._expert_stacks.clear()
@@ -124,7 +143,7 @@ class Statistics:
 
 def _squares(states: Tensor) -> Tensor:
     """Sums over inputs [inputs, columns] of their squares, [columns]."""
-    return states.square().sum(dim=0).cpu().double()
+    return states.square().sum(dim=0)
 
 
 class _Sum:
@@ -137,6 +156,11 @@ class _Sum:
     def add(self, products: Tensor, tokens: int) -> None:
         self.products = products if self.products is None else self.products.add_(products)
         self.tokens += tokens
+
+
+def _products(sum: _Sum) -> Tensor:
+    assert sum.products is not None
+    return sum.products
 
 
 class SecondMomentStatistics(Statistics):
@@ -187,23 +211,22 @@ class SecondMomentStatistics(Statistics):
             return None
         if sums not in self._made:
             borrows = weight.experts is not None
-            means, tokens = zip(*(self._mean(own, shared, borrows) for own in sums), strict=True)
-            self._made[sums] = SecondMoments(torch.stack(means), tokens, self._dtype)
+            means = torch.stack([_products(own) for own in sums])
+            tokens = [self._average(mean, own, shared, borrows) for mean, own in zip(means, sums, strict=True)]
+            self._made[sums] = SecondMoments(means, tokens, self._dtype)
         return self._made[sums].padded(weight.columns)
 
-    def _mean(self, own: _Sum, shared: _Sum | None, borrows: bool) -> tuple[Tensor, int]:
-        """The mean products of one matrix, and how many tokens stand behind them."""
-        assert own.products is not None
-        if own is shared or not borrows:
-            return own.products / own.tokens, own.tokens
-        if shared:
-            assert shared.products is not None
-            prior = min(len(own.products), shared.tokens)
-            products = torch.add(own.products, shared.products, alpha=prior / shared.tokens)
-        else:
-            prior, products = PRIOR, own.products.clone()
-            products.diagonal().add_(PRIOR * products.diagonal().mean() / own.tokens)
-        return products.div_(own.tokens + prior), own.tokens + prior
+    def _average(self, products: Tensor, own: _Sum, shared: _Sum | None, borrows: bool) -> int:
+        """Turn products of one matrix, its own, into means; how many tokens stand behind them."""
+        prior = 0
+        if borrows and own is not shared:
+            prior = min(len(products), shared.tokens) if shared else PRIOR
+            if shared:
+                products.add_(_products(shared), alpha=prior / shared.tokens)
+            else:
+                products.diagonal().add_(PRIOR * products.diagonal().mean() / own.tokens)
+        products.div_(own.tokens + prior)
+        return own.tokens + prior
 
     def release(self, expert: int | None = None) -> None:
         self._last, self._made = None, {}

@@ -76,15 +76,18 @@ class RoutedTokens:
         return self._inputs.rows(rows)
 
     def output(self, expert: int, states: Tensor) -> Tensor:
-        """states [tokens, width] -> [tokens, width] through one expert. Raises BadInput when that is not finite."""
+        """states [tokens, width] -> [tokens, width] through one expert."""
         operation = self.operation
         gate = self._projected(states, operation.gate, operation.gate_bias, expert) if operation.gate else None
         up = self._projected(states, operation.up, operation.up_bias, expert)
         inner = activate(operation.activation, operation.clamp, gate, up)
-        answers = self._projected(inner, operation.down, operation.down_bias, expert)
-        if not math.isfinite(float(answers.sum())):
-            raise BadInput(f"{self._where}, expert {expert}: the output is NaN or infinite")
-        return answers
+        return self._projected(inner, operation.down, operation.down_bias, expert)
+
+    def check(self, experts: Sequence[int], sums: Sequence[Tensor]) -> None:
+        """Raises BadInput where what experts said adds up to something that is not finite."""
+        for expert, total in zip(experts, torch.stack([*sums]).tolist() if sums else (), strict=True):
+            if not math.isfinite(total):
+                raise BadInput(f"{self._where}, expert {expert}: the output is NaN or infinite")
 
     def _projected(self, states: Tensor, weight: Weight, bias: Weight | None, expert: int) -> Tensor:
         projected = self.weights.project(states, weight, expert)
@@ -152,14 +155,18 @@ def _run_group(streams: Sequence[RoutedTokens], experts: Sequence[int], all_of_t
     wanted = [expert for expert in there if any(stream.counts[expert] for stream in streams)]
     if made := there if all_of_them else wanted:
         streams[0].weights.prepare(operation.stacks, made)
-    for expert in wanted:
-        _run(streams, expert)
+    totals = [(expert, total) for expert in wanted for total in _run(streams, expert)]
+    streams[0].check([expert for expert, _ in totals], [total for _, total in totals])
 
 
-def _run(streams: Sequence[RoutedTokens], expert: int) -> None:
-    """PassInputs of the same weights through one expert; few tokens of each are many of all, and multiply faster."""
+def _run(streams: Sequence[RoutedTokens], expert: int) -> Iterator[Tensor]:
+    """Streams of the same weights through one expert; few tokens of each are many of all, and multiply faster.
+
+    Gives what its answers add up to, some at a time, which nobody has to wait for.
+    """
     for block in _blocks([(stream, rows, shares) for stream in streams for rows, shares in stream.pieces(expert)]):
         output = streams[0].output(expert, torch.cat([stream.inputs(rows) for stream, rows, _ in block]))
+        yield output.sum()
         parts = output.split([len(rows) for _, rows, _ in block])
         for (stream, rows, shares), part in zip(block, parts, strict=True):
             stream.add(rows, part * shares[:, None])

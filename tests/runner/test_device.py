@@ -143,8 +143,8 @@ class TestPlace:
     @pytest.mark.parametrize(
         ("vram", "least", "experts", "expected"),
         [
-            (None, 3 * GB, 256, 16),  # a quarter of 24 GB holds 18 more of a third of a GB
-            (8 * GB, 3 * GB, 256, 4),  # a quarter of 8 GB holds 6 more
+            (None, 3 * GB, 256, 32),  # 12 GB are left, of which nine tenths hold that many of a third of a GB
+            (8 * GB, 3 * GB, 256, 4),  # 2 GB are left, which would hold 6
             (8 * GB, 5 * GB, 256, 1),  # nothing is left
             (None, 3 * GB, 8, 8),
         ],

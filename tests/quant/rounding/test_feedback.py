@@ -146,7 +146,7 @@ def test_a_triangle_times_itself_is_the_moments(columns: int) -> None:
     (triangle,) = moments.factorize(given[None]).triu()
     torch.testing.assert_close(triangle @ triangle.T, means, rtol=1e-4, atol=1e-5)
     for size in (32, columns // 2):
-        blocks, (carried,) = moments.taken_apart(triangle[None], size, torch.float32)
+        blocks, _, (carried,) = moments.taken_apart(triangle[None], size, torch.float32)
         for number, (block,) in enumerate(blocks):
             here = slice(number * size, (number + 1) * size)
             assert torch.equal(block, triangle[here, here])
