@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
 
 from ..errors import BadInput
-from .expressions import Expression, first_tensor
+from .expressions import Expression, Padded, first_tensor
 
 
 class StackKind(Enum):
@@ -140,6 +141,14 @@ class Weight:
     def __post_init__(self) -> None:
         check_shape(self.source, self.shape)
         assert (len(self.shape) == 3) == (self.stack is not None), f"{self.name}: {self.role} of {self.shape}"
+
+    @property
+    def origin(self) -> Hashable:
+        """Equal for the weights of a graph and of its other forms that hold the same numbers; cheap to compare."""
+        source = self.source
+        return (
+            (id(source.source), self.shape, source.factor) if isinstance(source, Padded) else (id(source), self.shape)
+        )
 
     @property
     def stack(self) -> StackKind | None:

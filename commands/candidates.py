@@ -19,15 +19,19 @@ _HEADER = ("File", "Size", "Bits", "KL divergence", "99.9 %", "Same top", "Perpl
 
 def show_candidates(reference: Path, candidates: Sequence[Candidate], as_json: bool) -> None:
     """Several files side by side, the smallest first."""
-    first = candidates[0].parity
     if as_json:
+        first = candidates[0].parity
         shared = {"perplexity_reference": first.perplexity_reference, "tokens": first.tokens}
         print_json({"reference": reference, **shared, "candidates": [*map(candidate_as_json, candidates)]})
         return
-    names = [model_name(candidate.path) for candidate in candidates]
-    if len(set(names)) < len(names):
-        names = [str(candidate.path) for candidate in candidates]
-    named = [*zip(names, candidates, strict=True)]
+    named = [*zip(_names(candidates), candidates, strict=True)]
+    print_candidates(str(reference), candidates)
+    show_problems(tuple(f"{name}: {line}" for name, candidate in named for line in candidate.parity.problems))
+
+
+def print_candidates(reference: str, candidates: Sequence[Candidate]) -> None:
+    """Their table, and a second one by category where there are several."""
+    first, named = candidates[0].parity, [*zip(_names(candidates), candidates, strict=True)]
     title = f"Against {reference}: perplexity {first.perplexity_reference:.4f}, {first.tokens} tokens"
     print_columns(title, _HEADER, [_row(name, candidate) for name, candidate in named])
     if any(candidate.dominated for candidate in candidates):
@@ -35,7 +39,14 @@ def show_candidates(reference: Path, candidates: Sequence[Candidate], as_json: b
     if len(categories := first.slices["category"]) > 1:
         rows = [(name, *_divergences(candidate)) for name, candidate in named]
         print_columns("KL divergence by category", ("File", *(text.name for text in categories)), rows)
-    show_problems(tuple(f"{name}: {line}" for name, candidate in named for line in candidate.parity.problems))
+
+
+def _names(candidates: Sequence[Candidate]) -> list[str]:
+    """Those of the files, with their folders where two are alike."""
+    names = [model_name(candidate.path) for candidate in candidates]
+    if len(set(names)) < len(names):
+        names = [str(candidate.path) for candidate in candidates]
+    return names
 
 
 def _row(name: str, candidate: Candidate) -> tuple[str, ...]:

@@ -22,14 +22,14 @@ from .options import (
     imatrix_option,
     json_option,
     max_kld_option,
-    measured_goal_options,
+    measured_goals_options,
     output_options,
     overwrite_option,
     quantizing_options,
     source_options,
     streaming_source_options,
 )
-from .reporting import write_conversion_report
+from .reporting import write_conversion_reports
 from .terminal import printable
 from .texts import category_options
 from .values import SOURCE
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("source", type=SOURCE)
 @output_options
-@measured_goal_options("With --size or --bpw: measure the model to choose types.  [default: measure]")
+@measured_goals_options("With --size or --bpw: measure the model to choose types.  [default: measure]")
 @fitting_options
 @form_options
 @click.option("--dry-run", is_flag=True, help="Show types and size as `moecast plan` does, without measuring.")
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 def convert(
     source: str,
     output: Output,
-    goal: Goal,
+    goals: tuple[Goal, ...],
     fitting: Fitting | None,
     form: Form,
     dry_run: bool,
@@ -76,11 +76,13 @@ def convert(
 ) -> None:
     """Convert a checkpoint and compare the result with it.
 
-    SOURCE is a checkpoint folder, a Hub id, an hf:// or an https:// address.
+    SOURCE is a checkpoint folder, a Hub id, an hf:// or an https:// address. Several recipes are written in one pass:
+    SOURCE is read, calibrated on and evaluated once, and each file is the one that its recipe alone gives.
 
     \b
     Examples:
       moecast convert CHECKPOINT -o out/ --quant Q4_K_M
+      moecast convert OWNER/NAME -o out/ --quant Q6_K,Q5_K_M,Q4_K_M,IQ3_XXS
       moecast convert OWNER/NAME --size 96GB
       moecast convert OWNER/NAME --fit --ram 96GB --vram 24GB
       moecast convert OWNER/NAME --quant Q4_K_M --revision main --split-max-size 40G
@@ -88,34 +90,37 @@ def convert(
       moecast convert CHECKPOINT --to onnx -o out/
       moecast convert OWNER/NAME --quant IQ4_XS --scratch 20GB
     """
-    from ..convert.settings import VERIFICATION, require_sound
+    from ..convert.settings import VERIFICATION, require_one_pass, require_sound
 
     if max_kld is not None and not verify:
         raise BadInput("--max-kld judges the comparison with the source: leave out --no-verify")
-    if dry_run and goal.measure:
+    if dry_run and goals[0].measure:
         raise BadInput("--dry-run does not measure: use `moecast plan --measure`")
     if fitting:
-        goal = fitting.goal(goal, compute.vram)
-    require_sound(goal, calibration, output.file_format)
+        goals = (fitting.goal(goals[0], compute.vram),)
+    require_one_pass(goals)
+    for goal in goals:
+        require_sound(goal, calibration, output.file_format)
 
     from ..convert.pipeline import convert as run
     from ..convert.plans.choose import plan_for
     from ..sources.locate import open_headers
     from .console import make_progress
-    from .report import show_conversion, show_plan
+    from .conversions import show_conversions
+    from .report import show_plans
 
     if dry_run:
         with make_progress() as progress:
             model = open_headers(source, access, progress)
-        show_plan(plan_for(model, goal, form, calibration, output.file_format), as_json)
+        show_plans([plan_for(model, goal, form, calibration, output.file_format) for goal in goals], as_json)
         return
     if evaluation.chunks is None:
         evaluation = replace(evaluation, chunks=VERIFICATION.chunks)
     with make_progress() as progress:
-        result = run(
+        results = run(
             source,
             output,
-            goal,
+            goals,
             form=form,
             calibration=replace(calibration, context=evaluation.context),
             evaluation=evaluation if verify else None,
@@ -123,10 +128,10 @@ def convert(
             access=access,
             progress=progress,
         )
-    show_conversion(result, as_json, goal.machine)
+    show_conversions(results, as_json, goals[0].machine)
     if report:
-        write_conversion_report(result)
-    exit_if_worse(result.parity, max_kld)
+        write_conversion_reports(results)
+    exit_if_worse([(result.output, result.parity) for result in results], max_kld)
 
 
 @click.command()
@@ -280,4 +285,4 @@ def demo(output: Path) -> None:
         output_file, evaluation = Output(output, overwrite=True), Evaluation(chunks=32)
         result = run(source, output_file, evaluation=evaluation, progress=progress)
     show_conversion(result, as_json=False)
-    write_conversion_report(result)
+    write_conversion_reports([result])

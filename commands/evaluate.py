@@ -116,10 +116,7 @@ def parity(
         show_candidates(first.path, compared, as_json)
     if report_folder:
         save_report(comparison_report(first, others, compared, evaluation, typed_command()), report_folder)
-    if len(compared) == 1:
-        exit_if_worse(compared[0].parity, max_kld)
-    else:
-        _exit_if([f"{found.path}: {line}" for found in compared for line in _failures(found.parity, max_kld)])
+    exit_if_worse([(found.path, found.parity) for found in compared], max_kld)
 
 
 @click.command()
@@ -161,10 +158,10 @@ def acceptance(
     show_acceptance(str(opened.path), result, as_json)
 
 
-def exit_if_worse(result: Parity | None, max_kld: float | None) -> None:
-    """Exit with 1 when a result is no number, or worse than the user accepts."""
-    if result is not None:
-        _exit_if(_failures(result, max_kld))
+def exit_if_worse(results: Sequence[tuple[Path, Parity | None]], max_kld: float | None) -> None:
+    """Exit with 1 when any result is no number, or worse than the user accepts."""
+    failures = [(path, line) for path, parity in results if parity for line in _failures(parity, max_kld)]
+    _exit_if([line if len(results) == 1 else f"{path}: {line}" for path, line in failures])
 
 
 def _failures(result: Parity, max_kld: float | None) -> list[str]:

@@ -105,6 +105,11 @@ def _goal(**values: Any) -> Goal:
     return goal
 
 
+def _goals(recipe: str | None, **values: Any) -> tuple[Goal, ...]:
+    names = [None] if recipe is None else [name.strip() for name in recipe.split(",")]
+    return tuple(_goal(recipe=name, **values) for name in names)
+
+
 def _calibration(
     calibration: Path | None, calibration_chunks: int | None, no_calibration: bool = False, **values: Any
 ) -> Calibration:
@@ -210,8 +215,15 @@ form_options = grouped(
     ),
 )
 
-_GOAL_OPTIONS = (
-    click.option("--quant", "recipe", help="Recipe, as llama-quantize names it.  [default: Q4_K_M, for ONNX Q4_0]"),
+_DEFAULT_RECIPES = "[default: Q4_K_M, for ONNX Q4_0]"
+_RECIPE_OPTION = click.option("--quant", "recipe", help=f"Recipe, as llama-quantize names it.  {_DEFAULT_RECIPES}")
+_RECIPES_OPTION = click.option(
+    "--quant",
+    "recipe",
+    metavar="NAME[,NAME...]",
+    help=f"Recipe, as llama-quantize names it; several make a file each in one pass.  {_DEFAULT_RECIPES}",
+)
+_OTHER_GOALS = (
     click.option("--size", type=Size(), help="Best plan for a file of this size, for example 96GB."),
     click.option(
         "--bpw", "bits_per_weight", type=Number(min_open=True), help="Best plan for so many bits for each weight."
@@ -227,12 +239,21 @@ _GOAL_OPTIONS = (
         help="Another type for the tensors whose GGUF names match; may be repeated, the first match counts.",
     ),
 )
-goal_options = grouped("goal", _goal, *_GOAL_OPTIONS)
+goal_options = grouped("goal", _goal, _RECIPE_OPTION, *_OTHER_GOALS)
 
 
 def measured_goal_options(help: str) -> Callable[[Command], Command]:
     """As `goal_options`, with what `help` says of --measure."""
-    return grouped("goal", _goal, *_GOAL_OPTIONS, click.option("--measure/--no-measure", default=None, help=help))
+    return grouped("goal", _goal, _RECIPE_OPTION, *_OTHER_GOALS, _measure_option(help))
+
+
+def measured_goals_options(help: str) -> Callable[[Command], Command]:
+    """The same for any number of recipes, or one other goal."""
+    return grouped("goals", _goals, _RECIPES_OPTION, *_OTHER_GOALS, _measure_option(help))
+
+
+def _measure_option(help: str) -> Callable[[Command], Command]:
+    return click.option("--measure/--no-measure", default=None, help=help)
 
 
 _CALIBRATION_OPTION = click.option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -88,6 +89,17 @@ def show_plan(plan: Plan, as_json: bool, each: bool = False) -> None:
     show_problems(plan.problems)
 
 
+def show_plans(plans: Sequence[Plan], as_json: bool) -> None:
+    """One, or several of one model."""
+    from ..quant.planning.plan_file import plan_as_json
+
+    if as_json and len(plans) > 1:
+        print_json({"plans": [plan_as_json(plan) for plan in plans]})
+        return
+    for plan in plans:
+        show_plan(plan, as_json)
+
+
 def show_tensors(plan: Plan) -> None:
     """Every tensor in file order, its shape slowest dimension first."""
     rows = [
@@ -152,11 +164,9 @@ def show_acceptance(title: str, result: Acceptance, as_json: bool) -> None:
 
 def show_conversion(result: Conversion, as_json: bool, machine: Machine | None = None) -> None:
     """With how to run it on a machine, by default this one."""
-    file = result.files[0]
-    serving = _serving(result, machine or this_machine(_CONTEXT)) if file.suffix == ".gguf" else None
+    serving = serving_of(result, machine)
     if as_json:
-        facts = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "details"}
-        print_json({**facts, **(serving.facts() if serving else {})})
+        print_json(conversion_as_json(result, serving))
         return
     rows = [("Size", f"{human_bytes(result.bytes)}, {result.bits_per_weight:.2f} bits per weight")]
     if result.parity:
@@ -170,16 +180,29 @@ def show_conversion(result: Conversion, as_json: bool, machine: Machine | None =
     if serving:
         serving.show()
     else:
-        print(f'Run it with\n\n    moecast run {printable(file.parent)} -p "Once upon a time"\n')
+        print(f"Run it with\n\n    {printable(run_line(result, serving))}\n")
 
 
-def _serving(result: Conversion, machine: Machine) -> Serving:
+def conversion_as_json(result: Conversion, serving: Serving | None) -> dict[str, object]:
+    facts = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "details"}
+    return {**facts, **(serving.facts() if serving else {})}
+
+
+def run_line(result: Conversion, serving: Serving | None) -> str:
+    """The command that runs what was made."""
+    return str(serving.facts()["serve"]) if serving else f'moecast run {result.files[0].parent} -p "Once upon a time"'
+
+
+def serving_of(result: Conversion, machine: Machine | None = None) -> Serving | None:
+    """How llama.cpp runs a file on a machine, by default this one; None for what it does not run."""
     from ..quant.planning.fit import placed
     from ..sources.gguf import read_gguf
     from ..sources.tokenizer_gguf import CHAT_TEMPLATE
 
+    if result.files[0].suffix != ".gguf":
+        return None
+    machine, plan = machine or this_machine(_CONTEXT), result.details.plan
     template = CHAT_TEMPLATE in read_gguf(result.files[0])[0]
-    plan = result.details.plan
     return Serving(result.files[0], plan.graph, machine.context, template, placed(plan, machine), result.draft)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,15 +24,23 @@ report_option = click.option(
 )
 
 
-def write_conversion_report(result: Conversion) -> None:
-    """The report beside the output; a conversion stands without it too."""
-    from ..reports.gather import conversion_report
+def write_conversion_reports(results: Sequence[Conversion]) -> None:
+    """The report beside each output, and one that compares several; a conversion stands without them too."""
+    from ..reports.gather import conversion_report, conversions_report
 
-    name = result.output.stem if result.output.suffix == ".gguf" else result.output.name
+    folder, command = results[0].output.parent, typed_command()
+    reports = {_name(result): conversion_report(result, command) for result in results}
+    if len(results) > 1 and all(result.parity for result in results):
+        reports[_name(results[0]).rpartition(f"-{results[0].recipe}")[0]] = conversions_report(results, command)
     try:
-        save_report(conversion_report(result, typed_command()), result.output.parent, f"{name}.report")
+        for name, report in reports.items():
+            save_report(report, folder, f"{name}.report")
     except BadInput as error:
         LOGGER.warning(f"No report: {error}")
+
+
+def _name(result: Conversion) -> str:
+    return result.output.stem if result.output.suffix == ".gguf" else result.output.name
 
 
 def save_report(report: Report, folder: Path, name: str = "report") -> None:

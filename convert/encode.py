@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from ..archs.weights import Weight, scale_name
 from ..errors import BadInput
 from ..progress import Progress
 from ..quant import dequantize
-from ..quant.formats import native
 from ..quant.planning.exact import exact_format
 from ..quant.planning.plan import Plan, PlannedTensor
 from ..quant.rounding.feedback import quantize_weight
@@ -23,9 +22,9 @@ from ..quant.rounding.statistics import Importance
 from ..runner.placement import fetched
 from ..runner.weights import CachedWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
-from ..sources.model import pieces
-from ..sources.read_ahead import stored_rows
-from .findings import Findings, some_rows
+from ..sources.model import Piece, pieces
+from .findings import EXACT, Findings, some_rows, squares_of
+from .roundings import Rounded, Roundings
 from .write_behind import WriteBehind
 
 _LARGEST_F16 = torch.finfo(torch.float16).max
@@ -49,10 +48,10 @@ class MeasuredImportance:
 
 
 class Encoder:
-    """Encodes pieces of planned tensors and writes each of them once, in whatever order they are asked for.
+    """Encodes pieces of a file's planned tensors and writes each of them once, in whatever order they are asked for.
 
-    `source` are the weights to encode; what a stream of the source has loaded just now is not read again. Where the
-    order of pieces is known, at most `buffer` bytes are read ahead.
+    `source` are the weights to encode; what a stream of the source has loaded just now is not read again. `roundings`
+    are those of all files. Columns are weighed by `importance`.
     """
 
     def __init__(
@@ -62,8 +61,8 @@ class Encoder:
         writer: WriteBehind,
         progress: Progress,
         importance: Importance | None,
+        roundings: Roundings,
         threads: int | None,
-        buffer: int,
     ) -> None:
         self.plan = plan
         self.source = source
@@ -71,21 +70,31 @@ class Encoder:
         self._writer = writer
         self._progress = progress
         self._importance = importance
+        self._roundings = roundings
         self._threads = threads
-        self._buffer = buffer
         self._unfinished: dict[int | None, list[PlannedTensor]] = defaultdict(list)
         for tensor in plan.tensors:
             self._unfinished[tensor.weight.layer].append(tensor)
-        if not native.available():
-            progress.note(f"Quantizing with {native.kernel_status()}")
-        total = sum(tensor.weight.elements for tensor in plan.tensors)
-        done = sum(map(self._elements_there, plan.tensors))
-        progress.begin("Converting", total, "weights", done)
+
+    @property
+    def elements_there(self) -> int:
+        """How many numbers of all tensors are written."""
+        return sum(map(self._elements_there, self.plan.tensors))
+
+    @property
+    def layers(self) -> list[int | None]:
+        """Those of which something may be missing; None for what belongs to no layer."""
+        return list(self._unfinished)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether anything shows which inputs matter."""
+        return self._importance is not None
 
     def is_written(self, layer: int) -> bool:
         """Whether all of a layer is written, be it by an earlier run."""
         tensors = (tensor.weight for tensor in self._unfinished[layer])
-        return all(self._has(weight, *piece) for weight in tensors for piece in pieces(weight))
+        return not any(map(self._missing, tensors))
 
     def _elements_there(self, tensor: PlannedTensor) -> int:
         """How many numbers of a tensor an earlier run has written."""
@@ -136,27 +145,21 @@ class Encoder:
                 if not all(self._has(tensor.weight, expert, None) for expert in there):
                     self.encode_experts(tensor, there)
 
-    def finish_layer(self, layer: int) -> None:
-        """Encode what nobody asked for of a layer, and wait until all of it is written."""
-        self._finish(layer)
-        self._writer.flush()
-
-    def _finish(self, layer: int | None) -> None:
-        """Encode what nobody asked for of a layer's tensors; None means those of no layer."""
+    def leave(self, layer: int | None) -> Iterator[tuple[PlannedTensor, list[Piece]]]:
+        """What is missing of a layer's tensors, which nobody will ask for any more."""
         for tensor in self._unfinished.pop(layer, ()):
-            weight = tensor.weight
-            missing = [piece for piece in pieces(weight) if not self._has(weight, *piece)]
-            steps = (stored_rows(weight.source, *piece) for piece in missing)
-            with self.source.model.storage.reading_ahead(steps, self._buffer):
-                for expert, rows in missing:
-                    self.encode(tensor, expert, rows)
-                    self.source.release()
+            yield tensor, self._missing(tensor.weight)
 
-    def finish_all(self) -> None:
-        """Encode what is left, and wait until all is written."""
-        for layer in list(self._unfinished):
-            self._finish(layer)
+    def release(self, expert: int | None = None) -> None:
+        """All files have what they want of one expert, or of all that was loaded."""
+        self._roundings.release(expert)
+
+    def flush(self) -> None:
+        """Wait until all that was encoded is written."""
         self._writer.flush()
+
+    def _missing(self, weight: Weight) -> list[Piece]:
+        return [piece for piece in pieces(weight) if not self._has(weight, *piece)]
 
     def _has(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> bool:
         """Whether a piece is written, be it by an earlier run."""
@@ -164,51 +167,53 @@ class Encoder:
 
     def _stored(self, tensor: PlannedTensor, experts: Sequence[int | None], rows: tuple[int, int] | None) -> Tensor:
         """Some matrices of a stack, or rows of what is none, as they are stored: uint8 [matrices, rows, row bytes]."""
-        weight, type_name = tensor.weight, tensor.type.name
+        made = self._roundings.get(tensor, experts, rows, self.weighs, self._rounded)
+        self.findings.add(tensor.weight.name, made.squares or EXACT)
+        self._writer.problems.extend([line for line in made.problems if line not in self._writer.problems])
+        return made.data
+
+    def _rounded(self, tensor: PlannedTensor, experts: Sequence[int | None], rows: tuple[int, int] | None) -> Rounded:
+        weight, type_name, problems = tensor.weight, tensor.type.name, list[str]()
         packed = [self.source.model.repacked(weight, type_name, one, rows, self.source.device) for one in experts]
         copied = [data for data in packed if data is not None]
         if len(copied) == len(experts):
-            self.findings.add_exact(weight.name)
-            return _side_by_side(copied)
+            return Rounded(_side_by_side(copied))
         if copied:  # whether a matrix is rounded is its own matter
-            return torch.cat([self._stored(tensor, [one], rows) for one in experts])
+            return Rounded.joined([self._rounded(tensor, [one], rows) for one in experts])
         if tensor.type.block_size > 1 and tensor.type == exact_format(weight.source):
-            self._warn(f"rounded to {type_name} what config.json says has its form: zeros, scales or columns have not")
+            problems.append(
+                f"rounded to {type_name} what config.json says has its form: zeros, scales or columns have not"
+            )
         values = _side_by_side([self.source.load(weight, one, rows).view(-1, weight.columns) for one in experts])
         if type_name == "I32":
-            self.findings.add_exact(weight.name)
-            return values.to(torch.int32).view(torch.uint8)  # decoded whole numbers are exact up to 2^24
+            # decoded whole numbers are exact up to 2^24
+            return Rounded(values.to(torch.int32).view(torch.uint8), problems=tuple(problems))
         try:
             data = quantize_weight(values, weight, experts, type_name, self._importance, self._threads)
         except BadInput as error:
             if len(experts) > 1:  # one of them says what is wrong with it
-                return torch.cat([self._stored(tensor, [one], rows) for one in experts])
+                return Rounded.joined([self._rounded(tensor, [one], rows) for one in experts])
             stored = first_tensor(weight.source.of_expert(experts[0]))
             raise BadInput(
                 f"{stored.name} in {stored.file}: {error}; the checkpoint is damaged, fetch it again"
             ) from None
         largest = values.abs().amax(dim=(1, 2)).tolist() if type_name not in _WIDE else ()
         for matrix in (number for number, magnitude in enumerate(largest) if magnitude > _SURE):
-            self._check_range(weight, type_name, values[matrix], data[matrix])
-        self.findings.add_rounded(weight.name, some_rows(values), _decode(some_rows(data), type_name, torch.float32))
-        return data
+            problems += _out_of_range(weight, type_name, values[matrix], data[matrix])
+        squares = squares_of(some_rows(values), _decode(some_rows(data), type_name, torch.float32))
+        return Rounded(data, squares, tuple(problems))
 
-    def _check_range(self, weight: Weight, type_name: str, values: Tensor, data: Tensor) -> None:
-        """F16 and the scales of blocks, which are float16 or narrower, end where BF16 and F32 go on."""
-        row, column = divmod(int(values.abs().argmax()), values.shape[1])
-        largest = float(values[row, column].abs())
-        kept = float(_decode(data[row : row + 1], type_name, torch.float32)[0, column].abs())
-        if type_name == "F16" and largest > _LARGEST_F16:
-            line = f"{weight.name} holds {largest:.3g}, and F16 ends at {_LARGEST_F16:.0f}: clamped; BF16 would hold it"
-        elif kept < largest / 2:  # which no rounding does
-            line = f"{weight.name} holds {largest:.3g}, of which {type_name} keeps {kept:.3g}: BF16 would hold it"
-        else:
-            return
-        self._warn(line)
 
-    def _warn(self, line: str) -> None:
-        if line not in self._writer.problems:
-            self._writer.problems.append(line)
+def _out_of_range(weight: Weight, type_name: str, values: Tensor, data: Tensor) -> list[str]:
+    """F16 and the scales of blocks, which are float16 or narrower, end where BF16 and F32 go on."""
+    row, column = divmod(int(values.abs().argmax()), values.shape[1])
+    largest = float(values[row, column].abs())
+    kept = float(_decode(data[row : row + 1], type_name, torch.float32)[0, column].abs())
+    if type_name == "F16" and largest > _LARGEST_F16:
+        return [f"{weight.name} holds {largest:.3g}, and F16 ends at {_LARGEST_F16:.0f}: clamped; BF16 would hold it"]
+    if kept < largest / 2:  # which no rounding does
+        return [f"{weight.name} holds {largest:.3g}, of which {type_name} keeps {kept:.3g}: BF16 would hold it"]
+    return []
 
 
 def missing_entries(matrix: ImportanceMatrix, plan: Plan) -> tuple[str, ...]:
@@ -252,6 +257,7 @@ class QuantizingWeights(CachedWeights):
 
     def release(self, expert: int | None = None) -> None:
         super().release(expert)
+        self._encoder.release(expert)
         kept = self._encoded.items()
         self._encoded = {} if expert is None else {key: data for key, data in kept if key[1] != expert}
 

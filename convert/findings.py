@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from ..runner.passes import packed, unpacked
-
+EXACT = 0.0, 0.0
+"""Sums of squares of what is stored as it is."""
 _ROWS = 64  # of a matrix: enough to tell how far rounding went, at no cost that counts
 
 
@@ -26,30 +28,26 @@ class Findings:
     expert_tokens: dict[int, list[int]] = field(default_factory=dict)
     squares: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def tensor(self) -> Tensor:
-        """All of it, for `take_over`."""
-        return packed(asdict(self))
-
-    def take_over(self, tensor: Tensor) -> None:
-        """Begin with what an earlier run has found."""
-        values = unpacked(tensor)
+    def take_over(self, values: Mapping[str, Any]) -> None:
+        """Begin with what an earlier run has found, by the names of attributes."""
         self.layer_errors = values["layer_errors"]
         self.expert_tokens = {int(layer): tokens for layer, tokens in values["expert_tokens"].items()}
         self.squares = {name: tuple(sums) for name, sums in values["squares"].items()}
 
-    def add_exact(self, name: str) -> None:
-        """Some of a weight is stored as it is."""
-        self.squares.setdefault(name, (0.0, 0.0))
-
-    def add_rounded(self, name: str, values: Tensor, stored: Tensor) -> None:
-        """Count in rows of a weight, [rows, columns], and what is stored of them."""
-        changed, size = self.squares.get(name, (0.0, 0.0))
-        self.squares[name] = changed + float((stored - values).square().sum()), size + float(values.square().sum())
+    def add(self, name: str, squares: tuple[float, float]) -> None:
+        """Count in what rounding has changed of some rows of a weight, and these, as sums of squares."""
+        changed, size = self.squares.get(name, EXACT)
+        self.squares[name] = changed + squares[0], size + squares[1]
 
     @property
     def rounding_errors(self) -> dict[str, float]:
         """By weight, |stored - source| / |source|."""
         return {name: math.sqrt(sums[0] / sums[1]) if sums[1] else 0.0 for name, sums in self.squares.items()}
+
+
+def squares_of(values: Tensor, stored: Tensor) -> tuple[float, float]:
+    """Sums of squares of what rounding has changed of rows [rows, columns], and of these."""
+    return float((stored - values).square().sum()), float(values.square().sum())
 
 
 def some_rows(matrices: Tensor) -> Tensor:

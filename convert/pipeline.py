@@ -4,47 +4,40 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from ..errors import BadInput
 from ..progress import NoProgress, Progress
-from ..quant.planning.onnx_plan import OnnxPlan
-from ..quant.planning.plan import Form, Plan, plan_tensors
-from ..runner.activations import Workspace
+from ..quant.planning.plan import Form, Plan
 from ..runner.measure.evaluate import Parity
 from ..runner.measure.tokenization import Tokenization, compare_tokenizers
-from ..runner.memory import QUANTIZING, RUNNING, workspace
 from ..runner.settings import Compute, Evaluation
 from ..runner.texts import beyond_context
 from ..sources.hub.access import HubAccess
-from ..sources.imatrix import read_imatrix, source_in
+from ..sources.imatrix import read_imatrix
 from ..sources.locate import Source, locate_imatrix, open_source
 from ..sources.model import Model
-from ..sources.tokenizer import Tokenizer
 from .conversion import Conversion, Details, InputFile
 from .decisions import decisions
 from .encode import MeasuredImportance, missing_entries
-from .findings import Findings
-from .gguf.imatrix import ImatrixWriter, Origin
 from .gguf.metadata import gguf_metadata, imatrix_metadata, source_metadata
-from .gguf.tokenizer import tokenizer_problems, written_tokenizer
-from .gguf.writer import GGUFWriter
-from .onepass import PassInputs, run_pass
-from .onnx.export import open_onnx_writer
-from .plans.choose import calibration_for, plan_for, with_error_feedback
+from .gguf.tokenizer import tokenizer_problems
+from .onepass import PassInputs
+from .plans.choose import calibration_for, calibration_of_all, plan_for
 from .plans.measured import measured_plan
-from .preflight import check_disk, note_resumption
-from .resume.fingerprint import file_identity, fingerprint, text_identity
-from .resume.journal import Journal, journal_folder
+from .resume.journal import journal_folder
 from .resume.records import Spent
-from .settings import VERIFICATION, Calibration, Goal, Output
-from .writer import Writer
+from .settings import VERIFICATION, Calibration, Goal, Output, require_one_pass
+from .work import MadeFile, PlannedFile, Work, carry_out
+
+Goals = list[str] | list[Goal] | list[str | Goal] | tuple[str | Goal, ...]
+"""Several, each a recipe's name or more than that."""
 
 _log = logging.getLogger(__name__)
 _ROUNDED_ACTIVATIONS = (
@@ -52,6 +45,7 @@ _ROUNDED_ACTIVATIONS = (
 )
 
 
+@overload
 def convert(
     source: str | Path | Model,
     output: str | Path | Output = ".",
@@ -63,13 +57,43 @@ def convert(
     compute: Compute = Compute(),
     access: HubAccess = HubAccess(),
     progress: Progress | None = None,
-) -> Conversion:
+) -> Conversion: ...
+
+
+@overload
+def convert(
+    source: str | Path | Model,
+    output: str | Path | Output,
+    goal: Goals,
+    *,
+    form: Form = Form(),
+    calibration: Calibration = Calibration(),
+    evaluation: Evaluation | None = VERIFICATION,
+    compute: Compute = Compute(),
+    access: HubAccess = HubAccess(),
+    progress: Progress | None = None,
+) -> tuple[Conversion, ...]: ...
+
+
+def convert(
+    source: str | Path | Model,
+    output: str | Path | Output = ".",
+    goal: str | Goal | Goals | None = None,
+    *,
+    form: Form = Form(),
+    calibration: Calibration = Calibration(),
+    evaluation: Evaluation | None = VERIFICATION,
+    compute: Compute = Compute(),
+    access: HubAccess = HubAccess(),
+    progress: Progress | None = None,
+) -> Conversion | tuple[Conversion, ...]:
     """Convert a checkpoint to GGUF or ONNX: all that `moecast convert` does.
 
     Args:
         source: checkpoint folder, Hub id, hf:// or https:// address, or an open model, which is closed in the end.
         output: a path, or where, what and how to write.
-        goal: a recipe name such as Q4_K_M, the default for GGUF, or what else the types of weights follow from.
+        goal: a recipe name such as Q4_K_M, the default for GGUF, or what else the types of weights follow from. Several
+            make a file each, in one folder and one pass over the source; their conversions come in the same order.
         evaluation: on what to compare the result with the source; None for no comparison.
 
     A journal beside the output records what is done: stopped by whatever means, the same call continues.
@@ -79,45 +103,69 @@ def convert(
     """
     started = time.monotonic()
     output = output if isinstance(output, Output) else Output(output)
-    goal = goal if isinstance(goal, Goal) else Goal(goal)
+    given, alone = ([goal], True) if goal is None or isinstance(goal, str | Goal) else ([*goal], False)
+    goals = [each if isinstance(each, Goal) else Goal(each) for each in given]
     progress = progress or NoProgress()
-    calibration = with_error_feedback(calibration, goal)
+    require_one_pass(goals)
+    calibration = calibration_of_all(goals, calibration)
     with ExitStack() as stack:
-        opened = _open(source, access, goal, progress)
+        opened = _open(source, access, goals[0].measures, progress)
         model = opened.model
         stack.callback(model.close)
         if calibration.imatrix:
             calibration = replace(calibration, imatrix=locate_imatrix(calibration.imatrix, access, progress))
-        plan = plan_for(model, goal, form, calibration, output.file_format)
-        path = output.place(output.name or opened.name, plan.recipe.name)
-        measured = None
-        if goal.measures:
-            measuring = measured_plan(model, goal, path, form, calibration, compute, output.overwrite, progress)
+        plans = [plan_for(model, each, form, calibration, output.file_format) for each in goals]
+        name = output.name or opened.name
+        paths = output.places(name, [plan.recipe.name for plan in plans])
+        path, measured = paths[0] if len(paths) == 1 else paths[0].with_name(name), None
+        if goals[0].measures:
+            measuring = measured_plan(model, goals[0], path, form, calibration, compute, output.overwrite, progress)
             measured = stack.enter_context(measuring)
-            plan = measured.plan
+            plans = [measured.plan]
         opened.fetch_on_demand(access.scratch, journal_folder(path) / "shards")
-        asked, calibration = calibration, calibration_for(plan, goal, calibration)
-        for line in decisions(opened, goal, plan, asked, calibration):
-            _log.debug(line)
-        inputs = _inputs(model, calibration, evaluation)
-        metadata = _metadata(opened, plan, output, progress) | _importance_metadata(inputs, calibration, output)
-        work = _Work(model, plan, path, output, metadata, calibration, inputs, compute)
-        done = _carry_out(work, _identity(work, evaluation), bool(form.mtp), progress)
-        parity = done.parity
-        if parity and evaluation:
-            parity = replace(parity, tokenization=_tokenization(work, evaluation))
-    provenance = opened.provenance
-    spent = done.earlier + (measured.earlier if measured else Spent()) + Spent.since(started)
-    origin, details = provenance.get("repository", model.path.as_posix()), Details(plan, done.findings)
-    made = Conversion.of(path, done.files, details, origin, spent, parity)
+        calibrations = [calibration_for(plan, each, calibration) for plan, each in zip(plans, goals, strict=True)]
+        for each, plan, own in zip(goals, plans, calibrations, strict=True):
+            for line in decisions(opened, each, plan, calibration, own):
+                _log.debug(line)
+        used = next((own for own in calibrations if own.weighs), calibrations[0])
+        inputs = _inputs(model, used, evaluation)
+        described = zip(paths, plans, _metadata(opened, plans, output, progress), calibrations, strict=True)
+        files = [
+            PlannedFile(where, plan, keys | _importance_metadata(inputs, own, output), own)
+            for where, plan, keys, own in described
+        ]
+        work = Work(model, files, path, output, used, inputs, compute)
+        done = carry_out(work, evaluation, bool(form.mtp), progress)
+        spent = done.earlier + (measured.earlier if measured else Spent()) + Spent.since(started)
+        resumed = done.resumed or (measured is not None and measured.resumed)
+        made = [
+            replace(_conversion(work, file, found, evaluation, opened.provenance, spent), resumed=resumed)
+            for file, found in zip(files, done.files, strict=True)
+        ]
+    return made[0] if alone else tuple(made)
+
+
+def _conversion(
+    work: Work,
+    file: PlannedFile,
+    made: MadeFile,
+    evaluation: Evaluation | None,
+    provenance: Mapping[str, str],
+    spent: Spent,
+) -> Conversion:
+    """What was made of one of the files."""
+    parity, calibration = made.passed.parity, file.calibration
+    if parity and evaluation:
+        parity = replace(parity, tokenization=_tokenization(work, file, evaluation))
+    origin = provenance.get("repository", work.model.path.as_posix())
+    conversion = Conversion.of(file.path, made.paths, Details(file.plan, made.passed.findings), origin, spent, parity)
     return replace(
-        made,
-        problems=(*made.problems, *done.problems, *_problems(work, parity)),
+        conversion,
+        problems=(*conversion.problems, *made.problems, *_problems(work, file, parity)),
         revision=provenance.get("revision"),
         imatrix=InputFile.of(calibration.imatrix) if calibration.imatrix else None,
         texts=_texts(calibration, evaluation),
-        resumed=done.resumed or (measured is not None and measured.resumed),
-        draft=done.draft,
+        draft=made.draft,
     )
 
 
@@ -130,37 +178,33 @@ def _texts(calibration: Calibration, evaluation: Evaluation | None) -> dict[str,
     return {use: InputFile.of(text) for use, text in texts.items() if text is not None}
 
 
-def _tokenization(work: _Work, evaluation: Evaluation) -> Tokenization | None:
+def _tokenization(work: Work, file: PlannedFile, evaluation: Evaluation) -> Tokenization | None:
     """How the file's tokenizer does on the evaluation text; an ONNX folder has the source's own."""
-    if (written := work.written_tokenizer) is None:
+    if (written := work.written_tokenizer(file)) is None:
         return None
     return compare_tokenizers(work.model.tokenizer, written, evaluation.read())
 
 
-def _names(evaluation: Evaluation) -> str:
-    return " + ".join(file.name for file in evaluation.texts.values())
-
-
-def _problems(work: _Work, parity: Parity | None) -> list[str]:
+def _problems(work: Work, file: PlannedFile, parity: Parity | None) -> list[str]:
     """What the result does not do as its source does, apart from what its plan says."""
     inputs, problems = work.inputs, [] if parity is None else [*parity.problems]
-    if inputs.tokens:
+    if file.calibration.runs or parity is not None:
         beyond = beyond_context(inputs.context, work.model.context_length)
         problems += [line for line in beyond if line not in problems]
     if isinstance(inputs.importance, MeasuredImportance):
-        problems += missing_entries(inputs.importance.matrix, work.plan)
+        problems += missing_entries(inputs.importance.matrix, file.plan)
     if work.output.file_format == "gguf":
-        problems += tokenizer_problems(work.model.tokenizer, work.metadata, work.written_tokenizer)
+        problems += tokenizer_problems(work.model.tokenizer, file.metadata, work.written_tokenizer(file))
     elif parity is not None and work.output.rounded_activations == "int8":
         problems.append(_ROUNDED_ACTIVATIONS)
     return problems
 
 
-def _open(source: str | Path | Model, access: HubAccess, goal: Goal, progress: Progress) -> Source:
+def _open(source: str | Path | Model, access: HubAccess, measures: bool, progress: Progress) -> Source:
     # Measuring reads the model more than once, so it has to be here as a whole.
-    if access.scratch is not None and goal.measures:
+    if access.scratch is not None and measures:
         raise BadInput("--scratch drops shards, and --size and --bpw measure all of them first: leave it out")
-    opened = open_source(source, access, access.keep_source or goal.measures, progress)
+    opened = open_source(source, access, access.keep_source or measures, progress)
     if opened.model.metadata:
         raise BadInput(f"{opened.model.path} is a GGUF file, expected a checkpoint folder")
     if access.scratch is not None and opened.checkpoint is None:
@@ -168,45 +212,17 @@ def _open(source: str | Path | Model, access: HubAccess, goal: Goal, progress: P
     return opened
 
 
-@dataclass(frozen=True)
-class _Work:
-    """All that is decided before the first byte is written."""
-
-    model: Model
-    plan: Plan
-    path: Path
-    output: Output
-    metadata: dict[str, Any]
-    calibration: Calibration
-    inputs: PassInputs
-    compute: Compute
-
-    @cached_property
-    def written_tokenizer(self) -> Tokenizer | None:
-        """What the result makes of a text, None where that is not known."""
-        return written_tokenizer(self.metadata) if self.output.file_format == "gguf" else self.model.tokenizer
-
-
-@dataclass(frozen=True)
-class _Done:
-    """Files, the first of which is the model; how they compare, what was found of layers, what they could not hold;
-    whether runs went before, and what these took; which of the files is a draft."""
-
-    files: list[Path]
-    parity: Parity | None
-    findings: Findings
-    problems: list[str]
-    resumed: bool
-    earlier: Spent
-    draft: Path | None = None
-
-
-def _metadata(source: Source, plan: Plan, output: Output, progress: Progress) -> dict[str, Any]:
-    """The keys of a GGUF file; of an ONNX folder, which has none, only where the model came from."""
-    provenance = output.provenance or source.provenance
-    if output.file_format == "onnx":
-        return {**source_metadata(provenance)}
-    return gguf_metadata(source.model, plan, output.name or source.name, output.pre, provenance, progress)
+def _metadata(source: Source, plans: Sequence[Plan], output: Output, progress: Progress) -> Iterator[dict[str, Any]]:
+    """The keys of each GGUF file; of ONNX folders, which have none, only where the model came from."""
+    provenance, name = output.provenance or source.provenance, output.name or source.name
+    for number, plan in enumerate(plans):
+        said = NoProgress() if number else progress  # what the source's card and tokenizer lack is noted once
+        gguf = output.file_format == "gguf"
+        yield (
+            gguf_metadata(source.model, plan, name, output.pre, provenance, said)
+            if gguf
+            else {**source_metadata(provenance)}
+        )
 
 
 def _importance_metadata(inputs: PassInputs, calibration: Calibration, output: Output) -> dict[str, Any]:
@@ -235,70 +251,3 @@ def _inputs(model: Model, calibration: Calibration, evaluation: Evaluation | Non
         min_expert_tokens=calibration.min_expert_tokens,
         error_feedback=bool(calibration.error_feedback),
     )
-
-
-def _identity(work: _Work, evaluation: Evaluation | None) -> dict[str, str]:
-    """Everything that decides the bytes of the output."""
-    calibration, inputs, output = work.calibration, work.inputs, work.output
-    others = {
-        "importance matrix": file_identity(Path(calibration.imatrix)) if calibration.imatrix else "none",
-        "calibration": text_identity(calibration.text, inputs.calibration),
-        "evaluation": text_identity(_names(evaluation) if evaluation else None, inputs.evaluation),
-        "compute dtype": work.compute.dtype,
-        "error feedback": "yes" if inputs.error_feedback else "no",
-    }
-    rounded = output.rounded_activations
-    return fingerprint(work.model, work.plan, work.metadata, others, output.split_max_bytes, rounded)
-
-
-def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Progress) -> _Done:
-    """Write the files and compare them with their source."""
-    model, plan, inputs = work.model, work.plan, work.inputs
-    copies = RUNNING if inputs.evaluation is None else QUANTIZING
-    folder, feedback = work.path.parent, inputs.error_feedback
-    room = workspace(work.compute, plan.graph, inputs.tokens, inputs.context, folder, copies, feedback)
-    together = f", {room.experts_at_once} experts at a time" if feedback and room.experts_at_once > 1 else ""
-    identity = identity | {"device": room.device.type + together}
-    with room, Journal(work.path, identity, work.output.overwrite, progress) as journal, ExitStack() as stack:
-        resumed = journal.continues
-        check_disk(work.path, plan, model, inputs, work.compute.memory, journal, progress)
-        imatrix = _imatrix_writer(work)
-        if imatrix:
-            inputs = replace(inputs, imatrix=stack.enter_context(imatrix))
-        with _writer(work, journal) as writer:
-            if resumed:
-                note_resumption(writer.bytes_there, plan, model, progress)
-            passed = run_pass(model, plan, writer, inputs, work.compute, journal, room, progress)
-        beside = _write_draft(work, journal, room, progress) if draft and model.graph.draft else None
-    files = [*writer.paths, *([beside] if beside else [])]
-    return _Done(files, passed.parity, passed.findings, writer.problems, resumed, journal.earlier, beside)
-
-
-def _imatrix_writer(work: _Work) -> ImatrixWriter | None:
-    calibration, tokens = work.calibration, work.inputs.calibration
-    if calibration.save_to is None or calibration.text is None or tokens is None:
-        return None
-    origin = Origin.of(Path(calibration.text), tokens, source_in(work.metadata))
-    return ImatrixWriter(Path(calibration.save_to), origin, work.output.overwrite)
-
-
-def _writer(work: _Work, journal: Journal) -> Writer:
-    plan, output = work.plan, work.output
-    if isinstance(plan, OnnxPlan):
-        verify = work.inputs.evaluation is not None
-        activations = output.rounded_activations or "int8"
-        return open_onnx_writer(work.model, plan, work.path, activations, output.overwrite, verify, journal)
-    return GGUFWriter(work.path, work.metadata, plan.stored, output.split_max_bytes, output.overwrite, journal)
-
-
-def _write_draft(work: _Work, journal: Journal, room: Workspace, progress: Progress) -> Path:
-    """Multi-token prediction that is a draft of its own goes to a second file."""
-    model = work.model
-    assert model.graph.draft and model.architecture.draft_metadata
-    plan = plan_tensors(model.graph.draft, work.plan.recipe)
-    others = {key: value for key, value in work.metadata.items() if not key.startswith(f"{model.graph.architecture}.")}
-    metadata = others | dict(model.architecture.draft_metadata(model.graph))
-    path = work.path.with_name(f"{work.path.stem}-mtp.gguf")
-    with GGUFWriter(path, metadata, plan.stored, None, work.output.overwrite, journal) as writer:
-        run_pass(model, plan, writer, compute=work.compute, workspace=room, progress=progress)
-    return path

@@ -21,7 +21,7 @@ from .conversion import Conversion, Details, InputFile
 from .encode import MeasuredImportance, missing_entries
 from .gguf.metadata import QUANTIZATION_VERSION, imatrix_metadata
 from .gguf.writer import GGUFWriter
-from .onepass import PassInputs, run_pass
+from .onepass import FileToWrite, PassInputs, run_pass
 from .plans.choose import plan_for
 from .preflight import note_resumption
 from .resume.fingerprint import file_identity, fingerprint
@@ -70,10 +70,11 @@ def requantize(
         resumed = journal.continues
         with GGUFWriter(path, metadata, plan.stored, None, overwrite, journal) as writer:
             if resumed:
-                note_resumption(writer.bytes_there, plan, model, progress)
+                note_resumption(writer.bytes_there, plan.bytes, model, progress)
             inputs = PassInputs(importance=MeasuredImportance(importance) if importance else None)
             room = workspace(compute, plan.graph, 0, DEFAULT_CONTEXT)
-            passed = run_pass(model, plan, writer, inputs, compute, workspace=room, progress=progress)
+            files = [FileToWrite(plan, writer)]
+            (passed,) = run_pass(model, files, inputs, compute, workspace=room, progress=progress)
     details, spent = Details(plan, passed.findings), journal.earlier + Spent.since(started)
     made = Conversion.of(path, writer.paths, details, model.path.as_posix(), spent)
     missing = missing_entries(importance, plan) if importance else ()

@@ -169,6 +169,17 @@ def require_sound(goal: Goal, calibration: Calibration = Calibration(), file_for
         onnx_recipe_named(goal.recipe)
 
 
+def require_one_pass(goals: Sequence[Goal]) -> None:
+    """Raises BadInput for goals that one pass over the source cannot serve."""
+    if not goals:
+        raise BadInput("no goal is given, expected at least one recipe")
+    if len(goals) > 1 and any(goal.measures for goal in goals):
+        raise BadInput(
+            "a budget is measured for one file alone: give it alone, with --no-measure, or as a plan that "
+            "`moecast plan --measure -o` wrote"
+        )
+
+
 NO_CALIBRATION = Calibration(text=None)
 
 
@@ -203,6 +214,16 @@ class Output:
             _refuse("an ONNX model", {"--pre": self.pre, "--split-max-size": self.split_max_bytes})
         else:
             _refuse("a GGUF file", {"--activations": self.activations})
+
+    def places(self, name: str, quants: Sequence[str]) -> list[Path]:
+        """The same for each of several, which are made in one folder. Raises BadInput where two have one name."""
+        paths = [self.place(name, quant) for quant in quants]
+        if len(set(paths)) == len(paths):
+            return paths
+        if Path(self.path).suffix == ".gguf":
+            raise BadInput(f"--output is {self.path}, one file for {len(paths)}: give a folder")
+        twice = next(quant for quant in quants if quants.count(quant) > 1)
+        raise BadInput(f"two files are both called {twice}: convert to one of them")
 
     @property
     def rounded_activations(self) -> str | None:

@@ -45,6 +45,25 @@ def conversion_report(made: Conversion, command: str | None = None) -> Report:
     )
 
 
+def conversions_report(made: Sequence[Conversion], command: str | None = None) -> Report:
+    """How files compare that `convert` has made of one source in one pass."""
+    files = {use: file for one in made for use, file in one.texts.items()}
+    return Report(
+        kind="comparison",
+        title=f"{len(made)} files of {made[0].source.rstrip('/').rpartition('/')[2]}",
+        provenance=_provenance(made[0].source, files, command, made[0].revision),
+        candidates=candidates_of(made),
+        problems=tuple(f"{one.output.name}: {line}" for one in made for line in one.problems),
+    )
+
+
+def candidates_of(made: Sequence[Conversion]) -> tuple[Candidate, ...]:
+    """Those of some conversions that were compared with their source, the smallest first."""
+    from ..runner.measure.candidates import Candidate, ranked
+
+    return ranked([Candidate(one.output, one.bytes, one.bits_per_weight, one.parity) for one in made if one.parity])
+
+
 def plan_report(plan: Plan, source: str, command: str | None = None) -> Report:
     """A plan for a model that is called `source`."""
     return Report(

@@ -14,7 +14,7 @@ from .activations import Activations, Workspace
 from .blocks.common import normalizer
 from .blocks.context import Context
 from .blocks.residual import residual_of
-from .stream import Mixer, Stream, add_embeddings, word_logits
+from .stream import Mixer, Stream, add_embeddings, blocks_of_words, word_logits
 from .weights import Weights
 
 
@@ -127,7 +127,9 @@ class MultiTokenPrediction:
         """The residual with which the block begins, of tokens [chunks, n] and of hidden states before them."""
         block, weights = self._block, self._weights
         inputs = self._workspace.activations(*tokens.shape, *self._residual.width, whole_chunks=True)
-        add_embeddings(weights, tokens, self._residual, inputs)
+        for words in blocks_of_words(weights.graph.embedding):
+            add_embeddings(weights, words, tokens, self._residual, inputs)
+            weights.release()
         norms = normalizer(block.embedding_norm, weights), normalizer(block.hidden_norm, weights)
         for chunk, states in enumerate(hidden):
             both = torch.cat((norms[0](inputs[chunk]), norms[1](states)), dim=-1)

@@ -19,14 +19,13 @@ from .settings import Compute
 _log = logging.getLogger(__name__)
 
 RUNNING = 1  # form of a weight: as it is
-QUANTIZING = 3  # forms: as it is, as it is stored, and its pieces while they are joined
+_QUANTIZING = 3  # forms: as it is, as it is stored, and its pieces while they are joined
 _FLOAT = 4  # bytes
 _FACTORING = 8  # matrices of moments while one is taken apart
 _MOMENTS = 4  # of an expert's inputs: sums, means, their factor, and what it carries
 _ROUTE_BYTES, _SCORE_BYTES = 48, 128  # of a token: for each expert it goes to, and for its prediction
 _SLACK = 96 << 20  # what the allocator keeps to itself
-_BUFFERS = 2  # one reads ahead, the other writes behind
-_BUFFER_SHARE = 8  # each takes at most one part in so many of what is left
+_BUFFER_SHARE = 4  # all buffers take at most one part in so many of what is left
 
 
 def workspace(
@@ -37,6 +36,7 @@ def workspace(
     folder: Path | None = None,
     copies: int = RUNNING,
     error_feedback: bool = False,
+    files: int = 1,
 ) -> Workspace:
     """A device to compute on, and room for activations and buffers: what is left beside all else that a run holds.
 
@@ -44,9 +44,10 @@ def workspace(
         compute: which device, and the bounds of its memory and of the process's; without one for the latter, what the
             device does not hold stays in memory.
         graph: what runs `tokens` tokens of all streams, in chunks of `context`.
-        copies: how many forms of a weight are held at once: RUNNING, QUANTIZING, or `comparing` plans.
+        copies: how many forms of a weight are held at once: RUNNING, `quantizing`, or `comparing` plans.
         folder: where activations go that do not fit.
         error_feedback: whether mean products of inputs are kept, see `quant.moments`.
+        files: how many are written at once, each behind a buffer; one more reads ahead.
 
     Raises BadInput when even without activations more is needed, saying how much.
     """
@@ -63,8 +64,15 @@ def workspace(
             f"--memory is {memory / 1e9:.2f} GB, but the least that this model takes is {floor / 1e9:.2f} GB; "
             "give it that, or a smaller --context"
         )
-    buffer = min(BUFFER_BYTES, (memory - floor) // _BUFFER_SHARE)
-    return Workspace(memory - floor - _BUFFERS * buffer, folder, placement, buffer)
+    buffers = 1 + files
+    buffer = min(BUFFER_BYTES, (memory - floor) // (_BUFFER_SHARE * buffers))
+    return Workspace(memory - floor - buffers * buffer, folder, placement, buffer)
+
+
+def quantizing(files: int, forms: int) -> int:
+    """The `copies` of so many files whose rows have so many lengths: what each stores of a weight, each form of the
+    source that is padded in another way, and pieces while they are joined."""
+    return _QUANTIZING + files - 1 + forms - 1
 
 
 def comparing(plans: int) -> int:
@@ -123,7 +131,7 @@ def _in_transit(graph: Graph, tokens: int) -> int:
     statistics = max(
         sum(2 * weight.columns * (weight.experts or 1) for weight in weights_in(layer)) for layer in graph.layers
     )
-    return _FLOAT * (QUANTIZING * matrix + statistics) + _SCORE_BYTES * tokens
+    return _FLOAT * (_QUANTIZING * matrix + statistics) + _SCORE_BYTES * tokens
 
 
 def _routing(graph: Graph, tokens: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from ..sources.model import Model
 from .activations import Workspace
 from .observe import ObservingWeights, observe_head
 from .placement import CPU
-from .stream import Stream, advance
+from .stream import Stream, advance, embed
 from .texts import with_bos
 from .weights import ModelWeights, Weights
 
@@ -69,6 +69,14 @@ class LayerPass:
 
     def begin(self, name: str, tokens: Tensor, weights: Weights) -> Stream:
         """One more stream, of `tokens` [chunks, context]; each chunk begins with what the model wants there."""
+        self.begin_together({name: (tokens, weights)})
+        return self.streams[name]
+
+    def begin_together(self, streams: Mapping[str, tuple[Tensor, Weights]]) -> None:
+        """The same for several by name; what they share of their embeddings is loaded once."""
+        embed([self._begun(name, tokens, weights) for name, (tokens, weights) in streams.items()])
+
+    def _begun(self, name: str, tokens: Tensor, weights: Weights) -> Stream:
         tokens = with_bos(tokens, self.model.tokenizer)
         if not self._waiting:
             return self._add(name, Stream(self.model, tokens, weights=weights, workspace=self._workspace))

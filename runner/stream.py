@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import reduce
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
@@ -103,7 +104,7 @@ class Entered:
 class Stream:
     """Runs `tokens` [chunks, context] through `weights`, by default those of `model` as they are stored.
 
-    `hidden` is the residual: [chunks, context, hidden size], or with hyper-connections
+    `hidden` is the residual, zeros until `embed`: [chunks, context, hidden size], or with hyper-connections
     [chunks, context, streams, hidden size]. `shared` is what later layers will read of those passed, by the numbers of
     these: [chunks, tokens so far, width]. `inputs` are the tokens' per-layer embeddings for layers to come, by the
     numbers of these: [chunks, context, width]. With a `cache`, the tokens follow those of the streams that filled it. A
@@ -135,12 +136,11 @@ class Stream:
         self.hidden = self._workspace.activations(*tokens.shape, *self._residual.width, whole_chunks=True)
         if cache:
             cache.tokens += tokens.shape[1]
-        per_layer = self.weights.graph.per_layer
+        self.begun = states is not None
         self.inputs = dict(inputs or {})
-        if states is None or (per_layer and inputs is None):
-            add_embeddings(self.weights, self.tokens, self._residual, self.hidden)
-        if per_layer and inputs is None:
-            self._embed_for_layers(per_layer)
+        if states is not None and self.weights.graph.per_layer and inputs is None:
+            self.begun = False
+            embed([self])  # because per-layer embeddings are made of its embeddings
         if states is not None:
             self._take_up(iter(states), sharing)
 
@@ -271,38 +271,64 @@ class Stream:
             yield self.weights.load(self.weights.graph.head, None, rows)
             self.weights.release()
 
-    def _embed_for_layers(self, per_layer: PerLayerEmbedding) -> None:
+    def embed(self, words: tuple[int, int]) -> None:
+        """Begin with the tokens that are among these words."""
+        add_embeddings(self.weights, words, self.tokens, self._residual, self.hidden)
+
+    def embed_for_layers(self, per_layer: PerLayerEmbedding) -> None:
         """Work out the per-layer embeddings of all tokens, while `hidden` is their embeddings."""
         layers, width = range(per_layer.table.columns // per_layer.width), per_layer.width
         self.inputs = {
             layer: self._workspace.activations(*self.tokens.shape, width, whole_chunks=True) for layer in layers
         }
-        for places, rows in looked_up(self.weights, per_layer.table, self.tokens):
-            for layer, part in enumerate((per_layer.scale * per_layer.table_scale * rows).split(width, dim=1)):
-                self.inputs[layer].add_rows(places, part)
+        for words in blocks_of_words(per_layer.table):
+            for places, rows in _looked_up(self.weights, per_layer.table, words, self.tokens):
+                for layer, part in enumerate((per_layer.scale * per_layer.table_scale * rows).split(width, dim=1)):
+                    self.inputs[layer].add_rows(places, part)
+            self.weights.release()
         for chunk in range(len(self.hidden)):
             for layer, part in enumerate(project_inputs(per_layer, self.hidden[chunk], self.weights)):
                 self.inputs[layer][chunk] = self.inputs[layer][chunk] + part
         self.weights.release()
 
 
-def add_embeddings(weights: Weights, tokens: Tensor, residual: Residual, states: Activations) -> None:
-    """Add what a residual is of the embeddings of tokens [chunks, context] to `states`."""
-    scale = weights.graph.embedding_scale
-    for places, rows in looked_up(weights, weights.graph.embedding, tokens):
-        states.add_rows(places, residual.begin(scale * rows))
+def embed(streams: Sequence[Stream]) -> None:
+    """Begin streams that have not begun: the vocabulary comes in blocks, each loaded once for all of them."""
+    beginning = [stream for stream in streams if not stream.begun]
+    for blocks in zip_longest(*(blocks_of_words(stream.weights.graph.embedding) for stream in beginning)):
+        for stream, words in zip(beginning, blocks, strict=True):
+            if words:
+                stream.embed(words)
+        for stream in beginning:
+            stream.weights.release()
+    for stream in beginning:
+        if per_layer := stream.weights.graph.per_layer:
+            stream.embed_for_layers(per_layer)
+        stream.begun = True
 
 
-def looked_up(weights: Weights, table: Weight, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Numbers of tokens, counted over all chunks, and their rows of a table, some at a time."""
+def blocks_of_words(table: Weight) -> Iterator[tuple[int, int]]:
+    """The rows of a table with one for each word, so many at a time."""
+    return (rows for _, rows in pieces(table) if rows)
+
+
+def add_embeddings(
+    weights: Weights, words: tuple[int, int], tokens: Tensor, residual: Residual, states: Activations
+) -> None:
+    """Add to `states` what a residual is of the embeddings of those tokens [chunks, context] that are among words."""
+    for places, rows in _looked_up(weights, weights.graph.embedding, words, tokens):
+        states.add_rows(places, residual.begin(weights.graph.embedding_scale * rows))
+
+
+def _looked_up(
+    weights: Weights, table: Weight, words: tuple[int, int], tokens: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Numbers of the tokens that are among words, counted over all chunks, and their rows of a table, some at a time."""
     flat = tokens.flatten()
-    for _, rows in pieces(table):
-        assert rows
-        places = torch.where((flat >= rows[0]) & (flat < rows[1]))[0]
-        for part in places.split(_TOKENS) if len(places) else ():
-            block = weights.load(table, None, rows)
-            yield part, block[flat[part] - rows[0]]
-        weights.release()
+    places = torch.where((flat >= words[0]) & (flat < words[1]))[0]
+    for part in places.split(_TOKENS) if len(places) else ():
+        block = weights.load(table, None, words)
+        yield part, block[flat[part] - words[0]]
 
 
 def advance(
@@ -310,12 +336,13 @@ def advance(
     layers: Sequence[Layer | None],
     experts_done: Callable[[Sequence[int]], None] | None = None,
 ) -> None:
-    """Run every stream through a layer of its own (None: it has no more), all of them together.
+    """Run every stream through a layer of its own (None: it has no more), all of them together, from its embedding on.
 
     Streams of the same weights share what is loaded, as many experts at a time as the first stream's workspace says;
     `experts_done` is told of those that all streams have passed, while they are still loaded. Raises BadInput naming
     the first block or expert whose output is not finite.
     """
+    embed(streams)
     pairs = [(stream, layer) for stream, layer in zip(streams, layers, strict=True) if layer]
     for number in range(max(len(layer.sublayers) for _, layer in pairs)):
         here = [(stream, layer) for stream, layer in pairs if number < len(layer.sublayers)]

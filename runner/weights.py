@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..archs.expressions import Padded
 from ..archs.graph import Graph
 from ..archs.weights import Weight
+from ..sources.decode import pad
 from ..sources.model import Model
 from .placement import CPU
 
@@ -95,8 +97,8 @@ class CachedWeights(WeightProducts):
         self, graph: Graph, label: str, compute_dtype: torch.dtype = torch.float32, device: torch.device = CPU
     ) -> None:
         super().__init__(graph, label, compute_dtype, device)
-        # By identity, because a padded graph has other weights of the same names.
-        self._kept: dict[tuple[int, int | None, tuple[int, int] | torch.dtype | None], Tensor] = {}
+        # By origin, because a padded graph has other weights of the same names.
+        self._kept: dict[tuple[Hashable, int | None, tuple[int, int] | torch.dtype | None], Tensor] = {}
 
     def read(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
         raise NotImplementedError
@@ -108,7 +110,7 @@ class CachedWeights(WeightProducts):
     def matmul_operand(self, weight: Weight, expert: int | None) -> Tensor:
         if self._dtype_for(weight) == torch.float32:
             return self.load(weight, expert)
-        key = (id(weight), expert, self.compute_dtype)
+        key = (weight.origin, expert, self.compute_dtype)
         if key not in self._kept:
             direct = self.read_directly(weight, expert)
             if direct is None:
@@ -117,10 +119,11 @@ class CachedWeights(WeightProducts):
         return self._kept[key]
 
     def load(self, weight: Weight, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
-        whole = self._kept.get((id(weight), expert, None))
+        origin = weight.origin
+        whole = self._kept.get((origin, expert, None))
         if rows and whole is not None:
             return whole[slice(*rows)]
-        key = (id(weight), expert, rows)
+        key = (origin, expert, rows)
         if key not in self._kept:
             self._kept[key] = self.read(weight, expert, rows)
         return self._kept[key]
@@ -130,13 +133,20 @@ class CachedWeights(WeightProducts):
 
 
 class ModelWeights(CachedWeights):
-    """The weights of a model as they are stored; streams of one model share them, so each is decoded once for all."""
+    """The weights of a model as they are stored; streams of one model share them, so each is decoded once for all.
+
+    Those of padded forms of its graph are made of its own.
+    """
 
     def __init__(self, model: Model, compute_dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> None:
         super().__init__(model.graph, str(model.path), compute_dtype, device)
         self.model = model
+        self._own = {id(weight.source): weight for weight in model.graph.weights()}
 
     def read(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
+        source = weight.source
+        if isinstance(source, Padded) and (own := self._own.get(id(source.source))):
+            return pad(source, rows, lambda part: self.load(own, expert, part), self.device)
         return self.model.load(weight, expert, rows, self.device)
 
     def read_directly(self, weight: Weight, expert: int | None) -> Tensor | None:

@@ -223,19 +223,24 @@ def _damaged_table(source: Below, row: int, what: str) -> BadInput:
     )
 
 
-def _evaluate_padded(source: Padded, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
-    inner = source.source
+def pad(source: Padded, rows: RowRange, inner: Callable[[RowRange], Tensor], device: torch.device | str) -> Tensor:
+    """Rows of a padded matrix, or a padded vector, made of those rows of what is in it."""
+    shape = source.source.shape
     if len(source.shape) == 1:
-        values = torch.zeros(source.shape, device=storage.device)
-        values[: inner.shape[0]] = evaluate(inner, storage) * source.factor
+        values = torch.zeros(source.shape, device=device)
+        values[: shape[0]] = inner(None) * source.factor
         return values
     start, stop = rows or (0, source.shape[-2])
-    values = torch.zeros(stop - start, source.shape[-1], device=storage.device)
-    filled = min(stop, inner.shape[-2]) - start
+    values = torch.zeros(stop - start, source.shape[-1], device=device)
+    filled = min(stop, shape[-2]) - start
     if filled > 0:
-        part = evaluate(inner, storage, expert, (start, start + filled))
-        values[:filled, : inner.shape[-1]] = part * source.factor
+        part = inner(None if filled == shape[-2] else (start, start + filled))
+        values[:filled, : shape[-1]] = part * source.factor
     return values
+
+
+def _evaluate_padded(source: Padded, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:
+    return pad(source, rows, lambda own: evaluate(source.source, storage, expert, own), storage.device)
 
 
 def _evaluate_side_by_side(source: SideBySide, storage: Reader, expert: int | None, rows: RowRange) -> Tensor:

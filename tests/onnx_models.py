@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from moecast.convert.gguf.metadata import gguf_metadata
 from moecast.convert.gguf.writer import GGUFWriter
-from moecast.convert.onepass import run_pass
+from moecast.convert.onepass import FileToWrite, run_pass
 from moecast.convert.onnx.export import open_onnx_writer
 from moecast.progress import NoProgress
 from moecast.quant.planning.file_formats import plan_format
@@ -39,10 +39,10 @@ def cast(checkpoint: Path, output: Path, quant: str = "Q4_0", activations: str =
     folder, gguf = output / "onnx", output / "model.gguf"
     folder.mkdir(parents=True)
     with open_onnx_writer(model, plan, folder, activations, overwrite=False, verify=True) as writer:
-        run_pass(model, plan, writer, compute=Compute(threads=1))
+        run_pass(model, [FileToWrite(plan, writer)], compute=Compute(threads=1))
     metadata = gguf_metadata(model, plan, "model", None, {}, NoProgress())
     with GGUFWriter(gguf, metadata, plan.stored) as writer:
-        run_pass(model, plan, writer, compute=Compute(threads=1))
+        run_pass(model, [FileToWrite(plan, writer)], compute=Compute(threads=1))
     return Cast(checkpoint, plan, folder, gguf)
 
 

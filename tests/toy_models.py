@@ -12,7 +12,7 @@ from moecast.archs.expressions import OnePlus, Read, TensorInfo
 from moecast.archs.graph import MLP, Activation, Attention, Graph, Layer, MoE, Norm, Router, Score, SubLayer
 from moecast.archs.registry import architectures
 from moecast.archs.weights import Role, Weight
-from moecast.convert.onepass import run_pass
+from moecast.convert.onepass import FileToWrite, run_pass
 from moecast.convert.onnx.export import open_onnx_writer
 from moecast.quant.planning.onnx_plan import plan_onnx
 from moecast.quant.planning.recipes import recipe_named
@@ -178,5 +178,5 @@ def onnx_of(model: Model, folder: Path) -> OnnxModel:
     folder.mkdir()
     plan = plan_onnx(model.graph, recipe_named("F32"))
     with open_onnx_writer(model, plan, folder, "float32", overwrite=False, verify=True) as writer:
-        run_pass(model, plan, writer, compute=Compute(threads=1))
+        run_pass(model, [FileToWrite(plan, writer)], compute=Compute(threads=1))
     return OnnxModel(folder, threads=1)

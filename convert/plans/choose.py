@@ -74,6 +74,17 @@ def with_error_feedback(calibration: Calibration, goal: Goal) -> Calibration:
     return replace(calibration, error_feedback=calibration.runs and not goal.is_recipe)
 
 
+def calibration_of_all(goals: Sequence[Goal], calibration: Calibration) -> Calibration:
+    """The same for files of one pass. Raises BadInput where they would not agree."""
+    decided = {with_error_feedback(calibration, goal) for goal in goals}
+    if len(decided) > 1:
+        raise BadInput(
+            "recipes are rounded without error feedback unless asked, all else with it: give --error-feedback or "
+            "--no-error-feedback for files of one pass"
+        )
+    return decided.pop()
+
+
 def calibration_for(plan: Plan, goal: Goal, calibration: Calibration) -> Calibration:
     """What of a calibration is carried out: none where all types are so fine that it would change nothing."""
     wanted = plan.recipe.wants_importance if goal.is_recipe and not goal.tensor_types else plan.wants_importance

@@ -35,8 +35,10 @@ _DECIDING = (
     "runner/measure/*.py",
     "convert/calibrate.py",
     "convert/encode.py",
+    "convert/encoders.py",
     "convert/findings.py",  # in what form they are saved
     "convert/onepass.py",
+    "convert/roundings.py",
     "convert/writer.py",
     "convert/gguf/*.py",
     "convert/onnx/*.py",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,7 +49,8 @@ class Journal:
     """The record of one output. Use it as a context manager around everything that makes the output.
 
     Leaving the context normally removes the journal. An exception keeps it and the temporary files where the same
-    command can go on: after an interruption, a full disk, a lost connection. Bad input removes all of it.
+    command can go on: after an interruption, a full disk, a lost connection. Bad input removes all of it. Several
+    threads may record what they have made.
 
     Args:
         output: the file or folder that is made; the journal lies beside it.
@@ -79,6 +81,7 @@ class Journal:
         self._started = time.monotonic()
         self._done: set[Key] = set()
         self._intact: dict[str, bool] = {}  # saved tensors that were looked at
+        self._adding = threading.RLock()
         self._pending: list[Key] = []
         self._pending_bytes = 0
         self._unsynchronized: set[int] = set()
@@ -131,26 +134,28 @@ class Journal:
 
     def add(self, key: Key, size: int = 0, *descriptors: int) -> None:
         """Record that `key` is done: `size` bytes were written through `descriptors`. Makes batches durable."""
-        self._done.add(key)
-        self._pending.append(key)
-        self._pending_bytes += size
-        self._unsynchronized.update(descriptors)
-        if self._pending_bytes >= BATCH_BYTES or time.monotonic() - self._committed >= BATCH_SECONDS:
-            self.commit()
+        with self._adding:
+            self._done.add(key)
+            self._pending.append(key)
+            self._pending_bytes += size
+            self._unsynchronized.update(descriptors)
+            if self._pending_bytes >= BATCH_BYTES or time.monotonic() - self._committed >= BATCH_SECONDS:
+                self.commit()
 
     def commit(self) -> None:
         """Make everything recorded so far durable. Raises Interrupted when the disk does not take it."""
-        try:
-            for descriptor in self._unsynchronized:
-                sync(descriptor)
-            self._unsynchronized.clear()
-            if self._pending:
-                spent = self._earlier + Spent.since(self._started)
-                self._append(sealed(entry(self._pending, spent), self._seed))
-                self._pending, self._pending_bytes = [], 0
-        except OSError as error:
-            raise self.stopped(error) from None
-        self._committed = time.monotonic()
+        with self._adding:
+            try:
+                for descriptor in self._unsynchronized:
+                    sync(descriptor)
+                self._unsynchronized.clear()
+                if self._pending:
+                    spent = self._earlier + Spent.since(self._started)
+                    self._append(sealed(entry(self._pending, spent), self._seed))
+                    self._pending, self._pending_bytes = [], 0
+            except OSError as error:
+                raise self.stopped(error) from None
+            self._committed = time.monotonic()
 
     def save(self, name: str, tensors: Iterable[Tensor]) -> None:
         """Keep tensors under a name of letters, digits and hyphens, one at a time. They are durable at once, like all

@@ -133,9 +133,9 @@ def _stream(server: HubServer, tmp_path: Path, *options: str) -> subprocess.Comp
 
 @pytest.mark.whole
 def test_streamed_conversion(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
-    """Every shard comes once and goes; the file is that of a conversion from a folder."""
+    """Every shard comes once and goes, however many files are made; these are those of conversions from a folder."""
     with HubServer(minimax_fp8.folder) as server:
-        result = _stream(server, tmp_path)
+        result = _stream(server, tmp_path, "--quant", "Q8_0,BF16", "-o", str(tmp_path / "out"))
         assert result.returncode == 0, result.stderr
         assert re.search(
             r"Starting: [\d.]+ MB to fetch, at most [\d.]+ MB of it on disk, [\d.]+ MB to write", result.stderr
@@ -144,10 +144,12 @@ def test_streamed_conversion(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
         assert [sum(request.range is None for request in server.bodies(shard)) for shard in shards] == [1, 1, 1]
         provenance = {"repository": "tiny/moe", "revision": server.commit}
     assert not list((tmp_path / "home").rglob("*.safetensors"))
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.gguf"]
-    local = tmp_path / "local.gguf"
-    convert(minimax_fp8.folder, local, "Q8_0", name="moe", verify=False, provenance=provenance)
-    assert (tmp_path / "out" / "model.gguf").read_bytes() == local.read_bytes()
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == ["moe-BF16.gguf", "moe-Q8_0.gguf"]
+    for file, recipe in zip(files, ("BF16", "Q8_0"), strict=True):
+        local = tmp_path / f"{recipe}.gguf"
+        convert(minimax_fp8.folder, local, recipe, name="moe", verify=False, provenance=provenance)
+        assert file.read_bytes() == local.read_bytes()
 
 
 @pytest.mark.slow

@@ -114,6 +114,24 @@ def test_long_texts_go_to_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_several_files_stay_within_memory(tmp_path: Path) -> None:
+    """Each has streams, weights and a buffer of its own, which the bound counts."""
+    folder = _write(tmp_path / "model", num_hidden_layers=2)
+    options = ["--calibration", str(CALIBRATION), "-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "12", "--json"]
+    options += ["--calibration-chunks", "8", "-o", str(tmp_path)]
+    command = [sys.executable, "-m", "moecast.cli", "convert", str(folder), *options, "--memory"]
+    floors = []
+    for recipes in ("Q4_K_M", "Q4_K_M,Q2_K,Q6_K,Q8_0,BF16"):
+        quant = ["--quant", recipes]
+        floors.append(_floor(subprocess.run([*command, "100MB", *quant], capture_output=True, text=True)))
+    assert floors[0] and floors[1] and floors[1] > floors[0]
+    memory = floors[1] + 20_000_000
+    result = subprocess.run([*command, str(memory), *quant], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert [one["peak_rss_bytes"] < memory for one in json.loads(result.stdout)["conversions"]] == 5 * [True]
+
+
+@pytest.mark.slow
 def test_measuring_stays_within_memory(tmp_path: Path) -> None:
     """Probes and plans to compare are many lanes; what does not fit goes to disk, and the plan is the same."""
     folder, text = _write(tmp_path / "model", num_hidden_layers=2, intermediate_size=64), tmp_path / "text.txt"

@@ -18,7 +18,7 @@ from conversions import convert
 from forward import runner_logits
 from moecast.convert.gguf.metadata import gguf_metadata
 from moecast.convert.gguf.writer import GGUFWriter
-from moecast.convert.onepass import run_pass
+from moecast.convert.onepass import FileToWrite, run_pass
 from moecast.errors import BadInput
 from moecast.progress import NoProgress
 from moecast.quant.planning.padding import pad
@@ -148,7 +148,7 @@ def test_padding_changes_no_result(made: Make, kind: str, tmp_path: Path) -> Non
     assert {t.weight.columns % 256 for t in plan.tensors if t.weight.name.endswith("exps.weight")} <= {0}
     padded = tmp_path / "padded.gguf"
     with GGUFWriter(padded, gguf_metadata(model, plan, "padded", None, {}, NoProgress()), plan.stored) as writer:
-        run_pass(model, plan, writer)
+        run_pass(model, [FileToWrite(plan, writer)])
     assert divergence(padded, model) < 1e-8
     assert llama_perplexity(padded) == pytest.approx(llama_perplexity(plain), rel=1e-5)
     result = parity(plain, padded, Evaluation(checkpoints.TEXT, 64, 2))

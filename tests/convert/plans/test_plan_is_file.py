@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import moecast.convert.pipeline
+import moecast.convert.work
 import pytest
 import real_models
 from checkpoints import EXAMPLES, TEXT
@@ -39,7 +39,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversions decide all that they decide, and lay out their files, whose numbers stay zero."""
     nothing = Passed(None, Findings())
-    monkeypatch.setattr(moecast.convert.pipeline, "run_pass", lambda *arguments, **named: nothing)
+    monkeypatch.setattr(moecast.convert.work, "run_pass", lambda model, files, *others, **named: [nothing] * len(files))
 
 
 def run(command: str, folder: Path, *options: object) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def attempt(
     if child == 0:
         try:
             counter = Calls(*calls)
-            make(source, folder if options.get("file_format") == "onnx" else folder / "model.gguf", **options)
+            alone = options.get("file_format") != "onnx" and not isinstance(options.get("quant"), list)
+            make(source, folder / "model.gguf" if alone else folder, **options)
             os.write(writer, str(counter.count).encode())
             os._exit(0)
         except BaseException as error:

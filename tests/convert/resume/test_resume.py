@@ -80,6 +80,7 @@ def _excerpt(folder: Path) -> Path:
         ("nemotron-3-tiny", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
         ("a draft", {"mtp": True, "calibration": None, "verify": False}),  # it is a second file
         ("minimax-m2-tiny", {"file_format": "onnx"} | LANES),
+        ("nemotron-3-tiny", {"quant": ["Q4_K_M", "Q8_0", "Q2_K"]} | LANES),  # files of one pass
         ("nemotron-3-tiny", {"size": 2_000_000} | LANES),
         ("from the Hub", {"split_max_bytes": 300_000, "calibration": None, "verify": False}),
         ("from the Hub", {"file_format": "onnx"} | LANES),
@@ -89,7 +90,7 @@ def _excerpt(folder: Path) -> Path:
 def test_killed_at_random_moments(
     minimax_fp8: Checkpoint, tmp_path: Path, example: str, options: dict[str, Any]
 ) -> None:
-    """Ten kills each, seventy together. Every finished output equals the undisturbed one, and nothing else is left."""
+    """Ten kills each, eighty together. Every finished output equals the undisturbed one, and nothing else is left."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     source = checkpoints.EXAMPLES / example
