@@ -173,7 +173,7 @@ def show_conversion(result: Conversion, as_json: bool, machine: Machine | None =
         rows += parity_rows(result.parity)
     runs = " in all runs" if result.resumed else ""
     rows.append(("Time, peak memory", f"{result.seconds:.1f} s{runs}, {human_bytes(result.peak_rss_bytes)}"))
-    print_table(str(file), rows)
+    print_table(str(result.files[0]), rows)
     if result.parity:
         _show_categories(result.parity)
     show_problems(result.problems)

@@ -323,7 +323,7 @@ def add_embeddings(
 def _looked_up(
     weights: Weights, table: Weight, words: tuple[int, int], tokens: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Numbers of the tokens that are among words, counted over all chunks, and their rows of a table, some at a time."""
+    """Numbers of the tokens that are among words, counted over all chunks, and their rows of a table, part by part."""
     flat = tokens.flatten()
     places = torch.where((flat >= words[0]) & (flat < words[1]))[0]
     for part in places.split(_TOKENS) if len(places) else ():
