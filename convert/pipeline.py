@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +28,7 @@ from ..sources.imatrix import read_imatrix, source_in
 from ..sources.locate import Source, locate_imatrix, open_source
 from ..sources.model import Model
 from ..sources.tokenizer import Tokenizer
-from .conversion import Conversion, Details, InputFile
+from .conversion import Conversion, Details, InputFile, Reused
 from .decisions import decisions
 from .encode import MeasuredImportance, missing_entries
 from .findings import Findings
@@ -40,9 +41,11 @@ from .onnx.export import open_onnx_writer
 from .plans.choose import calibration_for, plan_for, with_error_feedback
 from .plans.measured import measured_plan
 from .preflight import check_disk, note_resumption
-from .resume.fingerprint import file_identity, fingerprint, text_identity
+from .resume.fingerprint import code_digest, file_identity, fingerprint, source_identity, text_identity
 from .resume.journal import Journal, journal_folder
 from .resume.records import Spent
+from .resume.sidecar import MadeFrom, Measured, importance_facts, keep_fingerprints
+from .reuse import EarlierFile, Reuse, fetch_only_missing, fingerprints_of
 from .settings import VERIFICATION, Calibration, Goal, Output
 from .writer import Writer
 
@@ -82,6 +85,7 @@ def convert(
     goal = goal if isinstance(goal, Goal) else Goal(goal)
     progress = progress or NoProgress()
     calibration = with_error_feedback(calibration, goal)
+    earlier = EarlierFile(Path(output.reuse)) if output.reuse else None
     with ExitStack() as stack:
         opened = _open(source, access, goal, progress)
         model = opened.model
@@ -92,7 +96,8 @@ def convert(
         path = output.place(output.name or opened.name, plan.recipe.name)
         measured = None
         if goal.measures:
-            measuring = measured_plan(model, goal, path, form, calibration, compute, output.overwrite, progress)
+            here = replace(output, path=path)
+            measuring = measured_plan(model, goal, here, form, calibration, compute, progress)
             measured = stack.enter_context(measuring)
             plan = measured.plan
         opened.fetch_on_demand(access.scratch, journal_folder(path) / "shards")
@@ -101,7 +106,8 @@ def convert(
             _log.debug(line)
         inputs = _inputs(model, calibration, evaluation)
         metadata = _metadata(opened, plan, output, progress) | _importance_metadata(inputs, calibration, output)
-        work = _Work(model, plan, path, output, metadata, calibration, inputs, compute)
+        kept = measured.measured if measured else None
+        work = _Work(model, plan, path, output, metadata, calibration, inputs, compute, earlier, kept)
         done = _carry_out(work, _identity(work, evaluation), bool(form.mtp), progress)
         parity = done.parity
         if parity and evaluation:
@@ -117,6 +123,7 @@ def convert(
         imatrix=InputFile.of(calibration.imatrix) if calibration.imatrix else None,
         texts=_texts(calibration, evaluation),
         resumed=done.resumed or (measured is not None and measured.resumed),
+        reused=done.reused,
     )
 
 
@@ -179,6 +186,8 @@ class _Work:
     calibration: Calibration
     inputs: PassInputs
     compute: Compute
+    earlier: EarlierFile | None = None
+    measured: Measured | None = None
 
     @cached_property
     def written_tokenizer(self) -> Tokenizer | None:
@@ -189,7 +198,7 @@ class _Work:
 @dataclass(frozen=True)
 class _Done:
     """Files, the first of which is the model; how they compare, what was found of layers, what they could not hold;
-    whether runs went before, and what these took."""
+    whether runs went before, and what these took; what was taken from an earlier file."""
 
     files: list[Path]
     parity: Parity | None
@@ -197,6 +206,7 @@ class _Done:
     problems: list[str]
     resumed: bool
     earlier: Spent
+    reused: Reused | None
 
 
 def _metadata(source: Source, plan: Plan, output: Output, progress: Progress) -> dict[str, Any]:
@@ -263,14 +273,34 @@ def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Pro
         imatrix = _imatrix_writer(work)
         if imatrix:
             inputs = replace(inputs, imatrix=stack.enter_context(imatrix))
+        made_from = _made_from(work, identity)
+        reuse = Reuse(work.earlier, plan, made_from) if work.earlier else None
         with _writer(work, journal) as writer:
+            reused = reuse.take_over(writer, progress) if reuse else None
+            if not inputs.tokens:
+                fetch_only_missing(model, plan, writer)
             if resumed:
                 note_resumption(writer.bytes_there, plan, model, progress)
             passed = run_pass(model, plan, writer, inputs, work.compute, journal, room, progress)
+            if reuse:
+                reuse.add_findings(passed.findings, writer.problems)
+        if work.output.file_format == "gguf":
+            made = fingerprints_of(plan, made_from, writer, passed.findings, work.measured)
+            keep_fingerprints(made, work.path, progress)
         files = [*writer.paths]
         if draft and model.graph.draft:
             files.append(_write_draft(work, journal, room, progress))
-    return _Done(files, passed.parity, passed.findings, writer.problems, resumed, journal.earlier)
+    return _Done(files, passed.parity, passed.findings, writer.problems, resumed, journal.earlier, reused)
+
+
+def _made_from(work: _Work, identity: Mapping[str, str]) -> MadeFrom:
+    """What decides the bytes of each tensor, apart from the tensor itself."""
+    inputs = work.inputs
+    facts = importance_facts(identity, inputs.calibration is not None, inputs.importance is not None)
+    if inputs.calibration is not None:
+        tokenizer = work.model.tokenizer
+        facts["first token"] = str(tokenizer.bos if tokenizer.add_bos else None)
+    return MadeFrom(source_identity(work.model, work.metadata), facts, code_digest())
 
 
 def _imatrix_writer(work: _Work) -> ImatrixWriter | None:

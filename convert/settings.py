@@ -184,6 +184,7 @@ class Output:
         pre: GGUF: llama.cpp's name of the text splitter, by default the architecture's.
         activations: ONNX: what is rounded to before products, int8 (fast, the default) or float32.
         overwrite: replace an existing output.
+        reuse: GGUF: an earlier file, whose tensors are taken where type, source and weighing are the same.
         provenance: GGUF: facts about the source to store in the file, by default what is known of a Hub repository.
     """
 
@@ -194,13 +195,15 @@ class Output:
     pre: str | None = None
     activations: str | None = None
     overwrite: bool = False
+    reuse: str | Path | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name is not None and not (self.name.isprintable() and re.fullmatch(_FILE_NAME, self.name)):
             raise BadInput(f"--name is {self.name!r}, expected a name that files can have, such as Model-1.0")
         if self.file_format == "onnx":
-            _refuse("an ONNX model", {"--pre": self.pre, "--split-max-size": self.split_max_bytes})
+            of_gguf = {"--pre": self.pre, "--split-max-size": self.split_max_bytes, "--reuse": self.reuse}
+            _refuse("an ONNX model", of_gguf)
         else:
             _refuse("a GGUF file", {"--activations": self.activations})
 

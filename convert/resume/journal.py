@@ -28,6 +28,7 @@ from ... import __version__
 from ...errors import BadInput, Interrupted, OutputExists
 from ...files import bytes_on_disk, lock, open_descriptor, read_at, sync, sync_folder, write_at
 from ...progress import NoProgress, Progress
+from .fingerprint import differences
 from .records import SAVED, STARTED, Key, Spent, entry, read_record, sealed
 
 BATCH_BYTES = 256 << 20  # this much is written before it is made durable
@@ -282,12 +283,7 @@ class Journal:
 
     def _changes(self, found: Mapping[str, str]) -> list[str]:
         """What differs from the fingerprint that was found."""
-        return [
-            f"{name} was {found.get(name)}, is now {self._fingerprint.get(name)}"
-            for name in dict.fromkeys((*self._fingerprint, *found))
-            if found.get(name) != self._fingerprint.get(name)
-            and (not Path(name).is_absolute() or (name in found and name in self._fingerprint))
-        ]
+        return [*differences(found, self._fingerprint).values()]
 
     def _refusal(self, changes: Sequence[str], version: str) -> str:
         further = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
