@@ -9,7 +9,7 @@ experts that no token reached for one, is encoded when the streams are done with
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -52,6 +52,8 @@ class PassInputs:
         imatrix: receives what calibration finds.
         min_expert_tokens: how many calibration tokens every expert must have seen.
         error_feedback: round what calibration has passed through with error feedback, see `quant.rounding.feedback`.
+        rounded: names of weights that are written before the pass, taken from an earlier file.
+        calibrated_layers: after so many layers nothing is left that calibration is for; None: after all of them.
     """
 
     calibration: Tensor | None = None
@@ -61,6 +63,8 @@ class PassInputs:
     imatrix: ImatrixWriter | None = None
     min_expert_tokens: int = 0
     error_feedback: bool = False
+    rounded: Collection[str] = ()
+    calibrated_layers: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -106,7 +110,7 @@ def run_pass(
     progress, workspace = progress or NoProgress(), workspace or Workspace()
     source = ModelWeights(model, compute.torch_dtype, workspace.device)
     _prepare_kernels(plan, inputs, workspace.device)
-    statistics = statistics_for(inputs.error_feedback, compute.torch_dtype)
+    statistics = statistics_for(inputs.error_feedback, compute.torch_dtype, inputs.rounded)
     known = inputs.importance if inputs.calibration is None else statistics
     with WriteBehind(writer, workspace.buffer) as behind:
         encoder = Encoder(source, plan, behind, progress, known, compute.threads, workspace.buffer)
@@ -144,6 +148,10 @@ def _run(
                 known = load_statistics(journal, index)
                 inputs.imatrix.add(known.sums, known.counts)
             continue
+        if inputs.calibrated_layers is not None and index >= inputs.calibrated_layers:
+            if inputs.evaluation is None:
+                break
+            layers = (None, *layers[1:])
         layer_pass.advance(layers, partial(encoder.finish_experts, index))  # writes the layer: see QuantizingWeights
         encoder.finish_layer(index)  # before the journal says that the layer is passed
         if inputs.evaluation is not None:
@@ -158,7 +166,7 @@ def _run(
         lines.write(index, findings.layer_errors[-1] if findings.layer_errors else None, statistics)
         layer_pass.save(index, findings.tensor())
         statistics.clear()
-    if inputs.calibration is not None and inputs.error_feedback:
+    if inputs.calibration is not None and inputs.error_feedback and inputs.calibrated_layers is None:
         observe_head(streams[CALIBRATION], statistics)
     result = None
     if inputs.evaluation is not None:

@@ -45,7 +45,7 @@ from .resume.fingerprint import code_digest, file_identity, fingerprint, source_
 from .resume.journal import Journal, journal_folder
 from .resume.records import Spent
 from .resume.sidecar import MadeFrom, Measured, importance_facts, keep_fingerprints
-from .reuse import EarlierFile, Reuse, fetch_only_missing, fingerprints_of
+from .reuse import EarlierFile, Reuse, fetch_only_needed, fingerprints_of
 from .settings import VERIFICATION, Calibration, Goal, Output
 from .writer import Writer
 
@@ -267,18 +267,22 @@ def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Pro
     room = workspace(work.compute, plan.graph, inputs.tokens, inputs.context, folder, copies, feedback)
     together = f", {room.experts_at_once} experts at a time" if feedback and room.experts_at_once > 1 else ""
     identity = identity | {"device": room.device.type + together}
+    made_from = _made_from(work, identity)
+    reuse = Reuse(work.earlier, plan, made_from, progress) if work.earlier else None
+    if reuse:
+        inputs = reuse.narrowed(inputs, plan, work.calibration.save_to is None)
+        if inputs.calibrated_layers is not None:  # what states hold depends on it
+            identity["layers that calibrate"] = str(inputs.calibrated_layers)
     with room, Journal(work.path, identity, work.output.overwrite, progress) as journal, ExitStack() as stack:
         resumed = journal.continues
         check_disk(work.path, plan, model, inputs, work.compute.memory, journal, progress)
         imatrix = _imatrix_writer(work)
         if imatrix:
             inputs = replace(inputs, imatrix=stack.enter_context(imatrix))
-        made_from = _made_from(work, identity)
-        reuse = Reuse(work.earlier, plan, made_from) if work.earlier else None
         with _writer(work, journal) as writer:
-            reused = reuse.take_over(writer, progress) if reuse else None
-            if not inputs.tokens:
-                fetch_only_missing(model, plan, writer)
+            reused = reuse.take_over(writer) if reuse else None
+            if inputs.evaluation is None:
+                fetch_only_needed(model, plan, writer, inputs)
             if resumed:
                 note_resumption(writer.bytes_there, plan, model, progress)
             passed = run_pass(model, plan, writer, inputs, work.compute, journal, room, progress)

@@ -6,11 +6,16 @@ What was measured to choose the types of an earlier file is taken over by `plans
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from ..archs.expressions import TensorInfo, stored_tensors
 from ..archs.weights import Weight
+from ..errors import BadInput
 from ..progress import Progress
 from ..quant.planning.plan import Plan, PlannedTensor
 from ..sources.gguf import read_gguf
@@ -19,6 +24,7 @@ from ..sources.model import Model, first_row_of, pieces, row_count_of
 from ..sources.storage import Storage
 from .conversion import Reused
 from .findings import Findings
+from .onepass import PassInputs
 from .resume.sidecar import Fingerprints, MadeFrom, Measured, TensorRecord, read_fingerprints, tensor_digest
 from .writer import Writer
 
@@ -45,50 +51,77 @@ class EarlierFile:
             return False
         return record.digest == tensor_digest(tensor) and made_from.gives_same(tensor, self.fingerprints.made_from)
 
-    def copy_to(self, writer: Writer, tensor: PlannedTensor, storage: Storage) -> int:
-        """Write the pieces of a tensor that are missing; how many of them are not as they were, and left out."""
-        stored, weight, damaged = self._tensors[tensor.weight.name], tensor.weight, 0
-        checksums = self.fingerprints.tensors[weight.name].checksums
-        for piece, checksum in zip(pieces(weight), checksums, strict=True):
+    def is_intact(self, tensor: PlannedTensor, storage: Storage) -> bool:
+        """Whether the bytes of a tensor are as they were written."""
+        return all(zlib.crc32(rows.numpy().data) == checksum for _, rows, checksum in self.pieces(tensor, storage))
+
+    def pieces(self, tensor: PlannedTensor, storage: Storage) -> Iterator[tuple[int, Tensor, int]]:
+        """The pieces of a tensor: first row, bytes, and the checksum that these had."""
+        weight = tensor.weight
+        for piece, checksum in zip(pieces(weight), self.fingerprints.tensors[weight.name].checksums, strict=True):
             first = first_row_of(weight, piece)
-            if writer.has(weight.name, first):
-                continue
-            rows = storage.read(stored, first, first + row_count_of(weight, piece))
-            if zlib.crc32(rows.numpy().data) == checksum:
-                writer.write(weight.name, first, rows)
-            else:
-                damaged += 1
-        return damaged
+            yield first, storage.read(self._tensors[weight.name], first, first + row_count_of(weight, piece)), checksum
 
 
 class Reuse:
-    """What a conversion takes from an earlier file."""
+    """What a conversion takes from an earlier file: the tensors that are the same, and as they were written."""
 
-    def __init__(self, earlier: EarlierFile, plan: Plan, made_from: MadeFrom) -> None:
+    def __init__(self, earlier: EarlierFile, plan: Plan, made_from: MadeFrom, progress: Progress) -> None:
         self._earlier = earlier
-        self._same = earlier.same(plan, made_from)
+        self._progress = progress
         self._all = len(plan.tensors)
-        self._changes = made_from.changes(earlier.fingerprints.made_from)
+        self._weighs_as = made_from.weighs_as(earlier.fingerprints.made_from)
+        same = earlier.same(plan, made_from)
+        progress.begin(f"Checking {earlier.path.name}", len(same), "tensors")
+        with closing(Storage()) as storage:
+            self._taken = [tensor for tensor in same if self._is_intact(tensor, storage)]
+        if damaged := len(same) - len(self._taken):
+            progress.note(f"{earlier.path}: {damaged} tensors are not as they were written: made again")
+        changes = made_from.changes(earlier.fingerprints.made_from)
+        because = f"; {changes[0]}" if changes else ""
+        progress.note(f"{len(self._taken)} of {self._all} tensors taken from {earlier.path}{because}")
 
-    def take_over(self, writer: Writer, progress: Progress) -> Reused:
-        """Copy the tensors that are the same; what is not as it was written is left to be made again."""
-        path, damaged, whole = self._earlier.path, 0, 0
-        progress.begin("Taking over", len(self._same), "tensors")
+    def _is_intact(self, tensor: PlannedTensor, storage: Storage) -> bool:
+        self._progress.advance(1, tensor.weight.name)
+        return self._earlier.is_intact(tensor, storage)
+
+    def narrowed(self, inputs: PassInputs, plan: Plan, may_end: bool) -> PassInputs:
+        """What runs through the model so that all else can be made.
+
+        may_end: calibration is for rounding alone, and ends behind the last layer in which something is left to round.
+        """
+        if inputs.calibration is None:
+            return inputs
+        names, layers = {tensor.weight.name for tensor in self._taken}, len(plan.graph.layers)
+        inputs = replace(inputs, rounded=names)
+        left = [t.weight for t in plan.tensors if t.type.block_size > 1 and t.weight.name not in names]
+        of_head = inputs.error_feedback and any(weight.layer is None for weight in left)
+        if not may_end or of_head or inputs.min_expert_tokens or not self._weighs_as:
+            return inputs
+        needed = 1 + max((w.layer for w in left if w.layer is not None and w.layer < layers), default=-1)
+        if needed == layers:
+            return inputs
+        return replace(inputs, calibrated_layers=needed, calibration=inputs.calibration if needed else None)
+
+    def take_over(self, writer: Writer) -> Reused:
+        """Copy what an earlier run has not copied. Raises BadInput when the file has changed since it was checked."""
+        path = self._earlier.path
+        self._progress.begin(f"Copying from {path.name}", len(self._taken), "tensors")
         with closing(Storage()) as storage:  # on Windows, a file that is open could not be replaced by the output
-            for tensor in self._same:
-                missing = self._earlier.copy_to(writer, tensor, storage)
-                damaged, whole = damaged + missing, whole + (not missing)
-                progress.advance(1, tensor.weight.name)
-        because = f"; {self._changes[0]}" if self._changes else ""
-        progress.note(f"{whole} of {self._all} tensors taken from {path}{because}")
-        if damaged:
-            progress.note(f"{path}: {damaged} pieces of tensors are not as they were: made again")
-        return Reused(path, whole, self._all)
+            for tensor in self._taken:
+                name = tensor.weight.name
+                for first, rows, checksum in self._earlier.pieces(tensor, storage):
+                    if not writer.has(name, first):
+                        writer.write(name, first, rows)
+                        if writer.checksum(name, first) != checksum:
+                            raise BadInput(f"{path} changed while {name} was copied from it: leave it as it is")
+                self._progress.advance(1, name)
+        return Reused(path, len(self._taken), self._all)
 
     def add_findings(self, findings: Findings, problems: list[str]) -> None:
-        """Rounding errors and problems of what is the same are those that were found when it was made."""
+        """What was found of tensors that are taken, and in layers through which calibration did not run again."""
         earlier = self._earlier.fingerprints
-        names = {tensor.weight.name for tensor in self._same}
+        names = {tensor.weight.name for tensor in self._taken}
         for name in names:
             if squares := earlier.tensors[name].squares:
                 findings.squares[name] = squares
@@ -96,15 +129,21 @@ class Reuse:
             about = line.partition(" ")[0]  # a tensor, or none in particular
             if line not in problems and (about in names or (names and about not in earlier.tensors)):
                 problems.append(line)
+        if self._weighs_as:
+            findings.expert_tokens = {**earlier.expert_tokens, **findings.expert_tokens}
 
 
-def fetch_only_missing(model: Model, plan: Plan, writer: Writer) -> None:
-    """Where nothing but writing reads the source: what only written pieces are made of is not fetched."""
+def fetch_only_needed(model: Model, plan: Plan, writer: Writer, inputs: PassInputs) -> None:
+    """Where nothing is compared with the source: what only written pieces are made of is not fetched."""
     if not isinstance(model.storage, ShardStorage):
         return
-    missing = {stored.name for tensor in plan.tensors for stored in _missing(tensor.weight, writer)}
-    draft = model.graph.draft.weights() if model.graph.draft else ()
-    model.storage.expect_only(missing | {stored.name for weight in draft for stored in stored_tensors(weight.source)})
+    calibrated = inputs.calibrated_layers if inputs.calibration is not None else 0
+    if calibrated is None:
+        return
+    running = [w for w in model.graph.weights() if calibrated and (w.layer is None or w.layer < calibrated)]
+    whole = [*running, *(model.graph.draft.weights() if model.graph.draft else ())]
+    needed = {stored.name for weight in whole for stored in stored_tensors(weight.source)}
+    model.storage.expect_only(needed | {s.name for tensor in plan.tensors for s in _missing(tensor.weight, writer)})
 
 
 def _missing(weight: Weight, writer: Writer) -> set[TensorInfo]:
@@ -119,7 +158,7 @@ def fingerprints_of(
 ) -> Fingerprints:
     """What a file that is written was made from."""
     tensors = {tensor.weight.name: _record(tensor, writer, findings) for tensor in plan.tensors}
-    return Fingerprints(made_from, tensors, tuple(writer.problems), measured)
+    return Fingerprints(made_from, tensors, findings.expert_tokens, tuple(writer.problems), measured)
 
 
 def _record(tensor: PlannedTensor, writer: Writer, findings: Findings) -> TensorRecord:

@@ -2,7 +2,7 @@
 
 {"version": 1, "checksum": 305419896, "content": {"moecast": "0.1.0", "made from": {"source": {...}, "importance":
  {...}, "code": "0123456789ab"}, "tensors": {"token_embd.weight": ["ba9876543210", [pieces' CRC-32], [rounding
- error, size]], ...}, "problems": [], "measured": {"facts": {...}, "damage": {...}}}}
+ error, size]], ...}, "expert tokens": {"0": [...]}, "problems": [], "measured": {"facts": {...}, "damage": {...}}}}
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,17 @@ class MadeFrom:
         before = {**earlier.source, **earlier.importance, "the code that decides bytes": earlier.code}
         return [*differences(before, now).values()]
 
+    def weighs_as(self, earlier: MadeFrom) -> bool:
+        """Whether columns are weighed as they were; what calibration finds depends on all of the source."""
+        same_source = _CALIBRATION not in self.importance or not differences(earlier.source, self.source)
+        return self.importance == earlier.importance and same_source
+
     def gives_same(self, tensor: PlannedTensor, earlier: MadeFrom) -> bool:
         """Whether a tensor of one digest has the bytes that it had when it was made from something earlier."""
         if self.code != earlier.code:
             return False
         changed = differences(earlier.source, self.source).keys()
-        weighed = tensor.type.block_size > 1
-        if weighed and self.importance != earlier.importance:
-            return False
-        if weighed and _CALIBRATION in self.importance and changed:  # what it finds depends on all of the model
+        if tensor.type.block_size > 1 and not self.weighs_as(earlier):
             return False
         files = {stored.file for stored in stored_tensors(tensor.weight.source)}
         return not any(changed & facts_of_file(file, self.source) for file in files)
@@ -102,12 +104,14 @@ class Fingerprints:
     Attributes:
         made_from: all of it.
         tensors: each tensor, by name.
+        expert_tokens: see `Findings`.
         problems: what could not be written as it was, a line each, which begins with the name of a tensor or does not.
         measured: what was measured to choose types.
     """
 
     made_from: MadeFrom
     tensors: Mapping[str, TensorRecord]
+    expert_tokens: Mapping[int, list[int]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     measured: Measured | None = None
 
@@ -124,7 +128,7 @@ def _described(part: object) -> object:
         return [_described(member) for member in part]
     if not is_dataclass(part):
         return part
-    members = {field.name: getattr(part, field.name) for field in fields(part)}
+    members = {member.name: getattr(part, member.name) for member in fields(part)}
     if isinstance(part, TensorInfo):
         members["file"] = Path(part.file).name
     return [type(part).__name__, *map(_described, members.values())]
@@ -141,6 +145,7 @@ def keep_fingerprints(fingerprints: Fingerprints, file: Path, progress: Progress
         "moecast": __version__,
         "made from": asdict(fingerprints.made_from),
         "tensors": {name: [*vars(record).values()] for name, record in fingerprints.tensors.items()},
+        "expert tokens": {str(layer): tokens for layer, tokens in fingerprints.expert_tokens.items()},
         "problems": fingerprints.problems,
         "measured": asdict(fingerprints.measured) if fingerprints.measured else None,
     }
@@ -167,6 +172,7 @@ def read_fingerprints(file: Path) -> Fingerprints:
     return Fingerprints(
         MadeFrom(**content["made from"]),
         tensors,
+        {int(layer): tokens for layer, tokens in content["expert tokens"].items()},
         tuple(content["problems"]),
         Measured(measured["facts"], Damage(**measured["damage"])) if measured else None,
     )

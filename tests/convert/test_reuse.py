@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +10,13 @@ import moecast.convert.encode
 import moecast.convert.plans.allocate
 import pytest
 import torch
-from click.testing import CliRunner
 from conftest import Checkpoint
-from conversions import convert, stopped_after
-from hub_server import HubServer
-from huggingface_hub import constants
+from conversions import convert
 from moecast.archs.weights import Weight
-from moecast.cli import main
 from moecast.convert.calibrate import write_imatrix
 from moecast.convert.resume import sidecar
 from moecast.convert.settings import Calibration, Goal
-from moecast.errors import BadInput
 from moecast.sources.gguf import read_gguf
-from moecast.sources.model import open_model
 
 TEXT = checkpoints.TEXT.read_text(encoding="utf-8")
 BARE: dict[str, Any] = {"calibration": None, "verify": False}
