@@ -148,7 +148,7 @@ def _run(
                 known = load_statistics(journal, index)
                 inputs.imatrix.add(known.sums, known.counts)
             continue
-        if inputs.calibrated_layers is not None and index >= inputs.calibrated_layers:
+        if CALIBRATION in streams and inputs.calibrated_layers is not None and index >= inputs.calibrated_layers:
             if inputs.evaluation is None:
                 break
             layers = (None, *layers[1:])
