@@ -73,6 +73,10 @@ def _rounded(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return names
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("earlier", "goal", "options"),
     [
@@ -81,8 +85,8 @@ def _rounded(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         ("Q4_K_M", "Q5_K_M", BARE | {"split_max_bytes": 500_000}),
         ("IQ2_XS", Goal("IQ2_XS", tensor_types=DOWN), LANES),
         ("IQ2_XS", Goal("IQ2_XS", tensor_types=DOWN), LANES | {"verify": False}),
-        ("IQ3_XXS", Goal("IQ3_XXS", tensor_types=DOWN), LANES | {"error_feedback": True}),
-        ("IQ4_XS", Goal("Q4_K_M"), LANES | {"error_feedback": True, "verify": False}),
+        slow("IQ3_XXS", Goal("IQ3_XXS", tensor_types=DOWN), LANES | {"error_feedback": True}),
+        slow("IQ4_XS", Goal("Q4_K_M"), LANES | {"error_feedback": True, "verify": False}),
         ("Q3_K_M", Goal("Q3_K_M", tensor_types=DOWN), BARE | {"imatrix": "imatrix.gguf"}),
     ],
 )
@@ -115,7 +119,7 @@ def test_same_bytes(
     assert sidecar.read_fingerprints(made.files[0]) == sidecar.read_fingerprints(fresh.files[0])
 
 
-@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("verify", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_calibration_ends_where_nothing_is_left_to_round(
     minimax_fp8: Checkpoint, text: Path, monkeypatch: pytest.MonkeyPatch, verify: bool
 ) -> None:
@@ -145,6 +149,7 @@ def test_calibration_ends_where_nothing_is_left_to_round(
                 assert getattr(made.parity, figure) == pytest.approx(getattr(fresh.parity, figure), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_differs_is_made_again(
     minimax_fp8: Checkpoint, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +254,7 @@ def test_files_that_cannot_be_reused(minimax_fp8: Checkpoint, tmp_path: Path) ->
         convert(minimax_fp8.folder, tmp_path / "out", file_format="onnx", reuse=before, **BARE)
 
 
-@pytest.mark.parametrize("pieces", [3, 30])
+@pytest.mark.parametrize("pieces", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_after_a_kill(minimax_fp8: Checkpoint, text: Path, monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
     """Of the conversion that was reused, and of the one that reuses; in each the same command goes on."""
     folder, options = text.parent, LANES | {"calibration": text}
@@ -295,11 +300,11 @@ def test_shards_of_what_is_taken_are_not_fetched(
         shards = [file.name for file in minimax_fp8.folder.glob("*.safetensors")]
         source = f"{server.endpoint}/tiny/moe"
         before = convert(source, tmp_path / "before.gguf", "Q4_K_M", **BARE).files[0]
-        seen = len(server.log)
+        seen = {shard: len(server.bodies(shard)) for shard in shards}
         made = convert(source, tmp_path / "made.gguf", goal, reuse=before, **BARE)
-        sent = {shard: sum(r.sent for r in server.log[seen:] if r.path.endswith(f"/{shard}")) for shard in shards}
+        sent = {shard: sum(request.sent for request in server.bodies(shard)[seen[shard] :]) for shard in shards}
     assert _contents(made.files[0]) == _contents(fresh.files[0])
-    fetched = {shard for shard in shards if sent[shard] >= (minimax_fp8.folder / shard).stat().st_size}
+    fetched = [shard for shard in shards if sent[shard] >= (minimax_fp8.folder / shard).stat().st_size]  # not headers
     assert len(fetched) == 1 < len(shards)
 
 
