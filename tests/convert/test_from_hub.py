@@ -144,7 +144,7 @@ def test_streamed_conversion(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
         assert [sum(request.range is None for request in server.bodies(shard)) for shard in shards] == [1, 1, 1]
         provenance = {"repository": "tiny/moe", "revision": server.commit}
     assert not list((tmp_path / "home").rglob("*.safetensors"))
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["model.fingerprints.json", "model.gguf"]
     local = tmp_path / "local.gguf"
     convert(minimax_fp8.folder, local, "Q8_0", name="moe", verify=False, provenance=provenance)
     assert (tmp_path / "out" / "model.gguf").read_bytes() == local.read_bytes()
@@ -200,7 +200,7 @@ def test_push_between_two_attempts(minimax_fp8: Checkpoint, minimax_odd: Checkpo
         continued = _stream(server, tmp_path, "--revision", before)
         assert continued.returncode == 0, continued.stderr
         assert len(server.bodies("model-00000-of-00007.safetensors")) == fetched + 1  # its header: all of it is used
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["model.fingerprints.json", "model.gguf"]
 
 
 def test_scratch_and_keep_source_exclude_each_other(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_what_the_network_stops_is_continued(
     local = tmp_path / "local.gguf"
     convert(minimax_fp8.folder, local, "Q8_0", name="moe", verify=False, provenance=provenance)
     assert output.read_bytes() == local.read_bytes()
-    assert [file.name for file in output.parent.iterdir()] == ["model.gguf"]
+    assert sorted(file.name for file in output.parent.iterdir()) == ["model.fingerprints.json", "model.gguf"]
 
 
 @pytest.mark.parametrize("command", ["download", "inspect", "convert"])
