@@ -42,7 +42,7 @@ from .plans.choose import calibration_for, plan_for, with_error_feedback
 from .plans.measured import measured_plan
 from .preflight import check_disk, note_resumption
 from .resume.fingerprint import code_digest, file_identity, fingerprint, source_identity, text_identity
-from .resume.journal import Journal, journal_folder
+from .resume.journal import Journal, journal_folder, require_free
 from .resume.records import Spent
 from .resume.sidecar import MadeFrom, Measured, importance_facts, keep_fingerprints
 from .reuse import EarlierFile, Reuse, fetch_only_needed, fingerprints_of
@@ -268,8 +268,10 @@ def _carry_out(work: _Work, identity: dict[str, str], draft: bool, progress: Pro
     together = f", {room.experts_at_once} experts at a time" if feedback and room.experts_at_once > 1 else ""
     identity = identity | {"device": room.device.type + together}
     made_from = _made_from(work, identity)
-    reuse = Reuse(work.earlier, plan, made_from, progress) if work.earlier else None
-    if reuse:
+    reuse = None
+    if work.earlier:
+        require_free(work.path, work.output.overwrite)
+        reuse = Reuse(work.earlier, plan, made_from, progress)
         inputs = reuse.narrowed(inputs, plan, work.calibration.save_to is None)
         if inputs.calibrated_layers is not None:  # what states hold depends on it
             identity["layers that calibrate"] = str(inputs.calibrated_layers)

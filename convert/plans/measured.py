@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ...documents import exists
-from ...errors import OutputExists
 from ...progress import NoProgress, Progress
 from ...quant.planning.plan import Form, Plan
 from ...runner.passes import Measuring, packed
@@ -19,7 +17,7 @@ from ...sources.imatrix import read_imatrix
 from ...sources.model import Model
 from ..encode import MeasuredImportance
 from ..resume.fingerprint import differences, file_identity, measurement_fingerprint, text_identity
-from ..resume.journal import Journal, journal_folder
+from ..resume.journal import Journal, require_free
 from ..resume.records import Spent
 from ..resume.sidecar import Measured, read_fingerprints
 from ..settings import Calibration, Goal, Output
@@ -78,8 +76,7 @@ def measured_plan(
     )
     quant = {"quant": f"{budget.name} ({budget.bytes} bytes, {budget.bytes_per_token} a token)"}
     with Journal(plan_record(path), facts | quant, output.overwrite, progress, keep_on_bad_input=True) as journal:
-        if exists(path) and not (output.overwrite or journal_folder(path).exists()):
-            raise OutputExists(path)
+        require_free(path, output.overwrite)
         measuring = Measuring(
             model,
             tokens if calibration.runs else None,

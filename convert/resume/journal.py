@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ... import __version__
+from ...documents import exists
 from ...errors import BadInput, Interrupted, OutputExists
 from ...files import bytes_on_disk, lock, open_descriptor, read_at, sync, sync_folder, write_at
 from ...progress import NoProgress, Progress
@@ -43,6 +44,12 @@ def journal_folder(output: Path) -> Path:
     if not output.name:
         raise BadInput(f"--output is {str(output)!r}, expected the name of a file")
     return output.with_name(f".{output.name}.journal")
+
+
+def require_free(output: Path, overwrite: bool) -> None:
+    """Raises OutputExists before long work for a file that is there, unless it is to be replaced, or to be finished."""
+    if exists(output) and not (overwrite or journal_folder(output).exists()):
+        raise OutputExists(output)
 
 
 class Journal:

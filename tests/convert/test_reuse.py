@@ -284,6 +284,9 @@ def test_command(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["reused"] == {"file": str(output), "tensors": count - 2, "of": count}
     report = json.loads((tmp_path / "model.report.json").read_text())
     assert None not in [tensor["rounding_error"] for tensor in report["tensors"]]
+    exists = CliRunner().invoke(main, [*options, "--reuse", str(output)])
+    assert exists.exit_code == 2 and "model.gguf exists: use --overwrite" in exists.stderr
+    assert "Checking" not in exists.stderr
     assert "--reuse" in CliRunner().invoke(main, [*options[:-1], "--reuse", str(tmp_path / "none.gguf")]).stderr
     planned = CliRunner().invoke(main, ["plan", str(minimax_fp8.folder), "--reuse", str(output)])
     assert planned.exit_code == 2 and "--reuse takes what was measured for an earlier output" in planned.stderr
