@@ -31,6 +31,8 @@ from moecast.sources.gguf import read_gguf
 from moecast.sources.model import open_model
 
 TEXT = checkpoints.TEXT.read_text(encoding="utf-8")
+pytestmark = pytest.mark.whole
+FOLDERS = sorted(checkpoints.EXAMPLES.glob("*-tiny"))
 BARE: dict[str, Any] = {"calibration": None, "verify": False}
 LANES: dict[str, Any] = {"calibration": "calibration", "context": 64, "chunks": 2}
 DOWN = (("ffn_down_exps", "Q5_K"),)  # the role that changes
@@ -81,10 +83,10 @@ def slow(*values: Any) -> Any:
     ("earlier", "goal", "options"),
     [
         ("Q4_K_M", Goal("Q4_K_M", tensor_types=DOWN), BARE),
-        ("Q4_K_M", "Q3_K_M", BARE),
+        slow("Q4_K_M", "Q3_K_M", BARE),
         ("Q4_K_M", "Q5_K_M", BARE | {"split_max_bytes": 500_000}),
         ("IQ2_XS", Goal("IQ2_XS", tensor_types=DOWN), LANES),
-        ("IQ2_XS", Goal("IQ2_XS", tensor_types=DOWN), LANES | {"verify": False}),
+        slow("IQ2_XS", Goal("IQ2_XS", tensor_types=DOWN), LANES | {"verify": False}),
         slow("IQ3_XXS", Goal("IQ3_XXS", tensor_types=DOWN), LANES | {"error_feedback": True}),
         slow("IQ4_XS", Goal("Q4_K_M"), LANES | {"error_feedback": True, "verify": False}),
         ("Q3_K_M", Goal("Q3_K_M", tensor_types=DOWN), BARE | {"imatrix": "imatrix.gguf"}),
@@ -117,6 +119,19 @@ def test_same_bytes(
     assert made.details.findings == fresh.details.findings
     assert made.reused and (made.reused.tensors, made.reused.of) == (len(same), len(types[1]))
     assert sidecar.read_fingerprints(made.files[0]) == sidecar.read_fingerprints(fresh.files[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_family(folder: Path, tmp_path: Path) -> None:
+    """Also between padded rows and others, and codes that are kept."""
+    changes: tuple[tuple[str, dict[str, Any]], ...] = (("Q3_K_M", {}), ("native", {}), ("Q4_K_M", {"padding": False}))
+    before = convert(folder, tmp_path / "before.gguf", "Q4_K_M", **BARE).files[0]
+    for quant, form in changes:
+        fresh = convert(folder, tmp_path / "fresh.gguf", quant, overwrite=True, **form, **BARE)
+        made = convert(folder, tmp_path / "made.gguf", quant, overwrite=True, reuse=before, **form, **BARE)
+        assert made.files[0].read_bytes() == fresh.files[0].read_bytes()
+        assert made.reused and made.reused.tensors > 0 and made.details.findings == fresh.details.findings
 
 
 @pytest.mark.parametrize("verify", [False, pytest.param(True, marks=pytest.mark.slow)])
