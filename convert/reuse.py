@@ -51,16 +51,15 @@ class EarlierFile:
             return False
         return record.digest == tensor_digest(tensor) and made_from.gives_same(tensor, self.fingerprints.made_from)
 
-    def is_intact(self, tensor: PlannedTensor, storage: Storage) -> bool:
-        """Whether the bytes of a tensor are as they were written."""
-        return all(zlib.crc32(rows.numpy().data) == checksum for _, rows, checksum in self.pieces(tensor, storage))
-
-    def pieces(self, tensor: PlannedTensor, storage: Storage) -> Iterator[tuple[int, Tensor, int]]:
-        """The pieces of a tensor: first row, bytes, and the checksum that these had."""
+    def pieces(self, tensor: PlannedTensor) -> Iterator[tuple[int, int, int]]:
+        """The first row, the number of rows and the checksum of each piece of a tensor, as it was written."""
         weight = tensor.weight
         for piece, checksum in zip(pieces(weight), self.fingerprints.tensors[weight.name].checksums, strict=True):
-            first = first_row_of(weight, piece)
-            yield first, storage.read(self._tensors[weight.name], first, first + row_count_of(weight, piece)), checksum
+            yield first_row_of(weight, piece), row_count_of(weight, piece), checksum
+
+    def read(self, tensor: PlannedTensor, first: int, count: int, storage: Storage) -> Tensor:
+        """Some rows of a tensor as they are stored, uint8 [rows, row bytes]."""
+        return storage.read(self._tensors[tensor.weight.name], first, first + count)
 
 
 class Reuse:
@@ -82,8 +81,12 @@ class Reuse:
         progress.note(f"{len(self._taken)} of {self._all} tensors taken from {earlier.path}{because}")
 
     def _is_intact(self, tensor: PlannedTensor, storage: Storage) -> bool:
+        """Whether the bytes of a tensor are as they were written."""
         self._progress.advance(1, tensor.weight.name)
-        return self._earlier.is_intact(tensor, storage)
+        for first, count, checksum in self._earlier.pieces(tensor):
+            if zlib.crc32(self._earlier.read(tensor, first, count, storage).numpy().data) != checksum:
+                return False
+        return True
 
     def narrowed(self, inputs: PassInputs, plan: Plan, may_end: bool) -> PassInputs:
         """What runs through the model so that all else can be made.
@@ -110,11 +113,12 @@ class Reuse:
         with closing(Storage()) as storage:  # on Windows, a file that is open could not be replaced by the output
             for tensor in self._taken:
                 name = tensor.weight.name
-                for first, rows, checksum in self._earlier.pieces(tensor, storage):
-                    if not writer.has(name, first):
-                        writer.write(name, first, rows)
-                        if writer.checksum(name, first) != checksum:
-                            raise BadInput(f"{path} changed while {name} was copied from it: leave it as it is")
+                for first, count, checksum in self._earlier.pieces(tensor):
+                    if writer.has(name, first):
+                        continue
+                    writer.write(name, first, self._earlier.read(tensor, first, count, storage))
+                    if writer.checksum(name, first) != checksum:
+                        raise BadInput(f"{path} changed while {name} was copied from it: leave it as it is")
                 self._progress.advance(1, name)
         return Reused(path, len(self._taken), self._all)
 
