@@ -98,7 +98,7 @@ def convert(
         raise BadInput("--dry-run does not measure: use `moecast plan --measure`")
     if fitting:
         goals = (fitting.goal(goals[0], compute.vram),)
-    require_one_pass(goals)
+    require_one_pass(goals, output.reuse)
     for goal in goals:
         require_sound(goal, calibration, output.file_format)
 

@@ -145,9 +145,17 @@ def _access(**values: Any) -> HubAccess:
 def _output(**values: Any) -> Output:
     from ..convert.settings import Output
 
-    return Output(**values)
+    made = Output(**values)
+    require_files({"--reuse": values["reuse"]})
+    return made
 
 
+reuse_option = click.option(
+    "--reuse",
+    type=click.Path(path_type=Path),
+    metavar="EARLIER.gguf",
+    help="Take what is the same from an earlier output; --overwrite alone makes all anew.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 file_format_option = click.option(
@@ -321,6 +329,7 @@ output_options = grouped(
     ),
     click.option("--pre", help="Name of llama.cpp's text splitter, where the automatic choice is wrong."),
     overwrite_option,
+    reuse_option,
 )
 
 _THREADS_OPTION = click.option(

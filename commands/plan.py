@@ -20,6 +20,8 @@ from .options import (
     measured_goal_options,
     measuring_options,
     overwrite_option,
+    require_files,
+    reuse_option,
     source_options,
     weighing_options,
 )
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 @click.option("--tensors", "each", is_flag=True, help="List every tensor: name, type, shape, bytes.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan to a file for --plan.")
 @overwrite_option
+@reuse_option
 @report_option
 @source_options
 @json_option
@@ -58,6 +61,7 @@ def plan(
     each: bool,
     output: Path | None,
     overwrite: bool,
+    reuse: Path | None,
     report_folder: Path | None,
     access: HubAccess,
     as_json: bool,
@@ -75,7 +79,7 @@ def plan(
       moecast plan OWNER/NAME --to onnx
       moecast plan OWNER/NAME --fit --vram 24GB --ram 96GB --context 32768
     """
-    from ..convert.settings import require_sound
+    from ..convert.settings import Output, require_sound
     from ..runner.settings import Compute
 
     if fitting:
@@ -87,6 +91,9 @@ def plan(
             "--memory, --compute-dtype, --device and --vram are for measuring: add --measure, or --fit for a machine "
             "of that --vram"
         )
+    if reuse and not goal.measure:
+        raise BadInput("--reuse takes what was measured for an earlier output: add --measure")
+    require_files({"--reuse": reuse})
     if output and exists(output) and not overwrite:
         raise OutputExists(output)
 
@@ -105,8 +112,8 @@ def plan(
                 if calibration.imatrix:
                     calibration = replace(calibration, imatrix=locate_imatrix(calibration.imatrix, access, progress))
                 plan_for(opened.model, goal, form, calibration, file_format)  # refuses what cannot be
-                path = output or Path(f"{opened.name}.json")
-                measured = measured_plan(opened.model, goal, path, form, calibration, compute, overwrite, progress)
+                here = Output(output or Path(f"{opened.name}.json"), overwrite=overwrite, reuse=reuse)
+                measured = measured_plan(opened.model, goal, here, form, calibration, compute, progress)
                 chosen = stack.enter_context(measured).plan
             show_plan(chosen, as_json, each)
         else:

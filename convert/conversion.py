@@ -28,6 +28,15 @@ class InputFile:
 
 
 @dataclass(frozen=True)
+class Reused:
+    """What was taken from an earlier file: so many tensors, of all that the new one has."""
+
+    file: Path
+    tensors: int
+    of: int
+
+
+@dataclass(frozen=True)
 class Details:
     """What a report shows of a conversion, layer by layer: the plan it followed, and what it found on its way."""
 
@@ -51,6 +60,7 @@ class Conversion:
         version: moecast's.
         imatrix: the importance matrix that was used.
         texts: those that calibrated and evaluated, by these words.
+        reused: what an earlier file had as it was to be made, None where none was given.
         output: the name that was asked for; a split's files have others.
         draft: the file of what drafts tokens, where it has one of its own.
         details: not in the JSON that commands print, because they are long.
@@ -73,6 +83,7 @@ class Conversion:
     texts: Mapping[str, InputFile] = field(default_factory=dict)
     resumed: bool = False
     draft: Path | None = None
+    reused: Reused | None = None
 
     @classmethod
     def of(

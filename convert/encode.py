@@ -22,7 +22,7 @@ from ..quant.rounding.statistics import Importance
 from ..runner.placement import fetched
 from ..runner.weights import CachedWeights, ModelWeights
 from ..sources.imatrix import ImportanceMatrix
-from ..sources.model import Piece, pieces
+from ..sources.model import Piece, first_row_of, pieces, row_count_of
 from .findings import EXACT, Findings, some_rows, squares_of
 from .roundings import Rounded, Roundings
 from .write_behind import WriteBehind
@@ -99,7 +99,7 @@ class Encoder:
     def _elements_there(self, tensor: PlannedTensor) -> int:
         """How many numbers of a tensor an earlier run has written."""
         weight = tensor.weight
-        rows = sum(_row_count(weight, piece[1]) for piece in pieces(weight) if self._has(weight, *piece))
+        rows = sum(row_count_of(weight, piece) for piece in pieces(weight) if self._has(weight, *piece))
         return rows * weight.columns
 
     def encode(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None) -> Tensor:
@@ -108,9 +108,10 @@ class Encoder:
 
         Raises BadInput naming a stored tensor that is not finite.
         """
-        weight, first_row = tensor.weight, _first_row(tensor.weight, expert, rows)
+        weight, piece = tensor.weight, (expert, rows)
         written = self._has(weight, expert, rows)
-        stored = self._writer.read(weight.name, first_row, _row_count(weight, rows)) if written else None
+        span = first_row_of(weight, piece), row_count_of(weight, piece)
+        stored = self._writer.read(weight.name, *span) if written else None
         if stored is not None:
             return stored.to(self.source.device)
         data = self._stored(tensor, [expert], rows)[0]
@@ -120,7 +121,7 @@ class Encoder:
 
     def _write(self, tensor: PlannedTensor, expert: int | None, rows: tuple[int, int] | None, data: Tensor) -> None:
         weight = tensor.weight
-        self._writer.write(weight.name, _first_row(weight, expert, rows), data)
+        self._writer.write(weight.name, first_row_of(weight, (expert, rows)), data)
         self._progress.advance(len(data) * weight.columns, f"{weight.name} {tensor.type.name}")
 
     def encode_experts(self, tensor: PlannedTensor, experts: Sequence[int]) -> list[Tensor]:
@@ -163,7 +164,7 @@ class Encoder:
 
     def _has(self, weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> bool:
         """Whether a piece is written, be it by an earlier run."""
-        return self._writer.has(weight.name, _first_row(weight, expert, rows))
+        return self._writer.has(weight.name, first_row_of(weight, (expert, rows)))
 
     def _stored(self, tensor: PlannedTensor, experts: Sequence[int | None], rows: tuple[int, int] | None) -> Tensor:
         """Some matrices of a stack, or rows of what is none, as they are stored: uint8 [matrices, rows, row bytes]."""
@@ -279,18 +280,6 @@ class QuantizingWeights(CachedWeights):
 def _side_by_side(matrices: Sequence[Tensor]) -> Tensor:
     """[matrices, ...]; one alone is not copied."""
     return matrices[0][None] if len(matrices) == 1 else torch.stack([*matrices])
-
-
-def _first_row(weight: Weight, expert: int | None, rows: tuple[int, int] | None) -> int:
-    """Where a piece begins within the whole tensor."""
-    return expert * weight.shape[-2] if expert is not None else (rows[0] if rows else 0)
-
-
-def _row_count(weight: Weight, rows: tuple[int, int] | None) -> int:
-    """How many rows a piece has."""
-    if rows:
-        return rows[1] - rows[0]
-    return weight.shape[-2] if len(weight.shape) > 1 else 1
 
 
 def _decode(data: Tensor, type_name: str, dtype: torch.dtype) -> Tensor:

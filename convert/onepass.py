@@ -10,7 +10,7 @@ source is read, calibrated on and evaluated once, and files that want the same o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -57,6 +57,8 @@ class PassInputs:
         imatrix: receives what calibration finds.
         min_expert_tokens: how many calibration tokens every expert must have seen.
         error_feedback: round what calibration has passed through with error feedback, see `quant.rounding.feedback`.
+        rounded: names of weights that are written before the pass, taken from an earlier file.
+        calibrated_layers: after so many layers nothing is left that calibration is for; None: after all of them.
     """
 
     calibration: Tensor | None = None
@@ -66,6 +68,8 @@ class PassInputs:
     imatrix: ImatrixWriter | None = None
     min_expert_tokens: int = 0
     error_feedback: bool = False
+    rounded: Collection[str] = ()
+    calibrated_layers: int | None = None
 
     def tokens(self, files: int) -> int:
         """How many there are in all streams; those to evaluate on run through the source and every file."""
@@ -118,7 +122,7 @@ def run_pass(
     progress, workspace = progress or NoProgress(), workspace or Workspace()
     source = ModelWeights(model, compute.torch_dtype, workspace.device)
     _prepare_kernels([file.plan for file in files], inputs, workspace.device)
-    statistics = statistics_for(inputs.error_feedback, compute.torch_dtype)
+    statistics = statistics_for(inputs.error_feedback, compute.torch_dtype, inputs.rounded)
     known = inputs.importance if inputs.calibration is None else statistics
     weighed = [file.weighed and known is not None for file in files]
     roundings = Roundings(zip((file.plan for file in files), weighed, strict=True))
@@ -156,6 +160,10 @@ def _run(
                 known = load_statistics(journal, index)
                 inputs.imatrix.add(known.sums, known.counts)
             continue
+        if CALIBRATION in streams and inputs.calibrated_layers is not None and index >= inputs.calibrated_layers:
+            if inputs.evaluation is None:
+                break
+            layers = (None, *layers[1:])
         layer_pass.advance(layers, partial(encoders.finish_experts, index))  # writes the layer: see QuantizingWeights
         encoders.finish_layer(index)  # before the journal says that the layer is passed
         for encoder, candidate in zip(made, candidates, strict=False):
@@ -172,7 +180,7 @@ def _run(
         lines.write(index, findings, statistics)
         layer_pass.save(index, packed([asdict(found) for found in findings]))
         statistics.clear()
-    if inputs.calibration is not None and inputs.error_feedback:
+    if inputs.calibration is not None and inputs.error_feedback and inputs.calibrated_layers is None:
         observe_head(streams[CALIBRATION], statistics)
     parities = (
         _compared(streams[REFERENCE], candidates, findings, inputs, compute) if candidates else [None] * len(made)

@@ -33,6 +33,7 @@ from .plans.choose import calibration_for, calibration_of_all, plan_for
 from .plans.measured import measured_plan
 from .resume.journal import journal_folder
 from .resume.records import Spent
+from .reuse import EarlierFile
 from .settings import VERIFICATION, Calibration, Goal, Output, require_one_pass
 from .work import MadeFile, PlannedFile, Work, carry_out
 
@@ -106,8 +107,9 @@ def convert(
     given, alone = ([goal], True) if goal is None or isinstance(goal, str | Goal) else ([*goal], False)
     goals = [each if isinstance(each, Goal) else Goal(each) for each in given]
     progress = progress or NoProgress()
-    require_one_pass(goals)
+    require_one_pass(goals, output.reuse)
     calibration = calibration_of_all(goals, calibration)
+    earlier = EarlierFile(Path(output.reuse)) if output.reuse else None
     with ExitStack() as stack:
         opened = _open(source, access, goals[0].measures, progress)
         model = opened.model
@@ -119,7 +121,8 @@ def convert(
         paths = output.places(name, [plan.recipe.name for plan in plans])
         path, measured = paths[0] if len(paths) == 1 else paths[0].with_name(name), None
         if goals[0].measures:
-            measuring = measured_plan(model, goals[0], path, form, calibration, compute, output.overwrite, progress)
+            here = replace(output, path=path)
+            measuring = measured_plan(model, goals[0], here, form, calibration, compute, progress)
             measured = stack.enter_context(measuring)
             plans = [measured.plan]
         opened.fetch_on_demand(access.scratch, journal_folder(path) / "shards")
@@ -134,7 +137,8 @@ def convert(
             PlannedFile(where, plan, keys | _importance_metadata(inputs, own, output), own)
             for where, plan, keys, own in described
         ]
-        work = Work(model, files, path, output, used, inputs, compute)
+        kept = measured.measured if measured else None
+        work = Work(model, files, path, output, used, inputs, compute, earlier, kept)
         done = carry_out(work, evaluation, bool(form.mtp), progress)
         spent = done.earlier + (measured.earlier if measured else Spent()) + Spent.since(started)
         resumed = done.resumed or (measured is not None and measured.resumed)
@@ -166,6 +170,7 @@ def _conversion(
         imatrix=InputFile.of(calibration.imatrix) if calibration.imatrix else None,
         texts=_texts(calibration, evaluation),
         draft=made.draft,
+        reused=made.reused,
     )
 
 

@@ -169,8 +169,8 @@ def require_sound(goal: Goal, calibration: Calibration = Calibration(), file_for
         onnx_recipe_named(goal.recipe)
 
 
-def require_one_pass(goals: Sequence[Goal]) -> None:
-    """Raises BadInput for goals that one pass over the source cannot serve."""
+def require_one_pass(goals: Sequence[Goal], reuse: str | Path | None) -> None:
+    """Raises BadInput for goals that one pass over the source cannot serve, taking what is the same from a file."""
     if not goals:
         raise BadInput("no goal is given, expected at least one recipe")
     if len(goals) > 1 and any(goal.measures for goal in goals):
@@ -178,6 +178,8 @@ def require_one_pass(goals: Sequence[Goal]) -> None:
             "a budget is measured for one file alone: give it alone, with --no-measure, or as a plan that "
             "`moecast plan --measure -o` wrote"
         )
+    if len(goals) > 1 and reuse:
+        raise BadInput("--reuse is for one file alone: give one recipe")
 
 
 NO_CALIBRATION = Calibration(text=None)
@@ -195,6 +197,7 @@ class Output:
         pre: GGUF: llama.cpp's name of the text splitter, by default the architecture's.
         activations: ONNX: what is rounded to before products, int8 (fast, the default) or float32.
         overwrite: replace an existing output.
+        reuse: GGUF: an earlier file, whose tensors are taken where type, source and weighing are the same.
         provenance: GGUF: facts about the source to store in the file, by default what is known of a Hub repository.
     """
 
@@ -205,13 +208,15 @@ class Output:
     pre: str | None = None
     activations: str | None = None
     overwrite: bool = False
+    reuse: str | Path | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name is not None and not (self.name.isprintable() and re.fullmatch(_FILE_NAME, self.name)):
             raise BadInput(f"--name is {self.name!r}, expected a name that files can have, such as Model-1.0")
         if self.file_format == "onnx":
-            _refuse("an ONNX model", {"--pre": self.pre, "--split-max-size": self.split_max_bytes})
+            of_gguf = {"--pre": self.pre, "--split-max-size": self.split_max_bytes, "--reuse": self.reuse}
+            _refuse("an ONNX model", of_gguf)
         else:
             _refuse("a GGUF file", {"--activations": self.activations})
 

@@ -18,15 +18,18 @@ from ..runner.settings import Compute, Evaluation
 from ..sources.imatrix import source_in
 from ..sources.model import Model
 from ..sources.tokenizer import Tokenizer
+from .conversion import Reused
 from .gguf.imatrix import ImatrixWriter, Origin
 from .gguf.tokenizer import written_tokenizer
 from .gguf.writer import GGUFWriter
 from .onepass import FileToWrite, Passed, PassInputs, run_pass
 from .onnx.export import open_onnx_writer
 from .preflight import check_disk, note_resumption
-from .resume.fingerprint import file_identity, fingerprint, text_identity
-from .resume.journal import Journal, journal_folder
+from .resume.fingerprint import code_digest, file_identity, fingerprint, source_identity, text_identity
+from .resume.journal import Journal, journal_folder, require_free
 from .resume.records import Spent
+from .resume.sidecar import MadeFrom, Measured, importance_facts, keep_fingerprints
+from .reuse import EarlierFile, Reuse, fetch_only_needed, fingerprints_of
 from .settings import Calibration, Output
 from .writer import Writer
 
@@ -54,6 +57,8 @@ class Work:
         files: what is made, in one pass.
         path: beside which the journal lies: the file, or the name that several have in common.
         calibration: what runs through the model for any of them.
+        earlier: what the only file takes its tensors from, where they are the same.
+        measured: what its types were chosen by.
     """
 
     model: Model
@@ -63,6 +68,8 @@ class Work:
     calibration: Calibration
     inputs: PassInputs
     compute: Compute
+    earlier: EarlierFile | None = None
+    measured: Measured | None = None
 
     @cached_property
     def plans(self) -> list[Plan]:
@@ -91,6 +98,17 @@ class Work:
         rounded = output.rounded_activations
         return fingerprint(self.model, file.plan, file.metadata, others, output.split_max_bytes, rounded)
 
+    def made_from(self, file: PlannedFile, device: str) -> MadeFrom:
+        """What decides the bytes of each tensor of a file, apart from the tensor itself."""
+        weighs, inputs = file.calibration.weighs, self.inputs
+        calibrated = weighs and inputs.calibration is not None
+        identity = self._identity_of(file, None) | {"device": device}
+        facts = importance_facts(identity, calibrated, weighs and inputs.importance is not None)
+        if calibrated:
+            tokenizer = self.model.tokenizer
+            facts["first token"] = str(tokenizer.bos if tokenizer.add_bos else None)
+        return MadeFrom(source_identity(self.model, file.metadata), facts, code_digest())
+
     def room(self) -> Workspace:
         """Where it computes, and within which bounds."""
         inputs, files = self.inputs, len(self.files)
@@ -104,12 +122,13 @@ class Work:
 @dataclass(frozen=True)
 class MadeFile:
     """The paths of a file, the first of which is the model; what its pass found, and what it could not hold; which of
-    the paths is a draft."""
+    the paths is a draft; what was taken from an earlier file."""
 
     paths: Sequence[Path]
     passed: Passed
     problems: Sequence[str]
     draft: Path | None
+    reused: Reused | None
 
 
 @dataclass(frozen=True)
@@ -130,7 +149,15 @@ def carry_out(work: Work, evaluation: Evaluation | None, draft: bool, progress: 
     together = (
         f", {room.experts_at_once} experts at a time" if inputs.error_feedback and room.experts_at_once > 1 else ""
     )
-    identity = work.identity(evaluation) | {"device": room.device.type + together}
+    device = room.device.type + together
+    identity = work.identity(evaluation) | {"device": device}
+    sources, reuse, reused = [work.made_from(file, device) for file in work.files], None, None
+    if work.earlier:
+        require_free(work.path, work.output.overwrite)
+        reuse = Reuse(work.earlier, work.plans[0], sources[0], progress)
+        inputs = reuse.narrowed(inputs, work.plans[0], work.calibration.save_to is None)
+        if inputs.calibrated_layers is not None:  # what states hold depends on it
+            identity["layers that calibrate"] = str(inputs.calibrated_layers)
     _refuse_unfinished(work, identity, progress)
     with room, Journal(work.path, identity, work.output.overwrite, progress) as journal, ExitStack() as stack:
         resumed = journal.continues
@@ -140,17 +167,27 @@ def carry_out(work: Work, evaluation: Evaluation | None, draft: bool, progress: 
             inputs = replace(inputs, imatrix=stack.enter_context(imatrix))
         with ExitStack() as writing:
             writers = [writing.enter_context(_writer(work, file, journal)) for file in work.files]
+            if reuse:
+                reused = reuse.take_over(writers[0])
+            if inputs.evaluation is None:
+                fetch_only_needed(model, [*zip(work.plans, writers, strict=True)], inputs)
             if resumed:
                 there, size = sum(writer.bytes_there for writer in writers), sum(plan.bytes for plan in work.plans)
                 note_resumption(there, size, model, progress)
             given = zip(work.files, writers, strict=True)
             files = [FileToWrite(file.plan, writer, file.calibration.weighs) for file, writer in given]
             passed = run_pass(model, files, inputs, work.compute, journal, room, progress)
+            if reuse:
+                reuse.add_findings(passed[0].findings, writers[0].problems)
+        if work.output.file_format == "gguf":
+            for file, writer, found, source in zip(work.files, writers, passed, sources, strict=True):
+                made_of = fingerprints_of(file.plan, source, writer, found.findings, work.measured)
+                keep_fingerprints(made_of, file.path, progress)
         drafts = (
             _write_drafts(work, journal, room, progress) if draft and model.graph.draft else [None for _ in writers]
         )
     made = [
-        MadeFile([*writer.paths, *([beside] if beside else [])], found, writer.problems, beside)
+        MadeFile([*writer.paths, *([beside] if beside else [])], found, writer.problems, beside, reused)
         for writer, beside, found in zip(writers, drafts, passed, strict=True)
     ]
     return Done(made, resumed, journal.earlier)

@@ -46,7 +46,7 @@ class Writer(ABC):
         self._shown = shown or paths[0]
         self._temporary = list(temporary)
         self._journal = journal
-        self._pieces: set[tuple[str, int]] = set()
+        self._pieces: dict[tuple[str, int], int] = {}  # checksums, 0 without a journal
         self._descriptors: dict[str, int] = {}
         self.problems: list[str] = []
         """What this run could not write as it was, a line each."""
@@ -56,6 +56,10 @@ class Writer(ABC):
     def has(self, name: str, first_row: int) -> bool:
         """Whether the piece of a tensor that begins with this row is written, by this run or an earlier one."""
         return (name, first_row) in self._pieces
+
+    def checksum(self, name: str, first_row: int) -> int:
+        """The CRC-32 of a written piece; 0 without a journal, which it is for."""
+        return self._pieces[name, first_row]
 
     @abstractmethod
     def read(self, name: str, first_row: int, count: int) -> Tensor | None:
@@ -105,10 +109,11 @@ class Writer(ABC):
 
     def _wrote(self, name: str, first_row: int, rows: int, parts: Iterable[Tensor], *descriptors: int) -> None:
         """So many rows of a tensor are written through `descriptors`, by `parts` that `_stored_parts` would give."""
-        self._pieces.add((name, first_row))
+        checksum = 0
         if self._journal:
             size, checksum = _summed_up(parts)
             self._journal.add((self._name, name, first_row, rows, checksum), size, *descriptors)
+        self._pieces[name, first_row] = checksum
 
     def _place(self, key: str, path: Path, size: int) -> int:
         """Open a file for reading and writing at its final size; what an earlier run has put there stays.
@@ -138,7 +143,7 @@ class Writer(ABC):
         for name, first_row, rows, checksum in pieces:
             size, found = _summed_up(self._stored_parts(str(name), int(first_row), int(rows)))
             if size and found == checksum:
-                self._pieces.add((str(name), int(first_row)))
+                self._pieces[str(name), int(first_row)] = found
                 self.bytes_there += size
             else:
                 damaged += 1

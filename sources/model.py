@@ -46,6 +46,20 @@ def pieces(weight: Weight) -> Iterator[Piece]:
             yield None, (row, min(row + PIECE_ROWS, weight.shape[0]))
 
 
+def first_row_of(weight: Weight, piece: Piece) -> int:
+    """Where a piece begins within the whole tensor, whose rows count over all matrices."""
+    matrix, rows = piece
+    return matrix * weight.shape[-2] if matrix is not None else (rows[0] if rows else 0)
+
+
+def row_count_of(weight: Weight, piece: Piece) -> int:
+    """How many rows a piece has."""
+    rows = piece[1]
+    if rows:
+        return rows[1] - rows[0]
+    return weight.shape[-2] if len(weight.shape) > 1 else 1
+
+
 class Model:
     """A model whose tensors stay on disk.
 

@@ -83,7 +83,7 @@ MANY_PARAMETERS = {
     "commands/convert.py:quantize": 10,
     "commands/evaluate.py:parity": 9,
     "commands/evaluate.py:run": 9,
-    "commands/plan.py:plan": 13,
+    "commands/plan.py:plan": 14,
     "commands/publish.py:publish": 9,
     "convert/pipeline.py:convert": 9,  # the whole command as a function: each parameter is an object of settings
     "quant/planning/recipes.py:_recipe": 10,  # a row of the table of recipes, by names

@@ -27,6 +27,7 @@ from ..resume.states import MeasurementCache
 from .choose import Budget, plan_for_budget, variants
 
 _EXPONENTS = (1.0, 1.25)  # of the error in the damage: how much more low bits hurt than high ones
+DAMAGE = "damage"  # the name by which a journal keeps what probes found
 HELD_OUT_CHUNKS = 12  # of text at most
 _PROBE_CHUNKS, _LEAST_PROBE_CHUNKS = 4, 2  # of text that one probe takes
 _ALL_PROBE_CHUNKS = 256  # that all probes take together, unless that leaves too few to one
@@ -85,7 +86,7 @@ def choose_measured_plan(
     with probing_room:
         probing = replace(probing, workspace=probing_room)
         (found,) = cache.get(
-            "damage", lambda states: [packed(asdict(measure_damage(replace(probing, states=states), probes, forms)))]
+            DAMAGE, lambda states: [packed(asdict(measure_damage(replace(probing, states=states), probes, forms)))]
         )
     damage = Damage(**unpacked(found))
     plans = candidates_within(graph, budget, damage, form, measuring.wants_importance)

@@ -106,6 +106,20 @@ def source_identity(model: Model, metadata: Mapping[str, Any]) -> dict[str, str]
     return facts
 
 
+def differences(found: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """What differs between two fingerprints, by name, in words; a file's path only where both have it."""
+    return {
+        name: f"{name} was {found.get(name)}, is now {now.get(name)}"
+        for name in dict.fromkeys((*now, *found))
+        if found.get(name) != now.get(name) and (not Path(name).is_absolute() or (name in found and name in now))
+    }
+
+
+def facts_of_file(file: str, source: Mapping[str, str]) -> set[str]:
+    """The names of those facts of a source's identity that say whether one of its files is the same."""
+    return {Path(file).name, str(Path(file).resolve())} & source.keys() or {"source"}
+
+
 def _moment(nanoseconds: int) -> str:
     seconds, rest = divmod(nanoseconds, 1_000_000_000)
     moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from ... import __version__
+from ...documents import exists
 from ...errors import BadInput, Interrupted, OutputExists
 from ...files import bytes_on_disk, lock, open_descriptor, read_at, sync, sync_folder, write_at
 from ...progress import NoProgress, Progress
+from .fingerprint import differences
 from .records import SAVED, STARTED, Key, Spent, entry, read_record, sealed
 
 BATCH_BYTES = 256 << 20  # this much is written before it is made durable
@@ -43,6 +45,12 @@ def journal_folder(output: Path) -> Path:
     if not output.name:
         raise BadInput(f"--output is {str(output)!r}, expected the name of a file")
     return output.with_name(f".{output.name}.journal")
+
+
+def require_free(output: Path, overwrite: bool) -> None:
+    """Raises OutputExists before long work for a file that is there, unless it is to be replaced, or to be finished."""
+    if exists(output) and not (overwrite or journal_folder(output).exists()):
+        raise OutputExists(output)
 
 
 class Journal:
@@ -287,12 +295,7 @@ class Journal:
 
     def _changes(self, found: Mapping[str, str]) -> list[str]:
         """What differs from the fingerprint that was found."""
-        return [
-            f"{name} was {found.get(name)}, is now {self._fingerprint.get(name)}"
-            for name in dict.fromkeys((*self._fingerprint, *found))
-            if found.get(name) != self._fingerprint.get(name)
-            and (not Path(name).is_absolute() or (name in found and name in self._fingerprint))
-        ]
+        return [*differences(found, self._fingerprint).values()]
 
     def _refusal(self, changes: Sequence[str], version: str) -> str:
         further = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""

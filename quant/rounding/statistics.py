@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -169,11 +169,13 @@ class SecondMomentStatistics(Statistics):
     Weights that read the same states one after another (gate and up; queries, keys and values) share theirs.
 
     dtype: of the products that carry rounding errors, see `SecondMoments`.
+    rounded: names of weights that are rounded already, of whose inputs squares are enough.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, rounded: Collection[str] = ()) -> None:
         super().__init__()
         self._dtype = dtype
+        self._rounded = rounded
         self._own: dict[tuple[str, int | None], _Sum] = {}
         self._shared: dict[str, _Sum] = {}  # of all tokens of the layer, by weights that read its states
         self._made: dict[tuple[_Sum, ...], SecondMoments] = {}
@@ -181,13 +183,15 @@ class SecondMomentStatistics(Statistics):
 
     def add_layer(self, weights: Sequence[Weight], states: Tensor) -> None:
         super().add_layer(weights, states)
+        if all(weight.name in self._rounded for weight in weights):
+            return
         shared = self._shared.setdefault(weights[0].name, _Sum())
         shared.add(products_of(states), len(states))
         self._shared.update({weight.name: shared for weight in weights})
 
     def add(self, weight: Weight, expert: int | None, states: Tensor) -> None:
         super().add(weight, expert, states)
-        if weight.role.keep_f32:
+        if weight.role.keep_f32 or weight.name in self._rounded:
             return
         key, last = (weight.name, expert), self._last
         if last and states is last[0]:
@@ -241,6 +245,6 @@ class SecondMomentStatistics(Statistics):
         self._last = None
 
 
-def statistics_for(error_feedback: bool, dtype: torch.dtype) -> Statistics:
+def statistics_for(error_feedback: bool, dtype: torch.dtype, rounded: Collection[str] = ()) -> Statistics:
     """What rounding has to know of inputs, computing in `dtype`: without error feedback their squares are enough."""
-    return SecondMomentStatistics(dtype) if error_feedback else Statistics()
+    return SecondMomentStatistics(dtype, rounded) if error_feedback else Statistics()

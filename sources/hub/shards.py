@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,10 +77,8 @@ class ShardStorage(Storage):
         self._promised: dict[str, set[tuple[object, ...]]] = {name: set() for name in self._files}
         for tensor in tensors:
             self._promised[tensor.file].add((tensor.name, tensor.dtype, tensor.shape, tensor.offset))
-        self._uses: dict[str, list[int]] = {}  # of a tensor, and of a shard: the steps that read it
-        for number, names in enumerate(steps):
-            for name in dict.fromkeys((*names, *(shard_of[name] for name in names))):
-                self._uses.setdefault(name, []).append(number)
+        self._names, self._shard_of = steps, shard_of
+        self._uses = self._uses_in(steps)
         self._limit = scratch
         self._steps = [{shard_of[name] for name in names} for names in steps]
         self._scratch = self._room_for(self._steps, scratch)
@@ -95,8 +93,8 @@ class ShardStorage(Storage):
 
     @property
     def bytes_to_fetch(self) -> int:
-        """Size of all shards that are not in the Hugging Face cache."""
-        return sum(file.bytes for name, file in self._files.items() if name not in self._cached)
+        """Size of all shards that are read and not in the Hugging Face cache."""
+        return sum(self._files[name].bytes for name in self._files.keys() & self._uses.keys() - self._cached.keys())
 
     @property
     def scratch(self) -> int:
@@ -107,6 +105,11 @@ class ShardStorage(Storage):
         if tensor.file not in self._cached:
             self._require(tensor)
         return super().read(tensor, start, stop)
+
+    def expect_only(self, names: Collection[str]) -> None:
+        """Of all tensors only these will be read: shards without them are not fetched."""
+        with self._changed:
+            self._uses = self._uses_in([[name for name in step if name in names] for step in self._names])
 
     def close(self) -> None:
         with self._changed:
@@ -135,6 +138,14 @@ class ShardStorage(Storage):
         with self._changed:
             here = self._checkpoint.folder / file if file in self._here else None
             return self._cached.get(file, here)
+
+    def _uses_in(self, steps: Sequence[Sequence[str]]) -> dict[str, list[int]]:
+        """By tensor, and by shard, the steps that read it."""
+        uses: dict[str, list[int]] = {}
+        for number, names in enumerate(steps):
+            for name in dict.fromkeys((*names, *(self._shard_of[name] for name in names))):
+                uses.setdefault(name, []).append(number)
+        return uses
 
     def _make_room_for(self, vanished: str) -> None:
         """What the cache does not hold any more has to be fetched like all else."""

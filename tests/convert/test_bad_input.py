@@ -127,7 +127,7 @@ def test_existing_output_is_kept(minimax: Checkpoint, tmp_path: Path) -> None:
     assert output.read_text() == "precious"
     result = _convert(minimax.folder, output, "--quant", "Q8_0", "--overwrite")
     assert result.exit_code == 0 and output.read_bytes()[:4] == b"GGUF"
-    assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.fingerprints.json", "model.gguf"]
 
 
 def test_failed_conversion_keeps_the_file_it_would_replace(minimax_fp8: Checkpoint, tmp_path: Path) -> None:

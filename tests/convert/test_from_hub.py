@@ -144,7 +144,7 @@ def test_streamed_conversion(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
         assert [sum(request.range is None for request in server.bodies(shard)) for shard in shards] == [1, 1, 1]
         provenance = {"repository": "tiny/moe", "revision": server.commit}
     assert not list((tmp_path / "home").rglob("*.safetensors"))
-    files = sorted((tmp_path / "out").iterdir())
+    files = sorted((tmp_path / "out").glob("*.gguf"))
     assert [file.name for file in files] == ["moe-BF16.gguf", "moe-Q8_0.gguf"]
     for file, recipe in zip(files, ("BF16", "Q8_0"), strict=True):
         local = tmp_path / f"{recipe}.gguf"
@@ -202,7 +202,7 @@ def test_push_between_two_attempts(minimax_fp8: Checkpoint, minimax_odd: Checkpo
         continued = _stream(server, tmp_path, "--revision", before)
         assert continued.returncode == 0, continued.stderr
         assert len(server.bodies("model-00000-of-00007.safetensors")) == fetched + 1  # its header: all of it is used
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["model.fingerprints.json", "model.gguf"]
 
 
 def test_scratch_and_keep_source_exclude_each_other(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_what_the_network_stops_is_continued(
     local = tmp_path / "local.gguf"
     convert(minimax_fp8.folder, local, "Q8_0", name="moe", verify=False, provenance=provenance)
     assert output.read_bytes() == local.read_bytes()
-    assert [file.name for file in output.parent.iterdir()] == ["model.gguf"]
+    assert sorted(file.name for file in output.parent.iterdir()) == ["model.fingerprints.json", "model.gguf"]
 
 
 @pytest.mark.parametrize("command", ["download", "inspect", "convert"])

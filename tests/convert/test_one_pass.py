@@ -107,7 +107,8 @@ def test_neither_memory_nor_conversion_changes_importance(folder: Path, tmp_path
         outputs.append((output.read_bytes(), result))
     assert outputs[0] == outputs[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "0.gguf", "1.gguf", "alone.gguf", "beside-0.gguf", "beside-1.gguf",
+        "0.fingerprints.json", "0.gguf", "1.fingerprints.json", "1.gguf",
+        "alone.gguf", "beside-0.gguf", "beside-1.gguf",
     ]  # fmt: skip
 
 
