@@ -92,7 +92,7 @@ def test_each_file_is_its_own_and_the_source_is_read_once(
             assert one.parity == alone.parity
         elif one.parity and alone.parity:  # without calibration beside it, an expert's tokens are fewer at a time
             assert one.parity.mean_kld == pytest.approx(alone.parity.mean_kld, rel=1e-3, abs=1e-6)
-    assert {file.name for file in (tmp_path / "together").iterdir()} == {one.files[0].name for one in made}
+    assert {*_files(tmp_path / "together")} == {one.files[0].name for one in made}
 
 
 @pytest.mark.whole

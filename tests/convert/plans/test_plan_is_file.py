@@ -40,6 +40,8 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversions decide all that they decide, and lay out their files, whose numbers stay zero."""
     nothing = Passed(None, Findings())
     monkeypatch.setattr(moecast.convert.work, "run_pass", lambda model, files, *others, **named: [nothing] * len(files))
+    for name in ("fingerprints_of", "keep_fingerprints"):  # of what was written
+        monkeypatch.setattr(moecast.convert.work, name, lambda *facts: None)
 
 
 def run(command: str, folder: Path, *options: object) -> dict[str, Any]:
