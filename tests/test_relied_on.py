@@ -30,7 +30,7 @@ PROMISED = {
     "markupsafe", "matplotlib", "matplotlib.axes", "matplotlib.figure", "matplotlib.ticker", "numpy",
     "numpy.lib.format", "numpy.typing", "onnx", "onnx.helper", "onnx_ir", "onnxruntime", "rich.console",
     "rich.progress", "rich.table", "rich.text", "safetensors", "tokenizers", "tokenizers.decoders",
-    "tokenizers.models", "tokenizers.pre_tokenizers", "torch", "torch.nn.functional", "yaml",
+    "tokenizers.models", "tokenizers.normalizers", "tokenizers.pre_tokenizers", "torch", "torch.nn.functional", "yaml",
 }  # fmt: skip
 
 
