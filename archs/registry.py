@@ -20,6 +20,12 @@ from . import (
 from .architecture import Architecture
 from .config import Config
 
+_NOT_CARRIED = {
+    "deepseek_v41": "how its n-gram tables (engram) are hashed and gated is published in no code that could be run",
+    "glm5_next": "its linear attention with a decay of each key channel (KDA) and its pooled indexer are not built yet",
+}
+"""By `model_type`, what is missing of models whose names are known."""
+
 
 def architectures() -> tuple[Architecture, ...]:
     """Every architecture that moecast knows."""
@@ -59,6 +65,9 @@ def architecture_of(config: Config) -> Architecture:
     for architecture in architectures():
         if {model_type, inner}.issubset(architecture.model_types):
             return architecture
+    for name, missing in _NOT_CARRIED.items():
+        if model_type == name or inner.startswith(name):
+            raise BadInput(f"{config.origin}: model_type is {model_type!r}, which moecast cannot convert: {missing}")
     named = model_type if inner == model_type else f"{model_type} of {inner}"
     known = ", ".join(dict.fromkeys(name for architecture in architectures() for name in architecture.model_types))
     raise BadInput(f"{config.origin}: model_type is {named!r}, expected one of {known}")

@@ -138,6 +138,8 @@ def test_pattern_of_other_letters_is_named() -> None:
         GLM.from_checkpoint(Config(values | {"index_topk_pattern": "FFX"}, "config.json"), ())
 
 
-def test_flash_is_refused_by_name() -> None:
-    with pytest.raises(BadInput, match="model_type is 'glm5_next'"):
-        architecture_of(Config({"model_type": "glm5_next"}, "config.json"))
+@pytest.mark.parametrize(("name", "missing"), [("glm5_next", "decay of each key channel"), ("deepseek_v41", "engram")])
+def test_what_is_not_carried_is_refused_by_what_is_missing(name: str, missing: str) -> None:
+    for values in ({"model_type": name}, {"model_type": name, "text_config": {"model_type": f"{name}_text"}}):
+        with pytest.raises(BadInput, match=f"model_type is '{name}', which moecast cannot convert: .*{missing}"):
+            architecture_of(Config(values, "config.json"))
