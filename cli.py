@@ -39,7 +39,6 @@ for command in (
     cli_convert.prepack,
     cli_evaluate.perplexity,
     cli_evaluate.parity,
-    cli_evaluate.acceptance,
     cli_evaluate.run,
     cli_models.download,
     cli_publish.publish,

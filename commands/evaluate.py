@@ -14,6 +14,7 @@ from .logs import LOGGER, typed_command
 from .options import (
     calibrating_options,
     device_options,
+    drafted_options,
     evaluating_options,
     json_option,
     max_kld_option,
@@ -69,9 +70,10 @@ def perplexity(
 
 @click.command()
 @click.argument("reference", type=SOURCE)
-@click.argument("candidates", metavar="CANDIDATE...", type=SOURCE, nargs=-1, required=True)
+@click.argument("candidates", metavar="CANDIDATE...", type=SOURCE, nargs=-1)
 @category_options
 @max_kld_option
+@drafted_options
 @report_option
 @calibrating_options
 @opening_options
@@ -82,6 +84,7 @@ def parity(
     candidates: tuple[str, ...],
     evaluation: Evaluation,
     max_kld: float | None,
+    drafted: int | None,
     report_folder: Path | None,
     compute: Compute,
     opening: Opening,
@@ -93,12 +96,17 @@ def parity(
     Several are compared side by side, in one pass over REFERENCE. They may be checkpoints, GGUF files and ONNX folders,
     also of other tools.
 
+    With --draft, what drafts tokens of REFERENCE, in it or in the file that `convert --mtp` writes beside it, is
+    compared with REFERENCE: how many of the drafted tokens it would have said itself, the most probable every time.
+
     \b
     Examples:
       moecast parity CHECKPOINT model.gguf --max-kld 0.05
       moecast parity a.gguf b.gguf -f text.txt --json
       moecast parity CHECKPOINT ours.gguf theirs.gguf model-onnx/ --categories
       moecast parity CHECKPOINT *.gguf --text code=code.txt --text chat=chat.txt --memory 16GB
+      moecast parity model.gguf --draft
+      moecast parity model.gguf model-mtp.gguf --draft --tokens 5 --json
     """
     from ..reports.gather import comparison_report
     from ..runner.measure.candidates import compare
@@ -107,6 +115,11 @@ def parity(
     from .report import show_parity
 
     first = _open(reference, access, replace(opening, attention="model"))
+    if drafted:
+        _show_accepted(first, candidates, drafted, evaluation, compute, as_json)
+        return
+    if not candidates:
+        raise click.UsageError("Missing argument 'CANDIDATE...'.")
     others = [_open(candidate, replace(access, revision=None), opening) for candidate in candidates]
     with make_progress() as progress:
         compared = compare(first, others, evaluation, compute, progress)
@@ -119,43 +132,25 @@ def parity(
     exit_if_worse([(found.path, found.parity) for found in compared], max_kld)
 
 
-@click.command()
-@click.argument("model", type=SOURCE)
-@click.argument("draft", type=click.Path(path_type=Path), required=False)
-@click.option("-n", "--tokens", type=click.IntRange(1, 64), default=3, show_default=True, help="Tokens of each draft.")
-@text_options
-@calibrating_options
-@source_options
-@json_option
-def acceptance(
-    model: str,
-    draft: Path | None,
+def _show_accepted(
+    model: Model | OnnxModel,
+    drafts: Sequence[str],
     tokens: int,
     evaluation: Evaluation,
     compute: Compute,
-    access: HubAccess,
     as_json: bool,
 ) -> None:
-    """How many of the tokens that multi-token prediction drafts MODEL would have said itself.
-
-    Drafts begin all over a text; the most probable token counts every time. DRAFT is the file that `convert --mtp`
-    writes beside the model's where drafts have one of their own.
-
-    \b
-    Examples:
-      moecast acceptance CHECKPOINT -f text.txt
-      moecast acceptance model.gguf --tokens 2 --json
-      moecast acceptance model.gguf model-mtp.gguf
-    """
-    from ..runner.measure.acceptance import acceptance as run
-    from ..runner.settings import Opening
+    """What a model accepts of its drafts, or of those of a file beside it."""
+    from ..runner.measure.acceptance import acceptance
     from .console import make_progress
     from .report import show_acceptance
 
-    opened = _open(model, access, Opening())
+    if len(drafts) > 1:
+        raise click.UsageError("--draft compares a model with one draft at most")
+    draft = Path(drafts[0]) if drafts else None
     with make_progress() as progress:
-        result = run(opened, draft, tokens, evaluation, compute, progress)
-    show_acceptance(str(opened.path), result, as_json)
+        result = acceptance(model, draft, tokens, evaluation, compute, progress)
+    show_acceptance(str(model.path), result, as_json)
 
 
 def exit_if_worse(results: Sequence[tuple[Path, Parity | None]], max_kld: float | None) -> None:

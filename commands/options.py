@@ -136,6 +136,12 @@ def _opening(**values: Any) -> Opening:
     return Opening(**values)
 
 
+def _drafted(draft: bool, tokens: int | None) -> int | None:
+    if tokens and not draft:
+        raise BadInput("--tokens is for --draft: give both, or neither")
+    return (tokens or 3) if draft else None
+
+
 def _access(**values: Any) -> HubAccess:
     from ..sources.hub.access import HubAccess
 
@@ -188,6 +194,12 @@ opening_options = grouped(
         help="With full, MODEL or CANDIDATEs attend to all tokens before, also where they pick some of them.",
     ),
     click.option("--low-memory", is_flag=True, help="ONNX: weights stay in the file; much slower."),
+)
+drafted_options = grouped(
+    "drafted",
+    _drafted,
+    click.option("--draft", is_flag=True, help="How many drafted tokens REFERENCE accepts; CANDIDATE is its draft."),
+    click.option("-n", "--tokens", type=click.IntRange(1, 64), help="Tokens of each draft, by default 3."),
 )
 hub_options = grouped("access", _access, *_HUB_OPTIONS)
 source_options = grouped("access", _access, *_HUB_OPTIONS, ignore_config_option)

@@ -135,7 +135,7 @@ def test_speculative_decoding(path: Path) -> None:
 
 def test_command(path: Path) -> None:
     """The same figures as JSON; a table where there is none of that."""
-    arguments = ["acceptance", str(path), "-c", "64", "--chunks", "2"]
+    arguments = ["parity", str(path), "--draft", "-c", "64", "--chunks", "2"]
     result = CliRunner().invoke(main, [*arguments, "--tokens", "2", "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
