@@ -71,6 +71,17 @@ def test_selection_makes_a_difference(tmp_path: Path) -> None:
     assert relative_error(runner_logits(model.attending_to_all(), TOKENS), everything) < 1e-5
 
 
+@pytest.mark.slow
+def test_thousands_of_tokens(tmp_path: Path) -> None:
+    """Blocks as large and as many as published: 2,048 of 4,200 tokens are looked at."""
+    kinds = {"mlp_layer_types": ["dense", "sparse"], "layer_types": ["full_attention", "minimax_m3_sparse"]}
+    oracle = m3.minimax_m3_model(index_block_size=128, index_topk_blocks=16, num_hidden_layers=2, **kinds)
+    model, tokens = open_model(m3.save_minimax_m3(tmp_path / "m", oracle)), random_tokens(1, 4200)
+    expected = logits_of(oracle, tokens)
+    assert relative_error(runner_logits(model, tokens), expected) < 1e-5
+    assert relative_error(runner_logits(model.attending_to_all(), tokens), expected) > 1e-3
+
+
 @pytest.mark.parametrize("overrides", ALL.values(), ids=ALL)
 def test_padding_changes_no_result(overrides: dict[str, Any], tmp_path: Path) -> None:
     sizes = {"hidden_size": 224, "intermediate_size": 96, "dense_intermediate_size": 80}
