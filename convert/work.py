@@ -146,18 +146,16 @@ def carry_out(work: Work, evaluation: Evaluation | None, draft: bool, progress: 
     draft: multi-token prediction that is a draft of its own is written too.
     """
     model, inputs, room = work.model, work.inputs, work.room()
-    together = (
-        f", {room.experts_at_once} experts at a time" if inputs.error_feedback and room.experts_at_once > 1 else ""
-    )
-    device = room.device.type + together
+    device = room.device.type
+    if inputs.error_feedback and room.experts_at_once > 1:
+        device += f", {room.experts_at_once} experts at a time"
     identity = work.identity(evaluation) | {"device": device}
-    sources, reuse, reused = [work.made_from(file, device) for file in work.files], None, None
-    if work.earlier:
-        require_free(work.path, work.output.overwrite)
-        reuse = Reuse(work.earlier, work.plans[0], sources[0], progress)
+    sources = [work.made_from(file, device) for file in work.files]
+    reuse = _reuse(work, sources[0], progress)
+    if reuse:
         inputs = reuse.narrowed(inputs, work.plans[0], work.calibration.save_to is None)
-        if inputs.calibrated_layers is not None:  # what states hold depends on it
-            identity["layers that calibrate"] = str(inputs.calibrated_layers)
+    if inputs.calibrated_layers is not None:  # what states hold depends on it
+        identity["layers that calibrate"] = str(inputs.calibrated_layers)
     _refuse_unfinished(work, identity, progress)
     with room, Journal(work.path, identity, work.output.overwrite, progress) as journal, ExitStack() as stack:
         resumed = journal.continues
@@ -167,30 +165,44 @@ def carry_out(work: Work, evaluation: Evaluation | None, draft: bool, progress: 
             inputs = replace(inputs, imatrix=stack.enter_context(imatrix))
         with ExitStack() as writing:
             writers = [writing.enter_context(_writer(work, file, journal)) for file in work.files]
-            if reuse:
-                reused = reuse.take_over(writers[0])
-            if inputs.evaluation is None:
-                fetch_only_needed(model, [*zip(work.plans, writers, strict=True)], inputs)
+            reused = reuse.take_over(writers[0]) if reuse else None
             if resumed:
                 there, size = sum(writer.bytes_there for writer in writers), sum(plan.bytes for plan in work.plans)
                 note_resumption(there, size, model, progress)
-            given = zip(work.files, writers, strict=True)
-            files = [FileToWrite(file.plan, writer, file.calibration.weighs) for file, writer in given]
-            passed = run_pass(model, files, inputs, work.compute, journal, room, progress)
+            passed = _pass(work, inputs, writers, journal, room, progress)
             if reuse:
                 reuse.add_findings(passed[0].findings, writers[0].problems)
         if work.output.file_format == "gguf":
             for file, writer, found, source in zip(work.files, writers, passed, sources, strict=True):
                 made_of = fingerprints_of(file.plan, source, writer, found.findings, work.measured)
                 keep_fingerprints(made_of, file.path, progress)
-        drafts = (
-            _write_drafts(work, journal, room, progress) if draft and model.graph.draft else [None for _ in writers]
-        )
+        drafts: Sequence[Path | None] = [None] * len(writers)
+        if draft and model.graph.draft:
+            drafts = _write_drafts(work, journal, room, progress)
     made = [
         MadeFile([*writer.paths, *([beside] if beside else [])], found, writer.problems, beside, reused)
         for writer, beside, found in zip(writers, drafts, passed, strict=True)
     ]
     return Done(made, resumed, journal.earlier)
+
+
+def _reuse(work: Work, made_from: MadeFrom, progress: Progress) -> Reuse | None:
+    """What the only file takes from an earlier one."""
+    if not work.earlier:
+        return None
+    require_free(work.path, work.output.overwrite)
+    return Reuse(work.earlier, work.plans[0], made_from, progress)
+
+
+def _pass(
+    work: Work, inputs: PassInputs, writers: Sequence[Writer], journal: Journal, room: Workspace, progress: Progress
+) -> Sequence[Passed]:
+    """Make what is missing of all files."""
+    if inputs.evaluation is None:
+        fetch_only_needed(work.model, [*zip(work.plans, writers, strict=True)], inputs)
+    given = zip(work.files, writers, strict=True)
+    files = [FileToWrite(file.plan, writer, file.calibration.weighs) for file, writer in given]
+    return run_pass(work.model, files, inputs, work.compute, journal, room, progress)
 
 
 def _refuse_unfinished(work: Work, identity: dict[str, str], progress: Progress) -> None:
