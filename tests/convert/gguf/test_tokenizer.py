@@ -81,7 +81,7 @@ def trained(pre: str, folder: Path, source: int = 0, **options: Any) -> Tokenize
 
 TRIED = [
     *("minimax-m2", "pixtral", "joyai-llm", "llama-bpe", "tekken"),
-    *("qwen2", "qwen35", "command-r", "cohere2moe", "gpt-2", "glm4"),
+    *("qwen2", "qwen35", "command-r", "cohere2moe", "gpt-2", "glm4", "kimi-k2"),
 ]
 
 
