@@ -11,6 +11,7 @@ import torch
 from conftest import Checkpoint
 from conversions import convert, stopped_after
 from moecast.errors import BadInput
+from moecast.quant.rounding import feedback
 from moecast.runner import memory
 from moecast.runner.placement import CPU, Need, Placement
 from moecast.runner.texts import CALIBRATION_TEXT
@@ -98,16 +99,19 @@ def test_stopped_among_them_the_bytes_are_the_same(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.whole
-def test_memory_holds(minimax_fp8: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies on a device is at most what was said to be needed there, without room for activations."""
+@pytest.mark.parametrize("quant", ["Q8_0", pytest.param("Q4_0", marks=pytest.mark.slow)])
+def test_memory_holds(minimax_fp8: Checkpoint, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies on a device is at most what was said to be needed there, without room for activations; of the second
+    type with error feedback, whose levels are of no account here."""
     monkeypatch.setattr(memory, "_SLACK", 0)
+    monkeypatch.setattr(feedback, "_choose", lambda grid, data, wanted, coupling: (wanted.round(), wanted))
     text, peaks = tmp_path / "text.txt", []
     text.write_text(CALIBRATION_TEXT.read_text(encoding="utf-8")[:600], encoding="utf-8")
     options: dict[str, Any] = {"error_feedback": True, "calibration": text, "context": 16, "chunks": 1}
     for count in (1, 4):
         needs = _placed(monkeypatch, Placement(DEVICE, 0, experts_at_once=count))
         with numbered_device() as device:
-            convert(minimax_fp8.folder, tmp_path / f"{count}.gguf", "Q8_0", **options)
+            convert(minimax_fp8.folder, tmp_path / f"{count}.gguf", quant, **options)
         peaks.append(device.peak)
         assert device.peak <= needs[0].least + (count - 1) * needs[0].expert
     assert peaks[0] < peaks[1] <= peaks[0] + 3 * needs[0].expert
