@@ -132,11 +132,11 @@ def test_comparisons_and_a_plan(tmp_path: Path) -> None:
 def test_a_conversion_stands_without_its_report(tmp_path: Path) -> None:
     folder, options = EXAMPLES / "minimax-m2-tiny", ["--quant", "Q8_0", "--no-verify", "-o", tmp_path / "a.gguf"]
     run("convert", folder, *options, "--no-report")
-    assert [file.name for file in tmp_path.iterdir()] == ["a.gguf"]
+    assert {file.name for file in tmp_path.iterdir()} == {"a.gguf", "a.fingerprints.json"}
     (tmp_path / "a.report.json").mkdir()
     shown = run("convert", folder, *options, "--overwrite")
     assert re.search(r"No report: .*a\.report\.json cannot be written", shown.stderr)
-    assert {file.name for file in tmp_path.iterdir()} == {"a.gguf", "a.report.json"}
+    assert {file.name for file in tmp_path.iterdir()} == {"a.gguf", "a.fingerprints.json", "a.report.json"}
 
 
 def test_an_onnx_folder_has_its_report_beside_it(tmp_path: Path) -> None:
