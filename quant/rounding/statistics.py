@@ -13,7 +13,7 @@ from ...archs.weights import Weight
 from .moments import SecondMoments, products_of
 
 PRIOR: Final = 16  # tokens that the average over all experts counts for beside an expert's own
-_WAITING: Final = 256  # sums of squares that are fetched together: a GPU does not stop for each
+_WAITING: Final = 256  # sums of squares that are fetched together from a GPU, which does not stop for each
 
 
 class Importance(Protocol):
@@ -89,7 +89,7 @@ class Statistics:
             if weight.experts is not None:
                 self._expert_stacks.append(name)
         self._waiting.append((name, expert or 0, _squares(states)))
-        if len(self._waiting) >= _WAITING:
+        if states.device.type == "cpu" or len(self._waiting) >= _WAITING:  # in memory they would lie between large ones
             self._add_waiting()
         self.counts[name][expert or 0] += len(states)
 
