@@ -236,6 +236,7 @@ def _convert(system: str, folder: Path) -> tuple[dict[str, bytes], list[str]]:
     return made, json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_conversions_give_the_same_bytes_elsewhere(tmp_path: Path) -> None:
     """GGUF and ONNX; calibrated, on disk, stopped and resumed."""
     here, notes = _convert("this", tmp_path / "here")

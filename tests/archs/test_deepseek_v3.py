@@ -111,6 +111,7 @@ def test_experts_of_whole_numbers_need_no_rounding() -> None:
     assert types["attn_k_b.weight"] == types["ffn_up_shexp.weight"] == "BF16"
 
 
+@pytest.mark.slow
 def test_fits_into_a_machine() -> None:
     """What all tokens leave is small: 32,768 of them 2.1 GiB."""
     graph = _published("deepseek-v3")

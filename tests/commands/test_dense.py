@@ -36,7 +36,7 @@ def _tensors(path: Path) -> dict[str, bytes]:
     return {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(path).tensors}
 
 
-@pytest.mark.parametrize("size", [1_100_000, 1_600_000])
+@pytest.mark.parametrize("size", [1_100_000, pytest.param(1_600_000, marks=pytest.mark.slow)])
 def test_a_size_is_met_with_types_that_were_measured(dense: Path, size: int, tmp_path: Path) -> None:
     """Calibrated, with error feedback, and compared with the source; llama.cpp runs the result."""
     path = tmp_path / "model.gguf"

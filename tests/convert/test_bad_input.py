@@ -146,7 +146,10 @@ def test_failed_conversion_keeps_the_file_it_would_replace(minimax_fp8: Checkpoi
     ("limit", "command", "options"),
     [
         (1_000_000, "convert", ["-o", "{}", "--no-verify", "--no-calibration"]),
-        (5_000, "imatrix", ["-o", "{}/imatrix.gguf", "--calibration", str(checkpoints.TEXT), "-c", "64"]),
+        pytest.param(
+            *(5_000, "imatrix", ["-o", "{}/imatrix.gguf", "--calibration", str(checkpoints.TEXT), "-c", "64"]),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_disk_full(limit: int, command: str, options: list[str], minimax: Checkpoint, tmp_path: Path) -> None:

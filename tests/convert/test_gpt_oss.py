@@ -95,6 +95,7 @@ def test_mxfp4_is_kept_code_for_code(quant: str, mxfp4: tuple[Path, Any], tmp_pa
     assert divergence(path, TOKENS) < ROUNDED
 
 
+@pytest.mark.slow
 def test_mxfp4_may_be_padded_where_that_is_smaller(tmp_path: Path) -> None:
     small = {"hidden_size": 480, "intermediate_size": 480, "num_hidden_layers": 2}
     gpt_oss.save_gpt_oss_mxfp4(tmp_path / "m", gpt_oss.gpt_oss_model(**small))

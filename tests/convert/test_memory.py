@@ -96,7 +96,7 @@ def test_peak_is_flat(base_peak: int, tmp_path: Path, enlarged: str) -> None:
     assert peak < base_peak + SLACK
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_long_texts_go_to_disk(tmp_path: Path) -> None:
     """More activations than fit beside the interpreter and torch: the process stays below what it was given."""
     folder = _write(tmp_path / "model", num_hidden_layers=1, intermediate_size=32)

@@ -36,10 +36,8 @@ def converted(folder: Path, text: Path, error_feedback: bool, progress: NoProgre
     return result.files[0], result.parity
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize(
-    "error_feedback", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["nearest", "error feedback"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("error_feedback", [False, True], ids=["nearest", "error feedback"])
 def test_starved_experts_are_no_worse_off(
     error_feedback: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

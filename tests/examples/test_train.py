@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 BOOKS = ("Ruth", "Est", "Eccl", "Jonah", "Phi", "Jas", "Hos", "Joel", "Amos", "Mal", "Col", "1Pet", "2Tim", "Ge")
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_the_exported_model_is_the_trained_one(tmp_path: Path) -> None:
     """Widths that 128 does not divide: FP8 blocks at the edges are partial."""
     verses = (EXAMPLES / "text/calibration.txt").read_text().split("\n")

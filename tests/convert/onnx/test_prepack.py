@@ -149,7 +149,9 @@ prepack.prepack(Path(sys.argv[1]), NoProgress())
 """
 
 
-@pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 5, 6, 9, 14])
+@pytest.mark.parametrize(
+    "step", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 2, 3, 4, 5, 6, 9, 14))]
+)
 def test_killed_at_any_step_the_model_loads(packed: Path, tmp_path: Path, step: int) -> None:
     """The second run, which replaces copies; whatever it was stopped at, the results are the same, and it can be run
     again to the same files."""

@@ -68,7 +68,7 @@ def stored(file: Path) -> Iterator[tuple[str, str, list[int], int]]:
         yield tensor.name, tensor.tensor_type.name, tensor.shape.tolist()[::-1], tensor.n_bytes
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_is_computed")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [(), ("--no-calibration",), ("--no-pad",)], ids=" ".join)

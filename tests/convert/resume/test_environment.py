@@ -62,7 +62,7 @@ def conversion(request: pytest.FixtureRequest, minimax_fp8: Checkpoint, tmp_path
     return minimax_fp8.folder, options[request.param]
 
 
-@pytest.mark.parametrize("share", [0.5, 0.8, 0.99])
+@pytest.mark.parametrize("share", [0.5, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.8, 0.99))])
 def test_a_lost_connection_keeps_what_was_done(
     conversion: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:

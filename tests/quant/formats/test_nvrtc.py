@@ -52,6 +52,7 @@ def check_unfinished(name: str, work: Work) -> None:
     assert not re.search(r"\.extern|\.(global|const) .* _ZZ|\bfma\.", code)
 
 
+@pytest.mark.slow
 def test_a_kernel_of_each_kind_compiles() -> None:
     for work in WORKS:
         for architecture in ("sm_86", "sm_90"):

@@ -143,6 +143,7 @@ def test_a_machine_holds_weights_state_and_working_memory(minimax: Graph) -> Non
         fit(minimax, Machine(96 * GIB, 8 * GIB, 200_000), typical_damage(minimax))
 
 
+@pytest.mark.slow
 def test_where_a_plan_runs(minimax: Graph) -> None:
     """As the plan that was made for a machine; with less of either memory it does not run, or less is on the GPU."""
     machine = Machine(ram=96 * GIB, vram=24 * GIB, context=32768)

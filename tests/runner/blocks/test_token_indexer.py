@@ -84,6 +84,7 @@ def test_output_equals_transformers(family: Any, rope: dict[str, Any]) -> None:
     assert relative_error(in_pieces(everything, inputs, [300]), expected) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [_deepseek, _glm])
 def test_choice_among_4096_tokens(family: Any) -> None:
     """Half of them are dropped, and those are transformers', up to what two sums of the same numbers differ by."""
