@@ -10,7 +10,7 @@ from typing import Any
 
 import checkpoints
 import moecast.convert.encode
-import moecast.convert.pipeline
+import moecast.convert.work
 import moecast.convert.plans.allocate
 import moecast.runner.observe
 import pytest
@@ -193,7 +193,7 @@ def test_what_differs_is_made_again(
     shard.write_bytes(content)
     names = {tensor.name for tensor in open_model(copy).tensors if Path(tensor.file).name == shard.name}
     assert 0 < made(copy)[0] < plain and names
-    monkeypatch.setattr(moecast.convert.pipeline, "code_digest", lambda: "0123456789ab")
+    monkeypatch.setattr(moecast.convert.work, "code_digest", lambda: "0123456789ab")
     found, line = made()
     assert found == 0 and line.endswith("is now 0123456789ab") and "the code that decides bytes was " in line
 
