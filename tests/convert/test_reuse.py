@@ -10,8 +10,8 @@ from typing import Any
 
 import checkpoints
 import moecast.convert.encode
-import moecast.convert.work
 import moecast.convert.plans.allocate
+import moecast.convert.work
 import moecast.runner.observe
 import pytest
 import torch
