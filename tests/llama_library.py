@@ -180,9 +180,15 @@ def check_layout(values: ctypes.Structure, fields: Fields, version: str) -> None
         )
 
 
-@functools.cache
 def load_library() -> ctypes.CDLL:
-    """The shared object, its signatures declared, its layouts checked and its log silenced."""
+    """The shared object, its signatures declared and its layouts checked; its log is ours again, whoever took it."""
+    library = _library()
+    library.llama_log_set(_log_callback, None)
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
     package = importlib.util.find_spec("xllamacpp")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("these tests need llama.cpp: pip install xllamacpp")
@@ -193,7 +199,6 @@ def load_library() -> ctypes.CDLL:
     version = library.llama_version().decode()
     check_layout(_defaults(library.llama_model_default_params, _ModelParameters), _MODEL_FIELDS, version)
     check_layout(_defaults(library.llama_context_default_params, _ContextParameters), _CONTEXT_FIELDS, version)
-    library.llama_log_set(_log_callback, None)
     library.llama_backend_init()
     return library
 

@@ -21,7 +21,8 @@ ALL = VARIANTS | LIMITS
 
 @pytest.mark.parametrize("overrides", ALL.values(), ids=ALL)
 def test_logits_equal_transformers(overrides: dict[str, Any], tmp_path: Path) -> None:
-    oracle = deepseek.deepseek_model(**overrides)
+    """Of models without near ties of experts, which processors would settle differently."""
+    oracle = deepseek.deepseek_model(seed=3, **overrides)
     assert_same_logits(open_model(deepseek.save_deepseek(tmp_path / "m", oracle)), oracle, TOKENS)
 
 
