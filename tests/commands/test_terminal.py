@@ -118,6 +118,7 @@ def _expect_harmless(shown: str) -> None:
     assert "\x1b[31mred" not in shown and "\x1b]0;" not in shown
 
 
+@pytest.mark.slow
 def test_markup_and_controls_on_a_terminal(hostile: Path, tmp_path: Path) -> None:
     code, shown = _on_terminal("inspect", "m[/b]\x1b[31mred", cwd=tmp_path)
     assert code == 0 and r"m[/b]\x1b[31mred" in shown

@@ -38,7 +38,7 @@ def _python(server: HubServer, home: Path, *arguments: str, **variables: str) ->
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_convert_by_hub_id(minimax_fp8: Checkpoint, tmp_path: Path) -> None:
     """One shard's connection breaks on the way; the file says which commit it came from; the cache serves the rest."""
     options = ["--quant", "Q8_0", "-f", str(checkpoints.TEXT), "-c", "64", "--chunks", "2", "--json"]

@@ -103,7 +103,7 @@ def converted() -> Iterator[Converter]:
         yield converter
 
 
-@pytest.mark.parametrize("file_type", ["f32", "bf16"])
+@pytest.mark.parametrize("file_type", [pytest.param("f32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("save", CHECKPOINTS.values(), ids=CHECKPOINTS)
 def test_same_tensors_and_keys(save: Save, file_type: str, tmp_path: Path, converted: Converter) -> None:
     save(tmp_path / "model")

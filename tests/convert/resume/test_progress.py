@@ -106,6 +106,7 @@ def test_measuring_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert 25000 < made.seconds < 26000 and made.peak_rss_bytes == 1 << 50 and made.resumed
 
 
+@pytest.mark.slow
 def test_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pty: Any = pytest.importorskip("pty")
     _stop(tmp_path / "m.gguf", "Q8_0", monkeypatch)

@@ -29,7 +29,7 @@ NEED_IMPORTANCE = ("IQ1_S", "IQ2_XXS", "IQ2_XS")  # ggml refuses to go without
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("sample", [heavy_tailed, normal])
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "IQ1_S" else n for n in (*LATTICES, *OTHERS)]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("IQ1_S", "IQ1_M") else n for n in (*LATTICES, *OTHERS)]
 )
 def test_error_is_below_ggmls(name: str, sample: Callable[[int, int, int], Floats], weighted: bool) -> None:
     for seed in range(100, 102):

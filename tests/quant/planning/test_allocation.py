@@ -119,6 +119,7 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
         read_plan_file(tmp_path / "plan.json")
 
 
+@pytest.mark.slow
 def test_a_machine_holds_weights_state_and_working_memory(minimax: Graph) -> None:
     machine = Machine(ram=96 * GIB, vram=24 * GIB, context=32768)
     found = fit(minimax, machine, typical_damage(minimax))
