@@ -190,7 +190,7 @@ def conversion_as_json(result: Conversion, serving: Serving | None) -> dict[str,
 
 def run_line(result: Conversion, serving: Serving | None) -> str:
     """The command that runs what was made."""
-    return str(serving.facts()["serve"]) if serving else f'moecast run {result.files[0].parent} -p "Once upon a time"'
+    return serving.line() if serving else f'moecast run {result.files[0].parent} -p "Once upon a time"'
 
 
 def serving_of(result: Conversion, machine: Machine | None = None) -> Serving | None:

@@ -65,7 +65,7 @@ class Serving:
 
     def facts(self) -> dict[str, Any]:
         """Memory beside the weights, what bounds the speed, and lines for a server and a chat."""
-        lines = {"serve": self._line("llama-server"), "chat": self._line("llama-cli")}
+        lines = {"serve": self.line(), "chat": self.line("llama-cli")}
         if not self.fit:
             return lines
         from ..runner.bandwidth import memory_bandwidth
@@ -90,7 +90,8 @@ class Serving:
             )
         print(f"Serve it, or chat with it, by\n\n    {printable(facts['serve'])}\n    {printable(facts['chat'])}\n")
 
-    def _line(self, program: str) -> str:
+    def line(self, program: str = SERVER) -> str:
+        """What to type."""
         options = ((_TEMPLATE,) if self.template else ()) + start_options(self.graph, program)
         placed = (*self._on_gpu(), *(self._drafting() if program == SERVER else ()))
         return " ".join(map(str, (program, "-m", self.model, "-c", self.context, *options, *placed)))

@@ -48,10 +48,18 @@ def minimax_model(seed: int = 0, **overrides: Any) -> MiniMaxM2ForCausalLM:
 
     torch.manual_seed(seed)
     model = MiniMaxM2ForCausalLM(MiniMaxM2Config(**(MINIMAX | overrides))).float().eval()
+    randomize(model)
+    return model
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Fill a model with numbers as `minimax_model` says."""
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("e_score_correction_bias"):
                 tensor.normal_(0, 0.1)
+            elif name.endswith("norm.bias"):
+                tensor.normal_(0, 0.3)
             elif "norm" in name:
                 tensor.uniform_(0.5, 1.5)
             elif "embed_tokens" in name:
@@ -60,7 +68,6 @@ def minimax_model(seed: int = 0, **overrides: Any) -> MiniMaxM2ForCausalLM:
                 tensor.normal_(0, 0.25 * tensor.shape[-1] ** -0.5)
             elif "inv_freq" not in name:
                 tensor.normal_(0, tensor.shape[-1] ** -0.5)
-    return model
 
 
 def save_minimax(folder: Path, model: MiniMaxM2ForCausalLM, in_memory_names: bool = False) -> Path:

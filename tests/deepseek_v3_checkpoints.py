@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import int4_packs
 import torch
-from checkpoints import from_fp8_blocks, to_fp8_blocks, write_sharded, write_tokenizer
+from checkpoints import from_fp8_blocks, randomize, to_fp8_blocks, write_sharded, write_tokenizer
 from nemotron_checkpoints import edit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -88,18 +88,7 @@ def deepseek_model(seed: int = 0, **overrides: Any) -> DeepseekV3ForCausalLM:
 
     torch.manual_seed(seed)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**(DEEPSEEK | overrides))).float().eval()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "norm" in name:
-                tensor.uniform_(0.5, 1.5)
-            elif name.endswith("e_score_correction_bias"):
-                tensor.normal_(0, 0.1)
-            elif "embed_tokens" in name:
-                tensor.normal_(0, 1)
-            elif "o_proj" in name or "down_proj" in name:
-                tensor.normal_(0, 0.25 * tensor.shape[-1] ** -0.5)
-            elif "inv_freq" not in name:
-                tensor.normal_(0, tensor.shape[-1] ** -0.5)
+    randomize(model)
     return model
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from checkpoints import randomize
 
 # 16 experts so that no rule for 8 applies, more than one for each token, and an indexer that drops most of 200 tokens;
 # with few index heads many scores would be exactly zero. llama.cpp needs index heads of a power of two from 64 on.
@@ -81,22 +82,5 @@ def sparse_model(family: str, seed: int = 0, **overrides: Any) -> Any:
         made = GlmMoeDsaForCausalLM
     config._attn_implementation = "eager"
     model = made(config).float().eval()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            _randomize(name, tensor)
+    randomize(model)
     return model
-
-
-def _randomize(name: str, tensor: torch.Tensor) -> None:
-    if name.endswith("e_score_correction_bias"):
-        tensor.normal_(0, 0.1)
-    elif name.endswith("k_norm.bias"):
-        tensor.normal_(0, 0.3)
-    elif "norm" in name:
-        tensor.uniform_(0.5, 1.5)
-    elif "embed_tokens" in name:
-        tensor.normal_()
-    elif "o_proj" in name or "down_proj" in name:
-        tensor.normal_(0, 0.25 * tensor.shape[-1] ** -0.5)
-    elif "inv_freq" not in name:
-        tensor.normal_(0, tensor.shape[-1] ** -0.5)
